@@ -1,0 +1,151 @@
+"""KL divergence between two policies: the exact sum, and estimates from sampled tokens."""
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers.logprobs import (
+    _check_floating,
+    _check_logits,
+    _check_softmax,
+    _first,
+    _upcast,
+)
+
+LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
+
+
+def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL divergence of q from p at each position, summed over the whole vocabulary.
+
+    KL(p‖q) = Σ_a p(a) (log p(a) − log q(a)), with p and q the softmax of the logits. A token with
+    p(a) = 0 contributes 0; one with p(a) > 0 and q(a) = 0 makes the divergence infinite. It is not
+    symmetric: the KL penalty of RLHF has the policy as p and the reference as q.
+
+    This makes several tensors of the logits' size. It is the true value to hold estimates against
+    where the vocabulary is small; for a large one, use `kl_estimate`.
+
+    Args:
+        logits_p: `[..., V]`, floating point; float16 and bfloat16 are computed in float32.
+        logits_q: `[..., V]`, as `logits_p`, over the same vocabulary.
+
+    Returns:
+        `[...]` divergences in nats, at least 0 up to rounding, float32 (float64 if either input
+        is), differentiable with respect to both.
+
+    Raises:
+        TypeError: logits not floating point.
+        ValueError: shapes that differ, or logits without a softmax (NaN, +inf, or −inf only).
+
+    Example:
+        1/2 log 2 + 1/2 log 2/3 = 1/2 log 4/3 = 0.1438 one way round, and
+        1/4 log 1/2 + 3/4 log 3/2 = 0.1308 the other.
+
+        >>> logits_p = torch.tensor([0.5, 0.5]).log()
+        >>> logits_q = torch.tensor([0.25, 0.75]).log()
+        >>> exact_kl(logits_p, logits_q)
+        tensor(0.1438)
+        >>> exact_kl(logits_q, logits_p)
+        tensor(0.1308)
+
+    Kullback and Leibler, "On Information and Sufficiency" (1951), equation 2.4. Derived in
+    lesson 05.
+    """
+    _check_logits("logits_p", logits_p)
+    _check_logits("logits_q", logits_q)
+    _check_same_shape("logits_p", logits_p, "logits_q", logits_q)
+    logprobs_p = _log_softmax("logits_p", logits_p)
+    logprobs_q = _log_softmax("logits_q", logits_q)
+    # 0 * log 0 is 0, but 0 * -inf is NaN.
+    log_ratio = (logprobs_p - logprobs_q).masked_fill(logprobs_p == -torch.inf, 0.0)
+    return (logprobs_p.exp() * log_ratio).sum(-1)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
+    """Estimate of KL(policy‖reference) from each token that the policy sampled.
+
+    With r = log π_ref(a) − log π(a) and a sampled from the policy π:
+
+    - k1 = −r: unbiased; may be negative, high variance.
+    - k2 = r² / 2: never negative; biased, little when the two policies are close.
+    - k3 = eʳ − 1 − r: unbiased and never negative.
+
+    "Unbiased" is about the value and only for samples of π, the policy whose log-probabilities come
+    first. The gradient is another matter: that of k1 is 0 on average, so it is a penalty to put in
+    the reward and not a loss to differentiate.
+
+    Args:
+        logprobs: `[...]`, log-probabilities of the tokens under the policy that sampled them, in
+            nats, floating point; float16 and bfloat16 are computed in float32.
+        ref_logprobs: `[...]`, those of the same tokens under the reference.
+        kind: "k1", "k2" or "k3".
+
+    Returns:
+        `[...]` estimates in nats, one per token, float32 (float64 if either input is). Sum them
+        over a response, under `response_mask`, for an estimate of the response's KL.
+
+    Raises:
+        TypeError: inputs not floating point.
+        ValueError: shapes that differ, an unknown `kind`, NaN, a log-probability above 0 (more
+            than rounding explains), or one of −inf under the policy, which cannot have sampled it.
+
+    Example:
+        The policy gave 1/2 to both tokens, the reference 1/4 and 3/4: eʳ is 1/2 and 3/2. The
+        averages of k1 and of k3 are 0.1438, the exact KL; that of k2 is 0.1612.
+
+        >>> logprobs = torch.tensor([0.5, 0.5]).log()
+        >>> ref_logprobs = torch.tensor([0.25, 0.75]).log()
+        >>> kl_estimate(logprobs, ref_logprobs, "k1")  # log 2, log 2/3
+        tensor([ 0.6931, -0.4055])
+        >>> kl_estimate(logprobs, ref_logprobs, "k2")  # half of their squares
+        tensor([0.2402, 0.0822])
+        >>> kl_estimate(logprobs, ref_logprobs, "k3")  # -1/2 + log 2, 1/2 + log 2/3
+        tensor([0.1931, 0.0945])
+
+    Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html, where
+    e^r is called r. Derived in lesson 05.
+    """
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f'kind is {kind!r}: it must be "k1", "k2" or "k3".')
+    _check_same_shape("logprobs", logprobs, "ref_logprobs", ref_logprobs)
+    _check_logprobs("logprobs", logprobs)
+    _check_logprobs("ref_logprobs", ref_logprobs)
+    _check_sampled(logprobs)
+    r = _upcast(ref_logprobs) - _upcast(logprobs)
+    if kind == "k1":
+        return -r
+    if kind == "k2":
+        return r.square() / 2
+    return torch.expm1(r) - r  # exp(r) - 1 would lose a small r to rounding
+
+
+def _log_softmax(name: str, logits: Tensor) -> Tensor:
+    logprobs = torch.log_softmax(_upcast(logits), dim=-1)
+    _check_softmax(name, logprobs[..., 0])  # one bad logit makes its whole row NaN
+    return logprobs
+
+
+def _check_same_shape(name: str, values: Tensor, other_name: str, others: Tensor) -> None:
+    if values.shape != others.shape:
+        raise ValueError(
+            f"{name} has shape {list(values.shape)}, {other_name} {list(others.shape)}: they must "
+            "be equal, for the same tokens under two policies with one vocabulary."
+        )
+
+
+def _check_logprobs(name: str, logprobs: Tensor) -> None:
+    _check_floating(name, logprobs)
+    if (index := _first(logprobs.isnan())) is not None:
+        raise ValueError(f"{name} is NaN at {index}: look at the logits it was computed from.")
+    if (index := _first(logprobs > LOGPROB_TOLERANCE)) is not None:
+        raise ValueError(
+            f"{name} is {logprobs[tuple(index)].item():.4g} at {index}: a log-probability is never "
+            "above 0. Pass log-probabilities, not probabilities or logits."
+        )
+
+
+def _check_sampled(logprobs: Tensor) -> None:
+    if (index := _first(logprobs == -torch.inf)) is not None:
+        raise ValueError(
+            f"logprobs is -inf at {index}: the policy cannot have sampled a token to which it gives "
+            "probability 0. Put the log-probabilities of the policy that sampled first."
+        )

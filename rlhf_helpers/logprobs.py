@@ -1,0 +1,296 @@
+"""Log-probabilities and entropies of tokens, without a log-softmax the size of the logits.
+
+Logits for `B` sequences of `T` tokens over a vocabulary of `V` are the largest tensor of RLHF:
+2.49 GB in float32 for B=8, T=512, V=151,936. `torch.log_softmax` makes a second one and autograd
+keeps it, only to read one number in `V`. Here the log-softmax exists for `CHUNK_TOKENS` positions at
+a time and is computed again in the backward pass. The logits themselves still exist in full, and so
+does their gradient (twice for a moment, while autograd joins the chunks).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 128  # positions per log-softmax: 78 MB in float32 for a vocabulary of 151,936
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each given token under the softmax of its logits.
+
+    log π(a) = z_a − logsumexp(z), with z = logits / temperature. It equals
+    `torch.log_softmax(logits / temperature, -1).gather(-1, tokens[..., None])[..., 0]`, which needs
+    one or two more tensors of the logits' size and keeps one for the backward pass; this needs a few
+    of `[CHUNK_TOKENS, V]`.
+
+    Args:
+        logits: `[..., V]`, floating point; float16 and bfloat16 are computed in float32. An entry
+            of −inf is a token of probability 0.
+        tokens: `[...]`, int64, ids in 0..V−1.
+        temperature: divides the logits; positive. Score with the temperature used for sampling.
+
+    Returns:
+        `[...]` log-probabilities in nats, float32 (float64 for float64 logits), differentiable with
+        respect to `logits`.
+
+    Raises:
+        TypeError: `logits` not floating point, or `tokens` not int64.
+        ValueError: shapes that do not match, a token id out of range, a temperature that is not
+            positive and finite, or logits without a softmax (NaN, +inf, or −inf only).
+
+    Example:
+        Probabilities 1/2, 1/4, 1/4; the tokens chosen are 0 and 2.
+
+        >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]).log()
+        >>> token_logprobs(logits, torch.tensor([0, 2]))  # log 1/2 and log 1/4
+        tensor([-0.6931, -1.3863])
+
+        Temperature 1/2 squares them: 1/4, 1/16, 1/16, which normalise to 2/3, 1/6, 1/6.
+
+        >>> token_logprobs(logits, torch.tensor([0, 2]), temperature=0.5).exp()
+        tensor([0.6667, 0.1667])
+
+    log π(a_t | s_t) of Schulman et al., "Proximal Policy Optimization Algorithms"
+    (arXiv 1707.06347), equation 1. Derived in lesson 03.
+    """
+    _check_logits("logits", logits)
+    _check_temperature(temperature)
+    if tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens has shape {list(tokens.shape)}, logits {list(logits.shape)}: logits must have "
+            "the shape of tokens plus one last dimension, the vocabulary."
+        )
+    _check_ids("tokens", tokens, logits.shape[-1])
+    return _reduce_vocabulary(_pick, logits, temperature, tokens)
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the next-token distribution at each position.
+
+    H = −Σ_a π(a) log π(a) = logsumexp(z) − Σ_a softmax(z)_a z_a, with z = logits / temperature.
+    A token of probability 0 contributes 0. Computed in chunks, like `token_logprobs`.
+
+    Args:
+        logits: `[..., V]`, floating point; float16 and bfloat16 are computed in float32. An entry
+            of −inf is a token of probability 0.
+        temperature: divides the logits; positive.
+
+    Returns:
+        `[...]` entropies in nats, between 0 and log V, float32 (float64 for float64 logits),
+        differentiable with respect to `logits`.
+
+    Raises:
+        TypeError: `logits` not floating point.
+        ValueError: a temperature that is not positive and finite, or logits without a softmax
+            (NaN, +inf, or −inf only).
+
+    Example:
+        A certain token, a fair coin (log 2) and four equal tokens (log 4).
+
+        >>> impossible = -torch.inf
+        >>> token_entropy(
+        ...     torch.tensor([[7.0] + 3 * [impossible], 2 * [1.0] + 2 * [impossible], 4 * [3.0]])
+        ... )
+        tensor([0.0000, 0.6931, 1.3863])
+
+    Shannon, "A Mathematical Theory of Communication" (1948), section 6; the bonus S of Schulman
+    et al. (arXiv 1707.06347), equation 9. Derived in lesson 03.
+    """
+    _check_logits("logits", logits)
+    _check_temperature(temperature)
+    return _reduce_vocabulary(_entropy, logits, temperature)
+
+
+def response_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probability of each response token given the prompt and the response before it.
+
+    Entry t is log π(y_t | x, y_<t). The logits at one position are the distribution of the *next*
+    token, so they are taken from the last prompt token to the last but one response token, and
+    only those positions (and one more) are projected to the vocabulary. Position ids count the
+    real tokens, so the amount of left padding does not matter.
+
+    Args:
+        model: a causal language model with transformers' interface, including `logits_to_keep`.
+        input_ids: `[B, P + T]`, int64: prompts padded on the left, responses on the right.
+        attention_mask: `[B, P + T]`, 1 for a real token, 0 for padding.
+        response_length: T, at least 1 and less than P + T.
+        temperature: divides the logits; positive. Score with the temperature used for sampling.
+
+    Returns:
+        `[B, T]` log-probabilities in nats, float32 (float64 for a float64 model), differentiable
+        with respect to the model's parameters. Where a response is padding they mean nothing:
+        use them under `response_mask`.
+
+    Raises:
+        TypeError: `input_ids` not int64.
+        ValueError: shapes that do not match, a `response_length` that leaves no prompt or no
+            response, an id outside the vocabulary, a row without any token or with padding right
+            before its response, more tokens in a row than the model has positions, or what
+            `token_logprobs` refuses.
+
+    Example:
+        A model whose output layer is 0 finds all of its 4 tokens equally likely: log 1/4.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=4, hidden_size=8, intermediate_size=8)
+        >>> layers = dict(num_hidden_layers=1, num_attention_heads=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, **layers))
+        >>> _ = nn.init.zeros_(model.lm_head.weight)
+        >>> prompt_and_response = torch.tensor([[0, 1, 2, 3]])
+        >>> mask = torch.tensor([[0, 1, 1, 1]])  # one padding token, one prompt token
+        >>> response_logprobs(model, prompt_and_response, mask, response_length=2).detach()
+        tensor([[-1.3863, -1.3863]])
+
+    log π(y | x) of Ziegler et al., "Fine-Tuning Language Models from Human Preferences"
+    (arXiv 1909.08593), equation 2, token by token. Derived in lesson 03.
+    """
+    _check_sequences(model, input_ids, attention_mask, response_length)
+    _check_temperature(temperature)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=response_length + 1,
+        use_cache=False,
+    ).logits
+    return token_logprobs(logits[:, :-1], input_ids[:, -response_length:], temperature)
+
+
+def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    # p log p tends to 0 with p, but 0 * -inf is NaN.
+    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+    return -(logprobs.exp() * finite).sum(-1)
+
+
+def _reduce_vocabulary(
+    statistic: Callable[..., Tensor], logits: Tensor, temperature: float, *tokens: Tensor
+) -> Tensor:
+    """Apply `statistic(logprobs, *tokens)` chunk by chunk: `[..., V]` becomes `[...]`."""
+
+    def reduce_chunk(chunk: Tensor, *chunk_tokens: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(_upcast(chunk) / temperature, dim=-1)
+        return statistic(logprobs, *chunk_tokens).flatten()
+
+    # Without checkpoint autograd would keep every chunk's log-softmax: together, what we avoid.
+    parts = [
+        checkpoint(reduce_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in _chunks(logits, *tokens)
+    ]
+    result = torch.cat(parts).reshape(logits.shape[:-1])
+    _check_softmax("logits", result)
+    return result
+
+
+def _chunks(logits: Tensor, *tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matching views of at most `CHUNK_TOKENS` positions: some sequences, or part of one."""
+    positions = logits.shape[:-1].numel()
+    if positions <= CHUNK_TOKENS:
+        yield logits, *tokens
+        return
+    # Views, not a flattened copy: a slice such as logits[:, :-1] cannot be flattened in place.
+    positions_per_entry = positions // len(logits)
+    if positions_per_entry > CHUNK_TOKENS:
+        for entry in zip(logits, *tokens, strict=True):
+            yield from _chunks(*entry)
+    else:
+        entries = CHUNK_TOKENS // positions_per_entry
+        yield from zip(*(x.split(entries) for x in (logits, *tokens)), strict=True)
+
+
+def _upcast(values: Tensor) -> Tensor:
+    """Float32, or float64 if it is that already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _first(bad: Tensor) -> list[int] | None:
+    """Index of the first true entry, None if there is none."""
+    return bad.nonzero()[0].tolist() if bad.any() else None
+
+
+def _check_floating(name: str, values: Tensor) -> None:
+    if not values.is_floating_point():
+        raise TypeError(f"{name} must be floating point, not {values.dtype}.")
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    _check_floating(name, logits)
+    if logits.dim() == 0 or logits.numel() == 0:
+        raise ValueError(f"{name} has shape {list(logits.shape)}: nothing to take a softmax of.")
+
+
+def _check_softmax(name: str, result: Tensor) -> None:
+    """Find bad logits in what was computed from them: a search in them would be of size V."""
+    if (index := _first(result.isnan())) is not None:
+        raise ValueError(
+            f"{name} at position {index} have no softmax: they hold NaN or +inf, or are all -inf. "
+            "Look for an overflow in low precision, or weights that diverged."
+        )
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"temperature is {temperature}: it must be positive and finite; 1.0 leaves the logits "
+            "as they are."
+        )
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, not {ids.dtype}: convert with .long().")
+    if (index := _first((ids < 0) | (ids >= vocab_size))) is not None:
+        raise ValueError(
+            f"{name} holds id {ids[tuple(index)].item()} at {index}, outside 0..{vocab_size - 1}: "
+            "use the model's own tokenizer; put the pad id for an ignored label and mask the result."
+        )
+
+
+def _check_sequences(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
+) -> None:
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}, attention_mask "
+            f"{list(attention_mask.shape)}: both must be [B, P + T]."
+        )
+    length = input_ids.shape[1]
+    if not 1 <= response_length < length:
+        raise ValueError(
+            f"response_length is {response_length} in sequences of {length} tokens: it must be at "
+            f"least 1 and leave a prompt, so at most {length - 1}."
+        )
+    _check_ids("input_ids", input_ids, model.config.vocab_size)
+    _check_attention_mask(attention_mask, length - response_length)
+    _check_context(model, attention_mask)
+
+
+def _check_attention_mask(attention_mask: Tensor, prompt_length: int) -> None:
+    if (row := _first(attention_mask.sum(-1) == 0)) is not None:
+        raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
+    if (row := _first(attention_mask[:, prompt_length - 1] == 0)) is not None:
+        raise ValueError(
+            f"attention_mask row {row[0]} is 0 at column {prompt_length - 1}, right before the "
+            "response: the first response token is predicted there. Pad prompts on the left."
+        )
+
+
+def _check_context(model: nn.Module, attention_mask: Tensor) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    tokens = attention_mask.sum(-1)
+    if context is not None and (row := _first(tokens > context)) is not None:
+        raise ValueError(
+            f"row {row[0]} has {int(tokens[row[0]])} tokens, more than the model's "
+            f"max_position_embeddings of {context}: shorten the prompt or the response."
+        )

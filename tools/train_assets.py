@@ -1,0 +1,197 @@
+"""Make the files that the package ships: the tokenizer and the base model.
+
+    python tools/train_assets.py base           # about 35 minutes on two cores, resumes if stopped
+    python tools/train_assets.py base --card     # measure the shipped base, write its model card
+
+Everything is deterministic from the seed: the text, its order, the initial weights.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_helpers.pocket import corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "rlhf_helpers" / "assets"
+SEED = 0
+CONTEXT = 128  # tokens a row in pretraining; the model itself accepts MAX_CONTEXT
+MAX_CONTEXT = 256
+ROWS = 32
+STEPS = 6000
+WARMUP = 200
+PEAK_LR = 2e-3
+SAVE_EVERY = 250
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<|user|> {{ message['content'] }}"
+    "{% else %}<|assistant|> {{ message['content'] }}<|eos|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in which every word of the world is one token."""
+    special = [corpus.PAD, corpus.EOS, corpus.USER, corpus.ASSISTANT]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1536,  # an upper bound: merging stops when each word is one token
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((re.sub(r"<\|\w+\|>", " ", d) for d in documents), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=corpus.PAD,
+        eos_token=corpus.EOS,
+        additional_special_tokens=[corpus.USER, corpus.ASSISTANT],
+        model_max_length=MAX_CONTEXT,
+        padding_side="left",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of two million parameters with random weights; widths are multiples of 64 for NF4."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=MAX_CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batch(tokenizer: PreTrainedTokenizerFast, name: str, rows: int = ROWS) -> torch.Tensor:
+    """Token ids [rows, CONTEXT]; each row begins with a new document and is cut at the end."""
+    documents = corpus.documents(name, rows * 9)
+    filled, row = [], []
+    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        row += ids
+        if len(row) >= CONTEXT:
+            filled.append(row[:CONTEXT])
+            row = []
+        if len(filled) == rows:
+            return torch.tensor(filled)
+    raise ValueError(f"{len(documents)} documents fill only {len(filled)} of {rows} rows: ask for more")
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    return PEAK_LR * min((step + 1) / WARMUP, max(0.0, (steps - step) / (steps - WARMUP)))
+
+
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors beside the target, then rename: a kill leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata=metadata)
+    os.replace(part, path)
+
+
+def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """Weights and Adam's two moments by parameter name."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[f"weight/{name}"] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimizer.state:
+                state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    return state
+
+
+def resume(model, optimizer, path: Path) -> tuple[int, float]:
+    """Load a saved state; return the next step and the seconds spent so far."""
+    if not path.exists():
+        return 0, 0.0
+    with safe_open(path, "pt") as saved, torch.no_grad():
+        step = int(saved.metadata()["step"])
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved.get_tensor(f"weight/{name}"))
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": saved.get_tensor(f"exp_avg/{name}"),
+                "exp_avg_sq": saved.get_tensor(f"exp_avg_sq/{name}"),
+            }
+        return step, float(saved.metadata()["seconds"])
+
+
+@torch.no_grad()
+def held_out_loss(model, tokenizer) -> float:
+    """Mean loss in nats per token on 128 rows that training never drew."""
+    ids = batch(tokenizer, "held-out", 128)
+    return model(input_ids=ids, labels=ids).loss.item()
+
+
+def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalLM, dict]:
+    """Pretrain, saving every SAVE_EVERY steps under `work`; go on from what is there."""
+    model = new_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    step, seconds = resume(model, optimizer, work / "state.safetensors")
+    start = time.perf_counter() - seconds
+    log = (work / "log.jsonl").open("a", encoding="utf-8")
+    for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretraining"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        ids = batch(tokenizer, f"base-{SEED}-{step}")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            seconds = time.perf_counter() - start
+            metadata = {"step": str(step + 1), "seconds": str(seconds)}
+            save_atomically(training_state(model, optimizer), work / "state.safetensors", metadata)
+            print(json.dumps({"step": step + 1, "loss": loss.item(), "s": seconds}), file=log, flush=True)
+    return model, {"steps": steps, "minutes": round((time.perf_counter() - start) / 60, 1)}
+
+
+def make_base(work: Path, out: Path, steps: int) -> None:
+    """Train tokenizer and model and write them to `out`."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    tokenizer = train_tokenizer(corpus.documents("tokenizer", 30_000))
+    model, facts = pretrain(tokenizer, work, steps)
+    facts |= {"held_out_loss": round(held_out_loss(model, tokenizer), 4)}
+    model.to(torch.float16).save_pretrained(out)  # half the size; loading casts it back
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("asset", choices=["base"])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "assets" / "base")
+    parser.add_argument("--out", type=Path, default=ASSETS / "base")
+    args = parser.parse_args()
+    make_base(args.work, args.out, args.steps)
+
+
+if __name__ == "__main__":
+    main()
