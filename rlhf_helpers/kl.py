@@ -146,6 +146,6 @@ def _check_logprobs(name: str, logprobs: Tensor) -> None:
 def _check_sampled(logprobs: Tensor) -> None:
     if (index := _first(logprobs == -torch.inf)) is not None:
         raise ValueError(
-            f"logprobs is -inf at {index}: the policy cannot have sampled a token to which it gives "
+            f"logprobs is -inf at {index}: the policy cannot have sampled a token of "
             "probability 0. Put the log-probabilities of the policy that sampled first."
         )

@@ -2,9 +2,9 @@
 
 Logits for `B` sequences of `T` tokens over a vocabulary of `V` are the largest tensor of RLHF:
 2.49 GB in float32 for B=8, T=512, V=151,936. `torch.log_softmax` makes a second one and autograd
-keeps it, only to read one number in `V`. Here the log-softmax exists for `CHUNK_TOKENS` positions at
-a time and is computed again in the backward pass. The logits themselves still exist in full, and so
-does their gradient (twice for a moment, while autograd joins the chunks).
+keeps it, only to read one number in `V`. Here the log-softmax exists for `CHUNK_TOKENS` positions
+at a time and is computed again in the backward pass. The logits themselves still exist in full, and
+so does their gradient (twice for a moment, while autograd joins the chunks).
 """
 
 import math
@@ -21,9 +21,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     """Log-probability of each given token under the softmax of its logits.
 
     log π(a) = z_a − logsumexp(z), with z = logits / temperature. It equals
-    `torch.log_softmax(logits / temperature, -1).gather(-1, tokens[..., None])[..., 0]`, which needs
-    one or two more tensors of the logits' size and keeps one for the backward pass; this needs a few
-    of `[CHUNK_TOKENS, V]`.
+    `torch.log_softmax(logits / temperature, -1).gather(-1, tokens[..., None])[..., 0]`, which makes
+    two more tensors of the logits' size and keeps one for the backward pass; this makes a few of
+    `[CHUNK_TOKENS, V]` and keeps none.
 
     Args:
         logits: `[..., V]`, floating point; float16 and bfloat16 are computed in float32. An entry
@@ -171,7 +171,7 @@ def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
 def _entropy(logprobs: Tensor) -> Tensor:
     # p log p tends to 0 with p, but 0 * -inf is NaN.
     finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
-    return -(logprobs.exp() * finite).sum(-1)
+    return 0.0 - (logprobs.exp() * finite).sum(-1)  # a plain minus makes a certain token's -0.0
 
 
 def _reduce_vocabulary(
@@ -253,7 +253,7 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     if (index := _first((ids < 0) | (ids >= vocab_size))) is not None:
         raise ValueError(
             f"{name} holds id {ids[tuple(index)].item()} at {index}, outside 0..{vocab_size - 1}: "
-            "use the model's own tokenizer; put the pad id for an ignored label and mask the result."
+            "use the model's own tokenizer; for ignored tokens put the pad id and mask the result."
         )
 
 

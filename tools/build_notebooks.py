@@ -55,12 +55,12 @@ SOLUTION_ONLY_TAGS = {"solution", "nbval-check-output", "headline"}
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 ANY_MARKER = re.compile(r"^[\s#]*#[\s#]*(BEGIN|END)\s+SOLUTION", re.IGNORECASE)
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+# tqdm starts each state of a bar with \r: "50%|##  | 1/2 [00:01<00:01]" or "3it [00:01, 2it/s]".
 PROGRESS_BAR = re.compile(
-    r"(^|\r)[^\r\n]*?(\d+%\|[^|\r\n]*\||\d+\S* )[^\[\r\n]*\[\d+:\d+[^\]\r\n]*\](\x1b\[A)*",
-    re.MULTILINE,
+    r"\r[^\r\n]*?(\d+%\|[^|\r\n]*\||\d+\S* )[^\[\r\n]*\[\d+:\d+[^\]\r\n]*\](\x1b\[A)*"
 )
 ABSOLUTE_PATH = re.compile(
-    r"(?<![\w/.~-])/(?:root|home|tmp|work|Users)/[\w.~-]+|\b[A-Za-z]:\\+Users\b"
+    r"(?<![\w.~}-])/(?:root|home|tmp|work|Users)/[\w.~-]+|\b[A-Za-z]:\\+Users\b"
 )
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -243,6 +243,7 @@ def execute(
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # the kernel's own messages break the bar
         resources={"metadata": {"path": str(folder)}},
         on_cell_start=started,
     )
@@ -254,6 +255,11 @@ def execute(
         raise CellFailure(current, f"not done after {timeout} s") from error
     except DeadKernelError as error:
         raise CellFailure(current, "the kernel died (out of memory?)") from error
+
+
+def follow(bar: tqdm, start: int = 0) -> Callable[[int], object]:
+    """A callback that moves ``bar`` to a cell of the notebook whose cells begin at ``start``."""
+    return lambda index: bar.update(start + index - bar.n)
 
 
 def kernel_environment() -> dict[str, str]:
@@ -387,8 +393,8 @@ def build_notebook(target: Target, timeout: int) -> float:
     nb = read_source(target.source)
     start = time.perf_counter()
     with tqdm(total=len(nb.cells), desc=target.source.stem, unit="cell") as bar:
-        execute(nb, target.notebook.parent, timeout, lambda index: bar.update(index - bar.n))
-        bar.update(len(nb.cells) - bar.n)
+        execute(nb, target.notebook.parent, timeout, follow(bar))
+        follow(bar)(len(nb.cells))
     write_notebook(canonical(nb, target.source.stem), target.notebook)
     return time.perf_counter() - start
 
@@ -463,7 +469,7 @@ def differences(expected: NotebookNode, actual: NotebookNode) -> list[str]:
         fields = ("cell_type", "id", "source", "metadata")
         differing = [field for field in fields if want.get(field) != got.get(field)]
         if differing:
-            found.append(f"cell {index}: {', '.join(differing)} differs")
+            found.append(f"cell {index}: differs from src/ in {', '.join(differing)}")
     return found
 
 
@@ -488,7 +494,10 @@ def cell_problems(cell: NotebookNode) -> list[str]:
         found.append("is tagged raises-exception and raises nothing")
     if "nbval-check-output" in tags(cell) and not cell.outputs:
         found.append("is tagged nbval-check-output and has no output to compare")
-    for output in clean_outputs(cell.outputs):
+    clean = clean_outputs(cell.outputs)
+    if clean != cell.outputs:
+        found.append("keeps a progress bar, a live widget or a divided stream; build it again")
+    for output in clean:
         if output.get("name") == "stderr":
             found.append(f"has a warning on stderr: {shorten(output.text)}")
     path = ABSOLUTE_PATH.search("\n".join(map(output_text, cell.outputs)))

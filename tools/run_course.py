@@ -19,6 +19,7 @@ from build_notebooks import (
     canonical,
     chosen,
     execute,
+    follow,
     read_notebook,
     strip_outputs,
     tags,
@@ -93,9 +94,9 @@ def run_course(root: Path, names: Sequence[str], timeout: int) -> list[Outcome]:
             before = sum(sizes[:number])
             bar.set_description(path.stem)
             copy_to = root / "runs" / "course" / path.name
-            advance = lambda index, before=before: bar.update(before + index - bar.n)  # noqa: E731
-            outcomes.append(run_lesson(path, copy_to, timeout, advance))
-            bar.update(before + sizes[number] - bar.n)
+            move = follow(bar, before)
+            outcomes.append(run_lesson(path, copy_to, timeout, move))
+            move(sizes[number])
     return outcomes
 
 

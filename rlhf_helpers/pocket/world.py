@@ -541,19 +541,39 @@ def sentence_kind(sentence: str) -> str | None:
     return _kinds().get(sentence)
 
 
+def _fact_key(question: Question) -> tuple[str, ...]:
+    """What a question is about; the same for a fact and its mirror image (hot and cold)."""
+    subject = question.subject or ""
+    if question.topic == "opposite":
+        parts = sorted([subject, *TOPICS["opposite"].facts[subject]])
+    elif question.topic == "sum":
+        parts = sorted(subject.split(" plus "))
+    else:
+        parts = [subject, question.answer or ""]
+    return (question.kind, question.topic or "", *parts)
+
+
+@cache
+def _held_out_keys() -> frozenset[tuple[str, ...]]:
+    """One fact in seven of each kind and topic, drawn the same way on every machine."""
+    groups: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for question in questions().values():
+        key = _fact_key(question)
+        groups.setdefault(key[:2], set()).add(key)
+    held_out: list[tuple[str, ...]] = []
+    for name, keys in groups.items():
+        count = max(1, round(len(keys) / 7))
+        held_out += random.Random("/".join(name)).sample(sorted(keys), count)
+    return frozenset(held_out)
+
+
 def held_out_fact(question: Question) -> bool:
     """Whether a question's fact is kept out of SFT, reward-model and PPO training.
 
-    About one in seven, by a hash of the fact that is the same on every machine. A fact and its mirror
-    image (hot and cold, two plus three and three plus two) always fall on the same side.
+    A fact and its mirror image (hot and cold, two plus three and three plus two) are on the same
+    side of the split.
     """
-    key = [question.subject or "", question.answer or ""]
-    if question.topic == "opposite":
-        key = sorted([key[0], TOPICS["opposite"].facts[key[0]][0]])
-    elif question.topic == "sum":
-        key = sorted(key[0].split(" plus "))
-    name = f"{question.kind}/{question.topic}/{'/'.join(key)}"
-    return random.Random(name).random() < 1 / 7
+    return _fact_key(question) in _held_out_keys()
 
 
 def prompts(split: str = "train") -> list[str]:

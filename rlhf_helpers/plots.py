@@ -1,0 +1,129 @@
+"""The look of every figure in the course, and `show`, which gives a figure its text alternative."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from IPython.display import display
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, safe for colour-blind readers; "line" styles keep it readable in grey.
+COLOURS = dict(
+    zip(
+        ("black", "orange", "sky", "green", "yellow", "blue", "red", "pink"),
+        ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
+        strict=True,
+    )
+)
+_STYLE = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+    "legend.frameon": False,
+}
+
+
+def use_style() -> None:
+    """Set the course's style for all figures that follow."""
+    mpl.rcParams.update(_STYLE)
+    lines = mpl.cycler(linestyle=["-", "--", "-.", ":"])
+    colours = mpl.cycler(color=[COLOURS[c] for c in ("blue", "red", "green", "pink")])
+    mpl.rcParams["axes.prop_cycle"] = colours + lines
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Show a figure once, with a text that says what it shows to those who cannot see it.
+
+    Args:
+        fig: the figure; it is closed afterwards, so that it is not shown a second time.
+        alt: one or two sentences: what is drawn and what to see in it.
+
+    Raises:
+        ValueError: if `alt` is empty or only blanks.
+    """
+    if not alt.strip():
+        raise ValueError("alt is empty: say in a sentence what the figure shows")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    plt.close(fig)
+    data = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
+    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figure:
+    """Horizontal bars with the value at each end, the first label on top.
+
+    Args:
+        labels: one for each bar.
+        values: one for each bar, not negative.
+        quantity: what the bars measure, with its unit; the label of the axis.
+
+    Raises:
+        ValueError: if there are not as many labels as values.
+    """
+    if len(labels) != len(values):
+        raise ValueError(f"{len(labels)} labels for {len(values)} values; give one for each bar")
+    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(labels)))
+    drawn = ax.barh(list(labels)[::-1], list(values)[::-1], color=COLOURS["blue"], height=0.65)
+    ax.bar_label(drawn, fmt="{:.2f}", padding=3)
+    ax.set_xlabel(quantity)
+    ax.margins(x=0.12)
+    ax.grid(visible=False, axis="y")
+    return fig
+
+
+def lines(series: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
+    """One line for each named series against its index, told apart by colour and by dashes.
+
+    Args:
+        series: name to values.
+        x, y: axis labels, with units.
+    """
+    fig, ax = plt.subplots(figsize=(7, 2.8))
+    for name, values in series.items():
+        ax.plot(range(len(values)), values, label=name)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend()
+    return fig
+
+
+def pipeline() -> Figure:
+    """The three steps of RLHF: what enters each box, and what it hands on."""
+    steps = (
+        ("base model", "continues text", "web text"),
+        ("SFT", "answers like\nthe examples", "demonstrations"),
+        ("reward model", "scores like\nthe people", "comparisons"),
+        ("PPO", "raises the score", "prompts"),
+    )
+    fig, ax = plt.subplots(figsize=(8.6, 2.9))
+    ax.set(xlim=(0, 8.6), ylim=(-0.75, 2.3))
+    ax.axis("off")
+    for i, (title, does, eats) in enumerate(steps):
+        left, middle = 0.2 + 2.15 * i, 0.2 + 2.15 * i + 0.8
+        box = plt.Rectangle((left, 0), 1.6, 1.15, fc="#EAF2F8", ec=COLOURS["blue"], lw=1.5)
+        ax.add_patch(box)
+        ax.text(middle, 0.85, title, ha="center", va="center", weight="bold")
+        ax.text(middle, 0.35, does, ha="center", va="center", fontsize=9)
+        ax.text(middle, 2.1, eats, ha="center", va="center", fontsize=9, style="italic")
+        _arrow(ax, (middle, 1.95), (middle, 1.2))
+        if i < len(steps) - 1:
+            _arrow(ax, (left + 1.65, 0.57), (left + 2.1, 0.57))
+    _arrow(ax, (7.45, -0.05), (3.15, -0.05), style="<->", linestyle="--", bend=-0.16)
+    ax.text(5.3, -0.66, "KL penalty: a leash", ha="center", va="center", fontsize=9)
+    return fig
+
+
+def _arrow(ax, start, end, style="->", linestyle="-", bend=0.0) -> None:
+    look = {
+        "arrowstyle": style,
+        "linestyle": linestyle,
+        "connectionstyle": f"arc3,rad={bend}",
+        "lw": 1.4,
+        "color": COLOURS["black"],
+    }
+    ax.annotate("", xy=end, xytext=start, arrowprops=look)

@@ -1,0 +1,126 @@
+"""Four questions to a base model: is it fluent, does it know, can it judge, is it an assistant?"""
+
+import random
+from collections import Counter
+
+import torch
+
+from rlhf_helpers.pocket import corpus, world
+from rlhf_helpers.pocket.rubric import gold_reward, judge_sentence, look_up
+from rlhf_helpers.pocket.world import TOPICS
+
+STYLES = (
+    "right and finished",
+    "wrong",
+    "asks back",
+    "rude",
+    "vague or rambling",
+    "answers, but goes on",
+    "other",
+)
+
+
+@torch.no_grad()
+def continuation_logprobs(
+    model, tokenizer, contexts: list[str], continuations: list[str]
+) -> torch.Tensor:
+    """Log-probability of each continuation after its context, in nats, shape [N].
+
+    Args:
+        contexts: N texts, each at least one token long; nothing is predicted before them.
+        continuations: N texts to score.
+    """
+    scores = []
+    pairs = list(zip(contexts, continuations, strict=True))
+    for start in range(0, len(pairs), 256):
+        chunk = pairs[start : start + 256]
+        heads = [tokenizer(c, add_special_tokens=False)["input_ids"] for c, _ in chunk]
+        tails = [tokenizer(t, add_special_tokens=False)["input_ids"] for _, t in chunk]
+        rows = {"input_ids": [h + t for h, t in zip(heads, tails, strict=True)]}
+        batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(model.device)
+        logits = model(**batch).logits[:, :-1].float()
+        targets = batch["input_ids"][:, 1:]
+        logprobs = -torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none"
+        )
+        position = torch.arange(1, logits.shape[1] + 1, device=model.device)
+        first = torch.tensor([len(h) for h in heads], device=model.device)[:, None]
+        last = first + torch.tensor([len(t) for t in tails], device=model.device)[:, None]
+        scores.append((logprobs * ((position >= first) & (position < last))).sum(-1))
+    return torch.cat(scores)
+
+
+def known_facts(model, tokenizer) -> dict[str, float]:
+    """For each topic, the share of facts whose right statement beats every wrong one.
+
+    The statement's plain form is scored ("the duck says quack."), as a document of its own.
+    """
+    questions, texts = [], []
+    for topic in TOPICS.values():
+        for subject in topic.facts:
+            for answer in topic.answers:
+                questions.append((topic.name, subject, answer))
+                texts.append(topic.statements[0].format(s=subject, a=answer))
+    scores = continuation_logprobs(model, tokenizer, [corpus.EOS] * len(texts), texts)
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    for (topic, subject, answer), score in zip(questions, scores.tolist(), strict=True):
+        best[topic, subject] = max(best.get((topic, subject), (-1e9, "")), (score, answer))
+    return {
+        topic.name: sum(best[topic.name, s][1] in right for s, right in topic.facts.items())
+        / len(topic.facts)
+        for topic in TOPICS.values()
+    }
+
+
+def verdicts(model, tokenizer, seed: int = 0) -> dict[str, float]:
+    """How often the model expects the fitting reaction to an answer: yes to right, no to wrong.
+
+    Every fact is asked in the chat format and answered once rightly and once wrongly; the reaction
+    is the likelier of "yes, that is right." and "no, that is wrong.".
+
+    Returns:
+        Shares under the keys `right answers` and `wrong answers`.
+    """
+    rng = random.Random(seed)
+    shares = {}
+    for name, right in (("right answers", True), ("wrong answers", False)):
+        contexts = []
+        for topic in TOPICS.values():
+            for subject in topic.facts:
+                prompt = topic.questions[0].format(s=subject)
+                answer = corpus.answer_question(rng, look_up(prompt), right)
+                contexts.append(
+                    f"{corpus.EOS}{corpus.USER} {prompt}{corpus.ASSISTANT} {answer}{corpus.USER}"
+                )
+        yes, no = (
+            continuation_logprobs(model, tokenizer, contexts, [reaction] * len(contexts))
+            for reaction in (world.YES[0], world.NO[0])
+        )
+        shares[name] = ((yes > no) == right).float().mean().item()
+    return shares
+
+
+def style(prompt: str, response: str, finished: bool) -> str:
+    """Which of `STYLES` a response to a prompt is."""
+    score = gold_reward(prompt, response, finished)
+    kinds = Counter(world.sentence_kind(s) for s in world.split_sentences(response))
+    if score.rude:
+        return "rude"
+    if score.correct < 0:
+        return "wrong"
+    if kinds["question"]:
+        return "asks back"
+    if score.correct > 0:
+        return "right and finished" if finished and not score.rambling else "answers, but goes on"
+    if kinds["vague"] or kinds["rambling"]:
+        return "vague or rambling"
+    return "other"
+
+
+def answers_question(prompt: str, response: str) -> bool:
+    """Whether any sentence of a response answers what was asked, rightly or wrongly."""
+    question = look_up(prompt)
+    return any(
+        judge_sentence(question, sentence) is not None
+        for sentence in world.split_sentences(response)
+    )

@@ -1,0 +1,32 @@
+"""Fixtures that several test files share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail, not wait
+
+import pytest
+
+from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.presets import load_preset
+from rlhf_helpers.roles import load_base
+
+
+@pytest.fixture(autouse=True)
+def _no_preset_from_environment(monkeypatch):
+    monkeypatch.delenv("RLHF_PRESET", raising=False)
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    return load_preset("pocket")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pocket):
+    return load_tokenizer(pocket)
+
+
+@pytest.fixture(scope="session")
+def base(pocket):
+    """The shipped base in NF4. Shared: no test may change it."""
+    return load_base(pocket)
