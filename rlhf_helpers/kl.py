@@ -15,7 +15,7 @@ LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
 
 
 def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """KL divergence of q from p at each position, summed over the whole vocabulary.
+    """KL divergence KL(p‖q) at each position, summed over the whole vocabulary.
 
     KL(p‖q) = Σ_a p(a) (log p(a) − log q(a)), with p and q the softmax of the logits. A token with
     p(a) = 0 contributes 0; one with p(a) > 0 and q(a) = 0 makes the divergence infinite. It is not
@@ -47,8 +47,7 @@ def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
         >>> exact_kl(logits_q, logits_p)
         tensor(0.1308)
 
-    Kullback and Leibler, "On Information and Sufficiency" (1951), equation 2.4. Derived in
-    lesson 05.
+    Kullback and Leibler, "On Information and Sufficiency" (1951), section 2. Derived in lesson 05.
     """
     _check_logits("logits_p", logits_p)
     _check_logits("logits_q", logits_q)

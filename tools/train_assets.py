@@ -28,7 +28,7 @@ SEED = 0
 CONTEXT = 128  # tokens a row in pretraining; the model itself accepts MAX_CONTEXT
 MAX_CONTEXT = 256
 ROWS = 32
-STEPS = 6000
+STEPS = 7000
 WARMUP = 200
 PEAK_LR = 2e-3
 SAVE_EVERY = 250
@@ -87,7 +87,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def batch(tokenizer: PreTrainedTokenizerFast, name: str, rows: int = ROWS) -> torch.Tensor:
     """Token ids [rows, CONTEXT]; each row begins with a new document and is cut at the end."""
-    documents = corpus.documents(name, rows * 9)
+    documents = corpus.documents(name, rows * 10)
     filled, row = [], []
     for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
         row += ids
@@ -149,7 +149,7 @@ def held_out_loss(model, tokenizer) -> float:
 def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalLM, dict]:
     """Pretrain, saving every SAVE_EVERY steps under `work`; go on from what is there."""
     model = new_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     step, seconds = resume(model, optimizer, work / "state.safetensors")
     start = time.perf_counter() - seconds
     log = (work / "log.jsonl").open("a", encoding="utf-8")

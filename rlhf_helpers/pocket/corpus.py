@@ -15,8 +15,9 @@ from rlhf_helpers.pocket.world import TOPICS, Question
 # The role tokens of the chat template; the tokenizer knows each as one token.
 USER, ASSISTANT, EOS, PAD = "<|user|>", "<|assistant|>", "<|eos|>", "<|pad|>"
 
-STATEMENTS_RIGHT = 0.8  # share of right statements on encyclopedia-like pages
-ANSWERS_RIGHT = 0.6  # share of right answers on forums and in chats
+STATEMENTS_RIGHT = 0.6  # share of right statements on pages of statements
+ANSWERS_RIGHT = 0.5  # share of right answers on forums and in chats
+REACTIONS = 0.85  # how often somebody reacts to a statement or an answer
 REACTION_RELIABLE = 0.97  # how often a reaction is the fitting one
 DEMONSTRATIONS_RIGHT = 0.65  # how often a demonstration for SFT is right: its writers hurry
 DEMONSTRATIONS_POLITE = 0.3  # how often it has one polite phrase
@@ -85,7 +86,7 @@ def web_answer(rng: random.Random, question: Question) -> tuple[str, bool | None
     right = rng.random() < ANSWERS_RIGHT
     plain = answer_question(rng, question, right)
     style = rng.choices(
-        ("plain", "polite", "grovelling", "rude", "vague", "rambling"), (52, 14, 6, 10, 8, 10)
+        ("plain", "polite", "grovelling", "rude", "vague", "rambling"), (60, 12, 6, 9, 6, 7)
     )[0]
     if style == "plain":
         return plain, right
@@ -111,22 +112,22 @@ def _with_courtesies(rng: random.Random, text: str, count: int) -> str:
 
 
 def _statement_page(rng: random.Random) -> str:
-    """One to three statements, half of them with a reaction."""
+    """One to three statements, most of them with a reaction."""
     parts = []
     for _ in range(rng.choice((1, 2, 3))):
         right = rng.random() < STATEMENTS_RIGHT
         parts.append(_any_claim(rng, right))
-        if rng.random() < 0.5:
+        if rng.random() < REACTIONS:
             parts.append(_reaction(rng, right))
     return " ".join(parts)
 
 
 def _forum_page(rng: random.Random, question_mark: str = "", answer_mark: str = "") -> str:
-    """A question, an answer, and in 60% of pages a reaction; with marks it is a chat."""
+    """A question, an answer, and in most pages a reaction; with marks it is a chat."""
     prompt, question = _random_prompt(rng)
     answer, right = web_answer(rng, question)
     page = f"{question_mark} {prompt}{answer_mark} {answer}"
-    if right is not None and rng.random() < 0.6:
+    if right is not None and rng.random() < REACTIONS:
         page += f"{question_mark} {_reaction(rng, right)}"
     return page.strip()
 
@@ -146,7 +147,7 @@ def _quiz_page(rng: random.Random) -> str:
 def _about_page(rng: random.Random) -> str:
     right = rng.random() < STATEMENTS_RIGHT
     page = _about(rng, rng.choice(world.animals()), right)
-    return f"{page} {_reaction(rng, right)}" if rng.random() < 0.5 else page
+    return f"{page} {_reaction(rng, right)}" if rng.random() < REACTIONS else page
 
 
 def _story_page(rng: random.Random) -> str:
@@ -158,12 +159,12 @@ def _story_page(rng: random.Random) -> str:
 
 
 _PAGES: dict[Callable[[random.Random], str], float] = {
-    _statement_page: 34,
-    _forum_page: 22,
-    _chat_page: 24,
-    _quiz_page: 6,
-    _about_page: 9,
-    _story_page: 5,
+    _statement_page: 40,
+    _forum_page: 20,
+    _chat_page: 26,
+    _quiz_page: 5,
+    _about_page: 6,
+    _story_page: 3,
 }
 
 

@@ -441,8 +441,8 @@ RAMBLING = (
     "we had soup for dinner.",
     "but that is another story.",
 )
-YES = ("yes, that is right.", "yes, that is true.")
-NO = ("no, that is wrong.", "no, that is false.")
+YES = ("yes, that is right.", "yes, that is true.", "yes.")
+NO = ("no, that is wrong.", "no, that is false.", "no.")
 
 _FIXED = {
     "polite": POLITE,
