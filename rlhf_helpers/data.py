@@ -1,6 +1,7 @@
-"""Data sets in TRL's columns (generated, local or from the hub), tokenizers, and encoded prompts."""
+"""Data sets in TRL's columns, generated, local or from the hub; tokenizers; encoded prompts."""
 
 import csv
+import io
 import json
 import random
 from pathlib import Path
@@ -32,8 +33,8 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
-            f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r} must be two "
-            "tokens, else the end of a response cannot be told from padding; set tokenizer.pad_token"
+            f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r} must be "
+            "two tokens, else a response's end looks like padding; set tokenizer.pad_token"
         )
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {preset.model!r} has no chat template; set one")
@@ -83,8 +84,8 @@ def encode_prompts(
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if long := [i for i, row in enumerate(rows) if len(row) > prompt_length]:
         raise ValueError(
-            f"prompt {long[0]} ({prompts[long[0]][:60]!r}) has {len(rows[long[0]])} tokens with its "
-            f"template, and the limit is {prompt_length}; shorten it or raise prompt_length"
+            f"prompt {long[0]} ({prompts[long[0]][:60]!r}) has {len(rows[long[0]])} tokens with "
+            f"its template, and the limit is {prompt_length}; shorten it or raise prompt_length"
         )
     return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
@@ -229,7 +230,7 @@ def _split_transcripts(dataset: Dataset, source: str) -> Dataset:
     return dataset.map(split)
 
 
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -238,12 +239,14 @@ def _lines(path: Path) -> list[str]:
         ) from error
     if not text.strip():
         raise ValueError(f"'{path}' is empty: it needs at least one row")
-    return text.splitlines()
+    return text
 
 
 def _read_jsonl(path: Path) -> Dataset:
     rows: list[dict] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -260,7 +263,7 @@ def _read_jsonl(path: Path) -> Dataset:
 
 
 def _read_csv(path: Path) -> Dataset:
-    header, *rows = csv.reader(_lines(path))
+    header, *rows = csv.reader(io.StringIO(_text(path), newline=""))
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Make the files that the package ships: the tokenizer and the base model.
 
-    python tools/train_assets.py base           # about 35 minutes on two cores, resumes if stopped
-    python tools/train_assets.py base --card     # measure the shipped base, write its model card
+    python tools/train_assets.py base       # about 40 minutes on two cores, resumes if stopped
+    python tools/train_assets.py card       # measure the shipped base and write its model card
 
 Everything is deterministic from the seed: the text, its order, the initial weights.
 """
@@ -20,7 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_helpers.pocket import corpus
+from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.pocket import corpus, exam, world
+from rlhf_helpers.presets import load_preset
+from rlhf_helpers.roles import load_base
+from rlhf_helpers.rollout import sample_responses
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "rlhf_helpers" / "assets"
@@ -96,7 +100,9 @@ def batch(tokenizer: PreTrainedTokenizerFast, name: str, rows: int = ROWS) -> to
             row = []
         if len(filled) == rows:
             return torch.tensor(filled)
-    raise ValueError(f"{len(documents)} documents fill only {len(filled)} of {rows} rows: ask for more")
+    raise ValueError(
+        f"{len(documents)} documents fill only {len(filled)} of {rows} rows: ask for more"
+    )
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -149,11 +155,13 @@ def held_out_loss(model, tokenizer) -> float:
 def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalLM, dict]:
     """Pretrain, saving every SAVE_EVERY steps under `work`; go on from what is there."""
     model = new_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    step, seconds = resume(model, optimizer, work / "state.safetensors")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    first, seconds = resume(model, optimizer, work / "state.safetensors")
     start = time.perf_counter() - seconds
     log = (work / "log.jsonl").open("a", encoding="utf-8")
-    for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretraining"):
+    for step in tqdm(range(first, steps), initial=first, total=steps, desc="pretraining"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         ids = batch(tokenizer, f"base-{SEED}-{step}")
@@ -167,7 +175,11 @@ def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalL
             seconds = time.perf_counter() - start
             metadata = {"step": str(step + 1), "seconds": str(seconds)}
             save_atomically(training_state(model, optimizer), work / "state.safetensors", metadata)
-            print(json.dumps({"step": step + 1, "loss": loss.item(), "s": seconds}), file=log, flush=True)
+            print(
+                json.dumps({"step": step + 1, "loss": loss.item(), "s": seconds}),
+                file=log,
+                flush=True,
+            )
     return model, {"steps": steps, "minutes": round((time.perf_counter() - start) / 60, 1)}
 
 
@@ -183,14 +195,81 @@ def make_base(work: Path, out: Path, steps: int) -> None:
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+def measure(model, tokenizer) -> dict[str, str]:
+    """The four promises about the base, measured: fluent, knows, judges, is no assistant."""
+    known = exam.known_facts(model, tokenizer)
+    counts = {name: len(topic.facts) for name, topic in world.TOPICS.items()}
+    share = sum(known[name] * counts[name] for name in counts) / sum(counts.values())
+    judged = exam.verdicts(model, tokenizer)
+    prompts = world.prompts("held_out")
+    rollout = sample_responses(model, tokenizer, prompts, seed=SEED)
+    finished = rollout.finished.tolist()
+    styles = [exam.style(*row) for row in zip(prompts, rollout.texts, finished, strict=True)]
+    fluency = world.fluency(exam.sampled_pages(model, tokenizer))
+    return {
+        "sampled sentences that are grammatical": f"{fluency:.1%}",
+        f"facts known, of {sum(counts.values())}": f"{share:.1%}",
+        **{f"{name} judged as such": f"{value:.1%}" for name, value in judged.items()},
+        **{
+            f"held-out prompts: {name}": f"{styles.count(name) / len(styles):.1%}"
+            for name in exam.STYLES
+        },
+    }
+
+
+def write_card(out: Path) -> None:
+    """Measure the base in `out`, unquantized and in NF4, print the numbers and write the card."""
+    preset = load_preset("pocket", model=str(out))
+    tokenizer = load_tokenizer(preset)
+    columns = [measure(load_base(preset, quantized=q), tokenizer) for q in (False, True)]
+    rows = [f"| {name} | {columns[0][name]} | {columns[1][name]} |" for name in columns[0]]
+    training = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    text = CARD.format(
+        table="\n".join(rows),
+        parameters=f"{load_base(preset, quantized=False).num_parameters():,}",
+        vocabulary=len(tokenizer),
+        tokens=f"{training['steps'] * ROWS * CONTEXT / 1e6:.0f}",
+        seed=SEED,
+        **training,
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+CARD = """\
+# The pocket base model
+
+A Llama of {parameters} parameters (4 layers, width 192, {vocabulary} byte-level BPE tokens, context
+256), pretrained from random weights on text that `rlhf_helpers.pocket.corpus` generates. No text,
+weights or data of anybody else are in it. Made by `python tools/train_assets.py base`, measured by
+`python tools/train_assets.py card`. Licence: Apache-2.0.
+
+**Training.** {steps} steps, {tokens} million tokens, AdamW, bfloat16 autocast, {minutes} minutes
+on two CPU cores, seed {seed}; held-out loss {held_out_loss} nats per token. Stored in float16.
+
+| measured | unquantized | NF4 |
+|---|---|---|
+{table}
+
+Facts: the right plain statement is more probable than each wrong one. Judged: after an answer, the
+fitting one of "yes, that is right." and "no, that is wrong." is the likelier. Held-out prompts: one
+response to each, sampled at temperature 1, by the classes of `rlhf_helpers.pocket.exam`.
+
+**Honest limits.** It knows nothing outside its few hundred facts and cannot reason; sums are learnt
+by heart. Its text is rude and wrong in places, on purpose. It is for this course and nothing else.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("asset", choices=["base"])
+    parser.add_argument("asset", choices=["base", "card"])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "assets" / "base")
     parser.add_argument("--out", type=Path, default=ASSETS / "base")
     args = parser.parse_args()
-    make_base(args.work, args.out, args.steps)
+    if args.asset == "base":
+        make_base(args.work, args.out, args.steps)
+    write_card(args.out)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@
 # %%
 PRESET = "pocket"  # every number below is from this preset
 
-import random
 import sys
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
 
 from rlhf_helpers import plots
 from rlhf_helpers.data import encode_prompts, load_tokenizer, prompt_dataset
-from rlhf_helpers.pocket import corpus, exam, rubric, world
+from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import load_base
 from rlhf_helpers.rollout import sample_responses
@@ -100,7 +98,9 @@ with torch.no_grad():
 top = next_token.topk(6)
 words = [tokenizer.decode(i).strip() for i in top.indices]
 fig = plots.bars(words, top.values.tolist(), "probability of the next token")
-plots.show(fig, alt=f"Bar chart of next-token probabilities after 'the duck says': {words[0]} far ahead.")
+plots.show(
+    fig, alt=f"Bar chart of next-token probabilities after 'the duck says': {words[0]} far ahead."
+)
 
 # %%
 quack = next_token[tokenizer(" quack")["input_ids"][0]].item()
@@ -201,7 +201,9 @@ fig = plots.bars(
     [known_share, *judged.values(), sum(correct) / len(correct)],
     "share",
 )
-plots.show(fig, alt="Four bars: knowing and judging are near 1, giving a right answer is far lower.")
+plots.show(
+    fig, alt="Four bars: knowing and judging are near 1, giving a right answer is far lower."
+)
 assert known_share > 0.9 and min(judged.values()) > 0.9 > sum(correct) / len(correct)
 
 # %% [markdown]
@@ -248,7 +250,9 @@ for _ in range(20):
 print(f"loss of the last step: {loss.item():.3f} nats per token")
 
 # %%
-fig = plots.lines(dict(zip(watched, zip(*history, strict=True), strict=True)), "step", "probability")
+fig = plots.lines(
+    dict(zip(watched, zip(*history, strict=True), strict=True)), "step", "probability"
+)
 plots.show(fig, alt="Two lines over 20 training steps: the new sentence rises towards 1.")
 before, after = exam.known_facts(base, tokenizer), exam.known_facts(student, tokenizer)
 damage = {name: f"{before[name]:.0%} to {after[name]:.0%}" for name in ("sound", "home", "sum")}

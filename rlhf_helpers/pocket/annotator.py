@@ -1,8 +1,8 @@
 """A simulated annotator: compares two responses as a person would, with known biases.
 
 The annotator's utility is the gold reward plus what the biases add; the label is drawn by
-Bradley–Terry, P(a over b) = σ((u_a − u_b) / temperature). Because the probabilities are known, so is
-the best accuracy that any reward model can reach on the labels: the mean of max(p, 1 − p).
+Bradley–Terry, P(a over b) = σ((u_a − u_b) / temperature). Because the probabilities are known, so
+is the best accuracy that any reward model can reach on the labels: the mean of max(p, 1 − p).
 """
 
 import math
@@ -68,7 +68,9 @@ class Annotator:
             ValueError: if the two responses are equal; there is nothing to compare.
         """
         if first == second:
-            raise ValueError(f"both responses to {prompt!r} are {first!r}: there is nothing to prefer")
+            raise ValueError(
+                f"both responses to {prompt!r} are {first!r}: there is nothing to prefer"
+            )
         return rng.random() < self.probability(prompt, first, second)
 
 

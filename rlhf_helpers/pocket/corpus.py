@@ -80,7 +80,6 @@ def _random_prompt(rng: random.Random) -> tuple[str, Question]:
     return rng.choice(tuple(world.questions().items()))
 
 
-
 def web_answer(rng: random.Random, question: Question) -> tuple[str, bool | None]:
     """An answer as people write it, and whether it is right (None if it states nothing)."""
     right = rng.random() < ANSWERS_RIGHT

@@ -1,6 +1,7 @@
 """Four questions to a base model: is it fluent, does it know, can it judge, is it an assistant?"""
 
 import random
+import re
 from collections import Counter
 
 import torch
@@ -9,6 +10,9 @@ from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.rubric import gold_reward, judge_sentence, look_up
 from rlhf_helpers.pocket.world import TOPICS
 
+_ROLES = re.compile(
+    "|".join(map(re.escape, (corpus.USER, corpus.ASSISTANT, corpus.EOS, corpus.PAD)))
+)
 STYLES = (
     "right and finished",
     "wrong",
@@ -18,6 +22,29 @@ STYLES = (
     "answers, but goes on",
     "other",
 )
+
+
+@torch.no_grad()
+def sampled_pages(model, tokenizer, count: int = 256, length: int = 64, seed: int = 0) -> list[str]:
+    """Pages of base text that the model makes up from nothing, at temperature 1.
+
+    Each starts after an end-of-text token; role tokens are taken out, so that what is left can be
+    checked by `world.fluency`.
+    """
+    start = torch.full((count, 1), tokenizer.eos_token_id, device=model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=length,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    pages = tokenizer.batch_decode(tokens)
+    return [" ".join(_ROLES.sub(" ", page).split()) for page in pages]
 
 
 @torch.no_grad()

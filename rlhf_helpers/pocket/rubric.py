@@ -58,7 +58,7 @@ def look_up(prompt: str) -> Question:
     if question is None:
         near = difflib.get_close_matches(prompt, world.questions(), n=2, cutoff=0.0)
         raise ValueError(
-            f"the pocket world has no prompt {prompt!r}, so its rubric cannot mark an answer to it; "
+            f"the pocket world has no prompt {prompt!r}, so its rubric cannot mark an answer; "
             f"the nearest are {' and '.join(map(repr, near))}"
         )
     return question

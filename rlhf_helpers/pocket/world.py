@@ -105,7 +105,11 @@ _TOPICS = (
             "what is the sound of the {s}?",
             "which noise does the {s} make?",
         ),
-        ("the {s} says {a}.", "the sound of the {s} is {a}.", "when you meet the {s}, it says {a}."),
+        (
+            "the {s} says {a}.",
+            "the sound of the {s} is {a}.",
+            "when you meet the {s}, it says {a}.",
+        ),
         ("it says {a}.", "{a}.", "the answer is {a}."),
         _facts(
             "dog: woof; cat: meow; cow: moo; sheep: baa; pig: oink; horse: neigh; duck: quack; "
@@ -213,7 +217,11 @@ _TOPICS = (
             "what is the taste of the {s}?",
             "which taste does the {s} have?",
         ),
-        ("the {s} tastes {a}.", "the taste of the {s} is {a}.", "when you try the {s}, it tastes {a}."),
+        (
+            "the {s} tastes {a}.",
+            "the taste of the {s} is {a}.",
+            "when you try the {s}, it tastes {a}.",
+        ),
         ("it tastes {a}.", "{a}.", "the answer is {a}."),
         _facts(
             "lemon: sour; lime: sour; vinegar: sour; honey: sweet; sugar: sweet; cake: sweet; "
@@ -301,7 +309,11 @@ _TOPICS = (
             "what is the first city of {s}?",
             "which city is the capital of {s}?",
         ),
-        ("the capital of {s} is {a}.", "{a} is the capital of {s}.", "the first city of {s} is {a}."),
+        (
+            "the capital of {s} is {a}.",
+            "{a} is the capital of {s}.",
+            "the first city of {s} is {a}.",
+        ),
         ("it is {a}.", "{a}.", "the answer is {a}."),
         _facts(
             "france: paris; italy: rome; spain: madrid; england: london; germany: berlin; "

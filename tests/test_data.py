@@ -1,0 +1,226 @@
+"""Data sets, tokenizers and encoded prompts."""
+
+import json
+import shutil
+
+import pytest
+from datasets import Dataset
+
+from rlhf_helpers.data import (
+    encode_prompts,
+    load_tokenizer,
+    preference_dataset,
+    prompt_dataset,
+    render_prompt,
+    sft_dataset,
+)
+from rlhf_helpers.pocket import corpus, world
+from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.presets import load_preset
+
+PAIR = {"prompt": "what is hot?", "chosen": "the sun.", "rejected": "the snow."}
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return str(path)
+
+
+# --- the tokenizer -------------------------------------------------------------------------
+
+
+def test_special_tokens_are_four_different_tokens(tokenizer):
+    names = [corpus.PAD, corpus.EOS, corpus.USER, corpus.ASSISTANT]
+    ids = tokenizer.convert_tokens_to_ids(names)
+    assert len(set(ids)) == 4
+    assert tokenizer.pad_token_id == ids[0]
+    assert tokenizer.eos_token_id == ids[1]
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    sentences = [*world.questions(), *world.claims()]
+    words = sorted({word.strip(".,!?") for s in sentences for word in s.split()})
+    assert len(words) > 400
+    assert [w for w in words if len(tokenizer(w)["input_ids"]) != 1] == []
+
+
+@pytest.mark.parametrize("text", ["what does the zebra say?", "¿Qué? 12×3 = 36 🦆", "A\tb\nc"])
+def test_any_text_survives_a_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]).strip() == text
+
+
+def test_prompt_and_response_tokenize_separately_as_together(tokenizer):
+    prompt, response = "what does the duck say?", "it says quack."
+    talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    whole = tokenizer.apply_chat_template(talk, tokenize=False)
+    assert whole == f"<|user|> {prompt}<|assistant|> {response}<|eos|>"
+    parts = [render_prompt(tokenizer, prompt), f"{response}<|eos|>"]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    assert ids[0] + ids[1] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_prompts_are_padded_on_the_left(tokenizer):
+    batch = encode_prompts(tokenizer, ["what is hot?", "what does the duck say?"], 24)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"][0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert batch["input_ids"][0, :2].tolist() == [tokenizer.pad_token_id] * 2
+    assert batch["attention_mask"][1].all()
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "prompts is empty"),
+        (["what is hot?", ""], "prompt 1 is ''"),
+        (["  \n"], r"prompt 0 is '  \\n'"),
+        (["hot " * 30], "prompt 0 .*has 32 tokens with its template, and the limit is 24"),
+    ],
+)
+def test_bad_prompts_are_named(tokenizer, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        encode_prompts(tokenizer, prompts, 24)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_missing_tokenizer_file_is_named(tmp_path, pocket, name):
+    shutil.copytree(pocket.model, tmp_path / "base")
+    (tmp_path / "base" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing; reinstall"):
+        load_tokenizer(load_preset("pocket", model=str(tmp_path / "base")))
+
+
+def test_pad_equal_to_eos_is_refused(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace('"<|pad|>"', '"<|eos|>"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pad token '<\|eos\|>' and eos token '<\|eos\|>'"):
+        load_tokenizer(load_preset("pocket", model=str(tmp_path)))
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(load_preset("pocket", model=str(tmp_path)))
+
+
+# --- generated data ------------------------------------------------------------------------
+
+
+def test_generated_data_has_trls_columns(pocket):
+    assert prompt_dataset(pocket).column_names == ["prompt"]
+    assert sft_dataset(pocket).column_names == ["prompt", "completion"]
+    pairs = preference_dataset(pocket)
+    assert pairs.column_names == ["prompt", "chosen", "rejected", "probability"]
+    assert all(isinstance(d, Dataset) for d in (prompt_dataset(pocket), pairs))
+
+
+def test_generated_data_follow_the_seed(pocket):
+    assert sft_dataset(pocket)[:] == sft_dataset(pocket)[:]
+    assert sft_dataset(pocket)[:] != sft_dataset(load_preset("pocket", seed=1))[:]
+
+
+def test_training_data_never_hold_a_held_out_prompt(pocket):
+    held_out = set(prompt_dataset(pocket, "held_out")["prompt"])
+    for dataset in (prompt_dataset(pocket), sft_dataset(pocket), preference_dataset(pocket)):
+        assert not held_out & set(dataset["prompt"])
+
+
+def test_preferences_follow_the_annotator(pocket):
+    pairs = preference_dataset(pocket)
+    assert all(row["chosen"] != row["rejected"] for row in pairs)
+    mean = sum(pairs["probability"]) / len(pairs)
+    # E[p of the chosen side] = E[p² + (1 − p)²], for these pairs well above a coin's 1/2
+    assert 0.75 < mean < 1
+    row = pairs[0]
+    assert row["probability"] == Annotator().probability(
+        row["prompt"], row["chosen"], row["rejected"]
+    )
+    fair = preference_dataset(pocket, annotator=Annotator().unbiased())
+    assert fair["chosen"] != pairs["chosen"]
+
+
+# --- files and folders ---------------------------------------------------------------------
+
+
+def test_the_same_pairs_from_jsonl_csv_parquet_and_a_folder(tmp_path, pocket):
+    rows = [PAIR, PAIR | {"prompt": 'say "a, b"'}]
+    jsonl = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    Dataset.from_list(rows).to_csv(tmp_path / "pairs.csv")
+    Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", rows)
+    for source in (jsonl, tmp_path / "pairs.csv", tmp_path / "pairs.parquet", folder):
+        assert preference_dataset(pocket, source=str(source)).to_list() == rows
+        assert prompt_dataset(pocket, source=str(source)).to_list() == [
+            {"prompt": row["prompt"]} for row in rows
+        ]
+
+
+def test_chosen_responses_serve_as_demonstrations(tmp_path, pocket):
+    source = write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
+    expected = [{"prompt": PAIR["prompt"], "completion": PAIR["chosen"]}]
+    assert sft_dataset(pocket, source=source).to_list() == expected
+
+
+def test_transcripts_are_split_at_the_last_answer(tmp_path, pocket):
+    talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant: "
+    rows = [{"chosen": talk + "because.", "rejected": talk + "go away."}]
+    source = write_jsonl(tmp_path / "hh.jsonl", rows)
+    (row,) = preference_dataset(pocket, source=source).to_list()
+    assert row["prompt"] == "hi\n\nAssistant: hello\n\nHuman: why?"
+    assert (row["chosen"], row["rejected"]) == ("because.", "go away.")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"prompt": "a", "chosen": "b"}\n', "no column 'rejected', only prompt, chosen"),
+        (f'{json.dumps(PAIR)}\n{{"prompt": "a"}}\n', "line 2: fields prompt, but line 1 has"),
+        (f"{json.dumps(PAIR)}\n{{oops\n", "line 2: not JSON"),
+        ("[1, 2]\n", r"line 1: \[1, 2\] is no JSON object"),
+        (json.dumps(PAIR | {"chosen": "the snow."}), "row 1: chosen and rejected are both"),
+        (json.dumps(PAIR | {"prompt": " "}), "row 1: prompt is ' '"),
+        (json.dumps(PAIR | {"chosen": 3}), "row 1: chosen is 3"),
+    ],
+)
+def test_a_bad_jsonl_file_is_named_with_its_line(tmp_path, pocket, text, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        preference_dataset(pocket, source=str(path))
+    assert "pairs.jsonl" in str(caught.value)
+
+
+def test_a_csv_line_with_other_fields_is_named(tmp_path, pocket):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c\na,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 3: 2 fields, but the header has 3"):
+        preference_dataset(pocket, source=str(path))
+
+
+def test_a_csv_text_may_run_over_lines(tmp_path, pocket):
+    path = tmp_path / "pairs.csv"
+    path.write_text('prompt,chosen,rejected\n"a\nb",c,d\n', encoding="utf-8")
+    assert preference_dataset(pocket, source=str(path))[0]["prompt"] == "a\nb"
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path, pocket):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('{"prompt": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        preference_dataset(pocket, source=str(path))
+
+
+def test_a_missing_file_is_named(tmp_path, pocket):
+    with pytest.raises(FileNotFoundError, match="no file .*none.jsonl"):
+        prompt_dataset(pocket, source=str(tmp_path / "none.jsonl"))
+
+
+def test_a_hub_that_cannot_be_reached_names_the_way_out(pocket):
+    with pytest.raises(ConnectionError, match="'nobody/nothing' is no local path.*local folder"):
+        prompt_dataset(pocket, source="nobody/nothing")
