@@ -89,7 +89,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, name: str, rows: int = ROWS) -> torch.Tensor:
+def batch(tokenizer: PreTrainedTokenizerFast, name: str, rows: int) -> torch.Tensor:
     """Token ids [rows, CONTEXT]; each row begins with a new document and is cut at the end."""
     documents = corpus.documents(name, rows * 10)
     filled, row = [], []
@@ -164,7 +164,7 @@ def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalL
     for step in tqdm(range(first, steps), initial=first, total=steps, desc="pretraining"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        ids = batch(tokenizer, f"base-{SEED}-{step}")
+        ids = batch(tokenizer, f"base-{SEED}-{step}", ROWS)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -1,0 +1,105 @@
+"""What is promised about the shipped base model, measured on the shipped files."""
+
+import json
+
+import pytest
+
+from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.presets import ASSETS
+from rlhf_helpers.rollout import sample_responses
+
+DUCK = "what does the duck say?"
+
+
+def test_the_assets_are_small_and_hold_no_pickle():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_the_base_is_fluent(base, tokenizer):
+    assert world.fluency(exam.sampled_pages(base, tokenizer)) >= 0.98
+
+
+def test_the_base_knows_the_facts(base, tokenizer):
+    known = exam.known_facts(base, tokenizer)
+    total = sum(len(topic.facts) for topic in world.TOPICS.values())
+    right = sum(known[name] * len(topic.facts) for name, topic in world.TOPICS.items())
+    assert right / total >= 0.95
+
+
+def test_the_base_tells_right_from_wrong(base, tokenizer):
+    judged = exam.verdicts(base, tokenizer)
+    assert min(judged.values()) >= 0.95
+
+
+def test_the_base_is_no_assistant(base, tokenizer):
+    prompts = world.prompts("held_out")
+    r = sample_responses(base, tokenizer, prompts, seed=1)
+    styles = [exam.style(*row) for row in zip(prompts, r.texts, r.finished.tolist(), strict=True)]
+    assert styles.count("right and finished") / len(styles) < 0.5
+    for name in ("wrong", "asks back", "rude", "vague or rambling", "answers, but goes on"):
+        assert styles.count(name) / len(styles) > 0.01, name
+
+
+def test_the_card_states_how_the_model_was_made():
+    card = (ASSETS / "base" / "README.md").read_text(encoding="utf-8")
+    training = json.loads((ASSETS / "base" / "training.json").read_text(encoding="utf-8"))
+    for key in ("steps", "minutes", "held_out_loss"):
+        assert str(training[key]) in card
+
+
+def test_known_facts_notices_a_model_that_knows_nothing(base, tokenizer):
+    """The exam itself: with its output rows shuffled, the model fails it."""
+    import copy
+
+    import torch
+
+    ignorant = copy.deepcopy(base)
+    weight = ignorant.get_output_embeddings().weight
+    with torch.no_grad():
+        weight.copy_(
+            weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))]
+        )
+    known = exam.known_facts(ignorant, tokenizer)
+    assert sum(known.values()) / len(known) < 0.5
+    judged = exam.verdicts(ignorant, tokenizer)
+    assert min(judged.values()) < 0.8
+
+
+def test_continuation_logprobs_are_those_of_a_plain_forward(base, tokenizer):
+    import torch
+
+    context, continuation = "<|eos|>the duck", "says quack."
+    scores = exam.continuation_logprobs(
+        base, tokenizer, [context, "<|eos|>"], [continuation, "the cow says moo."]
+    )
+    ids = tokenizer(context + " " + continuation, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logprobs = base(ids).logits[0].log_softmax(-1)
+    expected = sum(logprobs[i - 1, ids[0, i]] for i in range(3, ids.shape[1]))
+    assert scores[0].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "response, finished, expected",
+    [
+        ("quack.", True, "right and finished"),
+        ("quack.", False, "answers, but goes on"),
+        ("quack. yes, that is right.", True, "answers, but goes on"),
+        ("moo.", True, "wrong"),
+        ("what is hot?", True, "asks back"),
+        ("go away. quack.", True, "rude"),
+        ("i do not know.", True, "vague or rambling"),
+        ("quack the duck the", True, "other"),
+    ],
+)
+def test_style(response, finished, expected):
+    assert exam.style(DUCK, response, finished) == expected
+    assert expected in exam.STYLES
+
+
+def test_answers_question():
+    assert exam.answers_question(DUCK, "well, let me think. moo.")
+    assert not exam.answers_question(DUCK, "the cow says moo.")
+    assert rubric.gold_reward(DUCK, "the cow says moo.").answers == 0
