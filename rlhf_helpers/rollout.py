@@ -68,8 +68,8 @@ def sample_responses(
     prompt_length = room if prompt_length is None else prompt_length
     if prompt_length > room or room < 1:
         raise ValueError(
-            f"prompts of up to {prompt_length} tokens and responses of {response_length} do "
-            f"not fit the model's context of {model.config.max_position_embeddings}; shorten one of them"
+            f"prompts of up to {prompt_length} tokens and responses of {response_length} do not fit "
+            f"the model's context of {model.config.max_position_embeddings}; shorten one"
         )
     batch = encode_prompts(tokenizer, prompts, prompt_length).to(model.device)
     with torch.random.fork_rng(enabled=seed is not None):
