@@ -64,12 +64,13 @@ def sample_responses(
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; give a number above 0")
-    room = model.config.max_position_embeddings - response_length
+    context = model.config.max_position_embeddings
+    room = context - response_length
     prompt_length = room if prompt_length is None else prompt_length
     if prompt_length > room or room < 1:
         raise ValueError(
-            f"prompts of up to {prompt_length} tokens and responses of {response_length} do not fit "
-            f"the model's context of {model.config.max_position_embeddings}; shorten one"
+            f"prompts of up to {prompt_length} tokens and responses of {response_length} do not "
+            f"fit the model's context of {context}; shorten one"
         )
     batch = encode_prompts(tokenizer, prompts, prompt_length).to(model.device)
     with torch.random.fork_rng(enabled=seed is not None):
