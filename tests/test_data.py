@@ -73,7 +73,10 @@ def test_prompts_are_padded_on_the_left(tokenizer):
         ([], "prompts is empty"),
         (["what is hot?", ""], "prompt 1 is ''"),
         (["  \n"], r"prompt 0 is '  \\n'"),
-        (["hot " * 30], "prompt 0 .*has 32 tokens with its template, and the limit is 24"),
+        (
+            [" ".join(["hot"] * 30)],
+            "prompt 0 .*has 32 tokens with its template, and the limit is 24",
+        ),
     ],
 )
 def test_bad_prompts_are_named(tokenizer, prompts, message):

@@ -56,7 +56,7 @@ def test_samples_follow_the_scored_distribution(base, tokenizer, temperature):
 
     With generate's default top_k of 50 the rare tokens would never come, and this fails.
     """
-    count = 4000
+    count = 2000
     r = sample_responses(base, tokenizer, [PROMPTS[0]] * count, 2, temperature=temperature, seed=0)
     logprobs = response_logprobs(base, r.input_ids, r.attention_mask, 2, temperature)[:, 0]
     first = r.input_ids[:, -2]

@@ -49,7 +49,7 @@ def test_rows_start_with_a_document_and_repeat(new_tokenizer):
     assert rows.shape == (4, train_assets.CONTEXT)
     assert torch.equal(rows, train_assets.batch(new_tokenizer, "name", 4))
     assert not torch.equal(rows, train_assets.batch(new_tokenizer, "other", 4))
-    first = corpus.documents("name", 1)[0]
+    first = corpus.documents("name", 40)[0]
     assert new_tokenizer.decode(rows[0]).startswith(
         new_tokenizer.decode(new_tokenizer(first)["input_ids"])
     )
