@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 from IPython.display import display
 from matplotlib.figure import Figure
 
@@ -88,6 +89,7 @@ def lines(series: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
     for name, values in series.items():
         ax.plot(range(len(values)), values, label=name)
     ax.set(xlabel=x, ylabel=y)
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.legend()
     return fig
 

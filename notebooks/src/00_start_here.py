@@ -14,6 +14,7 @@
 # %%
 PRESET = "pocket"  # every number below is from this preset
 
+import re
 import sys
 
 import torch
@@ -58,7 +59,8 @@ plots.show(
 # Read the dashed line first. PPO does not see people, only the reward model; and the reward model is
 # right only where it has seen comparisons. The leash keeps PPO close to the SFT model, where those
 # comparisons came from. Lesson 05 cuts it, and shows what happens.
-#
+
+# %% [markdown]
 # ## A language model gives probabilities, nothing else
 #
 # For each token of its vocabulary a model puts out one number, a *logit* $z_i$. The probability is
@@ -84,11 +86,11 @@ print("tokens:", tokenizer.convert_ids_to_tokens(ids[0]), "(Ġ is a blank)")
 print("vocabulary:", len(tokenizer), "tokens")
 
 # %% [markdown]
-# <details><summary><b>Predict before you run.</b> The base text is right four times in five when it
-# states a fact, and a wrong statement takes any of the other sounds. Roughly what probability does
-# "quack" get, and what is left for all other sounds together?</summary>
+# <details><summary><b>Predict before you run.</b> In the base text about two statements in three are
+# right, and a wrong one takes any other sound. Roughly what probability does "quack" get, and what is
+# left for all other sounds together?</summary>
 #
-# A model that fits its text well says about 0.8 for "quack" and spreads about 0.2 over the other 17
+# A model that fits its text well says about 2/3 for "quack" and spreads about 1/3 over the other
 # sounds. It reports how often people write it, which is not the same as what is true.
 # </details>
 
@@ -102,15 +104,27 @@ plots.show(
     fig, alt=f"Bar chart of next-token probabilities after 'the duck says': {words[0]} far ahead."
 )
 
+# %% [markdown]
+# One word leads, and the rest share what is left. Is that what the text says? We count, over all
+# animals, how often a statement of this form is right in 30,000 pages of base text, and compare it
+# with the model's probability of the right sound.
+
 # %%
-quack = next_token[tokenizer(" quack")["input_ids"][0]].item()
-print(f"P(quack | the duck says) = {quack:.2f}")
-assert quack > 0.5
+pages = " ".join(corpus.documents("count", 30_000))
+stated = re.findall(r"the (\w+) says (\w+)\.", pages)
+sounds = world.TOPICS["sound"].facts
+in_text = sum(sound in sounds[animal] for animal, sound in stated) / len(stated)
+in_model = exam.continuation_logprobs(
+    base, tokenizer, [f"the {animal} says" for animal in sounds], [s[0] for s in sounds.values()]
+).exp()
+print(f"right in the text {in_text:.2f}, probability of right in the model {in_model.mean():.2f}")
+assert abs(in_text - in_model.mean()) < 0.1
 
 # %% [markdown]
-# One word leads, and the rest share what is left. The figure does not show that the model
-# "believes" anything: it shows the frequencies of its text.
-#
+# The two agree. So the figure does not show what the model "believes": it shows the frequencies of
+# its text, mistakes included.
+
+# %% [markdown]
 # ## It continues the page; it does not answer you
 #
 # To talk to a model we wrap the question in a *chat template*: role tokens that say who speaks.
@@ -129,7 +143,8 @@ for text in sample_responses(base, tokenizer, [prompt] * 8, seed=preset.seed).te
 # Some answers are right. Others are wrong, rude, or ramble, or another question comes back, as on
 # the pages the model has read. A single draw tells little, so we draw for many questions, and for
 # that we need somebody to mark them.
-#
+
+# %% [markdown]
 # ## The rubric: what a good response is
 #
 # In the pocket world we know the truth, so a *rubric* can mark every response. We call its total the
@@ -176,9 +191,11 @@ print(f"mean gold reward of the base model: {gold:.2f} of at most 1.90")
 assert shares[0] < 0.5
 
 # %% [markdown]
-# Less than half of the responses are right, to the point and finished. The figure does not say why.
-# Does the model not *know*, or does it know and not *do*?
-#
+# Few of the responses are right, to the point and finished. The largest classes are wrong answers and
+# right ones that go on with what people on the web write next. The figure does not say why. Does the
+# model not *know*, or does it know and not *do*?
+
+# %% [markdown]
 # ## It knows more than it says
 #
 # Two other questions separate these. *Knowledge*: is the right statement ("the duck says quack.")
@@ -211,7 +228,8 @@ assert known_share > 0.9 and min(judged.values()) > 0.9 > sum(correct) / len(cor
 # there; what is missing is the habit of using it for the person who asks. *Alignment* moves
 # probability towards what people prefer; it adds few facts. The figure does not show that this is so
 # for large models; there it is a hypothesis (Zhou et al. 2023, further reading).
-#
+
+# %% [markdown]
 # ## Training moves probability: a first step of your own
 #
 # Training on a text raises its log-probability by following the gradient. We teach the base one
@@ -264,7 +282,8 @@ assert history[-1][0] > 0.5 > history[0][0]
 # in three topics, before and after. One sentence repeated 20 times is an extreme case, but the lesson
 # is general. Every update moves more than you aim at, and you see it only if you measure it. That is
 # why the frozen reference and the KL penalty exist.
-#
+
+# %% [markdown]
 # ## A failure on purpose: padding on the wrong side
 #
 # Responses to prompts of different lengths are sampled in one batch, so the short prompts are padded.
@@ -277,6 +296,7 @@ def sample_with_padding(side):
     texts = [f"<|user|> {p}<|assistant|>" for p in held_out[:128]]
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
     torch.manual_seed(preset.seed)
+    transformers.logging.set_verbosity_error()  # it warns about the right side; see below
     tokens = base.generate(**batch, max_new_tokens=24, do_sample=True, top_k=0, top_p=1.0)
     new = tokens[:, batch["input_ids"].shape[1] :]
     return [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -292,10 +312,12 @@ for side in ("left", "right"):
 assert answering["right"] < answering["left"]
 
 # %% [markdown]
-# Nothing crashes, and that is the trouble: the code runs and the answers get worse. The signature in a
-# log is a share that is too low from the very first step, before any training. The helper's
-# `encode_prompts` always pads on the left.
-#
+# Nothing crashes, and that is the trouble: the code runs and the answers get worse. (transformers
+# logs one warning, easily lost among others; we silenced it here.) The signature in your own log is a
+# share that is too low from the very first step, before any training. The helper's `encode_prompts`
+# always pads on the left.
+
+# %% [markdown]
 # ## How the exercises work
 #
 # From lesson 01 on, each lesson has a notebook of the same name in `exercises/` and one in
@@ -310,7 +332,8 @@ assert answering["right"] < answering["left"]
 # | log-probabilities, advantages, the clipped objective | 03 |
 # | four roles on one base, a whole PPO run | 04 |
 # | the KL penalty, reward hacking, diversity | 05 |
-#
+
+# %% [markdown]
 # ## The number to beat
 
 # %% tags=["headline"]
