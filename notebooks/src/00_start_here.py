@@ -22,7 +22,7 @@ import transformers
 
 from rlhf_helpers import plots
 from rlhf_helpers.data import encode_prompts, load_tokenizer, prompt_dataset
-from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import load_base
 from rlhf_helpers.rollout import sample_responses
