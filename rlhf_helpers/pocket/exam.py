@@ -26,24 +26,24 @@ STYLES = (
 
 @torch.no_grad()
 def sampled_pages(model, tokenizer, count: int = 256, length: int = 64, seed: int = 0) -> list[str]:
-    """Pages of base text that the model makes up from nothing, at temperature 1.
+    """Pages of base text that the model makes up, at temperature 1.
 
-    Each starts after an end-of-text token; role tokens are taken out, so that what is left can be
-    checked by `world.fluency`.
+    Each follows a finished page of real base text, as pages did in pretraining, and is not told what
+    to be about. Role tokens are taken out, so that `world.fluency` can check what is left.
     """
-    start = torch.full((count, 1), tokenizer.eos_token_id, device=model.device)
+    before = corpus.documents(f"before-{seed}", count)
+    start = tokenizer(before, padding=True, padding_side="left", return_tensors="pt")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokens = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
+            **start.to(model.device),
             max_new_tokens=length,
             do_sample=True,
             top_k=0,
             top_p=1.0,
             pad_token_id=tokenizer.pad_token_id,
         )
-    pages = tokenizer.batch_decode(tokens)
+    pages = tokenizer.batch_decode(tokens[:, start["input_ids"].shape[1] :])
     return [" ".join(_ROLES.sub(" ", page).split()) for page in pages]
 
 
@@ -80,15 +80,17 @@ def continuation_logprobs(
 def known_facts(model, tokenizer) -> dict[str, float]:
     """For each topic, the share of facts whose right statement beats every wrong one.
 
-    The statement's plain form is scored ("the duck says quack."), as a document of its own.
+    The statement's plain form is scored from the answer on ("the duck says" | "quack.").
     """
-    questions, texts = [], []
+    questions, contexts, continuations = [], [], []
     for topic in TOPICS.values():
         for subject in topic.facts:
             for answer in topic.answers:
                 questions.append((topic.name, subject, answer))
-                texts.append(topic.statements[0].format(s=subject, a=answer))
-    scores = continuation_logprobs(model, tokenizer, [corpus.EOS] * len(texts), texts)
+                before, after = topic.statements[0].format(s=subject, a="|").split("|")
+                contexts.append(before.strip())
+                continuations.append(answer + after)
+    scores = continuation_logprobs(model, tokenizer, contexts, continuations)
     best: dict[tuple[str, str], tuple[float, str]] = {}
     for (topic, subject, answer), score in zip(questions, scores.tolist(), strict=True):
         best[topic, subject] = max(best.get((topic, subject), (-1e9, "")), (score, answer))
@@ -116,9 +118,7 @@ def verdicts(model, tokenizer, seed: int = 0) -> dict[str, float]:
             for subject in topic.facts:
                 prompt = topic.questions[0].format(s=subject)
                 answer = corpus.answer_question(rng, look_up(prompt), right)
-                contexts.append(
-                    f"{corpus.EOS}{corpus.USER} {prompt}{corpus.ASSISTANT} {answer}{corpus.USER}"
-                )
+                contexts.append(f"{corpus.USER} {prompt}{corpus.ASSISTANT} {answer}{corpus.USER}")
         yes, no = (
             continuation_logprobs(model, tokenizer, contexts, [reaction] * len(contexts))
             for reaction in (world.YES[0], world.NO[0])
