@@ -88,7 +88,7 @@ def test_continuation_logprobs_are_those_of_a_plain_forward(base, tokenizer):
         ("quack.", False, "answers, but goes on"),
         ("quack. yes, that is right.", True, "answers, but goes on"),
         ("moo.", True, "wrong"),
-        ("what is hot?", True, "asks back"),
+        ("what is the opposite of hot?", True, "asks back"),
         ("go away. quack.", True, "rude"),
         ("i do not know.", True, "vague or rambling"),
         ("quack the duck the", True, "other"),
