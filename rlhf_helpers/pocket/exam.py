@@ -28,8 +28,8 @@ STYLES = (
 def sampled_pages(model, tokenizer, count: int = 256, length: int = 64, seed: int = 0) -> list[str]:
     """Pages of base text that the model makes up, at temperature 1.
 
-    Each follows a finished page of real base text, as pages did in pretraining, and is not told what
-    to be about. Role tokens are taken out, so that `world.fluency` can check what is left.
+    Each follows a finished page of real base text, as pages did in pretraining, and is not told
+    what to be about. Role tokens are taken out, so that `world.fluency` can check what is left.
     """
     before = corpus.documents(f"before-{seed}", count)
     start = tokenizer(before, padding=True, padding_side="left", return_tensors="pt")
