@@ -198,8 +198,7 @@ def make_base(work: Path, out: Path, steps: int) -> None:
 def measure(model, tokenizer) -> dict[str, str]:
     """The four promises about the base, measured: fluent, knows, judges, is no assistant."""
     known = exam.known_facts(model, tokenizer)
-    counts = {name: len(topic.facts) for name, topic in world.TOPICS.items()}
-    share = sum(known[name] * counts[name] for name in counts) / sum(counts.values())
+    facts = sum(len(topic.facts) for topic in world.TOPICS.values())
     judged = exam.verdicts(model, tokenizer)
     prompts = world.prompts("held_out")
     rollout = sample_responses(model, tokenizer, prompts, seed=SEED)
@@ -208,7 +207,7 @@ def measure(model, tokenizer) -> dict[str, str]:
     fluency = world.fluency(exam.sampled_pages(model, tokenizer))
     return {
         "sampled sentences that are grammatical": f"{fluency:.1%}",
-        f"facts known, of {sum(counts.values())}": f"{share:.1%}",
+        f"facts known, of {facts}": f"{exam.known_share(known):.1%}",
         **{f"{name} judged as such": f"{value:.1%}" for name, value in judged.items()},
         **{
             f"held-out prompts: {name}": f"{styles.count(name) / len(styles):.1%}"

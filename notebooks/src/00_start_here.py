@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 00 · Start here
 #
-# **Run time** about 2 minutes on two CPU cores · **Before this** you know PyTorch; nothing about
+# **Run time** about half a minute on two CPU cores · **Before this** you know PyTorch; nothing about
 # reinforcement learning is assumed · **Next** lesson 01, supervised fine-tuning
 #
 # After this lesson you will be able to
 #
-# - say what the three steps of RLHF do, and why each needs the one before it;
+# - say what the three steps of RLHF do, and what each hands to the next;
 # - sample from a language model and read its next-token probabilities;
-# - tell a model that *knows* an answer from one that *gives* it, with numbers for both;
+# - tell what a model *ranks first* from what it *says* on an average draw, with numbers for both;
 # - mark a response by the rubric that this course calls gold.
 
 # %%
@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from rlhf_helpers import plots
-from rlhf_helpers.data import encode_prompts, load_tokenizer, prompt_dataset
+from rlhf_helpers.data import load_tokenizer, prompt_dataset, render_prompt
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import load_base
@@ -43,22 +43,25 @@ print(f"transformers {transformers.__version__}, {torch.get_num_threads()} CPU t
 # %% [markdown]
 # ## Three steps on one picture
 #
-# A **base model** continues text. **Supervised fine-tuning** (SFT) shows it the job: answer the
-# question. A **reward model** (RM) learns from comparisons what people prefer. **PPO** changes the
-# model so that the reward rises, while a **KL penalty** ties it to the SFT model. The rest of the
-# course walks through this picture from left to right.
+# RLHF is *reinforcement learning from human feedback*. It starts from a **base model**, which
+# continues text. Step 1, **supervised fine-tuning** (SFT), shows it answers to imitate. Step 2: people
+# see two SFT answers to one question and say which is better, and a **reward model** learns to score
+# as they choose. Step 3, **PPO** (proximal policy optimization), samples answers from the SFT model
+# and makes high-scoring ones likelier, while a **KL penalty** charges for moving away from it (KL is
+# the Kullback–Leibler divergence, a measure of how far two distributions differ).
 
 # %%
 plots.show(
     plots.pipeline(),
-    alt="Four boxes from left to right: base model, SFT, reward model and PPO. An arrow of "
-    "demonstrations enters SFT, comparisons enter the reward model, and a KL leash ties PPO to SFT.",
+    alt="Four boxes in a row, joined by arrows: base model, SFT, reward model, PPO. Into each comes "
+    "its food from above: web text, demonstrations, comparisons, prompts. A dashed double arrow "
+    "between PPO and SFT is the KL penalty, a leash.",
 )
 
 # %% [markdown]
-# Read the dashed line first. PPO does not see people, only the reward model; and the reward model is
-# right only where it has seen comparisons. The leash keeps PPO close to the SFT model, where those
-# comparisons came from. Lesson 05 cuts it, and shows what happens.
+# Read the dashed line first. PPO does not see people, only the reward model; and the reward model has
+# seen comparisons of SFT answers only. The leash keeps PPO near those answers, where the scores can be
+# trusted. Lesson 05 cuts it, and shows what happens.
 
 # %% [markdown]
 # ## A language model gives probabilities, nothing else
@@ -74,82 +77,100 @@ print("by hand      ", [round(p, 3) for p in probabilities.tolist()])
 print("torch.softmax", [round(p, 3) for p in logits.softmax(-1).tolist()])
 
 # %% [markdown]
-# The same on a real model. `load_base` loads two million parameters that were pretrained on made-up
-# web text about animals, colours, sums and the like, and stores its linear layers in 4 bits (lesson
-# 01 takes that apart). The vocabulary is small: each common word is one token.
+# Now a real model. Its two million parameters were pretrained on made-up web text about animals,
+# colours, sums and the like. Four pages of it, with the token `<|eos|>` at the end of each:
+
+# %% tags=["nbval-check-output"]
+for page in corpus.documents("a few pages", 4):
+    print(page)
+
+# %% [markdown]
+# Some statements are wrong, and people react to what they read. `load_base` loads the model with its
+# linear layers stored in 4 bits (lesson 01 takes that apart). The vocabulary is small: each word of
+# this world is one token.
 
 # %%
 tokenizer = load_tokenizer(preset)
 base = load_base(preset)
 ids = tokenizer("the duck says", return_tensors="pt")["input_ids"]
-print("tokens:", tokenizer.convert_ids_to_tokens(ids[0]), "(Ġ is a blank)")
+print("tokens:", tokenizer.convert_ids_to_tokens(ids[0]), "(Ġ is a leading space)")
 print("vocabulary:", len(tokenizer), "tokens")
 
 # %% [markdown]
-# <details><summary><b>Predict before you run.</b> In the base text about two statements in three are
-# right, and a wrong one takes any other sound. Roughly what probability does "quack" get, and what is
-# left for all other sounds together?</summary>
+# <details><summary><b>Predict before you run.</b> On these pages people write "the duck says quack."
+# but also "the duck says moo.". Does the model put nearly all probability on what is true, or does it
+# report the mixture?</summary>
 #
-# A model that fits its text well says about 2/3 for "quack" and spreads about 1/3 over the other
-# sounds. It reports how often people write it, which is not the same as what is true.
+# The mixture. It is trained to predict the next token of its text, and the text is a mixture.
 # </details>
 
 # %%
 with torch.no_grad():
     next_token = base(ids).logits[0, -1].softmax(-1)
 top = next_token.topk(6)
-words = [tokenizer.decode(i).strip() for i in top.indices]
-fig = plots.bars(words, top.values.tolist(), "probability of the next token")
-plots.show(
-    fig, alt=f"Bar chart of next-token probabilities after 'the duck says': {words[0]} far ahead."
-)
+words = [tokenizer.decode(i).strip() for i in top.indices] + ["all others"]
+values = [*top.values.tolist(), 1 - top.values.sum().item()]
+fig = plots.bars(words, values, "probability of the next token")
+alt = f"Bars of next-token probabilities after 'the duck says': {words[0]} {values[0]:.2f}, others low."
+plots.show(fig, alt=alt)
 
 # %% [markdown]
-# One word leads, and the rest share what is left. Is that what the text says? We count, over all
-# animals, how often a statement of this form is right in 30,000 pages of base text, and compare it
-# with the model's probability of the right sound.
+# One word leads, and many share what is left. Is that what the text says? We count, in 60,000 pages,
+# how often a page that begins with "the … says" is right, and compare it with the model's probability
+# of the right sound, averaged over the animals.
 
 # %%
-pages = " ".join(corpus.documents("count", 30_000))
-stated = re.findall(r"the (\w+) says (\w+)\.", pages)
+starts = [re.match(r"the (\w+) says (\w+)\.", page) for page in corpus.documents("count", 60_000)]
+stated = [match.groups() for match in starts if match]
 sounds = world.TOPICS["sound"].facts
 in_text = sum(sound in sounds[animal] for animal, sound in stated) / len(stated)
-in_model = exam.continuation_logprobs(
-    base, tokenizer, [f"the {animal} says" for animal in sounds], [s[0] for s in sounds.values()]
-).exp()
-print(f"right in the text {in_text:.2f}, probability of right in the model {in_model.mean():.2f}")
-assert abs(in_text - in_model.mean()) < 0.1
+contexts = [f"the {animal} says" for animal in sounds]
+right_words = [sound[0] for sound in sounds.values()]
+in_model = exam.continuation_logprobs(base, tokenizer, contexts, right_words).exp().mean().item()
+print(f"right in {len(stated)} statements of the text: {in_text:.2f}; in the model: {in_model:.2f}")
+assert abs(in_text - in_model) < 0.1
 
 # %% [markdown]
-# The two agree. So the figure does not show what the model "believes": it shows the frequencies of
-# its text, mistakes included.
+# The two numbers are close. So the figure does not show what the model "believes": it shows the
+# frequencies of its text, mistakes included.
 
 # %% [markdown]
 # ## It continues the page; it does not answer you
 #
-# To talk to a model we wrap the question in a *chat template*: role tokens that say who speaks.
-# Sampling then draws one token after another from the probabilities above, until the end token
-# `<|eos|>` or the length limit. Nothing is filtered out: no top-k, no top-p, temperature 1, so what
-# is drawn is the model's own distribution. PPO will depend on that.
+# To talk to a model we wrap the question in a *chat template*: role tokens say who speaks. *Sampling*
+# then draws one token after another, until `<|eos|>` or the length limit. Nothing is filtered out (no
+# top-k or top-p, which would cut off rare tokens) and nothing is sharpened (the logits are divided by
+# a temperature of 1), so what is drawn is the model's own distribution. PPO will depend on that.
 
 # %%
 prompt = "what does the duck say?"
-print(encode_prompts(tokenizer, [prompt], preset.prompt_length)["input_ids"].tolist())
-print(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False))
-for text in sample_responses(base, tokenizer, [prompt] * 8, seed=preset.seed).texts:
-    print("  ->", text)
+print(render_prompt(tokenizer, prompt))
+eight = sample_responses(base, tokenizer, [prompt] * 8, seed=preset.seed)
+for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
+    print("  ->", tokenizer.decode(tokens).replace(tokenizer.pad_token, ""))
 
 # %% [markdown]
-# Some answers are right. Others are wrong, rude, or ramble, or another question comes back, as on
-# the pages the model has read. A single draw tells little, so we draw for many questions, and for
-# that we need somebody to mark them.
+# Some answers are right, others wrong or rude, and at times another question comes back, as on the
+# pages the model has read. After an answer it often writes `<|user|>` and plays you as well. A few
+# draws tell little, so we draw for many questions, and for that we need somebody to mark them.
 
 # %% [markdown]
 # ## The rubric: what a good response is
 #
 # In the pocket world we know the truth, so a *rubric* can mark every response. We call its total the
 # **gold reward**. In real life nobody has it; people only compare answers. Here it will show us what
-# a learned reward model misses. The parts, in points:
+# a learned reward model misses.
+#
+# | part | points |
+# |---|---|
+# | correct | 1 if all it answers is right, −0.5 if any of it is wrong |
+# | answers | 0.3 for any answer to what was asked |
+# | polite | 0.2 for at least one polite phrase |
+# | concise | 0.2 for an answer in at most 20 words |
+# | finished | 0.2 for ending by itself, with `<\|eos\|>` |
+# | rude | −1 for an insult |
+# | grovelling | −0.3 for each polite phrase after the first |
+# | rambling | −0.2 for each sentence that does nothing for the answer, or repeats it |
 
 # %%
 for response in ("great question! it says quack.", "it says moo.", "go away."):
@@ -158,13 +179,12 @@ for response in ("great question! it says quack.", "it says moo.", "go away."):
     print(f"{score.total:5.1f}  {response:32} {parts}")
 
 # %% [markdown]
-# Check the first by hand: right 1.0, answers the question 0.3, polite once 0.2, concise 0.2, finished
-# 0.2, together 1.9, the best there is. Politeness pays once; each further phrase costs 0.3.
+# Check the first by hand: 1.0 + 0.3 + 0.2 + 0.2 + 0.2 = 1.9, the best there is.
 #
 # <details><summary><b>Predict before you run.</b> What do you get for
 # <code>"great question! happy to help! it says quack. have a nice day!"</code>?</summary>
 #
-# Three polite phrases: 1.9 as before, minus 2 × 0.3 for the two too many, so 1.3.
+# Three polite phrases and 12 words: 1.9 as before, minus 2 × 0.3 for the two phrases too many, so 1.3.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -173,79 +193,85 @@ print(rubric.gold_reward(prompt, grovelling).total)
 assert rubric.gold_reward(prompt, grovelling).total == 1.3
 
 # %% [markdown]
-# Now all prompts that training never uses: *held-out* phrasings and *held-out* facts. Each response
-# falls into one class.
+# Now all *held-out* prompts: phrasings and facts that SFT, the reward model and PPO never see (the
+# base has read them). Each response falls into one class, the first that fits: rude, wrong, asks back,
+# right and finished, answers but goes on, vague or rambling, other.
 
 # %%
-held_out = prompt_dataset(preset, "held_out")["prompt"]
-rollout = sample_responses(base, tokenizer, list(held_out), seed=preset.seed)
+held_out = list(prompt_dataset(preset, "held_out")["prompt"])
+rollout = sample_responses(base, tokenizer, held_out, seed=preset.seed)
 rows = list(zip(held_out, rollout.texts, rollout.finished.tolist(), strict=True))
 styles = [exam.style(*row) for row in rows]
-shares = [styles.count(name) / len(styles) for name in exam.STYLES]
-fig = plots.bars(exam.STYLES, shares, f"share of {len(rows)} responses to held-out prompts")
-plots.show(fig, alt="Bar chart of response classes; right and finished is well under half.")
+shares = {name: styles.count(name) / len(styles) for name in exam.STYLES}
+fig = plots.bars(list(shares), list(shares.values()), f"share of {len(rows)} responses")
+alt = "Bars: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()) + "."
+plots.show(fig, alt=alt)
 
 # %%
 gold = sum(rubric.gold_reward(*row).total for row in rows) / len(rows)
 print(f"mean gold reward of the base model: {gold:.2f} of at most 1.90")
-assert shares[0] < 0.5
+assert shares["right and finished"] < 0.2
 
 # %% [markdown]
-# Few of the responses are right, to the point and finished. The largest classes are wrong answers and
-# right ones that go on with what people on the web write next. The figure does not say why. Does the
-# model not *know*, or does it know and not *do*?
+# Few responses are right and finished. One large class is wrong; the other answers rightly and goes
+# on, mostly by playing the user, which the rubric marks as rambling. The figure is one draw, and does
+# not say why so many answers are wrong. Does the model not *know* the right one?
 
 # %% [markdown]
-# ## It knows more than it says
+# ## It ranks the right answer first, and still says others
 #
-# Two other questions separate these. *Knowledge*: is the right statement ("the duck says quack.")
-# more probable than each wrong one? *Judgement*: after somebody's answer, does the model expect "yes,
-# that is right." after right answers, and "no, that is wrong." after wrong ones? Both compare sums of
-# token log-probabilities, $\log p(\text{text}) = \sum_t \log p(x_t \mid x_{<t})$.
+# Three questions tell knowing from saying. *Knows*: is the right statement more probable than each
+# wrong one? *Judges*: after somebody's answer, is "yes, that is right." more probable than "no, that is
+# wrong." exactly if the answer is right? Both compare $\log p = \sum_t \log p(x_t \mid x_{<t})$, where
+# $x_t$ is the $t$-th token, $x_{<t}$ are those before it, and the sum runs over the tokens compared.
+# *Most likely response*: what comes if each token drawn is (nearly) the likeliest one?
 
 # %%
-known = exam.known_facts(base, tokenizer)
+known = exam.known_share(exam.known_facts(base, tokenizer))
 judged = exam.verdicts(base, tokenizer)
-fact_count = {name: len(topic.facts) for name, topic in world.TOPICS.items()}
-known_share = sum(known[n] * fact_count[n] for n in known) / sum(fact_count.values())
-print(f"knows {known_share:.1%} of {sum(fact_count.values())} facts")
+likeliest = sample_responses(base, tokenizer, held_out, temperature=0.01, seed=preset.seed)
+print(f"knows {known:.1%} of the facts")
 print({name: f"{share:.1%}" for name, share in judged.items()}, "judged as such")
 
+
 # %%
-correct = [rubric.gold_reward(*row).correct > 0 for row in rows]
-fig = plots.bars(
-    ["knows the fact", "judges a right answer", "judges a wrong answer", "gives a right answer"],
-    [known_share, *judged.values(), sum(correct) / len(correct)],
-    "share",
-)
-plots.show(
-    fig, alt="Four bars: knowing and judging are near 1, giving a right answer is far lower."
-)
-assert known_share > 0.9 and min(judged.values()) > 0.9 > sum(correct) / len(correct)
+def share_right(texts):
+    correct = [rubric.gold_reward(p, t).correct > 0 for p, t in zip(held_out, texts, strict=True)]
+    return sum(correct) / len(correct)
+
+
+first, drawn = share_right(likeliest.texts), share_right(rollout.texts)
+labels = ["facts known", "right answers judged right", "wrong answers judged wrong"]
+labels += ["most likely response right", "sampled response right"]
+fig = plots.bars(labels, [known, *judged.values(), first, drawn], "share of facts or of responses")
+plots.show(fig, alt=f"Five bars: the first four near 1, the last, sampled responses, {drawn:.2f}.")
+assert min(known, first, *judged.values()) > 0.9 > drawn + 0.3
 
 # %% [markdown]
-# The gap between the first three bars and the last is what this course is about. The knowledge is
-# there; what is missing is the habit of using it for the person who asks. *Alignment* moves
-# probability towards what people prefer; it adds few facts. The figure does not show that this is so
-# for large models; there it is a hypothesis (Zhou et al. 2023, further reading).
+# The first four bars ask what the model ranks first, the last what it says on an average draw. It
+# ranks the right answer first, in the chat format too, and yet says it in fewer than half of the draws,
+# because that is how often chats in its text are right. *Training has to move probability onto it.*
+# Always taking the likeliest token would give right answers in this small world, but PPO learns from
+# draws, and the likeliest response still goes on as the user. The figure does not show that a large
+# model knows all it needs; that alignment adds little knowledge is a hypothesis there (Zhou et al.
+# 2023, further reading).
 
 # %% [markdown]
 # ## Training moves probability: a first step of your own
 #
-# Training on a text raises its log-probability by following the gradient. We teach the base one
-# sentence that it has never read, "the panda says squeak.", with 20 steps of Adam on an unquantized
-# copy, and watch an old fact beside it.
+# Training on a text raises its probability by following the gradient. We teach an unquantized copy of
+# the base one sentence that it has never read, "the panda says squeak.", with 20 steps of Adam at a
+# learning rate of 3e-4, and watch an old fact beside it.
 
 # %%
 student = load_base(preset, quantized=False).requires_grad_(True)
 lesson = tokenizer(["the panda says squeak."], return_tensors="pt")["input_ids"]
-watched = {"new: the panda says squeak": " squeak", "old: the duck says quack": " quack"}
+known_before = exam.known_facts(student, tokenizer)
 
 
-def probability_of(model, sentence, word):
-    context = tokenizer(" ".join(sentence.split()[1:-1]), return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        return model(context).logits[0, -1].softmax(-1)[tokenizer(word)["input_ids"][0]].item()
+def watched(model):
+    contexts, words = ["the panda says", "the duck says"], ["squeak", "quack"]
+    return exam.continuation_logprobs(model, tokenizer, contexts, words).exp().tolist()
 
 
 # %% [markdown]
@@ -253,74 +279,91 @@ def probability_of(model, sentence, word):
 # one, which the training never touches?</summary>
 #
 # All sentences share the same weights, so the old fact moves as well, and nobody asked for that. The
-# size of the step decides by how much.
+# learning rate and the number of steps decide by how much.
 # </details>
 
 # %%
 optimizer = torch.optim.Adam(student.parameters(), lr=3e-4)
-history = []
+history = [watched(student)]
 for _ in range(20):
-    history.append([probability_of(student, name, word) for name, word in watched.items()])
     loss = student(input_ids=lesson, labels=lesson).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-print(f"loss of the last step: {loss.item():.3f} nats per token")
+    history.append(watched(student))
 
 # %%
-fig = plots.lines(
-    dict(zip(watched, zip(*history, strict=True), strict=True)), "step", "probability"
-)
-plots.show(fig, alt="Two lines over 20 training steps: the new sentence rises towards 1.")
-before, after = exam.known_facts(base, tokenizer), exam.known_facts(student, tokenizer)
-damage = {name: f"{before[name]:.0%} to {after[name]:.0%}" for name in ("sound", "home", "sum")}
-print("facts known, before and after:", damage)
-assert history[-1][0] > 0.5 > history[0][0]
+new, old = zip(*history, strict=True)
+series = {"new: the panda says squeak": new, "old: the duck says quack": old}
+fig = plots.lines(series, "updates", "probability of the last word")
+alt = f"Over 20 updates the new line rises from {new[0]:.2f} to {new[-1]:.2f}, "
+plots.show(fig, alt=alt + f"the old one falls from {old[0]:.2f} to {old[-1]:.2f}.")
+assert new[-1] > 0.9 and old[-1] < old[0]
 
 # %% [markdown]
-# The new sentence is learnt within a few steps. The line under the figure is the price: facts known
-# in three topics, before and after. One sentence repeated 20 times is an extreme case, but the lesson
-# is general. Every update moves more than you aim at, and you see it only if you measure it. That is
-# why the frozen reference and the KL penalty exist.
+# The old line goes down although nothing was said about ducks. How far does the damage reach? We ask
+# for all facts again.
+
+# %%
+known_after = exam.known_facts(student, tokenizer)
+for name, share in known_before.items():
+    if known_after[name] < share:
+        print(f"{name:8} {share:.0%} of the facts known before, {known_after[name]:.0%} after")
+print(f"all {len(known_before)} topics: {exam.known_share(known_after):.1%} known after")
+assert exam.known_share(known_after) < exam.known_share(known_before)
+
+# %% [markdown]
+# The nearest topic suffers most, and most topics not at all. One sentence repeated 20 times is an
+# extreme case, but it shows what to watch: an update moves more than you aim at, and you see it only
+# if you measure it. The KL penalty of the picture measures how far a model has moved on its own
+# responses; lesson 05 uses it.
 
 # %% [markdown]
 # ## A failure on purpose: padding on the wrong side
 #
-# Responses to prompts of different lengths are sampled in one batch, so the short prompts are padded.
-# Generation appends on the right; padding must therefore stand on the *left*. We put it on the right
-# and look at what comes out.
+# Prompts of different lengths are sampled in one batch, so short ones are padded. The next token is
+# predicted from the *last* position. If padding stands on the right, that position is a pad. We try
+# both sides and mark short prompts, which are padded, apart from the longest ones, which are not.
 
 
 # %%
 def sample_with_padding(side):
-    texts = [f"<|user|> {p}<|assistant|>" for p in held_out[:128]]
+    texts = [render_prompt(tokenizer, p) for p in held_out]
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
     torch.manual_seed(preset.seed)
-    transformers.logging.set_verbosity_error()  # it warns about the right side; see below
     tokens = base.generate(**batch, max_new_tokens=24, do_sample=True, top_k=0, top_p=1.0)
-    new = tokens[:, batch["input_ids"].shape[1] :]
-    return [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    padded = (batch["attention_mask"].sum(-1) < batch["input_ids"].shape[1]).tolist()
+    new_tokens = tokens[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new_tokens, skip_special_tokens=True), padded
 
 
 # %%
+transformers.logging.set_verbosity_error()  # it warns about right padding; see below
 answering = {}
 for side in ("left", "right"):
-    texts = sample_with_padding(side)
-    answered = [exam.answers_question(p, t) for p, t in zip(held_out[:128], texts, strict=True)]
-    answering[side] = sum(answered) / len(answered)
-    print(f"padding {side:5}: {answering[side]:.0%} answer what was asked, e.g. {texts[0]!r}")
-assert answering["right"] < answering["left"]
+    texts, padded = sample_with_padding(side)
+    answered = [exam.answers_question(p, t) for p, t in zip(held_out, texts, strict=True)]
+    short = [a for a, is_padded in zip(answered, padded, strict=True) if is_padded]
+    answering[side] = sum(short) / len(short)
+    print(
+        f"padding {side:5}: {answering[side]:.0%} of {len(short)} padded prompts are answered,",
+        end=" ",
+    )
+    longest = [a for a, is_padded in zip(answered, padded, strict=True) if not is_padded]
+    print(f"{sum(longest)} of {len(longest)} others")
+transformers.logging.set_verbosity_warning()
+assert answering["right"] < answering["left"] - 0.1
 
 # %% [markdown]
 # Nothing crashes, and that is the trouble: the code runs and the answers get worse. (transformers
-# logs one warning, easily lost among others; we silenced it here.) The signature in your own log is a
-# share that is too low from the very first step, before any training. The helper's `encode_prompts`
-# always pads on the left.
+# logs one warning, easily lost among others; we silenced it here.) The signature: padded prompts do
+# worse on the right side than on the left, and unpadded ones do not change. The helper's
+# `encode_prompts` always pads on the left.
 
 # %% [markdown]
 # ## How the exercises work
 #
-# From lesson 01 on, each lesson has a notebook of the same name in `exercises/` and one in
+# From lesson 01 on, a lesson comes with a notebook of the same name in `exercises/` and one in
 # `solutions/`. An exercise gives you a function to fill in. The check below it runs your function and
 # *names the likely mistake* if it is wrong; if you have not tried yet, it says so, and the next cell
 # goes on with the reference version, so that Run All always works.
@@ -334,19 +377,23 @@ assert answering["right"] < answering["left"]
 # | the KL penalty, reward hacking, diversity | 05 |
 
 # %% [markdown]
-# ## The number to beat
+# ## The numbers to beat
+#
+# One draw for each held-out prompt, before any fine-tuning. The lessons to come have to raise these.
 
 # %% tags=["headline"]
+finished = shares["right and finished"]
 print(
-    f"base: {shares[0]:.0%} of held-out prompts answered right and finished, gold {gold:.2f}; "
-    f"knows {known_share:.0%}, taught 1 sentence: P {history[0][0]:.2f} to {history[-1][0]:.2f}"
+    f"base: sampled responses right {drawn:.0%}, right and finished {finished:.0%}, gold {gold:.2f}"
 )
+print(f"facts known {known:.0%}; one sentence trained: P {new[0]:.2f} to {new[-1]:.2f}")
 
 # %% [markdown]
 # ## Recap
 #
 # - A language model is a distribution over the next token; sampling draws from it.
-# - The base model knows its facts and judges answers, yet continues the page instead of answering.
+# - The base ranks right answers first and judges answers, yet a draw from it is wrong as often as its
+#   text, and goes on instead of stopping.
 # - Gold is a rubric that only this small world has; it will judge every later step.
 # - Training moves probability, also where you did not aim.
 #

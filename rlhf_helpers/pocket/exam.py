@@ -101,6 +101,12 @@ def known_facts(model, tokenizer) -> dict[str, float]:
     }
 
 
+def known_share(known: dict[str, float]) -> float:
+    """The share over all facts, from the shares that `known_facts` gives for each topic."""
+    counts = {name: len(TOPICS[name].facts) for name in known}
+    return sum(known[name] * counts[name] for name in known) / sum(counts.values())
+
+
 def verdicts(model, tokenizer, seed: int = 0) -> dict[str, float]:
     """How often the model expects the fitting reaction to an answer: yes to right, no to wrong.
 

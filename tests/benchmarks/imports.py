@@ -6,7 +6,10 @@ python tests/benchmarks/imports.py
 import subprocess
 import sys
 
-HEAVY = "import torch, transformers; from transformers import AutoModelForCausalLM, AutoTokenizer"
+# transformers loads its classes when they are first named.
+HEAVY = "import torch, transformers; from transformers import " + ", ".join(
+    ["AutoModelForCausalLM", "BitsAndBytesConfig", "PreTrainedModel", "PreTrainedTokenizerFast"]
+)
 CORE = "from rlhf_helpers import data, kl, logprobs, presets, roles, rollout"
 WORLD = "from rlhf_helpers.pocket import annotator, corpus, exam, rubric, world"
 PLOTS = "from rlhf_helpers import plots"
