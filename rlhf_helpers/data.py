@@ -179,6 +179,8 @@ def _read(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> 
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
         dataset = _READERS[path.suffix](path)
+    elif path.is_file():
+        raise ValueError(f"{source!r} ends in none of {', '.join(_READERS)}; convert it to one")
     elif path.is_dir():
         dataset = load_dataset(source, split=split)
     else:

@@ -224,6 +224,13 @@ def test_a_missing_file_is_named(tmp_path, pocket):
         prompt_dataset(pocket, source=str(tmp_path / "none.jsonl"))
 
 
+def test_a_file_of_another_kind_is_named(tmp_path, pocket):
+    path = tmp_path / "pairs.txt"
+    path.write_text("hello", encoding="utf-8")
+    with pytest.raises(ValueError, match="pairs.txt' ends in none of .jsonl, .csv, .parquet"):
+        prompt_dataset(pocket, source=str(path))
+
+
 def test_a_hub_that_cannot_be_reached_names_the_way_out(pocket):
     with pytest.raises(ConnectionError, match="'nobody/nothing' is no local path.*local folder"):
         prompt_dataset(pocket, source="nobody/nothing")

@@ -68,3 +68,10 @@ def test_saving_replaces_the_file_as_a_whole(tmp_path):
     train_assets.save_atomically({"a": torch.ones(2)}, path, {"step": "2"})
     assert load_file(path)["a"].tolist() == [1.0, 1.0]
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_the_shipped_tokenizer_is_what_the_script_makes(tokenizer):
+    """It changes with the world's text; if this fails, the base model must be trained again."""
+    made = train_assets.train_tokenizer(corpus.documents("tokenizer", 30_000))
+    assert made.get_vocab() == tokenizer.get_vocab()
+    assert made.chat_template == tokenizer.chat_template

@@ -38,7 +38,8 @@ preset = load_preset(PRESET)
 plots.use_style()
 print(f"preset {preset.name} on {preset.device}, computing in {preset.compute_dtype}")
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__.split('+')[0]},", end=" ")
-print(f"transformers {transformers.__version__}, {torch.get_num_threads()} CPU threads")
+print(f"transformers {transformers.__version__}, {torch.get_num_threads()} CPU threads,", end=" ")
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU")
 
 # %% [markdown]
 # ## Three steps on one picture
@@ -207,6 +208,9 @@ fig = plots.bars(list(shares), list(shares.values()), f"share of {len(rows)} res
 alt = "Bars: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()) + "."
 plots.show(fig, alt=alt)
 
+# %% [markdown]
+# The same responses, marked: the mean of the rubric's total.
+
 # %%
 gold = sum(rubric.gold_reward(*row).total for row in rows) / len(rows)
 print(f"mean gold reward of the base model: {gold:.2f} of at most 1.90")
@@ -301,8 +305,8 @@ plots.show(fig, alt=alt + f"the old one falls from {old[0]:.2f} to {old[-1]:.2f}
 assert new[-1] > 0.9 and old[-1] < old[0]
 
 # %% [markdown]
-# The old line goes down although nothing was said about ducks. How far does the damage reach? We ask
-# for all facts again.
+# The old line goes down although nothing was said about ducks. The figure shows one old fact only. How
+# far does the damage reach? We ask for all facts again.
 
 # %%
 known_after = exam.known_facts(student, tokenizer)
@@ -336,6 +340,10 @@ def sample_with_padding(side):
     new_tokens = tokens[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True), padded
 
+
+# %% [markdown]
+# A prompt counts as answered if any sentence of the response answers what was asked, rightly or
+# wrongly.
 
 # %%
 transformers.logging.set_verbosity_error()  # it warns about right padding; see below
