@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from rlhf_helpers.logprobs import (
-    _check_floating,
-    _check_logits,
-    _check_softmax,
-    _first,
-    _upcast,
+from rlhf_helpers.validation import (
+    check_floating,
+    check_logits,
+    check_softmax,
+    first_index,
+    upcast,
 )
 
 LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
@@ -49,8 +49,8 @@ def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
     Kullback and Leibler, "On Information and Sufficiency" (1951), section 2. Derived in lesson 05.
     """
-    _check_logits("logits_p", logits_p)
-    _check_logits("logits_q", logits_q)
+    check_logits("logits_p", logits_p)
+    check_logits("logits_q", logits_q)
     _check_same_shape("logits_p", logits_p, "logits_q", logits_q)
     logprobs_p = _log_softmax("logits_p", logits_p)
     logprobs_q = _log_softmax("logits_q", logits_q)
@@ -109,7 +109,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     _check_logprobs("logprobs", logprobs)
     _check_logprobs("ref_logprobs", ref_logprobs)
     _check_sampled(logprobs)
-    r = _upcast(ref_logprobs) - _upcast(logprobs)
+    r = upcast(ref_logprobs) - upcast(logprobs)
     if kind == "k1":
         return -r
     if kind == "k2":
@@ -118,8 +118,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 
 
 def _log_softmax(name: str, logits: Tensor) -> Tensor:
-    logprobs = torch.log_softmax(_upcast(logits), dim=-1)
-    _check_softmax(name, logprobs[..., 0])  # one bad logit makes its whole row NaN
+    logprobs = torch.log_softmax(upcast(logits), dim=-1)
+    check_softmax(name, logprobs[..., 0])  # one bad logit makes its whole row NaN
     return logprobs
 
 
@@ -132,10 +132,10 @@ def _check_same_shape(name: str, values: Tensor, other_name: str, others: Tensor
 
 
 def _check_logprobs(name: str, logprobs: Tensor) -> None:
-    _check_floating(name, logprobs)
-    if (index := _first(logprobs.isnan())) is not None:
+    check_floating(name, logprobs)
+    if (index := first_index(logprobs.isnan())) is not None:
         raise ValueError(f"{name} is NaN at {index}: look at the logits it was computed from.")
-    if (index := _first(logprobs > LOGPROB_TOLERANCE)) is not None:
+    if (index := first_index(logprobs > LOGPROB_TOLERANCE)) is not None:
         raise ValueError(
             f"{name} is {logprobs[tuple(index)].item():.4g} at {index}: a log-probability is never "
             "above 0. Pass log-probabilities, not probabilities or logits."
@@ -143,7 +143,7 @@ def _check_logprobs(name: str, logprobs: Tensor) -> None:
 
 
 def _check_sampled(logprobs: Tensor) -> None:
-    if (index := _first(logprobs == -torch.inf)) is not None:
+    if (index := first_index(logprobs == -torch.inf)) is not None:
         raise ValueError(
             f"logprobs is -inf at {index}: the policy cannot have sampled a token of "
             "probability 0. Put the log-probabilities of the policy that sampled first."

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_helpers.validation import check_logits, check_softmax, first_index, upcast
+
 CHUNK_TOKENS = 128  # positions per log-softmax: 78 MB in float32 for a vocabulary of 151,936
 
 
@@ -55,7 +57,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     log π(a_t | s_t) of Schulman et al., "Proximal Policy Optimization Algorithms"
     (arXiv 1707.06347), equation 1. Derived in lesson 03.
     """
-    _check_logits("logits", logits)
+    check_logits("logits", logits)
     _check_temperature(temperature)
     if tokens.shape != logits.shape[:-1]:
         raise ValueError(
@@ -98,7 +100,7 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Shannon, "A Mathematical Theory of Communication" (1948), section 6; the bonus S of Schulman
     et al. (arXiv 1707.06347), equation 9. Derived in lesson 03.
     """
-    _check_logits("logits", logits)
+    check_logits("logits", logits)
     _check_temperature(temperature)
     return _reduce_vocabulary(_entropy, logits, temperature)
 
@@ -180,7 +182,7 @@ def _reduce_vocabulary(
     """Apply `statistic(logprobs, *tokens)` chunk by chunk: `[..., V]` becomes `[...]`."""
 
     def reduce_chunk(chunk: Tensor, *chunk_tokens: Tensor) -> Tensor:
-        logprobs = torch.log_softmax(_upcast(chunk) / temperature, dim=-1)
+        logprobs = torch.log_softmax(upcast(chunk) / temperature, dim=-1)
         return statistic(logprobs, *chunk_tokens).flatten()
 
     # Without checkpoint autograd would keep every chunk's log-softmax: together, what we avoid.
@@ -189,7 +191,7 @@ def _reduce_vocabulary(
         for chunk in _chunks(logits, *tokens)
     ]
     result = torch.cat(parts).reshape(logits.shape[:-1])
-    _check_softmax("logits", result)
+    check_softmax("logits", result)
     return result
 
 
@@ -209,36 +211,6 @@ def _chunks(logits: Tensor, *tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(x.split(entries) for x in (logits, *tokens)), strict=True)
 
 
-def _upcast(values: Tensor) -> Tensor:
-    """Float32, or float64 if it is that already."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _first(bad: Tensor) -> list[int] | None:
-    """Index of the first true entry, None if there is none."""
-    return bad.nonzero()[0].tolist() if bad.any() else None
-
-
-def _check_floating(name: str, values: Tensor) -> None:
-    if not values.is_floating_point():
-        raise TypeError(f"{name} must be floating point, not {values.dtype}.")
-
-
-def _check_logits(name: str, logits: Tensor) -> None:
-    _check_floating(name, logits)
-    if logits.dim() == 0 or logits.numel() == 0:
-        raise ValueError(f"{name} has shape {list(logits.shape)}: nothing to take a softmax of.")
-
-
-def _check_softmax(name: str, result: Tensor) -> None:
-    """Find bad logits in what was computed from them: a search in them would be of size V."""
-    if (index := _first(result.isnan())) is not None:
-        raise ValueError(
-            f"{name} at position {index} have no softmax: they hold NaN or +inf, or are all -inf. "
-            "Look for an overflow in low precision, or weights that diverged."
-        )
-
-
 def _check_temperature(temperature: float) -> None:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
@@ -250,7 +222,7 @@ def _check_temperature(temperature: float) -> None:
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, not {ids.dtype}: convert with .long().")
-    if (index := _first((ids < 0) | (ids >= vocab_size))) is not None:
+    if (index := first_index((ids < 0) | (ids >= vocab_size))) is not None:
         raise ValueError(
             f"{name} holds id {ids[tuple(index)].item()} at {index}, outside 0..{vocab_size - 1}: "
             "use the model's own tokenizer; for ignored tokens put the pad id and mask the result."
@@ -277,9 +249,9 @@ def _check_sequences(
 
 
 def _check_attention_mask(attention_mask: Tensor, prompt_length: int) -> None:
-    if (row := _first(attention_mask.sum(-1) == 0)) is not None:
+    if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
         raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
-    if (row := _first(attention_mask[:, prompt_length - 1] == 0)) is not None:
+    if (row := first_index(attention_mask[:, prompt_length - 1] == 0)) is not None:
         raise ValueError(
             f"attention_mask row {row[0]} is 0 at column {prompt_length - 1}, right before the "
             "response: the first response token is predicted there. Pad prompts on the left."
@@ -289,7 +261,7 @@ def _check_attention_mask(attention_mask: Tensor, prompt_length: int) -> None:
 def _check_context(model: nn.Module, attention_mask: Tensor) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     tokens = attention_mask.sum(-1)
-    if context is not None and (row := _first(tokens > context)) is not None:
+    if context is not None and (row := first_index(tokens > context)) is not None:
         raise ValueError(
             f"row {row[0]} has {int(tokens[row[0]])} tokens, more than the model's "
             f"max_position_embeddings of {context}: shorten the prompt or the response."

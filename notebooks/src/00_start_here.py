@@ -209,10 +209,12 @@ alt = "Bars: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items
 plots.show(fig, alt=alt)
 
 # %% [markdown]
-# The same responses, marked: the mean of the rubric's total.
+# The same responses, marked: the mean of each part of the rubric, and of the total.
 
 # %%
-gold = sum(rubric.gold_reward(*row).total for row in rows) / len(rows)
+marks = rubric.mean_score(rubric.gold_reward(*row) for row in rows)
+gold = marks.total
+print({name: round(getattr(marks, name), 2) for name in rubric.PARTS})
 print(f"mean gold reward of the base model: {gold:.2f} of at most 1.90")
 assert shares["right and finished"] < 0.2
 

@@ -1,0 +1,36 @@
+"""Checks of tensors that several modules share; each message names the argument."""
+
+import torch
+from torch import Tensor
+
+
+def upcast(values: Tensor) -> Tensor:
+    """Float32, or float64 if it is that already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def first_index(bad: Tensor) -> list[int] | None:
+    """Index of the first true entry, None if there is none."""
+    return bad.nonzero()[0].tolist() if bad.any() else None
+
+
+def check_floating(name: str, values: Tensor) -> None:
+    """Raise TypeError unless `values` is floating point."""
+    if not values.is_floating_point():
+        raise TypeError(f"{name} must be floating point, not {values.dtype}.")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """Raise unless `logits` is floating point and not empty."""
+    check_floating(name, logits)
+    if logits.dim() == 0 or logits.numel() == 0:
+        raise ValueError(f"{name} has shape {list(logits.shape)}: nothing to take a softmax of.")
+
+
+def check_softmax(name: str, result: Tensor) -> None:
+    """Find bad logits in what was computed from them: a search in them would be of size V."""
+    if (index := first_index(result.isnan())) is not None:
+        raise ValueError(
+            f"{name} at position {index} have no softmax: they hold NaN or +inf, or are all -inf. "
+            "Look for an overflow in low precision, or weights that diverged."
+        )
