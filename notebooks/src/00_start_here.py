@@ -212,10 +212,13 @@ plots.show(fig, alt=alt)
 # The same responses, marked: the mean of each part of the rubric, and of the total.
 
 # %%
+response_ids = rollout.input_ids[:, -rollout.response_mask.shape[1] :]
 marks = rubric.mean_score(rubric.gold_reward(*row) for row in rows)
 gold = marks.total
 print({name: round(getattr(marks, name), 2) for name in rubric.PARTS})
 print(f"mean gold reward of the base model: {gold:.2f} of at most 1.90")
+plays_user = (response_ids == tokenizer.convert_tokens_to_ids(corpus.USER)).any(-1)
+print(f"{plays_user.float().mean():.0%} of the responses go on as <|user|>")
 assert shares["right and finished"] < 0.2
 
 # %% [markdown]
@@ -338,7 +341,7 @@ def sample_with_padding(side):
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
     torch.manual_seed(preset.seed)
     tokens = base.generate(**batch, max_new_tokens=24, do_sample=True, top_k=0, top_p=1.0)
-    padded = (batch["attention_mask"].sum(-1) < batch["input_ids"].shape[1]).tolist()
+    padded = (batch["attention_mask"] == 0).any(-1)
     new_tokens = tokens[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True), padded
 
@@ -352,15 +355,14 @@ transformers.logging.set_verbosity_error()  # it warns about right padding; see 
 answering = {}
 for side in ("left", "right"):
     texts, padded = sample_with_padding(side)
-    answered = [exam.answers_question(p, t) for p, t in zip(held_out, texts, strict=True)]
-    short = [a for a, is_padded in zip(answered, padded, strict=True) if is_padded]
-    answering[side] = sum(short) / len(short)
+    flags = [exam.answers_question(p, t) for p, t in zip(held_out, texts, strict=True)]
+    answered = torch.tensor(flags).float()
+    answering[side] = answered[padded].mean().item()
     print(
-        f"padding {side:5}: {answering[side]:.0%} of {len(short)} padded prompts are answered,",
+        f"padding {side:5}: answered {answering[side]:.0%} of the {padded.sum()} padded prompts,",
         end=" ",
     )
-    longest = [a for a, is_padded in zip(answered, padded, strict=True) if not is_padded]
-    print(f"{sum(longest)} of {len(longest)} others")
+    print(f"{answered[~padded].mean():.0%} of the {(~padded).sum()} others")
 transformers.logging.set_verbosity_warning()
 assert answering["right"] < answering["left"] - 0.1
 
