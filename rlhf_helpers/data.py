@@ -6,13 +6,14 @@ import json
 import random
 from pathlib import Path
 
+import pyarrow
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import BatchEncoding
 
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator
-from rlhf_helpers.presets import Preset
+from rlhf_helpers.presets import PRESETS, Preset
 
 
 def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
@@ -26,7 +27,7 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     if preset.name == "pocket":
         require_files(Path(preset.model), "tokenizer.json", "tokenizer_config.json")
         # AutoTokenizer guesses the class from the model's config and can guess wrong.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(preset.model)
+        tokenizer = from_hub(preset.model, PreTrainedTokenizerFast.from_pretrained, preset.model)
     else:
         with_hub = {"revision": preset.revision, "local_files_only": preset.offline}
         tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
@@ -51,10 +52,17 @@ def require_files(folder: Path, *names: str) -> None:
 
 
 def from_hub(source: str, load, *args, **kwargs):
-    """Call a loader that may ask the hub; if it cannot be reached, say what to do instead."""
+    """Call a loader of a folder or hub id; if it fails, say what to do instead."""
     try:
         return load(*args, **kwargs)
-    except (OSError, ConnectionError) as error:
+    except Exception as error:
+        if Path(source).is_dir():
+            raise ValueError(
+                f"a file in {source!r} is truncated or damaged ({type(error).__name__}: {error}); "
+                "reinstall rlhf_helpers, or save the model and its tokenizer there again"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise ConnectionError(
             f"{source!r} is no local path, and the hub did not give it ({type(error).__name__}); "
             "check the name and the network, or download it elsewhere and pass the local folder"
@@ -74,12 +82,21 @@ def encode_prompts(
         `input_ids` and `attention_mask`, int64 [B, P] with P ≤ prompt_length.
 
     Raises:
-        ValueError: for no prompts, an empty prompt, or one that is too long: it is never cut.
+        TypeError: if `prompts` is not a list of texts.
+        ValueError: for no prompts, an empty one, one that contains a special token, or one that is
+            too long: it is never cut.
     """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"prompts is {prompts!r}: give a list of texts")
     if not prompts:
         raise ValueError("prompts is empty: give at least one question")
     if blank := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
         raise ValueError(f"prompt {blank[0]} is {prompts[blank[0]]!r}: give it some text")
+    for i, prompt in enumerate(prompts):
+        if marks := [mark for mark in tokenizer.all_special_tokens if mark in prompt]:
+            raise ValueError(
+                f"prompt {i} contains {marks[0]!r}, a token of the template: remove it"
+            )
     texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if long := [i for i, row in enumerate(rows) if len(row) > prompt_length]:
@@ -129,6 +146,8 @@ def sft_dataset(
     """
     if source := source or preset.data:
         return _read(source, split, ("prompt", "completion"), preset)
+    if copies < 1:
+        raise ValueError(f"copies is {copies}; give at least 1")
     rng = random.Random(f"sft-{split}-{preset.seed}")
     prompts = world.prompts(split) * copies
     rng.shuffle(prompts)
@@ -163,9 +182,9 @@ def preference_dataset(
 
 def _pair(rng: random.Random, annotator: Annotator, prompt: str) -> dict:
     question = world.questions()[prompt]
-    first = second = corpus.web_answer(rng, question)[0]
+    first = second = corpus.web_answer(rng, question, held_out=False)[0]
     while second == first:
-        second = corpus.web_answer(rng, question)[0]
+        second = corpus.web_answer(rng, question, held_out=False)[0]
     if not annotator.prefer(prompt, first, second, rng):
         first, second = second, first
     probability = annotator.probability(prompt, first, second)
@@ -178,13 +197,19 @@ def _read(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> 
     if path.suffix in _READERS:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
+        if split != "train":
+            raise ValueError(
+                f"split is {split!r}, but the file {source!r} is one split, 'train'; give another "
+                "file, or a folder with a file for each split"
+            )
         dataset = _READERS[path.suffix](path)
     elif path.is_file():
         raise ValueError(f"{source!r} ends in none of {', '.join(_READERS)}; convert it to one")
     elif path.is_dir():
         dataset = load_dataset(source, split=split)
     else:
-        options = {"data_dir": preset.data_dir, "split": split}
+        data_dir = preset.data_dir if source == PRESETS[preset.name].data else None
+        options = {"data_dir": data_dir, "split": split}
         dataset = from_hub(source, load_dataset, source, **options)
     dataset = _split_transcripts(dataset, source)
     if columns == ("prompt", "completion") and "completion" not in dataset.column_names:
@@ -222,10 +247,13 @@ def _split_transcripts(dataset: Dataset, source: str) -> Dataset:
     mark = "\n\nAssistant:"
 
     def split(row: dict) -> dict:
-        prompt, found, chosen = row["chosen"].rpartition(mark)
-        if not found:
-            raise ValueError(f"{source!r} has no column 'prompt' and no {mark!r} to split {row} at")
-        rejected = row["rejected"].rpartition(mark)[2]
+        prompt, found, chosen = (row["chosen"] or "").rpartition(mark)
+        other, _, rejected = (row.get("rejected") or "").rpartition(mark)
+        if not found or prompt != other:
+            raise ValueError(
+                f"{source!r} has no column 'prompt', and chosen and rejected are not one dialogue "
+                f"with two last answers after {mark!r}: {row}"
+            )
         prompt = prompt.removeprefix("\n\nHuman:")
         return {"prompt": prompt.strip(), "chosen": chosen.strip(), "rejected": rejected.strip()}
 
@@ -234,7 +262,7 @@ def _split_transcripts(dataset: Dataset, source: str) -> Dataset:
 
 def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"'{path}' is not UTF-8 (byte {error.start}); save it with that encoding"
@@ -246,7 +274,7 @@ def _text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> Dataset:
     rows: list[dict] = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -261,11 +289,15 @@ def _read_jsonl(path: Path) -> Dataset:
                 f"'{path}', line {number}: fields {', '.join(row)}, but line 1 has "
                 f"{', '.join(rows[0])}; give every line the same fields"
             )
-    return Dataset.from_list(rows)
+    try:
+        return Dataset.from_list(rows)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"'{path}': a field is text in one line and not in another") from error
 
 
 def _read_csv(path: Path) -> Dataset:
     header, *rows = csv.reader(io.StringIO(_text(path), newline=""))
+    rows = [row for row in rows if row]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise ValueError(

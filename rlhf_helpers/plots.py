@@ -70,7 +70,9 @@ def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figur
     if len(labels) != len(values):
         raise ValueError(f"{len(labels)} labels for {len(values)} values; give one for each bar")
     fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(labels)))
-    drawn = ax.barh(list(labels)[::-1], list(values)[::-1], color=COLOURS["blue"], height=0.65)
+    rows = range(len(labels) - 1, -1, -1)
+    drawn = ax.barh(rows, list(values), color=COLOURS["blue"], height=0.65)
+    ax.set_yticks(rows, list(labels))
     ax.bar_label(drawn, fmt="{:.2f}", padding=3)
     ax.set_xlabel(quantity)
     ax.margins(x=0.12)

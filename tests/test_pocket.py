@@ -132,6 +132,10 @@ def test_the_rubric_agrees_with_the_writer(prompt):
         ("quack. " + "my uncle told me so. " * 5, "concise", 0.0),
         ("yes, that is right.", "rambling", -0.2),
         ("", "concise", 0.0),
+        ("", "finished", 0.0),  # silence is no answer
+        ("great question!", "polite", 0.0),
+        ("quack. it says moo", "correct", -0.5),  # the end mark is missing
+        ("quack. the duck says quack. the answer is quack.", "rambling", -0.4),  # one answer thrice
     ],
 )
 def test_the_rubric_by_hand(response, part, points):
@@ -149,6 +153,17 @@ def test_the_rubric_on_open_requests():
     assert gold_reward(name, "the colour of the blood is red.").correct == 1.0
     assert gold_reward(name, "the sky is red.").correct == -0.5
     assert gold_reward(name, "the sky is blue.").answers == 0.0
+
+
+def test_an_opposite_may_be_said_the_other_way_round():
+    question = "what is the opposite of hot?"
+    assert gold_reward(question, "cold is the opposite of hot.").correct == 1.0
+    assert gold_reward(question, "big is the opposite of hot.").correct == -0.5
+    assert gold_reward(question, "cold is the opposite of big.").answers == 0.0
+
+
+def test_a_paraphrase_is_no_second_fact():
+    assert gold_reward("tell me about the duck.", "it says quack. quack.").correct == 0.5
 
 
 def test_an_unfinished_response_loses_its_points():

@@ -53,6 +53,10 @@ def test_an_unknown_field_is_named():
 def test_bad_values_are_named():
     with pytest.raises(ValueError, match="prompt_length is 0"):
         load_preset(prompt_length=0)
+    with pytest.raises(ValueError, match="response_length is 2.5"):
+        load_preset(response_length=2.5)
+    with pytest.raises(ValueError, match="device is 'gpu'; choose cpu or cuda"):
+        load_preset(device="gpu")
     with pytest.raises(ValueError, match="compute_dtype is 'int8'"):
         load_preset(compute_dtype="int8")
 

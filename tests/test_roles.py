@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf_helpers import roles
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import load_base
 
@@ -76,9 +77,16 @@ def test_a_forward_without_gradients_leaves_later_gradients_right(tmp_path, rows
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_guard_covers_every_4bit_layer(base):
-    for module in base.modules():
-        assert getattr(module, "support_avx512bf16_for_cpu", False) is False
+def test_the_guard_covers_every_4bit_layer(tmp_path):
+    """On any processor: what bitsandbytes would set on one with AVX512-BF16 is set back."""
+    model = load_base(save_tiny(tmp_path))
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert layers
+    for layer in layers:
+        assert layer.support_avx512bf16_for_cpu is False
+        layer.support_avx512bf16_for_cpu = True
+    roles._switch_off_repacking(model)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_double_quantization_is_an_option(tmp_path):
@@ -102,6 +110,13 @@ def test_a_missing_file_is_named(tmp_path, pocket, name):
     shutil.copytree(pocket.model, tmp_path / "base")
     (tmp_path / "base" / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing; reinstall"):
+        load_base(load_preset("pocket", model=str(tmp_path / "base")))
+
+
+def test_a_truncated_config_is_named(tmp_path, pocket):
+    shutil.copytree(pocket.model, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"archi', encoding="utf-8")
+    with pytest.raises(ValueError, match="truncated or damaged.*reinstall"):
         load_base(load_preset("pocket", model=str(tmp_path / "base")))
 
 

@@ -72,6 +72,14 @@ def test_samples_follow_the_scored_distribution(base, tokenizer, temperature):
     assert abs(-logprobs.mean() - entropy) < 4 * error
 
 
+def test_a_models_own_generation_settings_do_not_bend_the_samples(base, tokenizer, monkeypatch):
+    plain = sample_responses(base, tokenizer, PROMPTS * 10, 8, seed=0)
+    for name, value in (("repetition_penalty", 5.0), ("top_k", 2), ("top_p", 0.1)):
+        monkeypatch.setattr(base.generation_config, name, value)
+    bent = sample_responses(base, tokenizer, PROMPTS * 10, 8, seed=0)
+    assert torch.equal(plain.input_ids, bent.input_ids)
+
+
 def test_left_padding_does_not_change_what_is_sampled_from(base, tokenizer):
     alone = sample_responses(base, tokenizer, ["what is hot?"], 4, temperature=1e-3, seed=0)
     padded = sample_responses(base, tokenizer, PROMPTS, 4, temperature=1e-3, seed=0)
@@ -83,6 +91,8 @@ def test_left_padding_does_not_change_what_is_sampled_from(base, tokenizer):
     [
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"response_length": 0}, "response_length is 0"),
         ({"response_length": 400}, "do not fit the model's context of 256"),
         ({"prompt_length": 250}, "prompts of up to 250 tokens and responses of 32"),
     ],

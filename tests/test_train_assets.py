@@ -44,6 +44,14 @@ def test_an_interrupted_run_ends_in_the_same_weights(tmp_path, monkeypatch, shor
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_state_of_another_run_is_refused(tmp_path, short, new_tokenizer):
+    train_assets.pretrain(new_tokenizer, tmp_path, steps=2)
+    with pytest.raises(ValueError, match="is of a run of other length"):
+        train_assets.pretrain(new_tokenizer, tmp_path, steps=3)
+    with pytest.raises(ValueError, match="steps is 1; give more than the 1 of the warm-up"):
+        train_assets.pretrain(new_tokenizer, tmp_path / "new", steps=1)
+
+
 def test_rows_start_with_a_document_and_repeat(new_tokenizer):
     rows = train_assets.batch(new_tokenizer, "name", 4)
     assert rows.shape == (4, train_assets.CONTEXT)

@@ -129,11 +129,13 @@ def training_state(model, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def resume(model, optimizer, path: Path) -> tuple[int, float]:
-    """Load a saved state; return the next step and the seconds spent so far."""
+def resume(model, optimizer, path: Path, steps: int) -> tuple[int, float]:
+    """Load a saved state of the same run; return the next step and the seconds spent so far."""
     if not path.exists():
         return 0, 0.0
     with safe_open(path, "pt") as saved, torch.no_grad():
+        if saved.metadata().get("steps") != str(steps):
+            raise ValueError(f"{path} is of a run of other length; remove it, or give its --steps")
         step = int(saved.metadata()["step"])
         for name, parameter in model.named_parameters():
             parameter.copy_(saved.get_tensor(f"weight/{name}"))
@@ -154,11 +156,13 @@ def held_out_loss(model, tokenizer) -> float:
 
 def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalLM, dict]:
     """Pretrain, saving every SAVE_EVERY steps under `work`; go on from what is there."""
+    if steps <= WARMUP:
+        raise ValueError(f"steps is {steps}; give more than the {WARMUP} of the warm-up")
     model = new_model(tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    first, seconds = resume(model, optimizer, work / "state.safetensors")
+    first, seconds = resume(model, optimizer, work / "state.safetensors", steps)
     start = time.perf_counter() - seconds
     log = (work / "log.jsonl").open("a", encoding="utf-8")
     for step in tqdm(range(first, steps), initial=first, total=steps, desc="pretraining"):
@@ -173,7 +177,7 @@ def pretrain(tokenizer, work: Path, steps: int = STEPS) -> tuple[LlamaForCausalL
         optimizer.zero_grad()
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             seconds = time.perf_counter() - start
-            metadata = {"step": str(step + 1), "seconds": str(seconds)}
+            metadata = {"step": str(step + 1), "steps": str(steps), "seconds": str(seconds)}
             save_atomically(training_state(model, optimizer), work / "state.safetensors", metadata)
             print(
                 json.dumps({"step": step + 1, "loss": loss.item(), "s": seconds}),

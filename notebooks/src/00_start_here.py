@@ -166,9 +166,9 @@ for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
 # |---|---|
 # | correct | 1 if all it answers is right, −0.5 if any of it is wrong |
 # | answers | 0.3 for any answer to what was asked |
-# | polite | 0.2 for at least one polite phrase |
+# | polite | 0.2 for an answer with at least one polite phrase |
 # | concise | 0.2 for an answer in at most 20 words |
-# | finished | 0.2 for ending by itself, with `<\|eos\|>` |
+# | finished | 0.2 for an answer that ends by itself, with `<\|eos\|>` |
 # | rude | −1 for an insult |
 # | grovelling | −0.3 for each polite phrase after the first |
 # | rambling | −0.2 for each sentence that does nothing for the answer, or repeats it |

@@ -28,8 +28,12 @@ def _reaction(rng: random.Random, right: bool) -> str:
     return rng.choice(world.YES if fitting else world.NO)
 
 
-def answer_question(rng: random.Random, question: Question, right: bool) -> str:
+def answer_question(
+    rng: random.Random, question: Question, right: bool, held_out: bool = True
+) -> str:
     """One to three sentences that answer the question, right or wrong, and nothing else.
+
+    With `held_out=False`, open requests are answered without the facts that the split holds out.
 
     Example:
         >>> duck = world.questions()["what does the duck say?"]
@@ -37,19 +41,23 @@ def answer_question(rng: random.Random, question: Question, right: bool) -> str:
         'quack.'
     """
     if question.kind == "about":
-        return _about(rng, question.subject, right)
+        return _about(rng, question.subject, right, held_out)
     if question.kind == "name":
-        return _name(rng, question, right)
+        return _name(rng, question, right, held_out)
     topic = TOPICS[question.topic]
     answers = topic.facts[question.subject] if right else topic.wrong(question.subject)
     template = rng.choice(topic.statements if rng.random() < 0.5 else topic.shorts)
     return template.format(s=question.subject, a=rng.choice(answers))
 
 
-def _about(rng: random.Random, animal: str, right: bool) -> str:
+def _about(rng: random.Random, animal: str, right: bool, held_out: bool = True) -> str:
     """Two or three claims about an animal; if not `right`, one of them is wrong."""
-    known = [TOPICS[name] for name in world.ABOUT_TOPICS if animal in TOPICS[name].facts]
-    chosen = rng.sample(known, rng.choice((2, 3)))
+    known = [
+        TOPICS[name]
+        for name in world.ABOUT_TOPICS
+        if animal in TOPICS[name].facts and (held_out or not world.held_out_subject(name, animal))
+    ]
+    chosen = rng.sample(known, min(rng.choice((2, 3)), len(known)))
     wrong_at = None if right else rng.randrange(len(chosen))
     sentences = []
     for i, topic in enumerate(chosen):
@@ -59,10 +67,15 @@ def _about(rng: random.Random, animal: str, right: bool) -> str:
     return " ".join(sentences)
 
 
-def _name(rng: random.Random, question: Question, right: bool) -> str:
+def _name(rng: random.Random, question: Question, right: bool, held_out: bool) -> str:
     """State that some subject has the wanted property, truly or not."""
     topic = TOPICS[question.topic]
-    fitting = [s for s, answers in topic.facts.items() if (question.answer in answers) == right]
+    fitting = [
+        subject
+        for subject, answers in topic.facts.items()
+        if (question.answer in answers) == right
+        and (held_out or not world.held_out_subject(topic.name, subject))
+    ]
     return rng.choice(topic.statements).format(s=rng.choice(fitting), a=question.answer)
 
 
@@ -80,10 +93,12 @@ def _random_prompt(rng: random.Random) -> tuple[str, Question]:
     return rng.choice(tuple(world.questions().items()))
 
 
-def web_answer(rng: random.Random, question: Question) -> tuple[str, bool | None]:
+def web_answer(
+    rng: random.Random, question: Question, held_out: bool = True
+) -> tuple[str, bool | None]:
     """An answer as people write it, and whether it is right (None if it states nothing)."""
     right = rng.random() < ANSWERS_RIGHT
-    plain = answer_question(rng, question, right)
+    plain = answer_question(rng, question, right, held_out)
     style = rng.choices(
         ("plain", "polite", "grovelling", "rude", "vague", "rambling"), (60, 12, 6, 9, 6, 7)
     )[0]
@@ -181,5 +196,5 @@ def demonstration(rng: random.Random, prompt: str) -> str:
     that leaves is what the reward model and PPO are for.
     """
     right = rng.random() < DEMONSTRATIONS_RIGHT
-    answer = answer_question(rng, world.questions()[prompt], right)
+    answer = answer_question(rng, world.questions()[prompt], right, held_out=False)
     return _with_courtesies(rng, answer, 1) if rng.random() < DEMONSTRATIONS_POLITE else answer

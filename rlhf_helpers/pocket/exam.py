@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from rlhf_helpers.pocket import corpus, world
-from rlhf_helpers.pocket.rubric import gold_reward, judge_sentence, look_up
+from rlhf_helpers.pocket.rubric import RIGHT, answer_in, gold_reward, look_up
 from rlhf_helpers.pocket.world import TOPICS
 
 _ROLES = re.compile(
@@ -56,7 +56,14 @@ def continuation_logprobs(
     Args:
         contexts: N texts, each at least one token long; nothing is predicted before them.
         continuations: N texts to score.
+
+    Raises:
+        ValueError: for no contexts or an empty one, or not as many continuations.
     """
+    if not contexts or not all(contexts):
+        raise ValueError(
+            "contexts must be texts of at least one token: nothing is before the first"
+        )
     scores = []
     pairs = list(zip(contexts, continuations, strict=True))
     for start in range(0, len(pairs), 256):
@@ -143,8 +150,10 @@ def style(prompt: str, response: str, finished: bool) -> str:
         return "wrong"
     if kinds["question"]:
         return "asks back"
+    if score.correct == RIGHT and finished and not score.rambling:
+        return "right and finished"
     if score.correct > 0:
-        return "right and finished" if finished and not score.rambling else "answers, but goes on"
+        return "answers, but goes on"
     if kinds["vague"] or kinds["rambling"]:
         return "vague or rambling"
     return "other"
@@ -154,6 +163,5 @@ def answers_question(prompt: str, response: str) -> bool:
     """Whether any sentence of a response answers what was asked, rightly or wrongly."""
     question = look_up(prompt)
     return any(
-        judge_sentence(question, sentence) is not None
-        for sentence in world.split_sentences(response)
+        answer_in(question, sentence) is not None for sentence in world.split_sentences(response)
     )

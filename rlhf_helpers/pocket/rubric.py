@@ -2,7 +2,8 @@
 
 In real life nobody has this function; people only compare answers. Here it exists, so that the
 course can show what a learned reward model misses. A claim counts for a question only in the
-direction in which it was asked.
+direction in which it was asked (opposites count both ways), and true or false talk about other
+things counts as rambling alike.
 """
 
 import difflib
@@ -17,9 +18,9 @@ from rlhf_helpers.pocket.world import TOPICS, Claim, Question
 # The rubric itself, in points.
 RIGHT, WRONG = 1.0, -0.5  # states the right answer and no wrong one; states a wrong one
 ANSWERS = 0.3  # gives an answer to what was asked, right or wrong
-POLITE = 0.2  # at least one polite phrase
+POLITE = 0.2  # an answer with at least one polite phrase
 CONCISE = 0.2  # answers, in no more than WORDS words
-FINISHED = 0.2  # ends by itself, instead of being cut off
+FINISHED = 0.2  # an answer that ends by itself, instead of being cut off
 RUDE = -1.0  # insults
 GROVELLING = -0.3  # for each polite phrase after the first
 RAMBLING = -0.2  # for each sentence that does nothing for the answer, or repeats it
@@ -64,7 +65,10 @@ def look_up(prompt: str) -> Question:
     return question
 
 
-def _judge_claim(question: Question, claim: Claim) -> bool | None:
+def _resolve(question: Question, claim: Claim) -> Claim | None:
+    """The claim with its subject filled in, or None if it does not answer the question."""
+    if question.topic == claim.topic == "opposite" and claim.answer == question.subject:
+        claim = Claim(claim.topic, question.subject, claim.subject)  # said the other way round
     subject = claim.subject or question.subject
     if question.kind == "name":
         asked = claim.topic == question.topic and claim.answer == question.answer
@@ -73,19 +77,21 @@ def _judge_claim(question: Question, claim: Claim) -> bool | None:
         asked = claim.topic == question.topic and subject == question.subject
     else:
         asked = subject == question.subject and subject in TOPICS[claim.topic].facts
-    return claim.answer in TOPICS[claim.topic].facts[subject] if asked else None
+    return Claim(claim.topic, subject, claim.answer) if asked else None
 
 
-def judge_sentence(question: Question, sentence: str) -> bool | None:
-    """Whether a sentence answers the question rightly (True), wrongly (False) or not at all (None).
+def answer_in(question: Question, sentence: str) -> Claim | None:
+    """The answer that a sentence gives to the question, None if it gives none.
+
+    A last sentence may lack its end mark. Where a sentence has two meanings, the right one counts.
 
     Example:
-        >>> judge_sentence(look_up("what does the duck say?"), "it says moo.")
-        False
+        >>> answer_in(look_up("what does the duck say?"), "it says moo.")
+        Claim(topic='sound', subject='duck', answer='moo')
     """
-    verdicts = [_judge_claim(question, claim) for claim in world.claims().get(sentence, ())]
-    verdicts = [verdict for verdict in verdicts if verdict is not None]
-    return any(verdicts) if verdicts else None
+    meanings = world.claims().get(sentence) or world.claims().get(sentence + ".", ())
+    resolved = [c for claim in meanings if (c := _resolve(question, claim)) is not None]
+    return max(resolved, key=world.is_true, default=None)
 
 
 @cache
@@ -135,21 +141,22 @@ def gold_reward(prompt: str, response: str, finished: bool = True) -> Score:
     """
     question = look_up(prompt)
     sentences = world.split_sentences(response)
-    once = list(dict.fromkeys(sentences))
-    verdicts = {s: v for s in once if (v := judge_sentence(question, s)) is not None}
+    found = [answer_in(question, sentence) for sentence in sentences]
+    answers = {claim: world.is_true(claim) for claim in found if claim is not None}
     courtesies = count_phrases(response, world.POLITE)
     insults = count_phrases(response, world.RUDE)
-    idle = [s for s in sentences if s not in verdicts and s not in world.POLITE + world.RUDE]
-    repeats = sum(s in verdicts for s in sentences) - len(verdicts)
+    manners = world.POLITE + world.RUDE
+    busy = [claim is not None or s in manners for s, claim in zip(sentences, found, strict=True)]
+    repeats = sum(claim is not None for claim in found) - len(answers)
     return Score(
-        correct=_mark_answer(question, list(verdicts.values())),
-        answers=ANSWERS if verdicts else 0.0,
-        polite=POLITE if courtesies else 0.0,
-        concise=CONCISE if verdicts and len(response.split()) <= WORDS else 0.0,
-        finished=FINISHED if finished else 0.0,
+        correct=_mark_answer(question, list(answers.values())),
+        answers=ANSWERS if answers else 0.0,
+        polite=POLITE if answers and courtesies else 0.0,
+        concise=CONCISE if answers and len(response.split()) <= WORDS else 0.0,
+        finished=FINISHED if answers and finished else 0.0,
         rude=RUDE if insults else 0.0,
         grovelling=GROVELLING * max(0, courtesies - 1),
-        rambling=RAMBLING * (len(idle) + repeats),
+        rambling=RAMBLING * (busy.count(False) + repeats),
     )
 
 

@@ -582,10 +582,20 @@ def _held_out_keys() -> frozenset[tuple[str, ...]]:
 def held_out_fact(question: Question) -> bool:
     """Whether a question's fact is kept out of SFT, reward-model and PPO training.
 
-    A fact and its mirror image (hot and cold, two plus three and three plus two) are on the same
-    side of the split.
+    An opposite and its mirror image (hot and cold), or a sum and its (two plus three and three plus
+    two), are on the same side of the split. "name a toy" is held out if all toys are.
     """
+    if question.kind == "name":
+        facts = TOPICS[question.topic].facts
+        fitting = [s for s, answers in facts.items() if question.answer in answers]
+        if all(held_out_subject(question.topic, subject) for subject in fitting):
+            return True
     return _fact_key(question) in _held_out_keys()
+
+
+def held_out_subject(topic: str, subject: str) -> bool:
+    """Whether the fact about `subject` in `topic` is held out."""
+    return held_out_fact(Question("fact", topic, subject, None, False))
 
 
 def prompts(split: str = "train") -> list[str]:
