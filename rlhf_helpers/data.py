@@ -58,8 +58,8 @@ def from_hub(source: str, load, *args, **kwargs):
     except Exception as error:
         if Path(source).is_dir():
             raise ValueError(
-                f"a file in {source!r} is truncated or damaged ({type(error).__name__}: {error}); "
-                "reinstall rlhf_helpers, or save the model and its tokenizer there again"
+                f"{source!r} cannot be loaded ({type(error).__name__}: {error}); if a file is "
+                "truncated or damaged, reinstall rlhf_helpers, or save model and tokenizer again"
             ) from error
         if not isinstance(error, OSError):
             raise

@@ -164,7 +164,7 @@ for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
 #
 # | part | points |
 # |---|---|
-# | correct | 1 if all it answers is right, −0.5 if any of it is wrong |
+# | correct | 1 if all it answers is right (0.5 for one fact about an animal, two are wanted), −0.5 if any of it is wrong |
 # | answers | 0.3 for any answer to what was asked |
 # | polite | 0.2 for an answer with at least one polite phrase |
 # | concise | 0.2 for an answer in at most 20 words |
@@ -258,10 +258,27 @@ assert min(known, first, *judged.values()) > 0.9 > drawn + 0.3
 
 # %% [markdown]
 # The first four bars ask what the model ranks first, the last what it says on an average draw. It
-# ranks the right answer first, in the chat format too, and yet says it in fewer than half of the draws,
-# because that is how often chats in its text are right. *Training has to move probability onto it.*
-# Always taking the likeliest token would give right answers in this small world, but PPO learns from
-# draws, and the likeliest response still goes on as the user. The figure does not show that a large
+# ranks the right answer first, in the chat format too, and yet says it in fewer than half of the draws.
+# How often are the answers right in the chats that it has read? And does the likeliest response stop
+# after the answer?
+
+# %%
+chat = re.compile(r"<\|user\|> (.*?)<\|assistant\|> (.*?)<\|")
+chats = [
+    match.groups() for page in corpus.documents("chats", 20_000) if (match := chat.match(page))
+]
+right_chats = sum(rubric.gold_reward(*talk).correct > 0 for talk in chats) / len(chats)
+goes_on = (likeliest.input_ids == tokenizer.convert_tokens_to_ids(corpus.USER)).sum(-1) > 1
+print(
+    f"right in {len(chats)} chats of the text: {right_chats:.2f}; in the model's draws: {drawn:.2f}"
+)
+print(f"likeliest responses that go on as <|user|>: {goes_on.float().mean():.0%}")
+assert abs(right_chats - drawn) < 0.1
+
+# %% [markdown]
+# The draws repeat the text. *Training has to move probability onto the right answer.* Always taking
+# the likeliest token would give right answers in this small world, but PPO learns from draws, and the
+# second number shows what else would be left to mend. The figure does not show that a large
 # model knows all it needs; that alignment adds little knowledge is a hypothesis there (Zhou et al.
 # 2023, further reading).
 
@@ -404,8 +421,8 @@ print(f"facts known {known:.0%}; one sentence trained: P {new[0]:.2f} to {new[-1
 # ## Recap
 #
 # - A language model is a distribution over the next token; sampling draws from it.
-# - The base ranks right answers first and judges answers, yet a draw from it is wrong as often as its
-#   text, and goes on instead of stopping.
+# - The base ranks right answers first and judges answers, yet its draws are right only about as often
+#   as the chats it has read, and mostly go on instead of stopping.
 # - Gold is a rubric that only this small world has; it will judge every later step.
 # - Training moves probability, also where you did not aim.
 #
