@@ -7,7 +7,9 @@ import random
 from pathlib import Path
 
 import pyarrow
+import torch
 from datasets import Dataset, load_dataset
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import BatchEncoding
 
@@ -86,25 +88,99 @@ def encode_prompts(
         ValueError: for no prompts, an empty one, one that contains a special token, or one that is
             too long: it is never cut.
     """
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError(f"prompts is {prompts!r}: give a list of texts")
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one question")
-    if blank := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
-        raise ValueError(f"prompt {blank[0]} is {prompts[blank[0]]!r}: give it some text")
-    for i, prompt in enumerate(prompts):
-        if marks := [mark for mark in tokenizer.all_special_tokens if mark in prompt]:
-            raise ValueError(
-                f"prompt {i} contains {marks[0]!r}, a token of the template: remove it"
-            )
+    rows = _prompt_tokens(tokenizer, prompts, prompt_length)
+    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    prompt_length: int,
+    response_length: int,
+) -> list[dict[str, list[int]]]:
+    """Token ids of demonstrations: prompts in the chat template, completions closed by EOS.
+
+    Args:
+        dataset: columns `prompt` and `completion`.
+        prompt_length, response_length: the most tokens of each, template and EOS included.
+
+    Returns:
+        For each row its token ids, as `{"prompt": [...], "response": [...]}`.
+
+    Raises:
+        TypeError: if a column holds something else than texts.
+        ValueError: for no rows, a text that is empty or contains a token of the template, or one
+            that is too long: nothing is cut, since a cut response would have lost its EOS.
+
+    Example: for the pocket tokenizer "what is hot?" and "fire." become the tokens of
+    "<|user|> what is hot?<|assistant|>" and of " fire.<|eos|>".
+    """
+    completions = list(dataset["completion"])
+    prompt_rows = _prompt_tokens(tokenizer, list(dataset["prompt"]), prompt_length)
+    _check_texts(tokenizer, "completion", completions)
+    rows = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    response_rows = [[*row, tokenizer.eos_token_id] for row in rows]
+    _check_lengths("completion", completions, response_rows, "response_length", response_length)
+    pairs = zip(prompt_rows, response_rows, strict=True)
+    return [{"prompt": prompt, "response": response} for prompt, response in pairs]
+
+
+def pad_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, list[int]]]
+) -> tuple[Tensor, Tensor, int]:
+    """One batch of encoded examples: prompts padded on the left, responses on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 [B, P + T], and P, the length of the longest prompt.
+
+    Example: with prompts [5, 6] and [7], responses [8, 1] and [9, 9, 1], and 0 for padding,
+    input_ids is [[5, 6, 8, 1, 0], [0, 7, 9, 9, 1]] and P is 2.
+    """
+    sides = {"prompt": "left", "response": "right"}
+    prompts, responses = (
+        tokenizer.pad(
+            {"input_ids": [example[part] for example in examples]},
+            padding_side=side,
+            return_tensors="pt",
+        )
+        for part, side in sides.items()
+    )
+    names = ("input_ids", "attention_mask")
+    input_ids, mask = (torch.cat([prompts[name], responses[name]], dim=1) for name in names)
+    return input_ids, mask, prompts["input_ids"].shape[1]
+
+
+def _prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], prompt_length: int
+) -> list[list[int]]:
+    _check_texts(tokenizer, "prompt", prompts)
     texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    if long := [i for i, row in enumerate(rows) if len(row) > prompt_length]:
+    _check_lengths("prompt", prompts, rows, "prompt_length", prompt_length)
+    return rows
+
+
+def _check_texts(tokenizer: PreTrainedTokenizerBase, name: str, texts: list[str]) -> None:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name}s is {texts!r}: give a list of texts")
+    if not texts:
+        raise ValueError(f"{name}s is empty: give at least one text")
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"{name} {i} is {text!r}: give it some text")
+        if marks := [mark for mark in tokenizer.all_special_tokens if mark in text]:
+            raise ValueError(
+                f"{name} {i} contains {marks[0]!r}, a token of the template: remove it"
+            )
+
+
+def _check_lengths(name: str, texts: list[str], rows: list, limit_name: str, limit: int) -> None:
+    if long := [i for i, row in enumerate(rows) if len(row) > limit]:
+        i = long[0]
         raise ValueError(
-            f"prompt {long[0]} ({prompts[long[0]][:60]!r}) has {len(rows[long[0]])} tokens with "
-            f"its template, and the limit is {prompt_length}; shorten it or raise prompt_length"
+            f"{name} {i} ({texts[i][:60]!r}) has {len(rows[i])} tokens with its template, and the "
+            f"limit is {limit}; shorten it or raise {limit_name}"
         )
-    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -1,15 +1,29 @@
-"""The frozen 4-bit base that every role of RLHF shares."""
+"""One frozen 4-bit base, and the roles of RLHF as adapters on it."""
 
-import logging
+import warnings
 from pathlib import Path
 
 import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.data import from_hub, require_files
 from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 
 def load_base(preset: Preset, quantized: bool = True) -> PreTrainedModel:
@@ -57,8 +71,6 @@ def load_base(preset: Preset, quantized: bool = True) -> PreTrainedModel:
 
 
 def _nf4(preset: Preset) -> BitsAndBytesConfig:
-    # bitsandbytes announces an optional kernel package at import; the course does not use it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -91,3 +103,257 @@ def _switch_off_repacking(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+class Roles:
+    """One frozen base and one LoRA adapter for each role; a single role acts at a time.
+
+    A LoRA layer computes W x + (α/r) B A x: W is the base's, shared and frozen; A and B are the
+    role's. B starts at 0, so that a new role answers exactly as the base.
+
+    PEFT lets you run a forward pass as one role, switch, and call backward: gradients are then
+    dropped, or, with activation checkpointing, computed through the other role, and nothing is
+    said. Here that backward raises RuntimeError. The safe order is use, forward, backward, and
+    only then the next role.
+
+    Args:
+        base: from `load_base`; it gets the adapters built in.
+        rank: r, the inner width of every adapter.
+        alpha: α; the update is scaled by α/r.
+
+    Raises:
+        ValueError: for a base that carries adapters already, or a rank or alpha below 1.
+
+    Example:
+        >>> roles = Roles(load_base(load_preset("pocket")))  # doctest: +SKIP
+        >>> roles.add("sft")                                  # doctest: +SKIP
+        >>> roles.add("policy", copy_of="sft")                # doctest: +SKIP
+        >>> logits = roles.use("policy")(input_ids).logits    # doctest: +SKIP
+
+    Sources: Hu et al., LoRA (arXiv 2106.09685), equation 3; Dettmers et al., QLoRA (arXiv
+    2305.14314), section 3; one base for all roles: Hydra-RLHF (arXiv 2309.00754). Lesson 01 derives
+    the layer, lesson 04 uses four roles.
+    """
+
+    def __init__(self, base: PreTrainedModel, rank: int = 16, alpha: float = 32) -> None:
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise ValueError(
+                "this base carries adapters already: go on with the Roles that you have, or load "
+                "another base with load_base(preset)"
+            )
+        if rank < 1 or alpha <= 0:
+            raise ValueError(
+                f"rank is {rank} and alpha {alpha}; give a rank of 1 or more, alpha > 0"
+            )
+        self.base = base
+        self.rank, self.alpha = rank, alpha
+        self.shapes = linear_shapes(base)
+        self.model: PeftModel | None = None
+        self._trainable: dict[str, bool] = {}
+        base.base_model.register_forward_hook(self._guard)
+
+    @property
+    def names(self) -> list[str]:
+        """The roles, in the order in which they came."""
+        return list(self._trainable)
+
+    @property
+    def active(self) -> str | None:
+        """The role that acts now; None before the first is added."""
+        return self.model.active_adapter if self.model else None
+
+    def add(
+        self, name: str, copy_of: str | None = None, trainable: bool = True, seed: int = 0
+    ) -> None:
+        """Add a role; the active role stays the same, unless this is the first.
+
+        Args:
+            name: letters, digits and underscores.
+            copy_of: a role whose weights the new one starts from, bit for bit; None for a fresh
+                adapter, A random and B zero.
+            trainable: False for a role that never learns, such as the reference.
+            seed: of A; torch's own generator is left as it was.
+
+        Raises:
+            ValueError: for a name that is taken or cannot be used, or an unknown `copy_of`.
+        """
+        if not name.isidentifier() or name in self._trainable:
+            raise ValueError(
+                f"role {name!r} is there already or is no name; there are {self.names}; give "
+                "another one, of letters, digits and underscores"
+            )
+        weights = self.state(copy_of) if copy_of is not None else None
+        active = self.active
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if self.model is None:
+                with warnings.catch_warnings():  # peft asks by an older name of transformers
+                    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                    self.model = get_peft_model(self.base, self._config(), adapter_name=name)
+            else:
+                self.model.add_adapter(name, self._config())
+        self._trainable[name] = trainable
+        if weights is not None:
+            set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        self._activate(active or name)
+        self.model.eval()
+
+    def use(self, name: str) -> PeftModel:
+        """Make a role the active one and return the model, which now acts as that role."""
+        self._require(name)
+        if name != self.active:
+            self._activate(name)
+        return self.model
+
+    def parameters(self, name: str) -> dict[str, Parameter]:
+        """A trainable role's parameters by name, for an optimizer.
+
+        Raises:
+            ValueError: for an unknown role, or one that was added as frozen.
+        """
+        self._require(name)
+        if not self._trainable[name]:
+            raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
+        mark = f".{name}."
+        return {n: p for n, p in self.model.named_parameters() if mark in n and ".lora_" in n}
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """A copy of a role's weights under the names that PEFT gives them in a file."""
+        self._require(name)
+        weights = get_peft_model_state_dict(
+            self.model, adapter_name=name, save_embedding_layers=False
+        )
+        return {key: tensor.detach().cpu().clone() for key, tensor in weights.items()}
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write a role as PEFT does, so that `PeftModel.from_pretrained(base, folder)` reads it.
+
+        Args:
+            folder: replaced as a whole, or not at all.
+        """
+        with whole_folder(folder) as new:
+            self.write(name, new)
+
+    def write(self, name: str, folder: Path) -> None:
+        """Write a role's two files into an existing folder; `save` does it safely."""
+        config = self._config()
+        config.base_model_name_or_path = _portable(self.base.name_or_path)
+        config.save_pretrained(folder)
+        metadata = {"format": "pt", "base": _fingerprint(self.base)}
+        save_file(self.state(name), folder / WEIGHTS, metadata=metadata)
+
+    def load(self, name: str, folder: Path, trainable: bool = False) -> None:
+        """Read a saved adapter as a role; one of that name is overwritten.
+
+        Raises:
+            FileNotFoundError: if a file of the adapter is missing.
+            ValueError: for a damaged file, another rank or alpha, layers of other sizes, or an
+                adapter that was trained on another base; nothing has changed then.
+        """
+        weights = self._read(folder)
+        if name not in self._trainable:
+            self.add(name, trainable=trainable)
+        set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        self._trainable[name] = trainable
+        self._activate(self.active)
+
+    def _config(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=0.0,  # dropout would make the policy differ from itself
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+
+    def _activate(self, name: str) -> None:
+        self.model.set_adapter(name, inference_mode=not self._trainable[name])
+
+    def _require(self, name: str) -> None:
+        if name not in self._trainable:
+            raise ValueError(f"there is no role {name!r}; there are {self.names}; add it first")
+
+    def _guard(self, module, arguments, output) -> None:
+        """After each forward of the body: let backward run only while the same role acts."""
+        role, hidden = self.active, output[0]
+
+        def check(gradient: Tensor) -> None:
+            if self.active != role:
+                raise RuntimeError(
+                    f"backward through role {role!r} while {self.active!r} is active: PEFT would "
+                    "lose or corrupt gradients. For each role call use, forward and backward, and "
+                    "only then use the next one"
+                )
+
+        if hidden.requires_grad:
+            hidden.register_hook(check)
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing: no adapter, or half of one; train it again, or "
+                    "copy the whole folder"
+                )
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                weights = {key: file.get_tensor(key) for key in file.keys()}
+                trained_on = (file.metadata() or {}).get("base")
+        except Exception as error:
+            raise ValueError(
+                f"the adapter in '{folder}' cannot be read ({type(error).__name__}: {error}); it "
+                "is truncated or damaged: train it again, or copy the whole folder"
+            ) from error
+        if (config.r, config.lora_alpha) != (self.rank, self.alpha):
+            raise ValueError(
+                f"the adapter in '{folder}' has rank {config.r} and alpha {config.lora_alpha}, "
+                f"these roles {self.rank} and {self.alpha}; build Roles with the adapter's"
+            )
+        _check_shapes(folder, weights, self.shapes, self.rank)
+        if trained_on and not _same_base(trained_on, _fingerprint(self.base)):
+            raise ValueError(
+                f"the adapter in '{folder}' was trained on another base of the same sizes; load "
+                "that base, or train the adapter again on this one"
+            )
+        return weights
+
+
+def linear_shapes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every layer that gets an adapter: all linear ones but the last."""
+    last = base.get_output_embeddings()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not last
+    }
+
+
+def _portable(source: str) -> str:
+    """A hub id as it is; of a folder its name, since the path holds on one machine only."""
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def _check_shapes(folder: Path, weights: dict, shapes: dict, rank: int) -> None:
+    expected = {}
+    for name, (outputs, inputs) in shapes.items():
+        expected[f"base_model.model.{name}.lora_A.weight"] = (rank, inputs)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (outputs, rank)
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    for key in expected | found:
+        if expected.get(key) != found.get(key):
+            raise ValueError(
+                f"the adapter in '{folder}' does not fit this base: {key} is {found.get(key)} "
+                f"there and {expected.get(key)} here; load the base that it was trained on"
+            )
+
+
+def _fingerprint(base: PreTrainedModel) -> str:
+    """Sixteen of the embedding's weights, which tell bases of equal sizes apart."""
+    weights = base.get_input_embeddings().weight.detach().flatten()
+    return " ".join(f"{w:.6g}" for w in weights[:: max(1, len(weights) // 16)][:16].tolist())
+
+
+def _same_base(first: str, second: str) -> bool:
+    a, b = (torch.tensor([float(w) for w in text.split()]) for text in (first, second))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.02, atol=1e-6)  # other dtypes round
