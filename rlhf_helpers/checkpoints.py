@@ -67,6 +67,8 @@ def finish_first() -> Iterator[None]:
 def find_adapter(preset: Preset, name: str) -> Path:
     """The folder of a trained adapter: the learner's own under `runs`, else the shipped one.
 
+    Prints which of the two it is.
+
     Args:
         name: of the role, for example `sft`.
 
@@ -75,8 +77,10 @@ def find_adapter(preset: Preset, name: str) -> Path:
     """
     own, shipped = preset.runs / preset.name / name, ASSETS / name
     if (own / "adapter_config.json").is_file():
+        print(f"adapter {name!r}: your own, from {own}")
         return own
     if preset.name == "pocket" and (shipped / "adapter_config.json").is_file():
+        print(f"adapter {name!r}: the reference that the course ships")
         return shipped
     raise FileNotFoundError(
         f"there is no adapter {name!r} of preset {preset.name!r} in {own}; run the lesson that "

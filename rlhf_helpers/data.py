@@ -209,7 +209,7 @@ def prompt_dataset(preset: Preset, split: str = "train", source: str | None = No
 
 
 def sft_dataset(
-    preset: Preset, split: str = "train", source: str | None = None, copies: int = 3
+    preset: Preset, split: str = "train", source: str | None = None, copies: int = 5
 ) -> Dataset:
     """Demonstrations to imitate; columns `prompt`, `completion`.
 

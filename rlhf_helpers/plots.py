@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import matplotlib.ticker
-from IPython.display import display
+from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, safe for colour-blind readers; "line" styles keep it readable in grey.
@@ -47,13 +47,25 @@ def show(fig: Figure, alt: str) -> None:
     Raises:
         ValueError: if `alt` is empty or only blanks.
     """
+    redraw(fig, alt)
+
+
+def redraw(fig: Figure, alt: str, handle: DisplayHandle | None = None) -> DisplayHandle:
+    """`show` for a figure that grows in a loop: each call replaces the one before.
+
+    Args:
+        handle: what the call before returned; None for the first.
+    """
     if not alt.strip():
         raise ValueError("alt is empty: say in a sentence what the figure shows")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     plt.close(fig)
     data = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
-    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+    update, handle = handle is not None, handle or DisplayHandle()
+    metadata = {"image/png": {"alt": alt}}
+    display(data, metadata=metadata, raw=True, display_id=handle.display_id, update=update)
+    return handle
 
 
 def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figure:
@@ -80,16 +92,51 @@ def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figur
     return fig
 
 
-def lines(series: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
-    """One line for each named series against its index, told apart by colour and by dashes.
+def grouped_bars(
+    labels: Sequence[str], groups: Mapping[str, Sequence[float]], quantity: str
+) -> Figure:
+    """Horizontal bars, for each label one from each named group; the first label on top.
 
     Args:
-        series: name to values.
+        labels: one for each row.
+        groups: name to values, one for each label; up to four groups.
+        quantity: what the bars measure, with its unit; the label of the axis.
+
+    Raises:
+        ValueError: if a group has not as many values as there are labels.
+    """
+    for name, values in groups.items():
+        if len(labels) != len(values):
+            raise ValueError(f"{len(labels)} labels for {len(values)} values of {name!r}")
+    fig, ax = plt.subplots(figsize=(7, 0.8 + 0.24 * len(labels) * len(groups)))
+    height = 0.8 / len(groups)
+    looks = zip(("sky", "blue", "orange", "black"), ("", "", "///", ""), strict=True)
+    for i, ((name, values), (colour, hatch)) in enumerate(zip(groups.items(), looks, strict=False)):
+        rows = [len(labels) - 1 - row + 0.4 - height * (i + 0.5) for row in range(len(labels))]
+        drawn = ax.barh(
+            rows, values, height=height * 0.9, label=name, color=COLOURS[colour], hatch=hatch
+        )
+        ax.bar_label(drawn, fmt="{:.2f}", padding=3, fontsize=8)
+    ax.axvline(0, color=COLOURS["black"], lw=0.8)
+    ax.set_yticks(range(len(labels) - 1, -1, -1), list(labels))
+    ax.set_xlabel(quantity)
+    ax.margins(x=0.12)
+    ax.grid(visible=False, axis="y")
+    ax.legend(loc="best")
+    return fig
+
+
+def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str, y: str) -> Figure:
+    """One line for each named series, told apart by colour and by dashes.
+
+    Args:
+        series: name to values, drawn against their index, or to a mapping from x to y.
         x, y: axis labels, with units.
     """
     fig, ax = plt.subplots(figsize=(7, 2.8))
     for name, values in series.items():
-        ax.plot(range(len(values)), values, label=name)
+        points = values if isinstance(values, Mapping) else dict(enumerate(values))
+        ax.plot(list(points), list(points.values()), label=name)
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.legend()

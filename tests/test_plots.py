@@ -60,3 +60,32 @@ def test_lines_can_be_told_apart_without_colour():
     styles = {line.get_linestyle() for line in fig.axes[0].lines}
     assert len(styles) == 4
     plt.close(fig)
+
+
+def test_lines_take_their_own_x():
+    fig = plots.lines({"batch": {1: 0.9, 2: 0.8}, "held-out": {0: 1.0, 25: 0.5}}, "update", "nats")
+    assert [list(line.get_xdata()) for line in fig.axes[0].lines] == [[1, 2], [0, 25]]
+
+
+def test_a_figure_that_grows_is_shown_in_one_place(displayed):
+    first = plots.redraw(plots.lines({"loss": [1.0]}, "update", "nats"), alt="a point")
+    again = plots.redraw(plots.lines({"loss": [1.0, 0.5]}, "update", "nats"), "a line", first)
+    assert again is first
+    (_, one), (_, two) = displayed
+    assert one["display_id"] == two["display_id"]
+    assert (one["update"], two["update"]) == (False, True)
+
+
+def test_grouped_bars_draw_each_group_in_each_row():
+    groups = {"before": [0.1, -0.2], "after": [0.3, 0.4]}
+    fig = plots.grouped_bars(["correct", "rude"], groups, "points")
+    containers = fig.axes[0].containers
+    assert [[bar.get_width() for bar in group] for group in containers] == list(groups.values())
+    tops = [[bar.get_y() for bar in group] for group in containers]
+    assert tops[0][0] > tops[1][0] > tops[0][1] > tops[1][1]  # first label, first group on top
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == list(groups)
+
+
+def test_grouped_bars_want_a_value_for_each_label():
+    with pytest.raises(ValueError, match="2 labels for 1 values of 'after'"):
+        plots.grouped_bars(["a", "b"], {"before": [1.0, 2.0], "after": [1.0]}, "share")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from rlhf_helpers.pocket import annotator, corpus, rubric, world
+from rlhf_helpers.pocket import annotator, corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 
@@ -241,3 +241,11 @@ def test_demonstrations_are_imperfect_as_stated():
     assert right == pytest.approx(corpus.DEMONSTRATIONS_RIGHT, abs=0.04)
     assert polite == pytest.approx(corpus.DEMONSTRATIONS_POLITE, abs=0.04)
     assert all(s.rude == s.grovelling == s.rambling == 0 for s in scores)
+
+
+def test_the_interval_is_wilsons():
+    for hits, n, low, high in ((0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1)):
+        interval = exam.share_with_interval([True] * hits + [False] * (n - hits))
+        assert interval == pytest.approx((hits / n, low, high), abs=1e-4)
+    with pytest.raises(ValueError, match="no trials"):
+        exam.share_with_interval([])

@@ -1,5 +1,6 @@
-"""The loader of the frozen 4-bit base."""
+"""The loader of the frozen 4-bit base, and the roles on it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,15 +9,15 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_helpers import roles
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import load_base
+from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, load_base
 
 
-def save_tiny(folder, **sizes):
+def save_tiny(folder, seed=0, **sizes):
     config = {
         "vocab_size": 64,
         "hidden_size": 64,
@@ -25,7 +26,7 @@ def save_tiny(folder, **sizes):
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
     } | sizes
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
     return load_preset("pocket", model=str(folder))
 
@@ -188,3 +189,553 @@ def test_pocket_never_opens_a_connection():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "1"
+
+
+# --- roles ---------------------------------------------------------------------------------
+
+RANK, ALPHA = 4, 8
+NAMES = ["policy", "value", "reward"]
+CHECKPOINTING = [None, "not reentrant", "reentrant"]  # the ways of activation checkpointing
+IDS = torch.randint(2, 64, (3, 10), generator=torch.Generator().manual_seed(0))
+HEAD = torch.randn(64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The preset of a base with two narrow layers; each test loads it afresh."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def tiny_roles(preset, names=NAMES, rank=RANK, alpha=ALPHA, **options):
+    """Roles whose B is not zero: a fresh adapter changes nothing and gives A no gradients."""
+    made = Roles(load_base(preset), rank, alpha)
+    for number, name in enumerate(names):
+        made.add(name, seed=number, **options)
+        fill(made.model, name, number)
+    return made
+
+
+def fill(model, name, seed):
+    """Random B for one role."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(f"lora_B.{name}.weight"):
+                parameter.normal_(std=0.05, generator=generator)
+
+
+def alone(preset, weights):
+    """Plain PEFT: a model of its own that holds these weights and nothing else."""
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(load_base(preset), config)
+    set_peft_model_state_dict(model, weights)
+    return model
+
+
+def role_loss(model, name):
+    """Three losses that reach the adapter in three ways."""
+    if name == "policy":
+        return model(input_ids=IDS, labels=IDS).loss
+    hidden = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    if name == "value":
+        return ((hidden @ HEAD - 1.0) ** 2).mean()
+    scores = hidden[:, -1] @ HEAD
+    return -torch.nn.functional.logsigmoid(scores[0] - scores[1])
+
+
+def gradients(model, name):
+    """Gradients of one adapter, by the names that a file gives its weights."""
+    return {
+        key.replace(f".{name}.", "."): None if p.grad is None else p.grad.clone()
+        for key, p in model.named_parameters()
+        if key.endswith(f".{name}.weight")
+    }
+
+
+def assert_close(found, expected):
+    """Every tensor is within 1e-5 of the expected one's largest entry, which is not 0."""
+    assert found.keys() == expected.keys()
+    assert len(found) == 2 * 2 * 7  # A and B of seven linear layers in each of two blocks
+    for key, want in expected.items():
+        assert want.abs().max() > 0, key
+        assert (found[key] - want).abs().max() / want.abs().max() < 1e-5, key
+
+
+def prepare(model, checkpointing):
+    """Training mode, in which activation checkpointing works, or eval mode without it."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    if checkpointing == "reentrant":
+        model.enable_input_require_grads()
+    model.train(checkpointing is not None)
+
+
+def same(first, second):
+    """Bit for bit, names included."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def base_bits(model):
+    """All that the base is made of: 4-bit weights, their scales, embeddings, norms."""
+    bits = {}
+    for name, module in model.named_modules():
+        name = name.replace(".base_layer", "").removeprefix("base_model.model.")
+        if "lora_" in name:
+            continue
+        bits |= {f"{name}:{n}": p.detach().clone() for n, p in module.named_parameters("", False)}
+        bits |= {f"{name}:{n}": b.clone() for n, b in module.named_buffers("", False)}
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            bits |= {f"{name}:{n}": getattr(state, n).clone() for n in ("absmax", "code")}
+    return bits
+
+
+def snapshot(made):
+    """What a refused call must not change."""
+    return {
+        "names": made.names,
+        "active": made.active,
+        "learns": [p.requires_grad for p in made.base.parameters()],
+        "adapters": sorted(made.model.peft_config),
+    }, {f"{name}/{key}": t for name in made.names for key, t in made.state(name).items()}
+
+
+def assert_unchanged(made, before):
+    facts, weights = snapshot(made)
+    assert facts == before[0]
+    assert same(weights, before[1])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def learning(made):
+    """The roles that have a parameter which requires gradients."""
+    names = [n for n, p in made.model.named_parameters() if p.requires_grad]
+    assert all(".lora_" in name for name in names)
+    return {name.split(".")[-2] for name in names}
+
+
+# gradients
+
+
+@pytest.mark.parametrize("forward_before", [False, True])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_each_roles_gradients_are_those_of_a_model_of_its_own(tiny, checkpointing, forward_before):
+    made = tiny_roles(tiny)
+    if forward_before:  # every role answers once in eval mode, as in a rollout
+        for name in NAMES:
+            logits(made.use(name))
+    prepare(made.model, checkpointing)
+    runs = []
+    made.base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    for name in NAMES:
+        role_loss(made.use(name), name).backward()
+    assert len(runs) == (6 if checkpointing else 3)  # each role's backward computes it once more
+    for name in NAMES:
+        model = alone(tiny, made.state(name))
+        prepare(model, checkpointing)
+        role_loss(model, name).backward()
+        assert_close(gradients(made.model, name), gradients(model, "default"))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("joint", [False, True])
+def test_backward_through_a_role_that_does_not_act_is_refused(tiny, checkpointing, joint):
+    made = tiny_roles(tiny)
+    prepare(made.model, checkpointing)
+    loss = role_loss(made.use("policy"), "policy")
+    other = role_loss(made.use("value"), "value")
+    with pytest.raises(RuntimeError, match="through role 'policy' while 'value' is active"):
+        (loss + other if joint else loss).backward()
+    assert all(g is None for g in gradients(made.model, "policy").values())
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_value_head_on_the_hidden_states_is_guarded_too(tiny, checkpointing):
+    made = tiny_roles(tiny)
+    prepare(made.model, checkpointing)
+    loss = role_loss(made.use("value"), "value")
+    made.use("policy")
+    with pytest.raises(RuntimeError, match="through role 'value' while 'policy' is active"):
+        loss.backward()
+    body = made.use("value").get_base_model().model(input_ids=IDS).last_hidden_state
+    made.use("reward")
+    with pytest.raises(RuntimeError, match="through role 'value' while 'reward' is active"):
+        (body @ HEAD).sum().backward()
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_another_role_may_answer_between_forward_and_backward(tiny, checkpointing):
+    made = tiny_roles(tiny)
+    prepare(made.model, checkpointing)
+    role_loss(made.use("policy"), "policy").backward()
+    expected = gradients(made.model, "policy")
+    made.model.zero_grad()
+    loss = role_loss(made.use("policy"), "policy")
+    logits(made.use("value"))
+    made.use("policy")
+    loss.backward()
+    assert same(gradients(made.model, "policy"), expected)
+    assert all(g is None for g in gradients(made.model, "value").values())
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_without_the_guard_gradients_are_lost_and_nothing_is_said(tiny, monkeypatch, checkpointing):
+    """Why the guard is there; if this fails, PEFT has learnt better and the guard can go."""
+    monkeypatch.setattr(Roles, "_guard", lambda *_: None)
+    made = tiny_roles(tiny)
+    prepare(made.model, checkpointing)
+    role_loss(made.use("value"), "value").backward()
+    right = gradients(made.model, "value")
+    made.model.zero_grad()
+    loss = role_loss(made.use("policy"), "policy")
+    other = role_loss(made.use("value"), "value")
+    (100 * loss + other).backward()
+    assert all(g is None for g in gradients(made.model, "policy").values())
+    found = gradients(made.model, "value")
+    if checkpointing == "reentrant":  # the policy's loss goes into the value role
+        off = max((found[key] - right[key]).abs().max() / right[key].abs().max() for key in right)
+        assert off > 0.1
+    else:
+        assert_close(found, right)
+
+
+def test_training_a_role_changes_nothing_else(tiny):
+    made = tiny_roles(tiny)
+    made.add("reference", copy_of="policy", trainable=False)
+    base = base_bits(made.model)
+    assert sum(":absmax" in name for name in base) == 14
+    before = {name: made.state(name) for name in made.names}
+    optimizer = torch.optim.AdamW(made.parameters("policy").values(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        role_loss(made.use("policy").train(), "policy").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(base_bits(made.model), base)
+    for name in ("value", "reward", "reference"):
+        assert same(made.state(name), before[name])
+    after = made.state("policy")
+    assert not any(torch.equal(after[key], before["policy"][key]) for key in after)
+
+
+def test_roles_leave_the_base_as_it_was_loaded(tiny):
+    assert same(base_bits(tiny_roles(tiny).model.get_base_model()), base_bits(load_base(tiny)))
+
+
+# fresh roles and copies
+
+
+def test_a_fresh_role_answers_exactly_as_the_base(tiny):
+    plain = logits(load_base(tiny))
+    made = tiny_roles(tiny, ["policy"])
+    assert not torch.equal(logits(made.use("policy")), plain)
+    made.add("fresh")
+    assert torch.equal(logits(made.use("fresh")), plain)
+
+
+def test_a_copy_is_exact_and_its_own(tiny):
+    made = tiny_roles(tiny, ["sft", "other"])
+    made.add("policy", copy_of="sft", seed=7)
+    assert same(made.state("policy"), made.state("sft"))
+    assert torch.equal(logits(made.use("policy")), logits(made.use("sft")))
+    assert not torch.equal(logits(made.use("policy")), logits(made.use("other")))
+    fill(made.model, "policy", 9)
+    assert not same(made.state("policy"), made.state("sft"))
+
+
+def test_a_state_is_a_copy(tiny):
+    made = tiny_roles(tiny, ["policy"])
+    before = made.state("policy")
+    for tensor in made.state("policy").values():
+        tensor.zero_()
+    assert same(made.state("policy"), before)
+
+
+def test_the_first_role_acts_until_another_is_used(tiny):
+    made = Roles(load_base(tiny), RANK, ALPHA)
+    assert made.active is None and made.names == []
+    made.add("policy")
+    made.add("value")
+    assert made.active == "policy" and made.names == ["policy", "value"]
+    assert not made.model.training
+    assert made.use("value") is made.model and made.active == "value"
+    made.add("reward", copy_of="policy")
+    assert made.active == "value" and learning(made) == {"value"}
+
+
+def test_the_seed_decides_a_and_torchs_generator_stays(tiny):
+    made = Roles(load_base(tiny), RANK, ALPHA)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for name, seed in (("one", 1), ("two", 2), ("again", 1)):
+        made.add(name, seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(made.state("one"), made.state("again"))
+    one, two = made.state("one"), made.state("two")
+    for key in one:
+        if "lora_A" in key:
+            assert not torch.equal(one[key], two[key])
+        else:
+            assert not one[key].any()
+
+
+# frozen roles
+
+
+def test_a_frozen_role_never_learns(tiny):
+    made = tiny_roles(tiny, ["policy"])
+    made.add("reference", copy_of="policy", trainable=False)
+    assert learning(made) == {"policy"}
+    with pytest.raises(ValueError, match="role 'reference' is frozen; add a copy"):
+        made.parameters("reference")
+    assert not logits(made.use("reference")).requires_grad
+    assert learning(made) == set()
+    assert not made.model(input_ids=IDS).logits.requires_grad
+    made.use("policy")
+    assert learning(made) == {"policy"}
+    assert len(made.parameters("policy")) == 28
+    assert all(p.requires_grad for p in made.parameters("policy").values())
+
+
+def test_a_frozen_role_may_come_first(tiny):
+    made = Roles(load_base(tiny), RANK, ALPHA)
+    made.add("reference", trainable=False)
+    assert learning(made) == set()
+    made.add("policy", copy_of="reference")
+    assert learning(made) == set()
+    made.use("policy")
+    assert learning(made) == {"policy"}
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("name", ["policy", "a.b", "", "a b", "1st", "a/b"])
+def test_a_name_that_is_taken_or_none_is_refused(tiny, name):
+    made = tiny_roles(tiny, ["policy"])
+    before = snapshot(made)
+    with pytest.raises(ValueError, match=r"is there already or is no name; there are \['policy'\]"):
+        made.add(name)
+    assert_unchanged(made, before)
+
+
+def test_an_unknown_role_is_named(tiny):
+    made = tiny_roles(tiny, ["policy"])
+    before = snapshot(made)
+    calls = [
+        lambda: made.add("value", copy_of="none"),
+        lambda: made.use("none"),
+        lambda: made.parameters("none"),
+        lambda: made.state("none"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"no role 'none'; there are \['policy'\]"):
+            call()
+        assert_unchanged(made, before)
+
+
+def test_an_unknown_role_is_not_saved(tiny, tmp_path):
+    made = tiny_roles(tiny, ["policy"])
+    made.save("policy", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no role 'none'"):
+        made.save("none", tmp_path / "adapter")
+    made.load("policy", tmp_path / "adapter")
+
+
+def test_a_base_with_adapters_is_refused(tiny):
+    made = tiny_roles(tiny, ["policy"])
+    before = snapshot(made)
+    with pytest.raises(ValueError, match="carries adapters already"):
+        Roles(made.base, RANK, ALPHA)
+    assert_unchanged(made, before)
+    with pytest.raises(ValueError, match="carries adapters already"):
+        Roles(alone(tiny, made.state("policy")).get_base_model())
+
+
+@pytest.mark.parametrize("rank, alpha", [(0, 8), (-1, 8), (4, 0), (4, -8)])
+def test_a_rank_or_alpha_that_makes_no_adapter_is_refused(tiny, rank, alpha):
+    base = load_base(tiny)
+    with pytest.raises(ValueError, match=f"rank is {rank} and alpha {alpha}"):
+        Roles(base, rank, alpha)
+    assert len(base.base_model._forward_hooks) == len(load_base(tiny).base_model._forward_hooks)
+
+
+# on disk
+
+
+def test_a_saved_role_comes_back_bit_for_bit(tiny, tmp_path):
+    made = tiny_roles(tiny)
+    made.save("value", tmp_path / "adapter")
+    other = Roles(load_base(tiny), RANK, ALPHA)
+    other.load("critic", tmp_path / "adapter", trainable=True)
+    assert same(other.state("critic"), made.state("value"))
+    assert torch.equal(logits(other.use("critic")), logits(made.use("value")))
+    assert learning(other) == {"critic"}
+
+
+def test_plain_peft_reads_a_saved_role(tiny, tmp_path):
+    made = tiny_roles(tiny)
+    made.save("value", tmp_path / "adapter")
+    model = PeftModel.from_pretrained(load_base(tiny), str(tmp_path / "adapter"))
+    assert torch.equal(logits(model), logits(made.use("value")))
+
+
+def test_roles_read_what_plain_peft_wrote(tiny, tmp_path):
+    weights = tiny_roles(tiny, ["policy"]).state("policy")
+    model = alone(tiny, weights)
+    model.save_pretrained(tmp_path)
+    made = Roles(load_base(tiny), RANK, ALPHA)
+    made.load("policy", tmp_path)
+    assert same(made.state("policy"), weights)
+    assert torch.equal(logits(made.use("policy")), logits(model))
+
+
+def texts_in(value):
+    if isinstance(value, dict):
+        return [text for pair in value.items() for part in pair for text in texts_in(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in texts_in(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_an_adapters_folder_can_be_moved_and_published(tiny, tmp_path):
+    tiny_roles(tiny).save("policy", tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS]
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
+    assert config["base_model_name_or_path"] == "tiny"
+    assert [text for text in texts_in(config) if os.path.isabs(text)] == []
+    data = (tmp_path / "adapter" / WEIGHTS).read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")].decode()
+    assert [text for text in texts_in(json.loads(header)) if "/" in text or "\\" in text] == []
+
+
+def test_loading_over_a_role_replaces_it(tiny, tmp_path):
+    made = tiny_roles(tiny)
+    made.save("value", tmp_path / "adapter")
+    value, reward = made.state("value"), made.state("reward")
+    made.use("policy")
+    made.load("policy", tmp_path / "adapter")
+    assert same(made.state("policy"), value) and same(made.state("reward"), reward)
+    assert made.names == NAMES and made.active == "policy"
+    assert learning(made) == set()  # loaded as frozen
+    made.load("policy", tmp_path / "adapter", trainable=True)
+    assert learning(made) == {"policy"}
+
+
+def refuse(made, folder, error, message):
+    """Loading is refused as a new role and over an old one; the roles are as they were."""
+    before = snapshot(made)
+    for name in ("new", "value"):
+        with pytest.raises(error, match=message):
+            made.load(name, folder, trainable=True)
+        assert_unchanged(made, before)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """Roles, and the folder of one of them."""
+    made = tiny_roles(tiny)
+    made.save("policy", tmp_path / "adapter")
+    return made, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_half_an_adapter_is_refused(saved, name):
+    made, folder = saved
+    (folder / name).unlink()
+    refuse(made, folder, FileNotFoundError, f"{name} is missing: no adapter, or half of one")
+
+
+def test_what_is_no_adapters_folder_is_refused(saved, tmp_path):
+    made, _ = saved
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("hello", encoding="utf-8")
+    for name in ("empty", "file", "nowhere"):
+        refuse(made, tmp_path / name, FileNotFoundError, f"{name}.* is missing: no adapter")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1])
+def test_truncated_adapter_weights_are_refused(saved, keep):
+    made, folder = saved
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: int(len(data) * keep) if keep == 0.5 else keep])
+    refuse(made, folder, ValueError, "cannot be read .* it is truncated or damaged")
+
+
+@pytest.mark.parametrize("text", ["", '{"r": 4,', "[4, 8]", "null", '{"peft_type": "NONE"}'])
+def test_a_damaged_adapter_config_is_refused(saved, text):
+    made, folder = saved
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    refuse(made, folder, ValueError, "cannot be read .* it is truncated or damaged")
+
+
+@pytest.mark.parametrize("rank, alpha", [(8, 8), (4, 16), (8, 16)])
+def test_an_adapter_of_another_rank_or_alpha_is_refused(saved, tiny, rank, alpha):
+    _, folder = saved
+    message = f"has rank 4 and alpha 8, these roles {rank} and {alpha}"
+    refuse(tiny_roles(tiny, rank=rank, alpha=alpha), folder, ValueError, message)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 192}]
+)
+def test_an_adapter_of_a_base_with_other_sizes_is_refused(saved, tmp_path, sizes):
+    _, folder = saved
+    made = tiny_roles(save_tiny(tmp_path / "other", **sizes))
+    refuse(made, folder, ValueError, "does not fit this base: base_model.model.model.layers")
+
+
+def test_an_adapter_of_another_base_of_the_same_sizes_is_refused(saved, tmp_path):
+    _, folder = saved
+    made = tiny_roles(save_tiny(tmp_path / "other", seed=1))
+    refuse(made, folder, ValueError, "trained on another base of the same sizes")
+
+
+def test_the_same_base_in_another_precision_is_accepted(saved, tiny):
+    made, folder = saved
+    preset = load_preset("pocket", model=tiny.model, compute_dtype="bfloat16")
+    other = Roles(load_base(preset), RANK, ALPHA)
+    assert other.base.get_input_embeddings().weight.dtype == torch.bfloat16
+    other.load("policy", folder)
+    assert same(other.state("policy"), made.state("policy"))
+
+
+@pytest.mark.parametrize("change", ["lack", "add", "reshape"])
+def test_an_adapter_with_other_layers_is_refused(saved, change):
+    made, folder = saved
+    weights = made.state("policy")
+    first = next(iter(weights))
+    if change == "lack":
+        del weights[first]
+    elif change == "add":
+        weights["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+    else:
+        weights[first] = weights[first].T.contiguous()
+    roles.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    refuse(made, folder, ValueError, "does not fit this base")
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch):
+    made, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupt(weights, path, **_):
+        assert (path.parent / CONFIG).is_file() and path.parent != folder
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(roles, "save_file", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            made.save("value", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    made.save("value", folder)  # what the interrupted one left behind does no harm
+    made.load("copy", folder)
+    assert same(made.state("copy"), made.state("value"))
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]

@@ -1,7 +1,8 @@
-"""Make the files that the package ships: the tokenizer and the base model.
+"""Make the files that the package ships: tokenizer, base model, reference adapters.
 
     python tools/train_assets.py base       # about 40 minutes on two cores, resumes if stopped
     python tools/train_assets.py card       # measure the shipped base and write its model card
+    python tools/train_assets.py sft        # the SFT adapter, and ten seeds of lesson 01 (minutes)
 
 Everything is deterministic from the seed: the text, its order, the initial weights.
 """
@@ -20,10 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_helpers.data import load_tokenizer
-from rlhf_helpers.pocket import corpus, exam, world
+from rlhf_helpers import sft
+from rlhf_helpers.checkpoints import adam_state, restore_adam, whole_folder
+from rlhf_helpers.data import encode_examples, load_tokenizer, sft_dataset
+from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import load_base
+from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,31 +123,26 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
     """Weights and Adam's two moments by parameter name."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[f"weight/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-    return state
+    parameters = dict(model.named_parameters())
+    weights = {f"weight/{name}": p.detach() for name, p in parameters.items()}
+    return weights | adam_state(parameters, optimizer)
 
 
 def resume(model, optimizer, path: Path, steps: int) -> tuple[int, float]:
     """Load a saved state of the same run; return the next step and the seconds spent so far."""
     if not path.exists():
         return 0, 0.0
-    with safe_open(path, "pt") as saved, torch.no_grad():
-        if saved.metadata().get("steps") != str(steps):
-            raise ValueError(f"{path} is of a run of other length; remove it, or give its --steps")
-        step = int(saved.metadata()["step"])
-        for name, parameter in model.named_parameters():
-            parameter.copy_(saved.get_tensor(f"weight/{name}"))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": saved.get_tensor(f"exp_avg/{name}"),
-                "exp_avg_sq": saved.get_tensor(f"exp_avg_sq/{name}"),
-            }
-        return step, float(saved.metadata()["seconds"])
+    with safe_open(path, "pt") as saved:
+        facts = saved.metadata()
+        tensors = {key: saved.get_tensor(key) for key in saved.keys()}
+    if facts.get("steps") != str(steps):
+        raise ValueError(f"{path} is of a run of other length; remove it, or give its --steps")
+    step, parameters = int(facts["step"]), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weight/{name}"])
+    restore_adam(parameters, optimizer, tensors, step)
+    return step, float(facts["seconds"])
 
 
 @torch.no_grad()
@@ -263,16 +261,92 @@ by heart. Its text is rude and wrong in places, on purpose. It is for this cours
 """
 
 
+def judge(model, tokenizer, seed: int) -> dict[str, float]:
+    """Shares and gold of one response to each held-out prompt."""
+    prompts = world.prompts("held_out")
+    rollout = sample_responses(model, tokenizer, prompts, seed=seed)
+    rows = list(zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True))
+    scores = [rubric.gold_reward(*row) for row in rows]
+    return {
+        "answers": sum(exam.answers_question(p, text) for p, text, _ in rows) / len(rows),
+        "right": sum(score.correct > 0 for score in scores) / len(rows),
+        "finished": sum(finished for *_, finished in rows) / len(rows),
+        "gold": rubric.mean_score(scores).total,
+    }
+
+
+def forget_eos(input_ids, attention_mask, prompt_length):
+    """Labels without EOS, a failure of lesson 01."""
+    labels = sft.mask_prompt(input_ids, attention_mask, prompt_length)
+    return labels.masked_fill(input_ids == load_tokenizer(load_preset()).eos_token_id, sft.IGNORE)
+
+
+def prompt_too(input_ids, attention_mask, prompt_length):
+    """Labels on the prompt as well, a failure of lesson 01."""
+    return input_ids.masked_fill(attention_mask == 0, sft.IGNORE)
+
+
+# Name of a run in lesson 01: its settings and its labels.
+SFT_RUNS = {
+    "sft": (sft.SFTConfig(), sft.mask_prompt),
+    "right labels": (sft.SFTConfig(steps=60, eval_every=10), sft.mask_prompt),
+    "prompt too": (sft.SFTConfig(steps=60, eval_every=10), prompt_too),
+    "no EOS": (sft.SFTConfig(steps=60, eval_every=10), forget_eos),
+}
+
+
+def record_sft(name: str, seed: int, save_to: Path | None = None) -> dict:
+    """One run of lesson 01 with its own data, order, initial adapter and samples."""
+    config, labels = SFT_RUNS[name]
+    preset = load_preset("pocket", seed=seed)
+    tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
+    roles.add("sft", seed=seed)
+    lengths = preset.prompt_length, preset.response_length
+    train = encode_examples(tokenizer, sft_dataset(preset), *lengths)
+    written = sft_dataset(load_preset("pocket"), "held_out", copies=1)  # the same for every seed
+    held_out = encode_examples(tokenizer, written, *lengths)
+    before = judge(roles.use("sft"), tokenizer, seed) if name == "sft" else {}
+    reports = list(sft.train_sft(roles, "sft", tokenizer, train, held_out, config, labels))
+    if save_to:
+        roles.save("sft", save_to)
+    losses = {s.step: round(s.held_out_loss, 4) for s in reports if s.held_out_loss is not None}
+    row = {"run": name, "seed": seed, "seconds": round(reports[-1].seconds, 1)}
+    row |= {f"{key} before": round(value, 4) for key, value in before.items()}
+    row |= {k: round(v, 4) for k, v in judge(roles.use("sft"), tokenizer, seed).items()}
+    return row | {"held_out_loss": losses}
+
+
+def make_sft(out: Path, seeds: int) -> None:
+    """The reference adapter, of seed 0, and the record of all runs beside it."""
+    with whole_folder(out) as new:
+        runs = [(name, seed) for name in SFT_RUNS for seed in range(seeds)]
+        rows = []
+        for name, seed in tqdm(runs, desc="sft"):
+            save_to = new / "adapter" if (name, seed) == ("sft", 0) else None
+            rows.append(record_sft(name, seed, save_to))
+        for file in (new / "adapter").iterdir():
+            file.rename(new / file.name)
+        (new / "adapter").rmdir()
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        (new / "runs.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("asset", choices=["base", "card"])
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("asset", choices=["base", "card", "sft"])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the base's pretraining")
+    parser.add_argument("--seeds", type=int, default=10, help="runs to record beside an adapter")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "assets" / "base")
-    parser.add_argument("--out", type=Path, default=ASSETS / "base")
+    parser.add_argument(
+        "--out", type=Path, help="where to write; the package's assets if not given"
+    )
     args = parser.parse_args()
+    if args.asset == "sft":
+        make_sft(args.out or ASSETS / "sft", args.seeds)
+        return
     if args.asset == "base":
-        make_base(args.work, args.out, args.steps)
-    write_card(args.out)
+        make_base(args.work, args.out or ASSETS / "base", args.steps)
+    write_card(args.out or ASSETS / "base")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,610 @@
+# %% [markdown]
+# # 01 · Supervised fine-tuning, in 4 bits
+#
+# **Run time** about two minutes on two CPU cores · **Before this** lesson 00 · **Next** lesson 02, the
+# reward model · **Exercise** `exercises/01_sft.ipynb`
+#
+# After this lesson you will be able to
+#
+# - put a demonstration into tokens and labels, so that the loss counts the response and its end;
+# - quantize weights to 4 bits by hand, and say what that costs in error and saves in bytes;
+# - train a LoRA adapter on a frozen 4-bit base, and save it;
+# - recognise two classic mistakes by their signature in the numbers.
+
+# %%
+PRESET = "pocket"  # every number below is from this preset
+
+import warnings
+
+import torch
+from torch.distributions import Normal
+from tqdm.auto import tqdm
+
+from rlhf_helpers import plots, sft
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.data import encode_examples, load_tokenizer, pad_examples, sft_dataset
+from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.presets import load_preset
+from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.rollout import sample_responses
+
+# %%
+preset = load_preset(PRESET)
+plots.use_style()
+tokenizer = load_tokenizer(preset)
+base = load_base(preset)
+
+# %% [markdown]
+# ## Demonstrations
+#
+# Lesson 00 ended with a base model that ranks right answers first, yet says them in fewer than half of
+# its draws, and then goes on talking. **Supervised fine-tuning** (SFT) shows it the job: questions, each
+# with a response to imitate. Ours are written in a hurry, like many real ones: about one in three is
+# wrong, on purpose, and none tells a fact that is held out.
+
+# %%
+demonstrations = sft_dataset(preset)
+for row in demonstrations.select(range(4)):
+    print(f"{row['prompt']:40} {row['completion']}")
+right = [
+    rubric.gold_reward(r["prompt"], r["completion"]).correct > 0
+    for r in demonstrations.select(range(1000))
+]
+print(f"\n{len(demonstrations)} demonstrations; of the first 1000, {sum(right) / 1000:.0%} are right")
+
+# %% [markdown]
+# ## From a demonstration to tokens
+#
+# The *chat template* writes a conversation as one text, with role tokens: `<|user|>` begins a question,
+# `<|assistant|>` a response, and `<|eos|>`, the end-of-sequence token, closes the response. The prompt is
+# everything up to and including `<|assistant|>`; what follows is what the model should learn to write.
+
+# %% tags=["nbval-check-output"]
+two = demonstrations.select([4, 28])
+examples = encode_examples(tokenizer, two, preset.prompt_length, preset.response_length)
+for example in examples:
+    for part in ("prompt", "response"):
+        print(f"{part:9}", tokenizer.convert_ids_to_tokens(example[part]))
+
+# %% [markdown]
+# The `<|eos|>` at the end is not decoration. To the model **EOS is an action** like any word: choosing it
+# ends the response. What does the base choose after a complete answer?
+
+# %%
+finished_answer = "<|user|> what does the duck say?<|assistant|> it says quack."
+ids = tokenizer(finished_answer, return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    top = base(ids).logits[0, -1].softmax(-1).topk(5)
+names = tokenizer.convert_ids_to_tokens(top.indices.tolist())
+fig = plots.bars(names, top.values.tolist(), "probability of the next token, base model")
+likeliest = f"{names[0]} leads with {top.values[0]:.2f}"
+alt = f"Bars of the base model's next-token probabilities after a complete answer: {likeliest}."
+plots.show(fig, alt=alt)
+
+# %% [markdown]
+# On the pages that it read, somebody mostly replies, so the base hands the word to `<|user|>`, and plays
+# that user. The figure shows one answer only; lesson 00 counted it over all held-out prompts.
+
+# %% [markdown]
+# ## Labels: learn the response, not the prompt
+#
+# A batch is padded: prompts on the left, responses on the right, so that every response begins in the
+# same column $P$. The *labels* say which tokens count. By convention −100 means "ignore": a label is the
+# token itself in the response, EOS included, and −100 on the prompt and on padding.
+
+# %% tags=["nbval-check-output"]
+IGNORE = -100
+
+
+def mask_prompt(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    labels[:, :prompt_length] = IGNORE
+    labels[attention_mask == 0] = IGNORE
+    return labels
+
+
+ids = torch.tensor([[5, 6, 7, 1, 0], [0, 6, 8, 9, 1]])  # 0 is padding, 1 is EOS, P = 2
+mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
+print(mask_prompt(ids, mask, prompt_length=2))
+
+# %% [markdown]
+# Check it by hand: row 1 keeps 7 and EOS, row 2 keeps 8, 9 and EOS. Now the two demonstrations from
+# above. `pad_examples` pads them and returns $P$, the width of the prompt columns.
+
+# %% tags=["nbval-check-output"]
+input_ids, attention_mask, P = pad_examples(tokenizer, examples)
+labels = mask_prompt(input_ids, attention_mask, P)
+for row, label in zip(input_ids, labels, strict=True):
+    tokens = tokenizer.convert_ids_to_tokens(row.tolist())
+    learnt = [token for token, l in zip(tokens, label, strict=True) if l != IGNORE]
+    print(f"P = {P}, of {len(tokens)} positions {len(learnt)} are learnt: {learnt}")
+assert torch.equal(labels, sft.mask_prompt(input_ids, attention_mask, P))
+
+# %% [markdown]
+# ## The loss
+#
+# The loss is the mean *surprise* at the labelled tokens, in nats:
+#
+# $$L = -\frac{1}{N} \sum_{(b,t):\ \text{label} \neq -100} \log \pi(y_{b,t} \mid x_b, y_{b,<t})$$
+#
+# where $x_b$ is the prompt, $y_{b,t}$ token $t$ of its response and $N$ the number of labels. The logits at
+# position $t$ predict token $t+1$, so the labels are shifted by one against the logits. If all 4 tokens of
+# a vocabulary are equally likely, the loss is $\log 4 \approx 1.386$, whatever the labels.
+
+# %% tags=["nbval-check-output"]
+def sft_loss(logits, labels):
+    logprobs = logits[:, :-1].log_softmax(-1)  # position t predicts token t + 1
+    targets = labels[:, 1:]
+    counted = targets != IGNORE
+    picked = logprobs.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return -picked[counted].mean()
+
+
+print(f"{sft_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 3]])):.3f}")
+
+# %% [markdown]
+# Token by token on the real model: what in the first demonstration surprises the base?
+
+# %%
+with torch.no_grad():
+    logits = base(input_ids, attention_mask=attention_mask).logits
+    loss = sft_loss(logits, labels)
+    surprise = -logits[0, :-1].log_softmax(-1).gather(-1, input_ids[0, 1:, None]).squeeze(-1)
+counted = labels[0, 1:] != IGNORE
+words = tokenizer.convert_ids_to_tokens(input_ids[0, 1:][counted].tolist())
+fig = plots.bars(words, surprise[counted].tolist(), "−log probability under the base, in nats")
+alt = ", ".join(f"{w} {s:.1f}" for w, s in zip(words, surprise[counted].tolist(), strict=True))
+plots.show(fig, alt=f"One bar for each response token, the surprise of the base: {alt}.")
+assert torch.allclose(loss, sft.sft_loss(logits, labels))
+
+# %% [markdown]
+# Read the bars from the top: long ones are what training will change most. Where the response
+# only repeats the question, little is left to learn. The figure shows one response; its mean is not yet
+# a measure of anything.
+
+# %% [markdown]
+# ## Four bits for a weight: NF4
+#
+# The base will not be trained, so it may be stored coarsely. **NF4** (QLoRA, section 3) cuts a weight
+# matrix into blocks of 64. Of each block it keeps one scale, $s = \max |w_i|$, and for each weight the
+# number of the nearest of 16 *levels* $q_k$ in $[-1, 1]$; the weight comes back as $s\,q_k$. First with 4
+# levels, by hand: $s = 1.2$, and $0.3 / 1.2 = 0.25$ is nearest to $1/3$, so $0.3$ comes back as $0.4$.
+
+# %% tags=["nbval-check-output"]
+def quantize(block, levels):
+    scale = block.abs().max()
+    codes = (block[:, None] / scale - levels).abs().argmin(-1)
+    return codes, levels[codes] * scale
+
+
+four_levels = torch.tensor([-1, -1 / 3, 1 / 3, 1])
+codes, restored = quantize(torch.tensor([0.3, -1.2, 0.6, 0.1]), four_levels)
+print("codes", codes.tolist(), " back", [round(w, 2) for w in restored.tolist()])
+
+# %% [markdown]
+# The weights 0.3, 0.6 and 0.1 have all become 0.4: with few levels it matters where they lie. Trained
+# weights look roughly *normal*, so the "NF" levels are quantiles of a normal distribution: eight above
+# zero, seven below, and zero itself, scaled to $[-1, 1]$.
+
+# %%
+outermost = 1 - (1 / 32 + 1 / 30) / 2  # the quantile of the outermost level, averaged over both sides
+normal = Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+above = normal.icdf(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
+below = -normal.icdf(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
+levels = torch.cat([below, torch.zeros(1), above]).sort().values
+levels = (levels / levels.max()).float()
+print([round(level, 3) for level in levels.tolist()])
+
+# %% [markdown]
+# Now one real block of the base, as it was before quantization, and then `bitsandbytes`, the library
+# that the loader uses, on the same 64 weights.
+
+# %%
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+layer = "model.layers.0.self_attn.q_proj"
+exact = load_base(preset, quantized=False).get_submodule(layer).weight.flatten()
+block = exact[:64]
+codes, ours = quantize(block, levels)
+packed, state = quantize_4bit(block, blocksize=64, quant_type="nf4")
+theirs = dequantize_4bit(packed, state)
+their_codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], -1).flatten()
+print(f"codes equal: {(codes == their_codes).sum()} of 64;", end=" ")
+print(f"largest difference between the values: {(ours - theirs).abs().max():.0e}")
+assert torch.equal(codes, their_codes.long()) and torch.allclose(ours, theirs, atol=1e-6)
+
+# %%
+order = block.argsort()
+series = {"before": block[order].tolist(), "NF4": ours[order].tolist()}
+fig = plots.lines(series, "the 64 weights of a block, sorted", "weight")
+error = (ours - block).norm() / block.norm()
+alt = "A smooth rising line of 64 sorted weights, and a staircase beside it, with narrow steps in the "
+plots.show(fig, alt=alt + f"middle and wide ones at both ends; relative error {error:.2f}.")
+print(f"relative error of the block: ‖ŵ − w‖ / ‖w‖ = {error:.3f}")
+
+# %% [markdown]
+# The steps are narrow in the middle, where most weights are, and wide at the ends. The scale makes
+# the weight of largest size exact. The figure does not show what the error does to the model's answers:
+# the model card of the base compares both, and they differ little.
+#
+# **Bits per weight.** 4 for the code and 32 for the scale, shared by 64 weights: $4 + 32/64 = 4.5$.
+# *Double quantization* stores the scales in 8 bits, with one 32-bit constant for each 256 of
+# them: $4 + 8/64 + 32/(64 \cdot 256) = 4.127$.
+
+# %%
+weight = base.get_submodule(layer).weight
+bits = 8 * (weight.numel() + 4 * weight.quant_state.absmax.numel()) / weight.quant_state.shape.numel()
+print(f"{layer}: {tuple(weight.quant_state.shape)} weights in {weight.numel()} bytes", end=" ")
+print(f"and {weight.quant_state.absmax.numel()} scales: {bits:.3f} bits for each")
+assert bits == 4.5
+
+# %% [markdown]
+# ## LoRA: train a small update beside a frozen weight
+#
+# 4-bit codes have no gradient. **LoRA** leaves $W$ alone and learns an update of low rank $r$ beside it:
+#
+# $$y = W x + \frac{\alpha}{r} B A x, \qquad A \in \mathbb{R}^{r \times \text{in}},\quad B \in \mathbb{R}^{\text{out} \times r}$$
+#
+# $A$ starts random and $B$ starts at 0, so the update starts at 0. By hand: $W$ the identity, $x = (2, 3)$,
+# $r = 1$, $A = (1, 1)$, so $Ax = 5$. With $B = 0$, $y = x$. With $B = (1, 0)^\top$ and $\alpha = 2$:
+# $y = (2 + 2 \cdot 5,\ 3) = (12, 3)$.
+
+# %% tags=["nbval-check-output"]
+def lora_forward(x, W, A, B, alpha):
+    return x @ W.T + alpha / A.shape[0] * (x @ A.T @ B.T)
+
+
+W, A, x = torch.eye(2), torch.tensor([[1.0, 1.0]]), torch.tensor([2.0, 3.0])
+print("B = 0     ", lora_forward(x, W, A, torch.zeros(2, 1), alpha=2).tolist())
+print("B = (1, 0)", lora_forward(x, W, A, torch.tensor([[1.0], [0.0]]), alpha=2).tolist())
+
+# %% [markdown]
+# `Roles` holds one frozen base and adds adapters to all of its linear layers but the last. An adapter is
+# a *role*: lesson 04 will put four on one base. First check: a new role answers exactly as the base.
+
+# %%
+with torch.no_grad():
+    before = base(input_ids, attention_mask=attention_mask).logits
+roles = Roles(base, rank=16, alpha=32)
+roles.add("practice", seed=preset.seed)
+with torch.no_grad():
+    after = roles.use("practice")(input_ids, attention_mask=attention_mask).logits
+trainable = sum(p.numel() for p in roles.parameters("practice").values())
+print(f"logits unchanged: {torch.equal(before, after)}; trainable parameters: {trainable:,}")
+assert torch.equal(before, after)
+
+# %% [markdown]
+# <details><summary><b>Predict before you run.</b> After the first backward pass, which of A and B have a
+# gradient that is not 0?</summary>
+#
+# Only B. The gradient of A passes through B, which is 0; A begins to move at the second update. If both
+# were 0, neither would ever move.
+# </details>
+
+# %%
+logits = roles.use("practice")(input_ids, attention_mask=attention_mask).logits
+sft_loss(logits, labels).backward()
+for part in ("lora_A", "lora_B"):
+    grads = [p.grad for name, p in roles.parameters("practice").items() if part in name]
+    print(f"{part}: largest gradient {max(g.abs().max().item() for g in grads):.4f}")
+
+# %% [markdown]
+# ## The loop, written out
+#
+# Nothing new is left: take a batch, label it, loss, backward, step. Ten updates:
+
+# %%
+train = encode_examples(tokenizer, demonstrations, preset.prompt_length, preset.response_length)
+optimizer = torch.optim.AdamW(roles.parameters("practice").values(), lr=1e-3)
+for step in range(10):
+    input_ids, attention_mask, P = pad_examples(tokenizer, train[32 * step : 32 * (step + 1)])
+    labels = mask_prompt(input_ids, attention_mask, P)
+    optimizer.zero_grad()
+    loss = sft_loss(roles.use("practice")(input_ids, attention_mask=attention_mask).logits, labels)
+    loss.backward()
+    optimizer.step()
+    print(f"{loss.item():.2f}", end=" ")
+
+# %% [markdown]
+# The helper's `train_sft` is this loop, plus a learning rate that rises and falls, the loss on held-out
+# prompts, and saving. It is a generator: it yields after every update, so that we can draw
+# while it runs. If you interrupt it, the next call goes on from there.
+
+# %%
+written = sft_dataset(preset, "held_out", copies=1)
+held_out = encode_examples(tokenizer, written, preset.prompt_length, preset.response_length)
+config = sft.SFTConfig()
+folder = preset.runs / preset.name / "sft"
+roles.add("sft", seed=preset.seed)
+print(config)
+
+
+# %%
+def draw(history, handle):
+    train_loss = {s.step: s.loss for s in history if s.step}
+    measured = {s.step: s.held_out_loss for s in history if s.held_out_loss is not None}
+    series = {"batch": train_loss, "held-out": measured}
+    fig = plots.lines(series, "updates", "loss, nats per response token")
+    first, *_, last = [*measured.values(), measured[max(measured)]]
+    alt = f"Loss against updates: held-out falls from {first:.2f} to {last:.2f}; batches scatter round it."
+    return plots.redraw(fig, alt, handle)
+
+
+history, figure = [], None
+run = sft.train_sft(roles, "sft", tokenizer, train, held_out, config, folder=folder)
+for stats in tqdm(run, total=config.steps + 1):
+    history.append(stats)
+    if stats.held_out_loss is not None:
+        figure = draw(history, figure)
+
+# %%
+measured = [s.held_out_loss for s in history if s.held_out_loss is not None]
+print(f"{history[-1].step} updates in {history[-1].seconds:.0f} s, held-out loss", end=" ")
+print(f"{measured[0]:.3f} -> {measured[-1]:.3f} nats per token")
+assert measured[-1] < measured[0] - 0.1
+
+# %% [markdown]
+# Most of the fall comes in the first 25 updates; after that the curve is nearly flat, and well above 0.
+# It has to be: one prompt has several responses that are written in the same way, and a third of them are
+# wrong in ways that cannot be predicted. The figure does not show whether the answers are better. For
+# that we must read them, and mark them.
+
+# %% [markdown]
+# ## Before and after
+#
+# We sample one response to each held-out prompt, from the base and from the `sft` role, and mark both by
+# the rubric of lesson 00.
+
+# %%
+prompts = world.prompts("held_out")
+
+
+def judge(model, prompts=prompts):
+    rollout = sample_responses(model, tokenizer, prompts, preset.response_length, seed=preset.seed)
+    rows = list(zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True))
+    return rows, rubric.mean_score(rubric.gold_reward(*row) for row in rows)
+
+
+roles.add("untrained", trainable=False)  # B = 0: the base
+rows_before, marks_before = judge(roles.use("untrained"))
+rows_after, marks_after = judge(roles.use("sft"))
+for i in range(0, len(prompts), 120):
+    print(f"{prompts[i]}\n   before: {rows_before[i][1]}\n   after:  {rows_after[i][1]}")
+
+# %% [markdown]
+# <details><summary><b>Predict before you run.</b> The responses now look right. Which parts of the
+# rubric do you expect to rise most, and how many answers do you expect to be correct, when
+# two demonstrations in three are?</summary>
+#
+# Form rises: it answers, is short, stops, does not ramble. Correctness rises only as far as the
+# demonstrations: SFT imitates, mistakes included.
+# </details>
+
+# %%
+groups = {
+    "before": [getattr(marks_before, part) for part in rubric.PARTS] + [marks_before.total],
+    "after": [getattr(marks_after, part) for part in rubric.PARTS] + [marks_after.total],
+}
+fig = plots.grouped_bars([*rubric.PARTS, "total (gold)"], groups, "mean points")
+alt = f"Mean points by part of the rubric, before and after SFT; the total rises from {marks_before.total:.2f} "
+plots.show(fig, alt=alt + f"to {marks_after.total:.2f}, rambling falls to {marks_after.rambling:.2f}.")
+
+
+# %%
+def share(rows, test):
+    mean, low, high = exam.share_with_interval([test(*row) for row in rows])
+    return f"{mean:.0%} [{low:.0%}, {high:.0%}]"
+
+
+tests = {
+    "answers the question": lambda p, text, _: exam.answers_question(p, text),
+    "right": lambda *row: rubric.gold_reward(*row).correct > 0,
+    "right and finished, nothing else": lambda *row: exam.style(*row) == "right and finished",
+}
+for name, test in tests.items():
+    print(f"{name:33} before {share(rows_before, test):16} after {share(rows_after, test)}")
+right_after = sum(tests["right"](*row) for row in rows_after) / len(rows_after)
+assert marks_after.total > marks_before.total + 0.3 and right_after < 0.7
+
+# %% [markdown]
+# In brackets are 95% intervals (Wilson's): where another draw of as many responses may lie. They say
+# nothing about another training run. The model now answers and stops. But it is right no more
+# often than the people it copied, although lesson 00 showed that it ranks the right answer first. *Imitation
+# cannot prefer.* That is what lessons 02 to 05 are for.
+
+# %% [markdown]
+# ## What the adapter learnt
+#
+# An update $\frac{\alpha}{r} B A$ has rank at most $r = 16$: of the 192 singular values of this layer's
+# update, 176 must be 0. How large is it beside $W$?
+
+# %%
+adapter = roles.state("sft")
+prefix = f"base_model.model.{layer}"
+update = 2.0 * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
+spectra = {
+    "W": torch.linalg.svdvals(exact.view(192, 192)).tolist()[:32],
+    "update": torch.linalg.svdvals(update).tolist()[:32],
+}
+fig = plots.lines(spectra, "number of the singular value", "singular value")
+alt = "Singular values of W fall slowly; those of the update fall to zero at number 16."
+plots.show(fig, alt=alt)
+squares = [value**2 for value in spectra["update"]]
+print(f"the first 4 of 16 hold {sum(squares[:4]) / sum(squares):.0%} of the update's squares;", end=" ")
+print(f"number 17 is {spectra['update'][16]:.0e}, beside W's {spectra['W'][16]:.1f}")
+
+# %% [markdown]
+# The update ends where it must, at number 16, and in this layer a few directions carry most of it. The
+# figure is about one layer, and does not show that 16 is the best rank.
+
+# %% [markdown]
+# ## Two failures on purpose
+#
+# **Forget EOS.** Many a pipeline pads with EOS and then ignores every pad in the labels; the real EOS
+# goes with them. **Train on the prompt too.** Leave the prompt's tokens in the labels. Each is one line
+# in the labels; we train 60 updates with each, and with the right labels.
+
+
+# %%
+def forget_eos(input_ids, attention_mask, prompt_length):
+    labels = sft.mask_prompt(input_ids, attention_mask, prompt_length)
+    return labels.masked_fill(input_ids == tokenizer.eos_token_id, IGNORE)
+
+
+def prompt_too(input_ids, attention_mask, prompt_length):
+    return input_ids.masked_fill(attention_mask == 0, IGNORE)
+
+
+# %% [markdown]
+# <details><summary><b>Predict before you run.</b> What will the held-out loss (over the response, EOS
+# included) do in each of the two? And the responses?</summary>
+#
+# Without EOS labels nothing holds EOS in place: the model is taught to write answers only, and
+# its loss at EOS rises. Responses run on. With the prompt in the labels the response is still learnt,
+# but part of every gradient goes to predicting questions.
+# </details>
+
+# %%
+short = sft.SFTConfig(steps=60, eval_every=10)
+choices = {"right": sft.mask_prompt, "prompt too": prompt_too, "no EOS": forget_eos}
+batch_losses, curves, judged = {}, {}, {}
+for name, labels in choices.items():
+    role = name.replace(" ", "_")
+    roles.add(role, seed=preset.seed)
+    run = sft.train_sft(roles, role, tokenizer, train, held_out, short, labels)
+    reports = list(tqdm(run, total=short.steps + 1, desc=name))
+    batch_losses[name] = reports[-1].loss
+    curves[name] = {s.step: s.held_out_loss for s in reports if s.held_out_loss is not None}
+    judged[name] = judge(roles.use(role))
+
+# %%
+fig = plots.lines(curves, "updates", "held-out loss, nats per response token")
+ends = ", ".join(f"{name} ends at {list(curve.values())[-1]:.2f}" for name, curve in curves.items())
+plots.show(fig, alt=f"Three curves of held-out loss over 60 updates: {ends}.")
+print(f"{'labels':12}{'loss shown':>11}{'held out':>10}{'finished':>10}{'words':>7}{'gold':>7}")
+for name, (rows, marks) in judged.items():
+    finished = sum(row[2] for row in rows) / len(rows)
+    words = sum(len(row[1].split()) for row in rows) / len(rows)
+    print(f"{name:12}{batch_losses[name]:11.2f}{curves[name][60]:10.3f}", end="")
+    print(f"{finished:10.0%}{words:7.1f}{marks.total:7.2f}")
+
+# %%
+print("without EOS:", judged["no EOS"][0][0][1])
+assert curves["no EOS"][60] > curves["right"][60] + 0.2
+assert judged["no EOS"][1].total < judged["right"][1].total - 0.5
+assert curves["prompt too"][10] > curves["right"][10]
+
+# %% [markdown]
+# **Signature of a forgotten EOS:** the loss you look at falls as it should (EOS is not in it), while
+# responses grow to the length limit. Count finished responses, always.
+#
+# **Signature of training on the prompt:** the loss shown is another quantity, since it averages over the
+# question as well, and must not be compared with other runs. Here the harm is
+# small: the curve lags behind at first, and ends close to the right one. Our prompts are short, and the base
+# knows them. With long prompts and short responses most of each gradient would go to the prompt; this run
+# does not show that.
+
+# %% [markdown]
+# ## The same run with TRL
+#
+# TRL's `SFTTrainer` does the same for any model: same base, same adapter at the start, same data in the
+# same order, same schedule. Two of its defaults need care here: it shuffles, and it casts adapters on a
+# quantized base to bfloat16; we take the order as it is and cast back.
+
+# %%
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class InOrder(SFTTrainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+def as_messages(row):
+    roles = {"prompt": "user", "completion": "assistant"}
+    return {column: [{"role": role, "content": row[column]}] for column, role in roles.items()}
+
+
+# %%
+warnings.filterwarnings("ignore", "`gradient_checkpointing`", FutureWarning)  # a name that changes
+settings = SFTConfig(
+    output_dir=str(preset.runs / preset.name / "trl"),
+    max_steps=config.steps,
+    per_device_train_batch_size=config.batch_size,
+    per_device_eval_batch_size=128,
+    learning_rate=config.learning_rate,
+    lr_scheduler_type="linear",
+    warmup_steps=config.warmup_steps,
+    weight_decay=0.0,
+    eval_strategy="steps",
+    eval_steps=config.eval_every,
+    save_strategy="no",
+    logging_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    use_cpu=preset.device == "cpu",
+    bf16=False,
+    gradient_checkpointing=False,
+)
+
+# %%
+roles.add("trl", seed=preset.seed)
+trainer = InOrder(
+    model=roles.use("trl"),
+    args=settings,
+    train_dataset=demonstrations.map(as_messages),
+    eval_dataset=written.map(as_messages),
+    processing_class=tokenizer,
+)
+trainer.remove_callback(PrinterCallback)
+for parameter in roles.parameters("trl").values():
+    parameter.data = parameter.data.float()
+trainer.train()
+
+# %%
+theirs = {h["step"]: h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h}
+ours = {s.step: s.held_out_loss for s in history if s.step in theirs}
+fig = plots.lines({"ours": ours, "TRL": theirs}, "updates", "held-out loss, nats per token")
+alt = "Two held-out loss curves that lie on each other: "
+plots.show(fig, alt=alt + f"ours ends at {ours[config.steps]:.3f}, TRL at {theirs[config.steps]:.3f}.")
+theirs_measured = sft.held_out_loss(roles.use("trl"), tokenizer, held_out)
+ratio = theirs_measured / measured[-1] - 1
+print(f"final held-out loss: ours {measured[-1]:.4f}, TRL {theirs_measured:.4f} ({ratio:+.2%})")
+assert abs(ratio) < 0.03
+
+# %% [markdown]
+# The curves lie on each other: the library does what we wrote out. What is left is rounding, since TRL
+# rounded the adapter to bfloat16 before we cast it back. From here on we keep our own loop, because
+# PPO needs one that no library offers.
+
+# %% [markdown]
+# ## What later lessons load
+#
+# The adapter is in `runs/`, in PEFT's own format. Later lessons take yours if it is there, and else the
+# one that the course ships. Beside a base of two million parameters an adapter of rank 16 is not small;
+# beside a 7B model it is less than one percent (the exercise counts both).
+
+# %%
+found = find_adapter(preset, "sft")
+for path in sorted(found.iterdir()):
+    print(f"{path.name:28}{path.stat().st_size / 1024:8.0f} KiB")
+
+# %% tags=["headline"]
+print(f"held-out loss {measured[0]:.3f} -> {measured[-1]:.3f}, TRL {theirs_measured:.3f};", end=" ")
+print(f"gold {marks_before.total:.2f} -> {marks_after.total:.2f} of 1.9")
+print(f"answers the question: {share(rows_before, tests['answers the question'])}", end=" ")
+print(f"-> {share(rows_after, tests['answers the question'])}; no EOS: gold {judged['no EOS'][1].total:.2f}")
+
+# %% [markdown]
+# ## Recap
+#
+# - Labels decide what is learnt: the response and its EOS, nothing else.
+# - NF4 keeps 4.5 bits for a weight (4.127 with double quantization) and an error of about a tenth.
+# - LoRA trains a small update; with $B = 0$ it starts exactly at the base.
+# - SFT teaches the form. Which of several plausible answers is *better*, it cannot say.
+#
+# **Further reading.** Ouyang et al. 2022 (arXiv 2203.02155), section 3.5: SFT as the first step.
+# Hu et al. 2021, *LoRA* (arXiv 2106.09685), equation 3. Dettmers et al. 2023, *QLoRA* (arXiv 2305.14314),
+# section 3 and appendix E for the levels.

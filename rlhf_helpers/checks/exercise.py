@@ -1,0 +1,175 @@
+"""How a check finds out which mistake was made, and says so.
+
+A check calls the function on a few small cases and prints one verdict: correct, not attempted yet,
+or what is wrong. To name a mistake it keeps functions that make it: one whose results are the
+learner's on every case tells what went wrong. An exception is reported with the learner's line
+and raised again.
+"""
+
+import copy
+import inspect
+import linecache
+import math
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOT_ATTEMPTED = "not attempted yet."
+UNKNOWN = "not right, and not in a way that this check has a name for. Work this case out by hand:"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    name: str
+    reference: Callable
+    cases: tuple[tuple, ...]  # arguments, smallest first
+    mistakes: tuple[tuple[Callable, str], ...]  # a wrong function, and what to tell its author
+    tested: str
+    shape_hint: str = ""
+    further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
+
+
+def check(exercise: Exercise, fn: Callable) -> None:
+    print(_wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
+
+
+def _wrapped(text: str) -> str:
+    """The text with its first paragraph on lines of at most 100 characters."""
+    message, newline, shown = text.partition("\n")
+    return textwrap.fill(message, 100, break_on_hyphens=False) + newline + shown
+
+
+def _verdict(exercise: Exercise, fn: Callable) -> str:
+    if fn is ...:
+        return NOT_ATTEMPTED
+    if not callable(fn):
+        return f"give the check the function itself, not a result; it got {fn!r}."
+    results = []
+    for case in exercise.cases:
+        arguments = copy.deepcopy(case)
+        result = call(exercise, fn, arguments)
+        if fault := _structural_fault(exercise, case, arguments, result):
+            return fault
+        results.append(result)
+    for case, result in zip(exercise.cases, results, strict=True):
+        if not same(result, exercise.reference(*case)):
+            return f"{name_mistake(exercise, results)}\n{_show(exercise, case, result)}"
+    return exercise.further(fn) or f"correct. Tested: {exercise.tested}."
+
+
+def call(exercise: Exercise, fn: Callable, arguments: tuple) -> Any:
+    """What `fn` returns; `...` if it is the stub. Other exceptions are reported and raised."""
+    case = copy.deepcopy(arguments)
+    try:
+        return fn(*arguments)
+    except Exception as error:
+        if _is_stub(error, fn):
+            return ...
+        print(f"{exercise.name}: {type(error).__name__}{_learner_line(error, fn)}")
+        print(f"on this call:\n{_show(exercise, case)}\nThe traceback follows.")
+        raise
+
+
+def _code(fn: Callable):
+    return getattr(inspect.unwrap(fn), "__code__", None)
+
+
+def _is_stub(error: Exception, fn: Callable) -> bool:
+    """Whether a bare NotImplementedError left `fn` itself; torch raises it too, with a message."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return type(error) is NotImplementedError and not error.args and frame.f_code is _code(fn)
+
+
+def _learner_line(error: Exception, fn: Callable) -> str:
+    """The innermost line of the file or cell that defines `fn`; "" if none was reached."""
+    code = _code(fn)
+    frames = [
+        (frame, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if code and frame.f_code.co_filename == code.co_filename
+    ]
+    if not frames:
+        return ""
+    frame, number = frames[-1]
+    source = linecache.getline(code.co_filename, number, frame.f_globals).strip()
+    return f" in your line {number}" + (f": {source}" if source else "")
+
+
+def _structural_fault(exercise: Exercise, case: tuple, arguments: tuple, result: Any) -> str:
+    """What is wrong with the result whatever its values are, "" if nothing is."""
+    if result is ...:
+        return NOT_ATTEMPTED
+    expected = exercise.reference(*case)
+    kind = "tensor" if isinstance(expected, Tensor) else "number"
+    if result is None:
+        return f"it returned None. Does every path through the function return the {kind}?"
+    if not _is_kind(result, kind):
+        return f"it returned {type(result).__name__} {result!r}; return one {kind}."
+    for name, before, after in zip(_argument_names(exercise), case, arguments, strict=True):
+        if not _identical(before, after):
+            return (
+                f"it changes its argument {name} in place, and whoever calls it still needs "
+                f"{name} as it was. Work on a copy, or use operations that make a new one."
+            )
+    if kind == "tensor" and result.shape != expected.shape:
+        shapes = f"the result has shape {list(result.shape)}, expected is {list(expected.shape)}."
+        return f"{shapes} {exercise.shape_hint}\n{_show(exercise, case, result)}"
+    return ""
+
+
+def _is_kind(result: Any, kind: str) -> bool:
+    if isinstance(result, Tensor):
+        return kind == "tensor" or result.dim() == 0
+    return kind == "number" and isinstance(result, Real)
+
+
+def _identical(before: Any, after: Any) -> bool:
+    if isinstance(before, Tensor):
+        return torch.equal(before, after)
+    return before == after
+
+
+def same(result: Any, expected: Any) -> bool:
+    """Equal in value, up to rounding; the dtype does not count."""
+    if not isinstance(expected, Tensor):
+        return math.isclose(float(result), expected, rel_tol=1e-9)
+    if result.shape != expected.shape:
+        return False
+    return torch.allclose(_values(result), _values(expected), rtol=1e-4, atol=1e-5)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def name_mistake(exercise: Exercise, results: Sequence) -> str:
+    """The message of the first known mistake that gives these results on all cases."""
+    for wrong, message in exercise.mistakes:
+        made = (wrong(*case) for case in exercise.cases)
+        if all(same(result, other) for result, other in zip(results, made, strict=True)):
+            return message
+    return UNKNOWN
+
+
+def _argument_names(exercise: Exercise) -> list[str]:
+    return list(inspect.signature(exercise.reference).parameters)
+
+
+def _show(exercise: Exercise, case: tuple, *result: Any) -> str:
+    """The arguments, and if there is a result, the learner's and the expected one, line by line."""
+    shown = dict(zip(_argument_names(exercise), case, strict=True))
+    if result:
+        shown |= {"yours": result[0], "expected": exercise.reference(*case)}
+    width = max(map(len, shown)) + 2
+    return "\n".join(f"  {name:{width}}{_text(value, width + 2)}" for name, value in shown.items())
+
+
+def _text(value: Any, indent: int) -> str:
+    text = str(value.detach() if isinstance(value, Tensor) else value)
+    return text.replace("\n", "\n" + " " * indent)

@@ -1,0 +1,560 @@
+"""The checks of lesson 01: labels, the LoRA forward, counting."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers.checks.exercise import Exercise, call, check, same
+from rlhf_helpers.memory import FLOAT32, NF4_BLOCK, NF4_SUPERBLOCK, lora_parameters, nf4_bytes
+from rlhf_helpers.sft import IGNORE, mask_prompt
+
+# --- lesson 01: the labels of the response ---------------------------------------------------
+
+
+def check_mask_prompt(fn: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+    """Check the learner's `mask_prompt(input_ids, attention_mask, prompt_length)`.
+
+    Args:
+        fn: returns labels `[B, P + T]`, as `rlhf_helpers.sft.mask_prompt` does; any dtype.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_mask_prompt(mask_prompt)
+        mask_prompt: correct. Tested: padding on both sides, a response of EOS alone, P = 1.
+    """
+    check(_MASK_PROMPT, fn)
+
+
+def _keep(input_ids: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept, input_ids, IGNORE)
+
+
+def _columns(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+
+
+def _rows(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[0])[:, None].expand(input_ids.shape)
+
+
+def _last_real(mask: Tensor) -> Tensor:
+    return (mask == 1) & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+# EOS is token 1 throughout. Padding is 0, then 2: the mask says what is padding, no token does.
+_MASK_CASES = (
+    (
+        torch.tensor([[5, 6, 7, 1, 0], [0, 6, 8, 9, 1]]),
+        torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
+        2,
+    ),
+    (
+        torch.tensor([[4, 1, 0, 0], [5, 7, 8, 1]]),  # a response of EOS alone
+        torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
+        1,
+    ),
+    (
+        torch.tensor(
+            [
+                [2, 2, 6, 1, 7, 0, 1, 2],  # prompts that end with EOS themselves
+                [6, 3, 5, 1, 1, 2, 2, 2],
+                [2, 4, 9, 1, 7, 9, 0, 8],  # a response cut off before its EOS
+            ]
+        ),
+        torch.tensor(
+            [
+                [0, 0, 1, 1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 1, 0, 0, 0],
+                [0, 1, 1, 1, 1, 1, 1, 1],
+            ]
+        ),
+        4,
+    ),
+)
+
+_NO_EOS = (
+    "the last token of a response, its EOS, is ignored. EOS is an action like every other token: "
+    "a model that never gets a loss on it is never taught to stop. Look at what you leave out at "
+    "the end of a row; only padding should go."
+)
+_INVERTED = (
+    "the prompt has the labels and the response is ignored: the model would learn to write "
+    "questions. Look at which side of column prompt_length you overwrite."
+)
+_SHIFTED = (
+    "the labels are shifted by one. That the logits at t predict token t + 1 is true, but the loss "
+    "shifts already; after a second shift the model learns to skip a token. A label stands where "
+    "its token stands."
+)
+_ROWS = (
+    "the first prompt_length rows are treated, not the first prompt_length columns, so whole "
+    "examples are dropped and other prompts stay. Which dimension does your index or slice run "
+    "over?"
+)
+_MASK_MISTAKES = (
+    (
+        lambda ids, mask, p: _keep(ids, (mask == 1) & (_columns(ids) > p)),
+        "the first response token is ignored. It is what the model has to choose right after the "
+        "prompt, so nothing would teach it how to begin. Columns count from 0: which one is the "
+        "first of the response?",
+    ),
+    (
+        lambda ids, mask, p: _keep(ids, (mask == 1) & (_columns(ids) >= p - 1)),
+        "the last prompt token has a label. It is given, not chosen by the model; perhaps you made "
+        "room for the shift by one, which belongs to the loss. Columns count from 0: how many of "
+        "them hold the prompt?",
+    ),
+    (
+        lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(_last_real(mask), IGNORE),
+        _NO_EOS,
+    ),
+    (lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(ids == 1, IGNORE), _NO_EOS),
+    (
+        lambda ids, mask, p: _keep(mask_prompt(ids, mask, p), _columns(ids) < ids.shape[1] - 1),
+        _NO_EOS,
+    ),
+    (
+        lambda ids, mask, p: _keep(ids, _columns(ids) >= p),
+        "padding counts: its labels are the padding token. The model would be trained to write "
+        "padding after EOS, and short responses would weigh as much as long ones. What tells "
+        "padding from tokens?",
+    ),
+    (
+        lambda ids, mask, p: _keep(ids, (_columns(ids) >= p) & (ids != 0)),
+        "it takes token 0 for padding. Other tokenizers pad with another token, and 0 may be a "
+        "word. One of the arguments says where padding is.",
+    ),
+    (
+        lambda ids, mask, p: _keep(ids, (_columns(ids) >= p) & (mask == 0)),
+        "only padding has labels. The condition on attention_mask is the wrong way round: it is 1 "
+        "for a real token.",
+    ),
+    (lambda ids, mask, p: _keep(ids, (_columns(ids) < p) & (mask == 1)), _INVERTED),
+    (lambda ids, mask, p: _keep(ids, _columns(ids) < p), _INVERTED),
+    (
+        lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, 0, ids),
+        "ignored positions hold 0, which is a token like any other: the loss would count it. "
+        "PyTorch's cross-entropy leaves out one value only, its ignore_index.",
+    ),
+    (
+        lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE,
+        "it returns a mask of zeros and ones. The right positions are marked, but labels are the "
+        "tokens themselves there, and the ignored value elsewhere.",
+    ),
+    (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), _SHIFTED),
+    (
+        lambda ids, mask, p: _keep(ids.roll(-1, 1), (_columns(ids) >= p) & (mask == 1)),
+        _SHIFTED,
+    ),
+    (
+        lambda ids, mask, p: ids,
+        "nothing is ignored: prompt and padding have labels like the response. Two kinds of "
+        "positions must go; which argument tells of which?",
+    ),
+    (
+        lambda ids, mask, p: _keep(ids, mask == 1),
+        "padding is ignored, the prompt is not. Part of the training would go into predicting "
+        "questions, which are given. What does prompt_length tell about columns?",
+    ),
+    (
+        lambda ids, mask, p: _keep(ids, (mask == 1) & (mask.cumsum(1) > p)),
+        "prompt_length is counted from the first real token of each row. It is a number of "
+        "columns, padding included; counted your way, a left-padded row loses the beginning of its "
+        "response.",
+    ),
+    (lambda ids, mask, p: _keep(ids, (mask == 1) & (_rows(ids) >= p)), _ROWS),
+    (lambda ids, mask, p: _keep(ids, _rows(ids) >= p), _ROWS),
+)
+_MASK_PROMPT = Exercise(
+    "mask_prompt",
+    mask_prompt,
+    _MASK_CASES,
+    _MASK_MISTAKES,
+    tested="padding on both sides, a response of EOS alone, P = 1",
+    shape_hint="Every token needs an entry, also one that is ignored, and the shift by one is "
+    "left to the loss: the labels have the shape of input_ids.",
+)
+
+
+# --- lesson 01: LoRA -------------------------------------------------------------------------
+
+
+def check_lora_forward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Check the learner's `lora_forward(x, weight, lora_A, lora_B, alpha)`.
+
+    y = x Wᵀ + (α/r) x Aᵀ Bᵀ, differentiable with respect to A and B.
+
+    Args:
+        fn: takes x `[..., in]`, weight `[out, in]`, lora_A `[r, in]`, lora_B `[out, r]` and
+            alpha > 0; returns `[..., out]`.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Hu et al., LoRA (arXiv 2106.09685), equation 3.
+    """
+    check(_LORA_FORWARD, fn)
+
+
+def _lora_forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float
+) -> Tensor:
+    return _scaled(x, weight, lora_A, lora_B, alpha / lora_A.shape[0])
+
+
+def _scaled(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    return x @ weight.T + scale * (x @ lora_A.T @ lora_B.T)
+
+
+def _reshaped(matrix: Tensor) -> Tensor:
+    """The transpose's shape, and not the transpose."""
+    return matrix.reshape(matrix.shape[1], matrix.shape[0])
+
+
+def _misread(which: tuple[bool, ...], x, weight, lora_A, lora_B, alpha) -> Tensor:
+    """lora_forward with the matrices marked in `which` reshaped where they should be transposed."""
+    matrices = zip((weight, lora_A, lora_B), which, strict=True)
+    return _lora_forward(x, *(_reshaped(m).T if wrong else m for m, wrong in matrices), alpha)
+
+
+def _lora_gradient_fault(fn: Callable) -> str:
+    """Whether the gradients of A and B are those of the reference; B is not 0, or A's would be."""
+    x, weight, lora_A, lora_B, alpha = _LORA_CASES[1]
+    gradients = []
+    for function in (fn, _lora_forward):
+        adapter = [lora_A.clone().requires_grad_(), lora_B.clone().requires_grad_()]
+        with torch.enable_grad():
+            y = call(_LORA_FORWARD, function, (x.clone(), weight.clone(), *adapter, alpha))
+            total = y.sum() + 0 * sum(p.sum() for p in adapter)  # so that y itself may lack a graph
+        gradients.append(torch.autograd.grad(total, adapter))
+    names = ("lora_A", "lora_B")
+    lost = [n for n, got, want in zip(names, *gradients, strict=True) if not same(got, want)]
+    if not lost:
+        return ""
+    return (
+        f"the values are right, but the gradient of {' and of '.join(lost)} is not: training would "
+        "leave it as it is, or move it wrongly. Look for anything that takes a tensor out of the "
+        "graph: detach, no_grad, data, item, or a new tensor made from numbers."
+    )
+
+
+def _small(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Whole numbers from -2 to 3, so that a case can be followed by hand."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 4, shape, generator=generator).to(dtype)
+
+
+def _lora_case(
+    batch: tuple[int, ...],
+    inputs: int,
+    outputs: int,
+    rank: int,
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple:
+    shapes = ((*batch, inputs), (outputs, inputs), (rank, inputs), (outputs, rank))
+    tensors = (_small(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+    return *tensors, alpha
+
+
+_LORA_CASES = (
+    (
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([[1.0, 0.0, 1.0]]),
+        torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+        torch.tensor([[1.0, 1.0]]),
+        6.0,
+    ),
+    _lora_case((2,), 3, 4, rank=2, alpha=6.0),
+    _lora_case((2, 2), 5, 3, rank=4, alpha=6.0, dtype=torch.float64),
+    _lora_case((2,), 3, 2, rank=1, alpha=2.0),
+    (_small(2, 3, seed=4), _small(4, 3, seed=5), _small(2, 3, seed=6), torch.zeros(4, 2), 3.0),
+)
+
+_RESHAPED = (
+    "a matrix has the shape of its transpose, but not its entries. reshape and view keep the order "
+    "in memory and only cut it into other rows; a transpose swaps rows and columns."
+)
+_WRONG_RANK = (
+    "α is divided by a width of the layer. The rank r is the inner size, the one that A and B "
+    "have in common; look at which dimension of which matrix you take it from."
+)
+_LORA_MISTAKES = (
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1),
+        "the update is not scaled. Its factor α/r sets how far an adapter of a given rank moves "
+        "the layer; where does alpha enter your result?",
+    ),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha),
+        "the update is scaled by α, not by α/r. It would grow with the rank, and a learning rate "
+        "that suits rank 4 would not suit rank 16. Which dimension is r?",
+    ),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, a.shape[0] / alpha),
+        "the scale is upside down, r/α in place of α/r: a larger α would make the update smaller.",
+    ),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / math.sqrt(a.shape[0])),
+        "the update is scaled by α/√r. That is rank-stabilised LoRA, another method; the equation "
+        "here divides by r itself.",
+    ),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1 / a.shape[0]),
+        "the update is divided by r, but α is missing: the argument alpha changes nothing.",
+    ),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha * a.shape[0]),
+        "the update is multiplied by r. It is a sum over r inner entries, and dividing by r keeps "
+        "it from growing with the rank.",
+    ),
+    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / a.shape[1]), _WRONG_RANK),
+    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / b.shape[0]), _WRONG_RANK),
+    (
+        lambda x, w, a, b, alpha: _lora_forward(x, 0 * w, a, b, alpha),
+        "only the update is returned. The frozen layer still does its work, and the adapter adds "
+        "to it; with B = 0 the result must be the layer's own.",
+    ),
+    (
+        lambda x, w, a, b, alpha: x @ w.T,
+        "only the frozen layer is returned; A, B and alpha change nothing. What does the adapter "
+        "add to it?",
+    ),
+    (
+        lambda x, w, a, b, alpha: alpha / a.shape[0] * _scaled(x, w, a, b, 1),
+        "the whole sum is scaled, the frozen layer too. With B = 0 the result must be the layer's "
+        "own; look at what your factor multiplies.",
+    ),
+    *(
+        (partial(_misread, which), _RESHAPED)
+        for which in product((False, True), repeat=3)
+        if any(which)
+    ),
+    (
+        lambda x, w, a, b, alpha: x @ w.T + alpha / a.shape[0] * x @ _reshaped(b @ a),
+        _RESHAPED,
+    ),
+)
+_LORA_FORWARD = Exercise(
+    "lora_forward",
+    _lora_forward,
+    _LORA_CASES,
+    _LORA_MISTAKES,
+    tested="x of 1 to 3 dimensions, rank 1 and more, B = 0, gradients of A and B",
+    shape_hint="The result has the shape of x, with out in place of in as the last size.",
+    further=_lora_gradient_fault,
+)
+
+
+# --- lesson 01: counting ---------------------------------------------------------------------
+
+
+def check_lora_parameters(fn: Callable[[Sequence[tuple[int, int]], int], int]) -> None:
+    """Check the learner's `lora_parameters(shapes, rank)`.
+
+    Args:
+        fn: returns a number, as `rlhf_helpers.memory.lora_parameters` does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+    """
+    check(_LORA_PARAMETERS, fn)
+
+
+_SQUARE = (
+    "every layer is taken to be square: one of its two widths is counted twice, the other not at "
+    "all. Write down the shapes of A and of B for a layer of shape (3, 4)."
+)
+_LORA_PARAMETERS = Exercise(
+    "lora_parameters",
+    lora_parameters,
+    cases=(
+        ([(3, 4)], 2),
+        ([(3, 4), (5, 2)], 3),
+        ([(8, 8), (8, 8), (20, 8), (8, 20)], 4),
+        ([(7, 5)], 1),
+    ),
+    mistakes=(
+        (
+            lambda shapes, rank: sum(rank * i for _, i in shapes),
+            "only A is counted. B is trained as well; it starts at 0, but it does not stay there.",
+        ),
+        (
+            lambda shapes, rank: sum(rank * o for o, _ in shapes),
+            "only B is counted. A is trained as well; which size does it share with the input?",
+        ),
+        (
+            lambda shapes, rank: sum(rank * o * i for o, i in shapes),
+            "the two widths are multiplied. That is r times the full matrix; the point of LoRA is "
+            "that no matrix of that size is trained. Count A and B apart.",
+        ),
+        (
+            lambda shapes, rank: sum(o * i for o, i in shapes),
+            "these are the frozen weights W. Trained are A and B only, and the number depends on "
+            "the rank.",
+        ),
+        (
+            lambda shapes, rank: sum(o * i + rank * (o + i) for o, i in shapes),
+            "the frozen weights W are counted with A and B. They get no gradient and no optimizer "
+            "state, so they are not trainable parameters.",
+        ),
+        (
+            lambda shapes, rank: rank * sum(shapes[0]),
+            "only the first layer is counted. Each adapted layer has an A and a B of its own; is "
+            "your return inside a loop?",
+        ),
+        (
+            lambda shapes, rank: rank * sum(shapes[-1]),
+            "only the last layer is counted. Each adapted layer has an A and a B of its own; does "
+            "your loop add, or overwrite?",
+        ),
+        (
+            lambda shapes, rank: sum(rank * (o + i) for o, i in set(shapes)),
+            "layers of equal shape are counted once. They are different layers, each with an A and "
+            "a B of its own.",
+        ),
+        (
+            lambda shapes, rank: sum(rank * (o + i) + rank + o for o, i in shapes),
+            "A and B are counted with a bias each. LoRA's two matrices have none.",
+        ),
+        (
+            lambda shapes, rank: sum(rank * (o + i) + o for o, i in shapes),
+            "a bias for each layer is counted. LoRA trains two matrices, and no bias.",
+        ),
+        (
+            lambda shapes, rank: sum(o + i for o, i in shapes),
+            "the rank is missing. out + in is the number for rank 1.",
+        ),
+        (lambda shapes, rank: sum(2 * rank * i for _, i in shapes), _SQUARE),
+        (lambda shapes, rank: sum(2 * rank * o for o, _ in shapes), _SQUARE),
+    ),
+    tested="one layer, several, equal ones, rank 1",
+)
+
+
+def check_nf4_bytes(fn: Callable[[int, bool], int]) -> None:
+    """Check the learner's `nf4_bytes(weights, double_quant)`.
+
+    Args:
+        fn: returns a number, as `rlhf_helpers.memory.nf4_bytes` does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+    """
+    check(_NF4_BYTES, fn)
+
+
+def _bytes(codes: float, scales: float, constants: float, double_quant: bool) -> float:
+    """nf4_bytes from the bytes of codes, the number of scales and of their constants."""
+    return codes + (scales + FLOAT32 * constants if double_quant else FLOAT32 * scales)
+
+
+def _codes(n: int) -> int:
+    return math.ceil(n / 2)
+
+
+def _scales(n: int) -> int:
+    return math.ceil(n / NF4_BLOCK)
+
+
+def _constants(n: int) -> int:
+    return math.ceil(_scales(n) / NF4_SUPERBLOCK)
+
+
+def _rounded(levels: Sequence[Callable], n: int, double_quant: bool) -> float:
+    """nf4_bytes with another rounding of codes, scales and constants; `float` does not round."""
+    codes, scales = levels[0](n / 2), levels[1](n / NF4_BLOCK)
+    return _bytes(codes, scales, levels[2](scales / NF4_SUPERBLOCK), double_quant)
+
+
+def _exact_bytes(n: int, double_quant: bool) -> float:
+    return _rounded((float, float, float), n, double_quant)
+
+
+_ROUNDING = (
+    "the total is right only where everything divides evenly. Codes left over still take a byte, "
+    "weights left over a scale, and scales left over a constant: round up at each of these levels, "
+    "before you multiply and add."
+)
+_NF4_BYTES = Exercise(
+    "nf4_bytes",
+    nf4_bytes,
+    cases=(
+        (128, False),
+        (128, True),
+        (16384, False),
+        (16384, True),
+        (100, False),
+        (101, True),
+        (50001, False),
+        (50001, True),
+    ),
+    mistakes=(
+        (
+            lambda n, double: _codes(n),
+            "the scales are missing. Without the scale of its block a 4-bit code says nothing "
+            "about how large its weight is.",
+        ),
+        (
+            lambda n, double: 8 * nf4_bytes(n, double),
+            "8 times too many: these are bits, not bytes.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, double) - _codes(n) + 4 * n,
+            "the codes take 8 times too much: each has 4 bits, and you count 4 bytes.",
+        ),
+        (
+            lambda n, double: 8 * nf4_bytes(n, double) - 7 * _codes(n),
+            "the codes are in bytes, but what the scales add is in bits, 8 times too much.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, False),
+            "double_quant changes nothing: the scales always count as float32. Double quantization "
+            "stores them in 8 bits, with constants of their own.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, True),
+            "double_quant changes nothing: the scales always count as quantized. Without double "
+            "quantization each of them is a float32.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, not double),
+            "double_quant is taken the wrong way round: False costs more than True, since plain "
+            "scales are float32.",
+        ),
+        (
+            lambda n, double: _bytes(_codes(n), _scales(n), 0, double),
+            "under double quantization the second level is missing. The 8-bit scales are quantized "
+            "in blocks too, and each block of scales has a constant.",
+        ),
+        (
+            lambda n, double: _bytes(_codes(n), _scales(n), math.ceil(n / NF4_SUPERBLOCK), double),
+            "there are too many float32 constants: you count one for every 256 weights. It is one "
+            "for every 256 scales, and a scale stands for 64 weights already.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, double) - _codes(n) + n,
+            "the codes take twice too much, a byte per weight. A code has 4 bits; how many fit in "
+            "a byte?",
+        ),
+        (
+            lambda n, double: _codes(n) + _scales(n) + double * _constants(n),
+            "a float32 counts as one byte. It has 32 bits.",
+        ),
+        *(
+            (partial(_rounded, levels), _ROUNDING)
+            for levels in product((math.ceil, math.floor, float), repeat=3)
+            if levels != (math.ceil,) * 3
+        ),
+        (lambda n, double: math.ceil(_exact_bytes(n, double)), _ROUNDING),
+        (lambda n, double: int(_exact_bytes(n, double)), _ROUNDING),
+        (lambda n, double: round(_exact_bytes(n, double)), _ROUNDING),
+    ),
+    tested="plain and double quantization, blocks that are not full",
+)
