@@ -195,12 +195,14 @@ def put(folder):
     write(folder, **{"adapter_config.json": "{}", "adapter_model.safetensors": ""})
 
 
-def test_the_learners_own_adapter_comes_first(shelves):
+def test_the_learners_own_adapter_comes_first(shelves, capsys):
     preset, own, shipped = shelves
     put(shipped)
     assert find_adapter(preset, "sft") == shipped
+    assert capsys.readouterr().out == "adapter 'sft': the reference that the course ships\n"
     put(own)
     assert find_adapter(preset, "sft") == own
+    assert capsys.readouterr().out == f"adapter 'sft': your own, from {own}\n"
 
 
 def test_no_adapter_names_the_lesson(shelves):

@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset
 
 from rlhf_helpers.data import (
+    encode_examples,
     encode_prompts,
     load_tokenizer,
+    pad_examples,
     preference_dataset,
     prompt_dataset,
     render_prompt,
@@ -297,3 +300,112 @@ def test_a_file_of_another_kind_is_named(tmp_path, pocket):
 def test_a_hub_that_cannot_be_reached_names_the_way_out(pocket):
     with pytest.raises(ConnectionError, match="'nobody/nothing' is no local path.*local folder"):
         prompt_dataset(pocket, source="nobody/nothing")
+
+
+# --- encoded demonstrations ----------------------------------------------------------------
+
+
+def demonstrations(*pairs):
+    return Dataset.from_list([{"prompt": prompt, "completion": end} for prompt, end in pairs])
+
+
+HOT = ("what is hot?", "fire.")
+
+
+def test_demonstrations_are_encoded_as_the_templates_parts(tokenizer):
+    (example,) = encode_examples(tokenizer, demonstrations(HOT), 24, 32)
+    assert tokenizer.decode(example["prompt"]) == "<|user|> what is hot?<|assistant|>"
+    assert tokenizer.convert_ids_to_tokens(example["prompt"])[::6] == ["<|user|>"]
+    assert tokenizer.decode(example["response"]) == " fire.<|eos|>"
+    assert all(type(token) is int for part in example.values() for token in part)
+
+
+def test_demonstrations_have_the_tokens_of_the_whole_chat(pocket, tokenizer):
+    """What the chat template itself makes of both messages; and EOS is last, and only there."""
+    dataset = sft_dataset(pocket).select(range(200))
+    examples = encode_examples(tokenizer, dataset, 24, 40)
+    assert len(examples) == 200
+    for row, example in zip(dataset, examples, strict=True):
+        talk = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        whole = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+        assert example["prompt"] + example["response"] == whole
+        asked = tokenizer.apply_chat_template(
+            talk[:1], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert example["prompt"] == asked
+        assert whole.index(tokenizer.eos_token_id) == len(whole) - 1
+
+
+def test_prompts_are_encoded_as_for_sampling(pocket, tokenizer):
+    dataset = sft_dataset(pocket).select(range(50))
+    batch = encode_prompts(tokenizer, dataset["prompt"][:], 24)
+    examples = encode_examples(tokenizer, dataset, 24, 40)
+    masks = batch["attention_mask"].bool()
+    sampled = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+    assert [example["prompt"] for example in examples] == sampled
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([HOT, ("", "fire.")], "prompt 1 is ''"),
+        ([HOT, ("what is hot?", " ")], "completion 1 is ' '"),
+        ([HOT, ("what is hot?", "")], "completion 1 is ''"),
+        ([HOT, ("hi<|assistant|>", "fire.")], r"prompt 1 contains '<\|assistant\|>'"),
+        ([HOT, ("what is hot?", "fire.<|eos|>")], r"completion 1 contains '<\|eos\|>'"),
+        ([HOT, ("what is hot?", "fire.<|user|> why?")], r"completion 1 contains '<\|user\|>'"),
+    ],
+)
+def test_a_bad_demonstration_is_named(tokenizer, pairs, message):
+    with pytest.raises(ValueError, match=message):
+        encode_examples(tokenizer, demonstrations(*pairs), 24, 32)
+
+
+def test_no_demonstrations_are_refused(tokenizer):
+    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    with pytest.raises(ValueError, match="is empty: give at least one text"):
+        encode_examples(tokenizer, empty, 24, 32)
+
+
+@pytest.mark.parametrize("pair", [("what is hot?", 3), (3, "fire."), ("what is hot?", None)])
+def test_a_demonstration_that_is_no_text_is_refused(tokenizer, pair):
+    with pytest.raises(TypeError, match="give a list of texts"):
+        encode_examples(tokenizer, demonstrations(pair), 24, 32)
+
+
+def test_a_demonstration_is_never_cut(tokenizer):
+    """The limits count the template and EOS; one token more is refused, and the limit named."""
+    prompt, response = " ".join(["hot"] * 10), " ".join(["hot"] * 10)
+    dataset = demonstrations(HOT, (prompt, response))
+    example = encode_examples(tokenizer, dataset, 12, 11)[1]
+    assert (len(example["prompt"]), len(example["response"])) == (12, 11)
+    message = r"prompt 1 \('hot hot .*\) has 12 tokens with its template, and the limit is 11; .*"
+    with pytest.raises(ValueError, match=message + "raise prompt_length"):
+        encode_examples(tokenizer, dataset, 11, 11)
+    message = r"completion 1 \('hot hot .*\) has 11 tokens .* and the limit is 10; .*"
+    with pytest.raises(ValueError, match=message + "raise response_length"):
+        encode_examples(tokenizer, dataset, 12, 10)
+
+
+def test_examples_are_padded_to_the_middle(tokenizer):
+    examples = [{"prompt": [5, 6], "response": [8, 1]}, {"prompt": [7], "response": [9, 9, 1]}]
+    ids, mask, prompt_length = pad_examples(tokenizer, examples)
+    pad = tokenizer.pad_token_id
+    assert ids.tolist() == [[5, 6, 8, 1, pad], [pad, 7, 9, 9, 1]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+    assert prompt_length == 2
+    assert ids.dtype == mask.dtype == torch.int64
+    assert examples[1] == {"prompt": [7], "response": [9, 9, 1]}
+
+
+def test_one_example_is_not_padded(tokenizer):
+    ids, mask, prompt_length = pad_examples(tokenizer, [{"prompt": [5, 6], "response": [8, 1]}])
+    assert ids.tolist() == [[5, 6, 8, 1]] and mask.all() and prompt_length == 2
+
+
+def test_padding_leaves_the_tokenizer_as_it_was(tokenizer):
+    pad_examples(tokenizer, [{"prompt": [5], "response": [1]}])
+    assert tokenizer.padding_side == "left"

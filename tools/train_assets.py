@@ -329,6 +329,48 @@ def make_sft(out: Path, seeds: int) -> None:
         (new / "adapter").rmdir()
         lines = ",\n".join(json.dumps(row) for row in rows)
         (new / "runs.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        (new / "README.md").write_text(sft_card(rows), encoding="utf-8")
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Mean and range, such as "0.96 (0.95 to 0.98)"."""
+    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g}){unit}"
+
+
+def sft_card(rows: list[dict]) -> str:
+    """The adapter's card: how it was made, and the spread over seeds."""
+    table = []
+    for name, (config, _) in SFT_RUNS.items():
+        runs = [row for row in rows if row["run"] == name]
+        losses = [row["held_out_loss"][config.steps] for row in runs]
+        columns = [spread(losses)] + [
+            spread([row[key] for row in runs]) for key in ("answers", "right", "finished", "gold")
+        ]
+        table.append(f"| {name}, {config.steps} steps | " + " | ".join(columns) + " |")
+    first = [row for row in rows if row["run"] == "sft"]
+    before = [
+        spread([row[f"{k} before"] for row in first])
+        for k in ("answers", "right", "finished", "gold")
+    ]
+    table.insert(0, "| base | | " + " | ".join(before) + " |")
+    return SFT_CARD.format(table="\n".join(table), seeds=len(first))
+
+
+SFT_CARD = """\
+# The reference SFT adapter of the pocket world
+
+A LoRA adapter (rank 16, α 32, all linear layers but the last) in PEFT's own format, for the pocket
+base in NF4. Trained as in lesson 01, seed 0, on generated demonstrations. Made by
+`python tools/train_assets.py sft`. Licence: Apache-2.0.
+
+Mean and range over {seeds} seeds, each with its own demonstrations, initial adapter and samples:
+one response to each of 598 held-out prompts. `prompt too` and `no EOS` are the two failures of
+lesson 01, `right labels` the run that they compare with. Every single run is in `runs.json`.
+
+| run | held-out loss | answers the question | right | finished | gold |
+|---|---|---|---|---|---|
+{table}
+"""
 
 
 def main() -> None:

@@ -1,0 +1,333 @@
+"""The reward model: pairs of responses, Bradley–Terry, a scalar head, its evaluation."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_helpers.data import encode_examples, pad_examples
+from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.training import Run, TrainConfig, TrainStats
+from rlhf_helpers.validation import check_floating, first_index
+
+ROWS = 128  # responses scored at a time
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainConfig):
+    """Settings of `train_reward_model`; a batch is of pairs."""
+
+    steps: int = 250
+    learning_rate: float = 1e-3
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean surprise at the choices, by Bradley and Terry: −log σ(r_chosen − r_rejected), in nats.
+
+    L = −(1/N) Σ log σ(r_c − r_r). Its gradient with respect to r_c is −(1 − σ(r_c − r_r))/N: the
+    more surprised the model, the harder it is pushed. `logsigmoid` stays finite where
+    `sigmoid(...).log()` would be −inf.
+
+    Args:
+        chosen, rejected: `[N]` rewards of the preferred and of the other responses, floating point.
+
+    Returns:
+        A scalar, differentiable with respect to both.
+
+    Raises:
+        TypeError: rewards that are not floating point.
+        ValueError: shapes that differ, no pairs, or a reward that is not finite.
+
+    Example:
+        A pair that the model ranks even, and one that it gets right by log 3: log 2 and log 4/3.
+
+        >>> pairwise_loss(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor(0.6931)
+        >>> pairwise_loss(torch.tensor([1.0986]), torch.tensor([0.0]))
+        tensor(0.2877)
+
+    Stiennon et al. (arXiv 2009.01325), section 3.4; Bradley and Terry 1952. Derived in lesson 02.
+    """
+    for name, rewards in (("chosen", chosen), ("rejected", rejected)):
+        check_floating(name, rewards)
+        if (index := first_index(~rewards.isfinite())) is not None:
+            raise ValueError(f"{name}{index} is {rewards[tuple(index)].item()}: not a reward.")
+    if chosen.shape != rejected.shape or not chosen.numel():
+        raise ValueError(
+            f"chosen has shape {list(chosen.shape)}, rejected {list(rejected.shape)}: give one "
+            "reward of each for every pair."
+        )
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def last_token_index(attention_mask: Tensor) -> Tensor:
+    """Column of the last real token of each row, whichever side the padding is on.
+
+    Args:
+        attention_mask: `[B, L]`, 1 for a real token, 0 for padding.
+
+    Returns:
+        `[B]`, int64.
+
+    Raises:
+        ValueError: a row without a real token.
+
+    Example:
+        >>> last_token_index(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
+        [1, 2]
+    """
+    if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
+        raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * columns).argmax(-1)
+
+
+def collect_preferences(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    annotator: Annotator,
+    draws: int = 4,
+    response_length: int = 32,
+    seed: int = 0,
+) -> Dataset:
+    """Ask for preferences: sample responses to each prompt, let the annotator choose between two.
+
+    With draws y_1 … y_K the pairs are (y_1, y_2), (y_2, y_3), …, (y_K, y_1): every response is in
+    two. Pairs of equal responses, and those with an empty one, carry no preference and are left out.
+
+    Args:
+        model: who responds, the SFT model.
+        draws: K, responses to each prompt; at least 3.
+        seed: of samples and labels.
+
+    Returns:
+        Columns `prompt`, `chosen`, `rejected`, and `probability`: that with which the annotator
+        chooses the one in `chosen`.
+    """
+    if draws < 3:
+        raise ValueError(f"draws is {draws}; give at least 3, so that each makes another pair")
+    rng = random.Random(seed)
+    samples = [
+        sample_responses(model, tokenizer, prompts, response_length, seed=seed * draws + draw)
+        for draw in range(draws)
+    ]
+    rows = []
+    for first, second in zip(samples, samples[1:] + samples[:1], strict=True):
+        ends = zip(first.finished.tolist(), second.finished.tolist(), strict=True)
+        for prompt, a, b, finished in zip(prompts, first.texts, second.texts, ends, strict=True):
+            if a and b and a != b:
+                rows.append(_label(annotator, prompt, a, b, finished, rng))
+    return Dataset.from_list(rows)
+
+
+def _label(annotator, prompt: str, a: str, b: str, finished: tuple[bool, bool], rng) -> dict:
+    probability = annotator.probability(prompt, a, b, finished)
+    if rng.random() >= probability:
+        a, b, probability = b, a, 1 - probability
+    return {"prompt": prompt, "chosen": a, "rejected": b, "probability": probability}
+
+
+def split_by_prompt(
+    dataset: Dataset, share: float = 1 / 8, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """Training and held-out pairs; all pairs of a prompt fall on the same side.
+
+    Args:
+        share: of the prompts that is held out, between 0 and 1.
+        seed: of the choice of prompts, and of the order of the training pairs.
+
+    Raises:
+        ValueError: a share out of range, or too few prompts to have some on both sides.
+    """
+    prompts = sorted(set(dataset["prompt"]))
+    count = round(share * len(prompts))
+    if not 0 < count < len(prompts):
+        raise ValueError(
+            f"a share of {share} of {len(prompts)} prompts leaves one side empty; give pairs of "
+            "more prompts, or another share"
+        )
+    held_out = set(random.Random(seed).sample(prompts, count))
+    sides = [prompt in held_out for prompt in dataset["prompt"]]
+    train = dataset.select([i for i, held in enumerate(sides) if not held])
+    return train.shuffle(seed=seed), dataset.select([i for i, held in enumerate(sides) if held])
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, prompt_length: int, response_length: int
+) -> list[dict]:
+    """Token ids of pairs, `{"chosen": {"prompt", "response"}, "rejected": {…}}` for each row.
+
+    Raises:
+        ValueError: no rows, a missing column, equal responses, and what `encode_examples` raises.
+    """
+    if missing := {"prompt", "chosen", "rejected"} - set(dataset.column_names):
+        raise ValueError(
+            f"the pairs have no column {min(missing)!r}, only {', '.join(dataset.column_names)}; "
+            "needed are prompt, chosen and rejected"
+        )
+    for i, row in enumerate(dataset):
+        if row["chosen"] == row["rejected"]:
+            raise ValueError(
+                f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair, it "
+                "carries no preference"
+            )
+    sides = {
+        side: encode_examples(
+            tokenizer,
+            {"prompt": dataset["prompt"], "completion": dataset[side]},
+            prompt_length,
+            response_length,
+        )
+        for side in ("chosen", "rejected")
+    }
+    return [{"chosen": c, "rejected": r} for c, r in zip(*sides.values(), strict=True)]
+
+
+def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Rewards of sequences: the head's value at the last real token.
+
+    Args:
+        input_ids: `[B, L]`, int64, padded on either side.
+        attention_mask: `[B, L]`, 1 for a real token.
+
+    Returns:
+        `[B]` rewards, float32, differentiable with respect to a trainable role.
+    """
+    values = roles.values(role, input_ids, attention_mask)
+    return values.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
+
+
+def score_examples(
+    roles: Roles, role: str, tokenizer: PreTrainedTokenizerBase, examples: list[dict]
+) -> Tensor:
+    """Rewards `[N]` of encoded examples, in batches of similar length."""
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].values())))
+    rewards = torch.empty(len(examples))
+    with torch.no_grad():
+        for start in range(0, len(order), ROWS):
+            rows = order[start : start + ROWS]
+            input_ids, mask, _ = pad_examples(tokenizer, [examples[i] for i in rows])
+            device = roles.base.device
+            rewards[rows] = score_tokens(roles, role, input_ids.to(device), mask.to(device)).cpu()
+    return rewards
+
+
+def score_responses(
+    roles: Roles,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    prompt_length: int,
+    response_length: int,
+) -> Tensor:
+    """Normalised rewards `[N]` of responses to prompts, as texts; EOS is appended.
+
+    Raises:
+        ValueError: if the head was never normalised (`normalise`), and for empty or long texts.
+    """
+    if roles.heads[role].reference is None:
+        raise ValueError(
+            f"the head of role {role!r} has no normalisation statistics, so its rewards have no "
+            "fixed zero or unit; call reward.normalise on reference samples first"
+        )
+    texts = {"prompt": prompts, "completion": responses}
+    examples = encode_examples(tokenizer, texts, prompt_length, response_length)
+    return score_examples(roles, role, tokenizer, examples)
+
+
+def normalise(roles: Roles, role: str, scores: Tensor) -> None:
+    """Shift and scale a head so that these scores of it get mean 0 and standard deviation 1.
+
+    r ← (r − μ)/σ, folded into the head: w ← w/σ, b ← (b − μ)/σ. μ and σ are kept with the head.
+
+    Args:
+        scores: `[N]`, what the head gives to reference samples, those of the SFT model.
+
+    Raises:
+        ValueError: fewer than two scores, equal ones, or one that is not finite.
+    """
+    std, mean = torch.std_mean(scores.double())
+    if not (std.isfinite() and std > 0):
+        raise ValueError(
+            f"the reference scores have mean {mean.item()} and standard deviation {std.item()}; "
+            "give two or more scores that differ and are finite"
+        )
+    roles.heads[role].rescale(mean.item(), std.item())
+
+
+def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
+    """Share of pairs whose chosen response has the higher reward; a tie counts half.
+
+    Example:
+        >>> pair_accuracy(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0]))
+        0.5
+    """
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+
+
+def pair_scores(
+    roles: Roles, role: str, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]
+) -> tuple[Tensor, Tensor]:
+    """Rewards `[N]` of the chosen and of the rejected responses."""
+    sides = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
+    chosen, rejected = (score_examples(roles, role, tokenizer, side) for side in sides)
+    return chosen, rejected
+
+
+def train_reward_model(
+    roles: Roles,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    held_out: list[dict],
+    config: RewardConfig | None = None,
+    folder: Path | None = None,
+) -> Iterator[TrainStats]:
+    """Train a role and its head on pairs: one update for each item drawn from the iterator.
+
+    Saving and going on work as in `train_sft`.
+
+    Args:
+        role: a trainable role of `roles` with a head.
+        pairs, held_out: from `encode_pairs`.
+
+    Yields:
+        `TrainStats`, with `loss` and `accuracy` of the held-out pairs.
+
+    Raises:
+        ValueError: a role without a head, no pairs, or an unfinished run with other settings or
+            data.
+        FloatingPointError: if the loss is not finite; the state before that update is kept.
+    """
+    config = config or RewardConfig()
+    for name, rows in (("pairs", pairs), ("held_out", held_out)):
+        if not rows:
+            raise ValueError(f"{name} is empty: give at least one pair")
+    roles.require_head(role)
+    run = Run(roles, role, config, folder, settings=pairs)
+
+    def loss_of(step: int) -> Tensor:
+        batch = config.batch(pairs, step)
+        examples = [pair[side] for side in ("chosen", "rejected") for pair in batch]
+        input_ids, mask, _ = pad_examples(tokenizer, examples)
+        device = roles.base.device
+        rewards = score_tokens(roles, role, input_ids.to(device), mask.to(device))
+        return pairwise_loss(*rewards.split(len(batch)))
+
+    def measure() -> dict[str, float]:
+        chosen, rejected = pair_scores(roles, role, tokenizer, held_out)
+        loss = pairwise_loss(chosen, rejected).item()
+        return {"loss": loss, "accuracy": pair_accuracy(chosen, rejected)}
+
+    return run.updates(loss_of, measure)

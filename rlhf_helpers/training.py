@@ -1,0 +1,212 @@
+"""The loop that fine-tuning and reward modelling share: updates, reports, saving, going on."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from rlhf_helpers.checkpoints import adam_state, finish_first, restore_adam, whole_folder
+from rlhf_helpers.roles import Roles
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Args:
+        steps: updates; the examples are taken in their order, again from the start if need be.
+        batch_size: examples in an update.
+        learning_rate: the highest; it rises linearly from 0 and falls linearly to 0.
+        warmup_steps: steps of the rise.
+        max_grad_norm: longer gradients are scaled down to this length.
+        eval_every: steps between two measurements on the held-out examples.
+        save_every: steps between two saves of an unfinished run.
+    """
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+    eval_every: int = 25
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; give a number above 0")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} of {self.steps} steps; give fewer"
+            )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, as transformers' `linear` schedule: 0 at step 0.
+
+        Example:
+            >>> config = TrainConfig(steps=150, warmup_steps=10, learning_rate=0.002)
+            >>> [config.rate(step) for step in (0, 5, 10, 80)]
+            [0.0, 0.001, 0.002, 0.001]
+        """
+        rise = step / self.warmup_steps
+        fall = (self.steps - step) / (self.steps - self.warmup_steps)
+        return self.learning_rate * min(rise, fall)
+
+    def batch(self, examples: list, step: int) -> list:
+        """The examples of a step, in their order, again from the start after the last.
+
+        Example:
+            >>> TrainConfig(steps=20, batch_size=2).batch(["a", "b", "c"], step=1)
+            ['c', 'a']
+        """
+        start = step * self.batch_size
+        return [examples[(start + i) % len(examples)] for i in range(self.batch_size)]
+
+
+@dataclass(frozen=True)
+class TrainStats:
+    """What one update reports.
+
+    Attributes:
+        step: how many updates are done; 0 is the report before the first, with no loss.
+        loss: of the update's batch, before the update; in nats.
+        held_out: what was measured on held-out examples after the update; empty where nothing was.
+        grad_norm: before it was scaled down.
+        learning_rate: of the update.
+        seconds: since the run began, saved ones included.
+    """
+
+    step: int
+    loss: float | None = None
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    grad_norm: float | None = None
+    learning_rate: float = 0.0
+    seconds: float = 0.0
+
+
+class Run:
+    """Where a run stands, and how that is kept on disk.
+
+    With a `folder`, a run that stops early is kept in `<folder>.unfinished`; a new Run of the same
+    settings goes on from there. The finished adapter goes to `folder`.
+
+    Args:
+        role: a trainable role of `roles`.
+        settings: anything JSON can hold that the result depends on, the data for example.
+
+    Raises:
+        ValueError: if the role cannot be trained, or an unfinished run has other settings.
+    """
+
+    def __init__(
+        self, roles: Roles, role: str, config: TrainConfig, folder: Path | None, settings: object
+    ) -> None:
+        self.roles, self.role, self.config, self.folder = roles, role, config, folder
+        text = json.dumps([role, asdict(config), settings])
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.parameters = roles.parameters(role)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
+        self.step = self.saved = 0
+        self.seconds = 0.0
+        if folder is not None:
+            self.unfinished = folder.with_name(f"{folder.name}.unfinished")
+            if self.unfinished.exists():
+                self._resume()
+
+    def updates(
+        self, loss_of: Callable[[int], Tensor], measure: Callable[[], Mapping[str, float]]
+    ) -> Iterator[TrainStats]:
+        """Do the steps that are left, one for each item drawn.
+
+        Args:
+            loss_of: the loss of a step's batch, a scalar.
+            measure: what to report of the held-out examples.
+
+        Yields:
+            `TrainStats`, the first before any update.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the state before that update is kept.
+        """
+        config, begun = self.config, time.perf_counter() - self.seconds
+        try:
+            if self.step == 0:
+                self.roles.use(self.role)
+                yield TrainStats(0, held_out=measure())
+            while self.step < config.steps:
+                model = self.roles.use(self.role).train()
+                loss = loss_of(self.step)
+                _check_loss(loss, self.step, config)
+                loss.backward()
+                with finish_first():
+                    rate, norm = self._update()
+                    self.seconds = time.perf_counter() - begun
+                    if self.step % config.save_every == 0:
+                        self.save()
+                model.eval()
+                due = self.step % config.eval_every == 0 or self.step == config.steps
+                held_out = measure() if due else {}
+                yield TrainStats(self.step, loss.item(), held_out, norm, rate, self.seconds)
+        finally:
+            with finish_first():
+                self.save()
+
+    def save(self) -> None:
+        """Keep what is done since the last save, if there is a folder to keep it in."""
+        if self.folder is None or self.step == self.saved:
+            return
+        if self.step == self.config.steps:
+            self.roles.save(self.role, self.folder)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        else:
+            facts = {"step": self.step, "seconds": self.seconds, "digest": self.digest}
+            moments = adam_state(self.parameters, self.optimizer)
+            with whole_folder(self.unfinished) as new:
+                self.roles.write(self.role, new)
+                metadata = {name: str(value) for name, value in facts.items()}
+                save_file(moments, new / OPTIMIZER, metadata=metadata)
+        self.saved = self.step
+
+    def _update(self) -> tuple[float, float]:
+        rate = self.config.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return rate, norm.item()
+
+    def _resume(self) -> None:
+        with safe_open(self.unfinished / OPTIMIZER, "pt") as file:
+            facts = file.metadata()
+            moments = {key: file.get_tensor(key) for key in file.keys()}
+        if facts["digest"] != self.digest:
+            raise ValueError(
+                f"'{self.unfinished}' holds {facts['step']} steps of a run with other settings or "
+                "data; give those to go on with it, or delete the folder to begin anew"
+            )
+        self.roles.load(self.role, self.unfinished, trainable=True)
+        self.parameters = self.roles.parameters(self.role)
+        self.step = self.saved = int(facts["step"])
+        self.seconds = float(facts["seconds"])
+        restore_adam(self.parameters, self.optimizer, moments, self.step)
+
+
+def _check_loss(loss: Tensor, step: int, config: TrainConfig) -> None:
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the loss of step {step + 1} is {loss.item()}; lower the learning_rate of "
+            f"{config.learning_rate}, or look for examples that do not belong"
+        )
