@@ -119,7 +119,7 @@ input_ids, attention_mask, P = pad_examples(tokenizer, examples)
 labels = mask_prompt(input_ids, attention_mask, P)
 for row, label in zip(input_ids, labels, strict=True):
     tokens = tokenizer.convert_ids_to_tokens(row.tolist())
-    learnt = [token for token, l in zip(tokens, label, strict=True) if l != IGNORE]
+    learnt = [token for token, keep in zip(tokens, label != IGNORE, strict=True) if keep]
     print(f"P = {P}, of {len(tokens)} positions {len(learnt)} are learnt: {learnt}")
 assert torch.equal(labels, sft.mask_prompt(input_ids, attention_mask, P))
 
