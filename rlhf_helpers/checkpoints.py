@@ -60,8 +60,8 @@ def finish_first() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+    if pressed and callable(before):
+        before(signal.SIGINT, None)  # Python's own raises KeyboardInterrupt
 
 
 def find_adapter(preset: Preset, name: str) -> Path:

@@ -24,6 +24,16 @@ from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+# The settings that decide what an adapter computes.
+PLAIN_LORA = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 def load_base(preset: Preset, quantized: bool = True) -> PreTrainedModel:
@@ -177,10 +187,10 @@ class Roles:
         Raises:
             ValueError: for a name that is taken or cannot be used, or an unknown `copy_of`.
         """
-        if not name.isidentifier() or name in self._trainable:
+        if not name.isidentifier() or name in self._trainable or hasattr(nn.ModuleDict, name):
             raise ValueError(
-                f"role {name!r} is there already or is no name; there are {self.names}; give "
-                "another one, of letters, digits and underscores"
+                f"role {name!r} is there already or is no name that can be used; there are "
+                f"{self.names}; give another one, of letters, digits and underscores"
             )
         weights = self.state(copy_of) if copy_of is not None else None
         active = self.active
@@ -214,8 +224,9 @@ class Roles:
         self._require(name)
         if not self._trainable[name]:
             raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
-        mark = f".{name}."
-        return {n: p for n, p in self.model.named_parameters() if mark in n and ".lora_" in n}
+        end = f".{name}.weight"
+        named = self.model.named_parameters()
+        return {n: p for n, p in named if ".lora_" in n and n.endswith(end)}
 
     def state(self, name: str) -> dict[str, Tensor]:
         """A copy of a role's weights under the names that PEFT gives them in a file."""
@@ -305,11 +316,16 @@ class Roles:
                 f"the adapter in '{folder}' cannot be read ({type(error).__name__}: {error}); it "
                 "is truncated or damaged: train it again, or copy the whole folder"
             ) from error
-        if (config.r, config.lora_alpha) != (self.rank, self.alpha):
-            raise ValueError(
-                f"the adapter in '{folder}' has rank {config.r} and alpha {config.lora_alpha}, "
-                f"these roles {self.rank} and {self.alpha}; build Roles with the adapter's"
-            )
+        ours = self._config()
+        for field in PLAIN_LORA:
+            theirs, wanted = getattr(config, field, None), getattr(ours, field)
+            if theirs != wanted:
+                raise ValueError(
+                    f"the adapter in '{folder}' has {field} {theirs}, these roles {wanted}; build "
+                    "Roles with the adapter's rank (r) and alpha; only plain LoRA can be loaded"
+                )
+        if bad := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"the adapter in '{folder}' has NaN or infinity in {bad[0]}")
         _check_shapes(folder, weights, self.shapes, self.rank)
         if trained_on and not _same_base(trained_on, _fingerprint(self.base)):
             raise ValueError(

@@ -1,28 +1,20 @@
 """Supervised fine-tuning: labels for the response only, the loss, the training loop."""
 
-import hashlib
-import json
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.checkpoints import adam_state, finish_first, restore_adam, whole_folder
 from rlhf_helpers.data import pad_examples
 from rlhf_helpers.logprobs import token_logprobs
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.training import Run, TrainConfig, TrainStats
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss
-OPTIMIZER = "optimizer.safetensors"
 
 
 def mask_prompt(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
@@ -109,56 +101,11 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Settings of `train_sft`.
-
-    Args:
-        steps: updates; the examples are taken in their order, again from the start if need be.
-        batch_size: examples in an update.
-        learning_rate: the highest; it rises linearly from 0 and falls linearly to 0.
-        warmup_steps: steps of the rise.
-        max_grad_norm: longer gradients are scaled down to this length.
-        eval_every: steps between two measurements of the held-out loss.
-        save_every: steps between two saves of an unfinished run.
-    """
+class SFTConfig(TrainConfig):
+    """Settings of `train_sft`."""
 
     steps: int = 150
-    batch_size: int = 32
     learning_rate: float = 2e-3
-    warmup_steps: int = 10
-    max_grad_norm: float = 1.0
-    eval_every: int = 25
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; give a number above 0")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps} of {self.steps} steps; give fewer"
-            )
-
-
-@dataclass(frozen=True)
-class SFTStats:
-    """What one update reports.
-
-    Attributes:
-        step: how many updates are done; 0 is the report before the first, with no loss.
-        loss: of the update's batch before the update, in nats per labelled token.
-        held_out_loss: after the update, None where it was not measured.
-        grad_norm: before it was scaled down.
-        learning_rate: of the update.
-        seconds: since the run began, saved ones included.
-    """
-
-    step: int
-    loss: float | None
-    held_out_loss: float | None
-    grad_norm: float | None
-    learning_rate: float
-    seconds: float
 
 
 Labels = Callable[[Tensor, Tensor, int], Tensor]
@@ -173,7 +120,7 @@ def train_sft(
     config: SFTConfig | None = None,
     labels: Labels = mask_prompt,
     folder: Path | None = None,
-) -> Iterator[SFTStats]:
+) -> Iterator[TrainStats]:
     """Train a role on demonstrations: one update for each item that is drawn from the iterator.
 
     With a `folder`, a run that stops early, by Ctrl-C for example, is kept in
@@ -183,16 +130,16 @@ def train_sft(
     Args:
         role: a trainable role of `roles`.
         examples, held_out: from `encode_examples`.
-        labels: which tokens are learnt, as `mask_prompt` says it; lesson 01 tries wrong ones. The
-            held-out loss is always over the response alone.
+        labels: which tokens are learnt, as `mask_prompt` says it; lesson 01 tries wrong ones.
 
     Yields:
-        `SFTStats`, the first before any update.
+        `TrainStats`, the first before any update; `held_out` holds the `loss`, always over the
+        response alone.
 
     Raises:
         ValueError: for an example without EOS or longer than the model's context, or an unfinished
             run with other settings or data; nothing has been computed or overwritten then.
-        FloatingPointError: if the loss is not finite; the state before that update is kept.
+        FloatingPointError: if loss or gradient is not finite; the state before is kept.
 
     Lesson 01 writes the loop out.
     """
@@ -200,8 +147,16 @@ def train_sft(
     context = roles.base.config.max_position_embeddings
     _check_examples("examples", examples, tokenizer, context)
     _check_examples("held_out", held_out, tokenizer, context)
-    run = _Run(roles, role, config, folder, _digest(config, role, labels, examples))
-    return _updates(run, tokenizer, examples, held_out, labels)
+    name = getattr(labels, "__qualname__", repr(labels))
+    run = Run(roles, role, config, folder, settings=[name, examples])
+
+    def loss_of(step: int) -> Tensor:
+        return batch_loss(roles.model, tokenizer, config.batch(examples, step), labels)
+
+    def measure() -> dict[str, float]:
+        return {"loss": held_out_loss(roles.model, tokenizer, held_out)}
+
+    return run.updates(loss_of, measure)
 
 
 @torch.no_grad()
@@ -230,6 +185,7 @@ def batch_loss(
     """`sft_loss` of one batch; only the positions that predict a label get logits."""
     input_ids, attention_mask, prompt_length = pad_examples(tokenizer, examples)
     targets = labels(input_ids, attention_mask, prompt_length)
+    _check_labels(targets)
     first = int((targets != IGNORE).any(0).nonzero()[0])
     kept = input_ids.shape[1] - max(first - 1, 0)
     logits = model(
@@ -240,120 +196,6 @@ def batch_loss(
         use_cache=False,
     ).logits
     return sft_loss(logits, targets[:, -kept:].to(model.device))
-
-
-def learning_rate(step: int, config: SFTConfig) -> float:
-    """Linear rise and fall, as transformers' `linear` schedule: 0 at step 0, highest after warm-up.
-
-    Example:
-        >>> config = SFTConfig(steps=150, warmup_steps=10, learning_rate=0.002)
-        >>> [learning_rate(step, config) for step in (0, 5, 10, 80)]
-        [0.0, 0.001, 0.002, 0.001]
-    """
-    rise = step / config.warmup_steps
-    fall = (config.steps - step) / (config.steps - config.warmup_steps)
-    return config.learning_rate * min(rise, fall)
-
-
-def _updates(run: "_Run", tokenizer, examples, held_out, labels) -> Iterator[SFTStats]:
-    config, begun = run.config, time.perf_counter() - run.seconds
-    try:
-        if run.step == 0:
-            before = held_out_loss(run.roles.use(run.role), tokenizer, held_out)
-            yield SFTStats(0, None, before, None, 0.0, run.seconds)
-        while run.step < config.steps:
-            model = run.roles.use(run.role).train()
-            rows = [
-                examples[(run.step * config.batch_size + i) % len(examples)]
-                for i in range(config.batch_size)
-            ]
-            loss = batch_loss(model, tokenizer, rows, labels)
-            _check_loss(loss, run.step, config)
-            loss.backward()
-            with finish_first():
-                rate, norm = run.update()
-                run.seconds = time.perf_counter() - begun
-                if run.step % config.save_every == 0:
-                    run.save()
-            model.eval()
-            measure = run.step % config.eval_every == 0 or run.step == config.steps
-            measured = held_out_loss(model, tokenizer, held_out) if measure else None
-            yield SFTStats(run.step, loss.item(), measured, norm, rate, run.seconds)
-    finally:
-        with finish_first():
-            run.save()
-
-
-class _Run:
-    """Where a run stands, and how that is kept on disk."""
-
-    def __init__(
-        self, roles: Roles, role: str, config: SFTConfig, folder: Path | None, digest: str
-    ):
-        self.roles, self.role, self.config = roles, role, config
-        self.folder, self.digest = folder, digest
-        self.parameters = roles.parameters(role)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
-        self.step = self.saved = 0
-        self.seconds = 0.0
-        if folder is not None:
-            self.unfinished = folder.with_name(f"{folder.name}.unfinished")
-            if self.unfinished.exists():
-                self._resume()
-
-    def update(self) -> tuple[float, float]:
-        rate = learning_rate(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return rate, norm.item()
-
-    def save(self) -> None:
-        if self.folder is None or self.step == self.saved:
-            return
-        if self.step == self.config.steps:
-            self.roles.save(self.role, self.folder)
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        else:
-            facts = {"step": self.step, "seconds": self.seconds, "digest": self.digest}
-            moments = adam_state(self.parameters, self.optimizer)
-            with whole_folder(self.unfinished) as new:
-                self.roles.write(self.role, new)
-                metadata = {name: str(value) for name, value in facts.items()}
-                save_file(moments, new / OPTIMIZER, metadata=metadata)
-        self.saved = self.step
-
-    def _resume(self) -> None:
-        with safe_open(self.unfinished / OPTIMIZER, "pt") as file:
-            facts = file.metadata()
-            moments = {key: file.get_tensor(key) for key in file.keys()}
-        if facts["digest"] != self.digest:
-            raise ValueError(
-                f"'{self.unfinished}' holds {facts['step']} steps of a run with other settings or "
-                "data; give those to go on with it, or delete the folder to begin anew"
-            )
-        self.roles.load(self.role, self.unfinished, trainable=True)
-        self.parameters = self.roles.parameters(self.role)
-        self.step = self.saved = int(facts["step"])
-        self.seconds = float(facts["seconds"])
-        restore_adam(self.parameters, self.optimizer, moments, self.step)
-
-
-def _digest(config: SFTConfig, role: str, labels: Labels, examples: list[dict]) -> str:
-    """A short text that differs where anything differs that a run depends on."""
-    settings = json.dumps([asdict(config), role, labels.__name__, examples])
-    return hashlib.sha256(settings.encode()).hexdigest()
-
-
-def _check_loss(loss: Tensor, step: int, config: SFTConfig) -> None:
-    if not loss.isfinite():
-        raise FloatingPointError(
-            f"the loss of step {step + 1} is {loss.item()}; lower the learning_rate of "
-            f"{config.learning_rate}, or look for examples that do not belong"
-        )
 
 
 def _check_examples(name: str, examples: list[dict], tokenizer, context: int) -> None:

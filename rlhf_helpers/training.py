@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from rlhf_helpers.checkpoints import adam_state, finish_first, restore_adam, who
 from rlhf_helpers.roles import Roles
 
 OPTIMIZER = "optimizer.safetensors"
+_OPEN: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()  # runs that may still save
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,17 @@ class Run:
     def __init__(
         self, roles: Roles, role: str, config: TrainConfig, folder: Path | None, settings: object
     ) -> None:
-        self.roles, self.role, self.config, self.folder = roles, role, config, folder
+        self.roles, self.role, self.config = roles, role, config
+        self.folder = None if folder is None else Path(folder).absolute()
         text = json.dumps([role, asdict(config), settings])
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.parameters = roles.parameters(role)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
         self.step = self.saved = 0
         self.seconds = 0.0
-        if folder is not None:
-            self.unfinished = folder.with_name(f"{folder.name}.unfinished")
+        if self.folder is not None:
+            self._take_over()
+            self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
             if self.unfinished.exists():
                 self._resume()
 
@@ -137,7 +141,7 @@ class Run:
             `TrainStats`, the first before any update.
 
         Raises:
-            FloatingPointError: if the loss is not finite; the state before that update is kept.
+            FloatingPointError: if loss or gradient is not finite; the state before is kept.
         """
         config, begun = self.config, time.perf_counter() - self.seconds
         try:
@@ -146,8 +150,9 @@ class Run:
                 yield TrainStats(0, held_out=measure())
             while self.step < config.steps:
                 model = self.roles.use(self.role).train()
+                self.optimizer.zero_grad()  # an interrupted step may have left gradients
                 loss = loss_of(self.step)
-                _check_loss(loss, self.step, config)
+                self._check_finite("loss", loss)
                 loss.backward()
                 with finish_first():
                     rate, norm = self._update()
@@ -183,15 +188,35 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        self._check_finite("gradient norm", norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
         return rate, norm.item()
 
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        if not value.isfinite():
+            raise FloatingPointError(
+                f"the {name} of step {self.step + 1} is {value.item()}; lower the learning_rate of "
+                f"{self.config.learning_rate}, or look for examples that do not belong"
+            )
+
+    def _take_over(self) -> None:
+        """Let an earlier run to the same folder, stopped but still in memory, save a last time."""
+        if earlier := _OPEN.get(self.folder):
+            earlier.save()
+            earlier.folder = None
+        _OPEN[self.folder] = self
+
     def _resume(self) -> None:
-        with safe_open(self.unfinished / OPTIMIZER, "pt") as file:
-            facts = file.metadata()
-            moments = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            with safe_open(self.unfinished / OPTIMIZER, "pt") as file:
+                facts = file.metadata()
+                moments = {key: file.get_tensor(key) for key in file.keys()}
+        except Exception as error:
+            raise ValueError(
+                f"the unfinished run in '{self.unfinished}' cannot be read ({error}); delete the "
+                "folder to begin anew"
+            ) from error
         if facts["digest"] != self.digest:
             raise ValueError(
                 f"'{self.unfinished}' holds {facts['step']} steps of a run with other settings or "
@@ -202,11 +227,3 @@ class Run:
         self.step = self.saved = int(facts["step"])
         self.seconds = float(facts["seconds"])
         restore_adam(self.parameters, self.optimizer, moments, self.step)
-
-
-def _check_loss(loss: Tensor, step: int, config: TrainConfig) -> None:
-    if not loss.isfinite():
-        raise FloatingPointError(
-            f"the loss of step {step + 1} is {loss.item()}; lower the learning_rate of "
-            f"{config.learning_rate}, or look for examples that do not belong"
-        )

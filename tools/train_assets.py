@@ -309,7 +309,7 @@ def record_sft(name: str, seed: int, save_to: Path | None = None) -> dict:
     reports = list(sft.train_sft(roles, "sft", tokenizer, train, held_out, config, labels))
     if save_to:
         roles.save("sft", save_to)
-    losses = {s.step: round(s.held_out_loss, 4) for s in reports if s.held_out_loss is not None}
+    losses = {s.step: round(s.held_out["loss"], 4) for s in reports if s.held_out}
     row = {"run": name, "seed": seed, "seconds": round(reports[-1].seconds, 1)}
     row |= {f"{key} before": round(value, 4) for key, value in before.items()}
     row |= {k: round(v, 4) for k, v in judge(roles.use("sft"), tokenizer, seed).items()}

@@ -332,7 +332,7 @@ print(config)
 # %%
 def draw(history, handle):
     train_loss = {s.step: s.loss for s in history if s.step}
-    measured = {s.step: s.held_out_loss for s in history if s.held_out_loss is not None}
+    measured = {s.step: s.held_out["loss"] for s in history if s.held_out}
     series = {"batch": train_loss, "held-out": measured}
     fig = plots.lines(series, "updates", "loss, nats per response token")
     first, *_, last = [*measured.values(), measured[max(measured)]]
@@ -344,11 +344,11 @@ history, figure = [], None
 run = sft.train_sft(roles, "sft", tokenizer, train, held_out, config, folder=folder)
 for stats in tqdm(run, total=config.steps + 1):
     history.append(stats)
-    if stats.held_out_loss is not None:
+    if stats.held_out:
         figure = draw(history, figure)
 
 # %%
-measured = [s.held_out_loss for s in history if s.held_out_loss is not None]
+measured = [s.held_out["loss"] for s in history if s.held_out]
 print(f"{history[-1].step} updates in {history[-1].seconds:.0f} s, held-out loss", end=" ")
 print(f"{measured[0]:.3f} -> {measured[-1]:.3f} nats per token")
 assert measured[-1] < measured[0] - 0.1
@@ -504,7 +504,7 @@ for name, labels in choices.items():
     run = sft.train_sft(roles, role, tokenizer, train, held_out, short, labels)
     reports = list(tqdm(run, total=short.steps + 1, desc=name))
     batch_losses[name] = reports[-1].loss
-    curves[name] = {s.step: s.held_out_loss for s in reports if s.held_out_loss is not None}
+    curves[name] = {s.step: s.held_out["loss"] for s in reports if s.held_out}
     judged[name] = judge(roles.use(role))
 
 # %%
@@ -607,7 +607,7 @@ trainer.train()
 
 # %%
 theirs = {h["step"]: h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h}
-ours = {s.step: s.held_out_loss for s in history if s.step in theirs}
+ours = {s.step: s.held_out["loss"] for s in history if s.step in theirs}
 fig = plots.lines({"ours": ours, "TRL": theirs}, "updates", "held-out loss, nats per token")
 alt = "Two held-out loss curves that lie on each other: "
 plots.show(
