@@ -136,7 +136,8 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
     fig, ax = plt.subplots(figsize=(7, 2.8))
     for name, values in series.items():
         points = values if isinstance(values, Mapping) else dict(enumerate(values))
-        ax.plot(list(points), list(points.values()), label=name)
+        marker = "o" if len(points) <= 20 else None  # few points: show where they are
+        ax.plot(list(points), list(points.values()), label=name, marker=marker, markersize=4)
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.legend()

@@ -60,7 +60,8 @@ print(
 #
 # The *chat template* writes a conversation as one text, with role tokens: `<|user|>` begins a question,
 # `<|assistant|>` a response, and `<|eos|>`, the end-of-sequence token, closes the response. The prompt is
-# everything up to and including `<|assistant|>`; what follows is what the model should learn to write.
+# everything up to and including `<|assistant|>`; what follows is what the model should learn to write. (Ġ
+# is a leading space.)
 
 # %% tags=["nbval-check-output"]
 two = demonstrations.select([4, 28])
@@ -162,9 +163,8 @@ plots.show(fig, alt=f"One bar for each response token, the surprise of the base:
 assert torch.allclose(loss, sft.sft_loss(logits, labels))
 
 # %% [markdown]
-# Read the bars from the top: long ones are what training will change most. Where the response
-# only repeats the question, little is left to learn. The figure shows one response; its mean is not yet
-# a measure of anything.
+# Long bars are where the loss has most to gain: how to begin, what to answer, when to stop. What follows
+# from the words before has a bar near 0, and nothing is left to learn there. The figure shows one response only.
 
 # %% [markdown]
 # ## Four bits for a weight: NF4
@@ -192,9 +192,7 @@ print("codes", codes.tolist(), " back", [round(w, 2) for w in restored.tolist()]
 # zero, seven below, and zero itself, scaled to $[-1, 1]$.
 
 # %%
-outermost = (
-    1 - (1 / 32 + 1 / 30) / 2
-)  # the quantile of the outermost level, averaged over both sides
+outermost = 1 - (1 / 32 + 1 / 30) / 2  # the outermost quantile, averaged over both sides
 normal = Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 above = normal.icdf(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
 below = -normal.icdf(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
@@ -334,7 +332,7 @@ def draw(history, handle):
     train_loss = {s.step: s.loss for s in history if s.step}
     measured = {s.step: s.held_out["loss"] for s in history if s.held_out}
     series = {"batch": train_loss, "held-out": measured}
-    fig = plots.lines(series, "updates", "loss, nats per response token")
+    fig = plots.lines(series, "updates", "loss, nats per token")
     first, *_, last = [*measured.values(), measured[max(measured)]]
     alt = f"Loss against updates: held-out falls from {first:.2f} to {last:.2f}; batches scatter round it."
     return plots.redraw(fig, alt, handle)
@@ -450,10 +448,11 @@ adapter = roles.state("sft")
 prefix = f"base_model.model.{layer}"
 update = 2.0 * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
 spectra = {
-    "W": torch.linalg.svdvals(exact.view(192, 192)).tolist()[:32],
-    "update": torch.linalg.svdvals(update).tolist()[:32],
+    "W": torch.linalg.svdvals(exact.view(192, 192)).tolist(),
+    "update": torch.linalg.svdvals(update).tolist(),
 }
-fig = plots.lines(spectra, "number of the singular value", "singular value")
+numbered = {name: dict(enumerate(values[:32], 1)) for name, values in spectra.items()}
+fig = plots.lines(numbered, "number of the singular value", "singular value")
 alt = "Singular values of W fall slowly; those of the update fall to zero at number 16."
 plots.show(fig, alt=alt)
 squares = [value**2 for value in spectra["update"]]
@@ -508,7 +507,7 @@ for name, labels in choices.items():
     judged[name] = judge(roles.use(role))
 
 # %%
-fig = plots.lines(curves, "updates", "held-out loss, nats per response token")
+fig = plots.lines(curves, "updates", "held-out loss, nats per token")
 ends = ", ".join(f"{name} ends at {list(curve.values())[-1]:.2f}" for name, curve in curves.items())
 plots.show(fig, alt=f"Three curves of held-out loss over 60 updates: {ends}.")
 print(f"{'labels':12}{'loss shown':>11}{'held out':>10}{'finished':>10}{'words':>7}{'gold':>7}")
