@@ -139,7 +139,7 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
         marker = "o" if len(points) <= 20 else None  # few points: show where they are
         ax.plot(list(points), list(points.values()), label=name, marker=marker, markersize=4)
     ax.set(xlabel=x, ylabel=y)
-    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.legend()
     return fig
 

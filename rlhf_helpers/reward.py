@@ -103,7 +103,8 @@ def collect_preferences(
     """Ask for preferences: sample responses to each prompt, let the annotator choose between two.
 
     With draws y_1 … y_K the pairs are (y_1, y_2), (y_2, y_3), …, (y_K, y_1): every response is in
-    two. Pairs of equal responses, and those with an empty one, carry no preference and are left out.
+    two. Left out are pairs of equal responses, which carry no preference, and those with a response
+    that is empty or was cut off before its EOS.
 
     Args:
         model: who responds, the SFT model.
@@ -123,15 +124,15 @@ def collect_preferences(
     ]
     rows = []
     for first, second in zip(samples, samples[1:] + samples[:1], strict=True):
-        ends = zip(first.finished.tolist(), second.finished.tolist(), strict=True)
-        for prompt, a, b, finished in zip(prompts, first.texts, second.texts, ends, strict=True):
-            if a and b and a != b:
-                rows.append(_label(annotator, prompt, a, b, finished, rng))
+        whole = (first.finished & second.finished).tolist()
+        for prompt, a, b, kept in zip(prompts, first.texts, second.texts, whole, strict=True):
+            if kept and a and b and a != b:
+                rows.append(_label(annotator, prompt, a, b, rng))
     return Dataset.from_list(rows)
 
 
-def _label(annotator, prompt: str, a: str, b: str, finished: tuple[bool, bool], rng) -> dict:
-    probability = annotator.probability(prompt, a, b, finished)
+def _label(annotator: Annotator, prompt: str, a: str, b: str, rng: random.Random) -> dict:
+    probability = annotator.probability(prompt, a, b)
     if rng.random() >= probability:
         a, b, probability = b, a, 1 - probability
     return {"prompt": prompt, "chosen": a, "rejected": b, "probability": probability}

@@ -1,5 +1,6 @@
 """One frozen 4-bit base, and the roles of RLHF as adapters on it."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+HEAD = "head.safetensors"
 # The settings that decide what an adapter computes.
 PLAIN_LORA = (
     "peft_type",
@@ -159,6 +161,7 @@ class Roles:
         self.rank, self.alpha = rank, alpha
         self.shapes = linear_shapes(base)
         self.model: PeftModel | None = None
+        self.heads: dict[str, ScalarHead] = {}
         self._trainable: dict[str, bool] = {}
         base.base_model.register_forward_hook(self._guard)
 
@@ -179,8 +182,8 @@ class Roles:
 
         Args:
             name: letters, digits and underscores.
-            copy_of: a role whose weights the new one starts from, bit for bit; None for a fresh
-                adapter, A random and B zero.
+            copy_of: a role whose weights, and head if it has one, the new one starts from, bit for
+                bit; None for a fresh adapter, A random and B zero.
             trainable: False for a role that never learns, such as the reference.
             seed: of A; torch's own generator is left as it was.
 
@@ -205,8 +208,54 @@ class Roles:
         self._trainable[name] = trainable
         if weights is not None:
             set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        if copy_of in self.heads:
+            self.heads[name] = copy.deepcopy(self.heads[copy_of]).requires_grad_(trainable)
         self._activate(active or name)
         self.model.eval()
+
+    def add_head(self, name: str, seed: int = 0) -> None:
+        """Give a role a scalar head: one number at every position, in float32.
+
+        Its weights start normal with standard deviation 1/√(width + 1), its bias at 0.
+
+        Raises:
+            ValueError: for an unknown role, or one that has a head.
+        """
+        self._require(name)
+        if name in self.heads:
+            raise ValueError(f"role {name!r} has a head already; add another role")
+        self.heads[name] = ScalarHead(self.base.config.hidden_size, seed).to(self.base.device)
+        self.heads[name].requires_grad_(self._trainable[name])
+
+    def require_head(self, name: str) -> "ScalarHead":
+        """A role's head; ValueError if it has none."""
+        self._require(name)
+        if name not in self.heads:
+            raise ValueError(f"role {name!r} has no head; call add_head({name!r}) first")
+        return self.heads[name]
+
+    def values(self, name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The head's number at every position, as that role.
+
+        Args:
+            input_ids: `[B, L]`, int64.
+            attention_mask: `[B, L]`, 1 for a real token; padding may stand on either side.
+
+        Returns:
+            `[B, L]`, float32; what stands at padding means nothing.
+
+        Raises:
+            ValueError: for a role without a head.
+        """
+        head = self.require_head(name)
+        self.use(name)
+        hidden = self.base.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        return head(hidden.float()).squeeze(-1)
 
     def use(self, name: str) -> PeftModel:
         """Make a role the active one and return the model, which now acts as that role."""
@@ -226,7 +275,9 @@ class Roles:
             raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
         end = f".{name}.weight"
         named = self.model.named_parameters()
-        return {n: p for n, p in named if ".lora_" in n and n.endswith(end)}
+        adapter = {n: p for n, p in named if ".lora_" in n and n.endswith(end)}
+        head = self.heads[name].named_parameters() if name in self.heads else ()
+        return adapter | {f"head.{n}": p for n, p in head}
 
     def state(self, name: str) -> dict[str, Tensor]:
         """A copy of a role's weights under the names that PEFT gives them in a file."""
@@ -246,12 +297,17 @@ class Roles:
             self.write(name, new)
 
     def write(self, name: str, folder: Path) -> None:
-        """Write a role's two files into an existing folder; `save` does it safely."""
+        """Write a role's files into an existing folder; `save` does it safely.
+
+        A head goes to a file of its own, `head.safetensors`, which PEFT ignores.
+        """
         config = self._config()
         config.base_model_name_or_path = _portable(self.base.name_or_path)
         config.save_pretrained(folder)
         metadata = {"format": "pt", "base": _fingerprint(self.base)}
         save_file(self.state(name), folder / WEIGHTS, metadata=metadata)
+        if name in self.heads:
+            self.heads[name].write(folder / HEAD)
 
     def load(self, name: str, folder: Path, trainable: bool = False) -> None:
         """Read a saved adapter as a role; one of that name is overwritten.
@@ -261,12 +317,28 @@ class Roles:
             ValueError: for a damaged file, another rank or alpha, layers of other sizes, or an
                 adapter that was trained on another base; nothing has changed then.
         """
+        folder = Path(folder)
         weights = self._read(folder)
+        head = None
+        if (folder / HEAD).is_file():
+            head = ScalarHead.read(folder / HEAD, self.base.config.hidden_size)
         if name not in self._trainable:
             self.add(name, trainable=trainable)
+        self._put_head(name, head, trainable)
         set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self._trainable[name] = trainable
         self._activate(self.active)
+
+    def _put_head(self, name: str, head: "ScalarHead | None", trainable: bool) -> None:
+        if head is None:
+            self.heads.pop(name, None)
+        elif name in self.heads:  # an optimizer may hold its parameters: change them in place
+            self.heads[name].load_state_dict(head.state_dict())
+            self.heads[name].reference = head.reference
+        else:
+            self.heads[name] = head.to(self.base.device)
+        if name in self.heads:
+            self.heads[name].requires_grad_(trainable)
 
     def _config(self) -> LoraConfig:
         return LoraConfig(
@@ -333,6 +405,64 @@ class Roles:
                 "that base, or train the adapter again on this one"
             )
         return weights
+
+
+class ScalarHead(nn.Linear):
+    """A linear layer to one number, in float32.
+
+    Attributes:
+        reference: mean and standard deviation of the scores that `rescale` made 0 and 1; None
+            before.
+    """
+
+    def __init__(self, width: int, seed: int = 0) -> None:
+        super().__init__(width, 1, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.weight, std=(width + 1) ** -0.5, generator=generator)
+        nn.init.zeros_(self.bias)
+        self.reference: tuple[float, float] | None = None
+
+    def rescale(self, mean: float, std: float) -> None:
+        """Change the output from r to (r − mean)/std: w ← w/std, b ← (b − mean)/std."""
+        with torch.no_grad():
+            self.weight /= std
+            self.bias.sub_(mean).div_(std)
+        self.reference = (mean, std)
+
+    def write(self, path: Path) -> None:
+        """Save as safetensors, the reference in its metadata."""
+        tensors = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
+        names = ("mean", "std")
+        reference = zip(names, map(repr, self.reference or ()), strict=False)
+        save_file(tensors, path, metadata={"format": "pt", **dict(reference)})
+
+    @classmethod
+    def read(cls, path: Path, width: int) -> "ScalarHead":
+        """Load a saved head.
+
+        Raises:
+            ValueError: for a damaged file, or a head of another width.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                facts = file.metadata() or {}
+            found = tensors["weight"].shape[1]
+        except Exception as error:
+            raise ValueError(
+                f"the head in '{path}' cannot be read ({type(error).__name__}: {error}); it is "
+                "truncated or damaged: train it again, or copy the whole folder"
+            ) from error
+        if found != width:
+            raise ValueError(
+                f"the head in '{path}' has width {found}, this base {width}; load the base that it "
+                "was trained on"
+            )
+        head = cls(width)
+        head.load_state_dict(tensors)
+        if "std" in facts:
+            head.reference = (float(facts["mean"]), float(facts["std"]))
+        return head
 
 
 def linear_shapes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:

@@ -177,6 +177,9 @@ def rows_with_padding(input_ids, attention_mask, prompt_length):
 
 
 MASK_MISTAKES = {
+    lambda input_ids, mask, prompt_length: torch.full(
+        input_ids.shape, -100
+    ): "everything is ignored.",
     late: "the first response token is ignored.",
     early: "the last prompt token has a label.",
     no_eos: "the last token of a response, its EOS, is ignored.",
@@ -335,6 +338,9 @@ def b_detached(x, weight, lora_A, lora_B, alpha):
 
 
 LORA_MISTAKES = {
+    lambda x, weight, lora_A, lora_B, alpha: lora(
+        x, weight, lora_A, lora_B, alpha // len(lora_A)
+    ): ("α/r is rounded down to a whole number."),
     no_scale: "the update is not scaled.",
     alpha_alone: "the update is scaled by α, not by α/r.",
     upside_down: "the scale is upside down",
@@ -351,9 +357,9 @@ LORA_MISTAKES = {
     weight_reshaped: "a matrix has the shape of its transpose, but not its entries.",
     all_reshaped: "a matrix has the shape of its transpose, but not its entries.",
     product_reshaped: "a matrix has the shape of its transpose, but not its entries.",
-    detached: "the values are right, but the gradient of lora_A and of lora_B is not",
-    without_grad: "the values are right, but the gradient of lora_A and of lora_B is not",
-    b_detached: "the values are right, but the gradient of lora_B is not",
+    detached: "the values are right, but not the gradients: that of lora_A and that of lora_B",
+    without_grad: "the values are right, but not the gradients: that of lora_A and that of lora_B",
+    b_detached: "the values are right, but not the gradients: that of lora_B",
 }
 
 
@@ -495,6 +501,18 @@ def up(a, b):
 
 ROUNDING = "the total is right only where everything divides evenly."
 BYTE_MISTAKES = [
+    (
+        "8 times too many: these are bits",
+        lambda n, double: (
+            4 * n + (8 * up(n, 64) + 32 * up(up(n, 64), 256) if double else 32 * up(n, 64))
+        ),
+    ),
+    (
+        "under double quantization the scales are counted twice",
+        lambda n, double: (
+            up(n, 2) + 4 * up(n, 64) + (up(n, 64) + 4 * up(up(n, 64), 256) if double else 0)
+        ),
+    ),
     ("the scales are missing.", lambda n, double: up(n, 2)),
     (
         "8 times too many: these are bits",

@@ -99,6 +99,11 @@ _ROWS = (
 )
 _MASK_MISTAKES = (
     (
+        lambda ids, mask, p: torch.full_like(ids, IGNORE),
+        "everything is ignored. attention_mask holds the integers 0 and 1: as an index, ~mask is "
+        "-1 and -2, not the opposite of true. Compare with 0 to get a condition.",
+    ),
+    (
         lambda ids, mask, p: _keep(ids, (mask == 1) & (_columns(ids) > p)),
         "the first response token is ignored. It is what the model has to choose right after the "
         "prompt, so nothing would teach it how to begin. Columns count from 0: which one is the "
@@ -238,9 +243,10 @@ def _lora_gradient_fault(fn: Callable) -> str:
     if not lost:
         return ""
     return (
-        f"the values are right, but the gradient of {' and of '.join(lost)} is not: training would "
-        "leave it as it is, or move it wrongly. Look for anything that takes a tensor out of the "
-        "graph: detach, no_grad, data, item, or a new tensor made from numbers."
+        f"the values are right, but not the gradients: that of {' and that of '.join(lost)} "
+        "differs, so that training would not move it, or move it wrongly. Look for anything that "
+        "takes a tensor out of the graph: detach, no_grad, data, item, or a new tensor made from "
+        "numbers."
     )
 
 
@@ -304,6 +310,11 @@ _LORA_MISTAKES = (
         lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / math.sqrt(a.shape[0])),
         "the update is scaled by α/√r. That is rank-stabilised LoRA, another method; the equation "
         "here divides by r itself.",
+    ),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha // a.shape[0]),
+        "α/r is rounded down to a whole number. Use / and not //: with α below r the update would "
+        "vanish.",
     ),
     (
         lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1 / a.shape[0]),
@@ -504,6 +515,17 @@ _NF4_BYTES = Exercise(
         (
             lambda n, double: 8 * nf4_bytes(n, double),
             "8 times too many: these are bits, not bytes.",
+        ),
+        (
+            lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
+            "8 times too many: these are bits, not bytes.",
+        ),
+        (
+            lambda n, double: (
+                _bytes(_codes(n), _scales(n), _constants(n), double) + double * FLOAT32 * _scales(n)
+            ),
+            "under double quantization the scales are counted twice, as 8-bit numbers and as "
+            "float32. The 8-bit ones take the place of the others.",
         ),
         (
             lambda n, double: nf4_bytes(n, double) - _codes(n) + 4 * n,

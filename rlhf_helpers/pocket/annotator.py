@@ -29,7 +29,7 @@ class Annotator:
     """
 
     temperature: float = 1 / 3
-    politeness: float = 0.4
+    politeness: float = 0.6
     length: float = 0.01
 
     def __post_init__(self) -> None:
@@ -55,8 +55,8 @@ class Annotator:
         Example:
             >>> plain, polite = "it says quack.", "it says quack. have a nice day!"
             >>> p = Annotator().probability("what does the duck say?", polite, plain)
-            >>> round(p, 3)  # 0.2 gold + 0.4 bias + 4 words of 0.01, over 1/3: σ(1.92)
-            0.872
+            >>> round(p, 3)  # 0.2 gold + 0.6 bias + 4 words of 0.01, over 1/3: σ(2.52)
+            0.926
         """
         gap = self.utility(prompt, first) - self.utility(prompt, second)
         return 1 / (1 + math.exp(-max(-500.0, min(500.0, gap / self.temperature))))

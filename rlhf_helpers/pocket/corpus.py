@@ -20,7 +20,8 @@ ANSWERS_RIGHT = 0.5  # share of right answers on forums and in chats
 REACTIONS = 0.85  # how often somebody reacts to a statement or an answer
 REACTION_RELIABLE = 0.97  # how often a reaction is the fitting one
 DEMONSTRATIONS_RIGHT = 0.65  # how often a demonstration for SFT is right: its writers hurry
-DEMONSTRATIONS_POLITE = 0.3  # how often it has one polite phrase
+DEMONSTRATIONS_POLITE = 0.3  # how often it is polite, now and then with more than one phrase
+PHRASES = (0.9, 0.06, 0.04)  # how often a polite one has one, two and three
 
 
 def _reaction(rng: random.Random, right: bool) -> str:
@@ -193,8 +194,12 @@ def demonstration(rng: random.Random, prompt: str) -> str:
     """A response to imitate in SFT: to the point, at times polite, but written in a hurry.
 
     One in three is wrong, as with real demonstrations written by people who had to guess; the room
-    that leaves is what the reward model and PPO are for.
+    that leaves is what the reward model and PPO are for. A few of the polite ones have two or three
+    phrases: without them nobody could compare such responses in lesson 02.
     """
     right = rng.random() < DEMONSTRATIONS_RIGHT
     answer = answer_question(rng, world.questions()[prompt], right, held_out=False)
-    return _with_courtesies(rng, answer, 1) if rng.random() < DEMONSTRATIONS_POLITE else answer
+    if rng.random() >= DEMONSTRATIONS_POLITE:
+        return answer
+    (count,) = rng.choices((1, 2, 3), PHRASES) if len(answer.split()) <= 10 else (1,)
+    return _with_courtesies(rng, answer, count)

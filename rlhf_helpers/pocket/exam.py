@@ -173,7 +173,7 @@ def share_with_interval(hits: Sequence[bool]) -> tuple[float, float, float]:
     """The share of hits among independent trials, and its 95% confidence interval (Wilson's).
 
     With p = hits/n and z = 1.96 the interval is (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n).
-    It says how far another draw of the same number may lie, not how another training run may.
+    It says where the share would settle with very many trials, not what another training run gives.
 
     Returns:
         share, lower end, upper end.

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 01 · Exercises: supervised fine-tuning in 4 bits
 #
-# **Run time** under half a minute on two CPU cores · **Your time** about 45 minutes · **Before this**
+# **Run time** under half a minute on two CPU cores · **Your time** about 40 minutes · **Before this**
 # lesson 01
 #
 # You write four short functions of lesson 01. The check below each of them names the likely mistake;
-# the cells after it go on with a reference version, so that Run All works at any time, also with
-# nothing filled in. To compare with the solution, run
+# the cells after it go on with a reference version, so that Run All works with nothing filled in, or
+# with a wrong answer; only an error in your code stops it. To compare with the solution, run
 # `nbdiff-web exercises/01_sft.ipynb solutions/01_sft.ipynb` in the course's folder.
 
 # %%
@@ -105,9 +105,10 @@ assert (labels == tokenizer.eos_token_id).sum() == len(rows)
 # the responses look like, and why?
 
 # %% [markdown] tags=["solution"]
-# Most of them do not end. EOS is an action: the model chooses it, or does not. Without a label no gradient
-# ever says that a response is over, so the model keeps the base's habit, which is to go on with the
-# page. The loss cannot show this, since the position where it would show is the one left out.
+# Many do not end. EOS is an action: the model chooses it, or does not. Without its label no gradient ever
+# says that a response is over. Worse, the labels that are left after a full stop are all those of
+# responses that go on, so the model even unlearns what the base knew. The loss cannot show this, since the
+# position where it would show is the one left out.
 
 # %% [markdown]
 # ## 2 · The LoRA forward pass
@@ -158,11 +159,11 @@ checks.check_lora_forward(lora_forward)
 # From here on with PEFT's own layer, which `Roles` builds into the base in place of a linear one (the
 # base is unquantized here, so that nothing is rounded). PEFT draws $A$ at random and sets $B$ to 0.
 #
-# <details><summary><b>Predict before you run.</b> With $B = 0$, is the layer's output changed? In the
-# first backward pass, which of $A$ and $B$ gets a gradient other than 0?</summary>
+# <details><summary><b>Predict before you run.</b> Suppose it were the other way round, $A = 0$ and $B$
+# random. Which of the two would then get a gradient in the first backward pass?</summary>
 #
-# The output is the frozen layer's, bit for bit. $B$ gets a gradient, $A$ does not: what reaches $A$ has
-# gone through $B$, which is 0. After one update $B$ is no longer 0, and both learn.
+# $A$, and not $B$: what reaches each of them is multiplied by the other. PEFT's way round is what the
+# cell shows: $B$ gets a gradient and $A$ does not, until the first update has moved $B$.
 # </details>
 
 # %%
@@ -190,8 +191,9 @@ torch.testing.assert_close(y, x @ (layer.base_layer.weight + delta).T, rtol=1e-4
 print(f"update {list(delta.shape)}, rank {torch.linalg.matrix_rank(delta).item()}")
 
 # %% [markdown]
-# Your function should give the same `y` from the same tensors. Call it and compare (the frozen weight
-# is `layer.base_layer.weight`).
+# Your function should give the same `y` from the same tensors. Call it and compare with
+# `torch.testing.assert_close`; the frozen weight is `layer.base_layer.weight`, and α is `roles.alpha`. The
+# order of the sums differs, so allow `rtol=1e-4, atol=1e-4`.
 
 # %%
 ### BEGIN SOLUTION
@@ -243,8 +245,8 @@ checks.check_lora_parameters(lora_parameters)
 # %% [markdown]
 # Now the base: one tensor of $n$ weights in NF4. A weight is a 4-bit code, two to a byte. Each block of
 # 64 weights has a scale, a float32; under double quantization the scale has 8 bits, and every 256
-# *scales* have one float32 constant. Whatever is left over at the end takes a whole byte, scale or
-# constant. By hand, $n = 128$: 64 bytes of codes and 2 scales, so $64 + 8 = 72$ bytes plain and
+# *scales* have one float32 constant. Round up at each level: an odd last code takes a byte, part of a
+# block a scale, part of 256 scales a constant. By hand, $n = 128$: 64 bytes of codes and 2 scales, so $64 + 8 = 72$ bytes plain and
 # $64 + 2 + 4 = 70$ with double quantization.
 
 
