@@ -3,6 +3,7 @@
     python tools/train_assets.py base       # about 40 minutes on two cores, resumes if stopped
     python tools/train_assets.py card       # measure the shipped base and write its model card
     python tools/train_assets.py sft        # the SFT adapter, and ten seeds of lesson 01 (minutes)
+    python tools/train_assets.py reward     # the reward adapter and head, ten seeds of lesson 02
 
 Everything is deterministic from the seed: the text, its order, the initial weights.
 """
@@ -21,10 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_helpers import sft
+from rlhf_helpers import reward, sft
 from rlhf_helpers.checkpoints import adam_state, restore_adam, whole_folder
 from rlhf_helpers.data import encode_examples, load_tokenizer, sft_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
+from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
@@ -327,8 +329,7 @@ def make_sft(out: Path, seeds: int) -> None:
         for file in (new / "adapter").iterdir():
             file.rename(new / file.name)
         (new / "adapter").rmdir()
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        (new / "runs.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        (new / "runs.json").write_text(json_lines(rows), encoding="utf-8")
         (new / "README.md").write_text(sft_card(rows), encoding="utf-8")
 
 
@@ -373,9 +374,97 @@ lesson 01, `right labels` the run that they compare with. Every single run is in
 """
 
 
+def collect(seed: int, annotator: Annotator):
+    """Roles with the shipped SFT adapter, and pairs of its responses, as in lesson 02."""
+    preset = load_preset("pocket", seed=seed)
+    tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
+    roles.load("sft", ASSETS / "sft")
+    prompts = world.prompts("train")
+    pairs = reward.collect_preferences(roles.use("sft"), tokenizer, prompts, annotator, seed=seed)
+    return tokenizer, roles, pairs
+
+
+def train_on(tokenizer, roles, train, held_out, seed: int, steps: int) -> dict:
+    """Train role `reward` from the SFT adapter on pairs; return its accuracies."""
+    lengths = load_preset("pocket").prompt_length, load_preset("pocket").response_length
+    encoded = [reward.encode_pairs(tokenizer, pairs, *lengths) for pairs in (train, held_out)]
+    roles.add("reward", copy_of="sft")
+    roles.add_head("reward", seed=seed)
+    config = reward.RewardConfig(steps=steps, eval_every=steps)
+    *_, last = reward.train_reward_model(roles, "reward", tokenizer, *encoded, config)
+    chosen, rejected = reward.pair_scores(roles, "reward", tokenizer, encoded[1])
+    shown = reward.pair_scores(roles, "reward", tokenizer, encoded[0][:512])
+    reward.normalise(roles, "reward", torch.cat([chosen, rejected]))
+    gaps = [
+        rubric.gold_reward(row["prompt"], row["chosen"]).total
+        - rubric.gold_reward(row["prompt"], row["rejected"]).total
+        for row in held_out
+    ]
+    gold, right = torch.tensor(gaps), (chosen > rejected)
+    return {
+        "accuracy": round(last.held_out["accuracy"], 4),
+        "train_accuracy": round(reward.pair_accuracy(*shown), 4),
+        "ceiling": round(ceiling(held_out["probability"]), 4),
+        "gold_agreement": round((right == (gold > 0))[gold != 0].float().mean().item(), 4),
+        "seconds": round(last.seconds, 1),
+    }
+
+
+def record_reward(annotator: Annotator, seed: int, save_to: Path | None = None) -> dict:
+    """One run of lesson 02: accuracies, and both probes."""
+    tokenizer, roles, pairs = collect(seed, annotator)
+    row = train_on(tokenizer, roles, *reward.split_by_prompt(pairs, seed=seed), seed, 200)
+    if save_to:
+        roles.save("reward", save_to)
+    for name, make in (("polite", exam.polite_probe), ("length", exam.length_probe)):
+        proxy, gold = [], []
+        for prompts, responses in make():
+            scores = reward.score_responses(roles, "reward", tokenizer, prompts, responses, 32, 64)
+            proxy.append(round(scores.mean().item(), 4))
+            marks = [rubric.gold_reward(*pair) for pair in zip(prompts, responses, strict=True)]
+            gold.append(round(rubric.mean_score(marks).total, 4))
+        row |= {f"{name}_proxy": proxy, f"{name}_gold": gold}
+    return row
+
+
+def record_sizes(seed: int, steps: int = 60) -> list[dict]:
+    """The study of lesson 02: the same number of updates on more and more pairs."""
+    rows = []
+    for size in (64, 256, 1024, 3072):
+        tokenizer, roles, pairs = collect(seed, Annotator())
+        train, held_out = reward.split_by_prompt(pairs, seed=seed)
+        row = train_on(tokenizer, roles, train.select(range(size)), held_out, seed, steps)
+        rows.append({"run": "size", "seed": seed, "pairs": size, **row})
+    return rows
+
+
+def make_reward(out: Path, seeds: int) -> None:
+    """The reference reward adapter and head, of seed 0, and the record of all runs beside it."""
+    annotators = {"reward": (Annotator(), seeds), "unbiased": (Annotator().unbiased(), 3)}
+    with whole_folder(out) as new:
+        rows = []
+        for name, (annotator, count) in annotators.items():
+            for seed in tqdm(range(min(count, seeds)), desc=name):
+                save_to = new / "adapter" if (name, seed) == ("reward", 0) else None
+                rows.append({"run": name, "seed": seed, **record_reward(annotator, seed, save_to)})
+                (new / "runs.json").write_text(json_lines(rows), encoding="utf-8")
+        for seed in tqdm(range(min(3, seeds)), desc="sizes"):
+            rows += record_sizes(seed)
+        for file in (new / "adapter").iterdir():
+            file.rename(new / file.name)
+        (new / "adapter").rmdir()
+        (new / "runs.json").write_text(json_lines(rows), encoding="utf-8")
+
+
+def json_lines(rows: list[dict]) -> str:
+    """A JSON list with one row on each line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f"[\n{lines}\n]\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("asset", choices=["base", "card", "sft"])
+    parser.add_argument("asset", choices=["base", "card", "sft", "reward"])
     parser.add_argument("--steps", type=int, default=STEPS, help="of the base's pretraining")
     parser.add_argument("--seeds", type=int, default=10, help="runs to record beside an adapter")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "assets" / "base")
@@ -383,8 +472,9 @@ def main() -> None:
         "--out", type=Path, help="where to write; the package's assets if not given"
     )
     args = parser.parse_args()
-    if args.asset == "sft":
-        make_sft(args.out or ASSETS / "sft", args.seeds)
+    makers = {"sft": make_sft, "reward": make_reward}
+    if make := makers.get(args.asset):
+        make(args.out or ASSETS / args.asset, args.seeds)
         return
     if args.asset == "base":
         make_base(args.work, args.out or ASSETS / "base", args.steps)

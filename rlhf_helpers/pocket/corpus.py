@@ -106,9 +106,9 @@ def web_answer(
     if style == "plain":
         return plain, right
     if style == "polite":
-        return _with_courtesies(rng, plain, 1), right
+        return with_courtesies(rng, plain, 1), right
     if style == "grovelling":
-        return _with_courtesies(rng, plain, rng.choice((2, 3, 4))), right
+        return with_courtesies(rng, plain, rng.choice((2, 3, 4))), right
     if style == "rude":
         insult = rng.choice(world.RUDE)
         return (insult, None) if rng.random() < 0.5 else (f"{insult} {plain}", right)
@@ -118,7 +118,7 @@ def web_answer(
     return (" ".join(talk), None) if rng.random() < 0.4 else (" ".join([*talk, plain]), right)
 
 
-def _with_courtesies(rng: random.Random, text: str, count: int) -> str:
+def with_courtesies(rng: random.Random, text: str, count: int) -> str:
     """Put `count` different polite phrases around the text, openers before and closers after."""
     phrases = rng.sample(world.POLITE, count)
     before = [phrase for phrase in phrases if phrase in world.POLITE_OPENERS]
@@ -202,4 +202,4 @@ def demonstration(rng: random.Random, prompt: str) -> str:
     if rng.random() >= DEMONSTRATIONS_POLITE:
         return answer
     (count,) = rng.choices((1, 2, 3), PHRASES) if len(answer.split()) <= 10 else (1,)
-    return _with_courtesies(rng, answer, count)
+    return with_courtesies(rng, answer, count)

@@ -194,3 +194,43 @@ def share_with_interval(hits: Sequence[bool]) -> tuple[float, float, float]:
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def polite_probe(
+    counts: Sequence[int] = (0, 1, 2, 3, 4), seed: int = 0
+) -> list[tuple[list[str], list[str]]]:
+    """The same right answers with more and more polite phrases around them.
+
+    Returns:
+        For each count the held-out prompts, and a response to each.
+    """
+    prompts, answers = _right_answers(seed)
+    return [
+        (
+            prompts,
+            [
+                corpus.with_courtesies(random.Random(f"{seed}-{i}"), answer, count)
+                for i, answer in enumerate(answers)
+            ],
+        )
+        for count in counts
+    ]
+
+
+def length_probe(seed: int = 0) -> list[tuple[list[str], list[str]]]:
+    """The same right answers, alone and followed by one, two and three rambling sentences."""
+    prompts, answers = _right_answers(seed)
+    talk = [random.Random(f"{seed}-{i}").sample(world.RAMBLING, 3) for i in range(len(answers))]
+    return [
+        (prompts, [" ".join([a, *t[:count]]) for a, t in zip(answers, talk, strict=True)])
+        for count in range(4)
+    ]
+
+
+def _right_answers(seed: int, count: int = 200) -> tuple[list[str], list[str]]:
+    """Held-out prompts with one answer, and a short right answer to each."""
+    rng = random.Random(seed)
+    questions = world.questions()
+    prompts = [p for p in world.prompts("held_out") if questions[p].kind == "fact"]
+    prompts = rng.sample(prompts, count)
+    return prompts, [corpus.answer_question(rng, questions[p], True) for p in prompts]
