@@ -1,8 +1,11 @@
 """The reward model: pairs of responses, Bradley–Terry, a scalar head, its evaluation."""
 
+import hashlib
+import json
+import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +16,8 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_helpers.data import encode_examples, pad_examples
-from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.pocket.annotator import Annotator, ceiling
+from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
@@ -99,6 +103,7 @@ def collect_preferences(
     draws: int = 4,
     response_length: int = 32,
     seed: int = 0,
+    cache: Path | None = None,
 ) -> Dataset:
     """Ask for preferences: sample responses to each prompt, let the annotator choose between two.
 
@@ -110,6 +115,8 @@ def collect_preferences(
         model: who responds, the SFT model.
         draws: K, responses to each prompt; at least 3.
         seed: of samples and labels.
+        cache: a folder; pairs of the same model, prompts and settings are read from there, else
+            written there as `preferences-<digest>.jsonl`, with a data card beside them.
 
     Returns:
         Columns `prompt`, `chosen`, `rejected`, and `probability`: that with which the annotator
@@ -117,6 +124,23 @@ def collect_preferences(
     """
     if draws < 3:
         raise ValueError(f"draws is {draws}; give at least 3, so that each makes another pair")
+    settings = [prompts, asdict(annotator), draws, response_length, seed, _weights_digest(model)]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    file = cache and Path(cache) / f"preferences-{digest}.jsonl"
+    if file and file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return Dataset.from_list([json.loads(line) for line in lines])
+    dataset = _collect(model, tokenizer, prompts, annotator, draws, response_length, seed)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".md").write_text(preference_card(dataset, annotator), encoding="utf-8")
+        part = file.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in dataset), encoding="utf-8")
+        os.replace(part, file)
+    return dataset
+
+
+def _collect(model, tokenizer, prompts, annotator, draws, response_length, seed) -> Dataset:
     rng = random.Random(seed)
     samples = [
         sample_responses(model, tokenizer, prompts, response_length, seed=seed * draws + draw)
@@ -136,6 +160,42 @@ def _label(annotator: Annotator, prompt: str, a: str, b: str, rng: random.Random
     if rng.random() >= probability:
         a, b, probability = b, a, 1 - probability
     return {"prompt": prompt, "chosen": a, "rejected": b, "probability": probability}
+
+
+def _weights_digest(model: PeftModel | PreTrainedModel) -> str:
+    """Tells models apart by their adapters, or where they have none by their embeddings."""
+    named = dict(model.named_parameters())
+    chosen = [p for name, p in sorted(named.items()) if "lora_" in name]
+    digest = hashlib.sha256(str(getattr(model, "active_adapter", None)).encode())
+    for parameter in chosen or [model.get_input_embeddings().weight]:
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def preference_card(dataset: Dataset, annotator: Annotator) -> str:
+    """A data card, in Markdown: where the pairs come from, and what is in them."""
+    rows = list(dataset)
+    words = {
+        side: sum(len(row[side].split()) for row in rows) / len(rows)
+        for side in ("chosen", "rejected")
+    }
+    better = [
+        gold_reward(row["prompt"], row["chosen"]).total
+        - gold_reward(row["prompt"], row["rejected"]).total
+        for row in rows
+    ]
+    differ = [gap for gap in better if gap]
+    return f"""# Preferences of the pocket world
+
+{len(rows)} pairs of responses to {len(set(dataset["prompt"]))} prompts, sampled from the SFT model at
+temperature 1 and labelled by a simulated person, {annotator}, who likes politeness more than the
+rubric does. No text of anybody else is in them. Licence: Apache-2.0.
+
+- best accuracy possible on these labels, in expectation: {ceiling(dataset["probability"]):.1%}
+- chosen has the higher gold reward in {sum(gap > 0 for gap in differ) / len(differ):.1%} of the \
+{len(differ)} pairs that differ in gold
+- words: chosen {words["chosen"]:.1f}, rejected {words["rejected"]:.1f}
+"""
 
 
 def split_by_prompt(
@@ -332,3 +392,27 @@ def train_reward_model(
         return {"loss": loss, "accuracy": pair_accuracy(chosen, rejected)}
 
     return run.updates(loss_of, measure)
+
+
+def calibration(gaps: Tensor, bins: int = 8) -> list[tuple[float, float, int]]:
+    """Predicted against observed choices: where a model says 80%, is it right in 80%?
+
+    A model bets on the response with the higher reward, with confidence σ(|Δ|) for a gap of
+    Δ = r_chosen − r_rejected before normalisation. Pairs are grouped by that confidence.
+
+    Args:
+        gaps: `[N]`.
+        bins: groups of equal width between 0.5 and 1.
+
+    Returns:
+        For each group that is not empty: mean prediction, share that came true, number of pairs.
+    """
+    confidence = torch.sigmoid(gaps.abs())
+    group = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    rows = []
+    for number in range(bins):
+        inside = group == number
+        if count := int(inside.sum()):
+            hits = (gaps[inside] > 0).double() + 0.5 * (gaps[inside] == 0).double()
+            rows.append((confidence[inside].mean().item(), hits.mean().item(), count))
+    return rows

@@ -17,7 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.data import from_hub, require_files
@@ -38,7 +44,7 @@ PLAIN_LORA = (
 )
 
 
-def load_base(preset: Preset, quantized: bool = True) -> PreTrainedModel:
+def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) -> PreTrainedModel:
     """Load the preset's base model, frozen, without dropout, its linear layers in NF4.
 
     Embeddings, norms and the output layer stay unquantized (float32 on the CPU). On processors
@@ -48,6 +54,8 @@ def load_base(preset: Preset, quantized: bool = True) -> PreTrainedModel:
     Args:
         preset: names the model, its device and how it computes.
         quantized: False keeps every weight unquantized, to compare with.
+        classifier: True gives the body a new linear layer to one score in place of the output
+            layer, as TRL's RewardTrainer takes it.
 
     Returns:
         The model in eval mode, no parameter requiring gradients.
@@ -77,7 +85,7 @@ def load_base(preset: Preset, quantized: bool = True) -> PreTrainedModel:
     if quantized:
         _require_blocks(config, preset.model)
         options["quantization_config"] = _nf4(preset)
-    model = _load_weights(preset, config, options)
+    model = _load_weights(preset, config, options, classifier)
     _switch_off_repacking(model)
     return model.requires_grad_(False).eval()
 
@@ -101,8 +109,13 @@ def _require_blocks(config, name: str) -> None:
             )
 
 
-def _load_weights(preset: Preset, config, options: dict) -> PreTrainedModel:
+def _load_weights(preset: Preset, config, options: dict, classifier: bool) -> PreTrainedModel:
     load = AutoModelForCausalLM.from_pretrained
+    if classifier:
+        load = AutoModelForSequenceClassification.from_pretrained
+        config.num_labels = 1
+        if "quantization_config" in options:
+            options["quantization_config"].llm_int8_skip_modules = ["score"]
     options |= {
         "config": config,
         "dtype": getattr(torch, preset.compute_dtype),

@@ -1,14 +1,19 @@
-"""What is promised about the shipped base model, measured on the shipped files."""
+"""What is promised about the shipped models, measured on the shipped files."""
 
 import json
 
 import pytest
+import train_assets
 
+from rlhf_helpers.data import encode_examples, sft_dataset
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS
+from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sft import held_out_loss
 
 DUCK = "what does the duck say?"
+SFT_RUNS = json.loads((ASSETS / "sft" / "runs.json").read_text(encoding="utf-8"))
 
 
 def test_the_assets_are_small_and_hold_no_pickle():
@@ -107,3 +112,45 @@ def test_answers_question():
     assert exam.answers_question(DUCK, "well, let me think. moo.")
     assert not exam.answers_question(DUCK, "the cow says moo.")
     assert rubric.gold_reward(DUCK, "the cow says moo.").answers == 0
+
+
+# --- the reference SFT adapter ------------------------------------------------------------------
+
+
+def test_the_sft_adapter_is_that_of_its_record(pocket, tokenizer):
+    """Measured again, with other samples: within what 598 draws can differ."""
+    roles = Roles(load_base(pocket))
+    roles.load("sft", ASSETS / "sft")
+    measured = train_assets.judge(roles.use("sft"), tokenizer, seed=100)
+    recorded = next(row for row in SFT_RUNS if (row["run"], row["seed"]) == ("sft", 0))
+    for name in ("answers", "right", "finished", "gold"):
+        assert measured[name] == pytest.approx(recorded[name], abs=0.1), name
+    written = sft_dataset(pocket, "held_out", copies=1)
+    rows = encode_examples(tokenizer, written, pocket.prompt_length, pocket.response_length)
+    loss = held_out_loss(roles.use("sft"), tokenizer, rows)
+    assert loss == pytest.approx(recorded["held_out_loss"]["150"], abs=1e-3)
+
+
+def test_sft_does_its_job_on_every_recorded_seed():
+    runs = [row for row in SFT_RUNS if row["run"] == "sft"]
+    assert [row["seed"] for row in runs] == list(range(10))
+    for row in runs:
+        assert row["answers"] > 0.9 > row["answers before"]
+        assert row["gold"] > row["gold before"] + 0.3
+        assert row["held_out_loss"]["150"] < row["held_out_loss"]["0"] - 0.1
+        assert row["right"] < 0.7  # the demonstrations are right in 65% of cases
+
+
+def test_both_failures_of_lesson_01_cost_gold_on_every_recorded_seed():
+    gold = {(row["run"], row["seed"]): row["gold"] for row in SFT_RUNS}
+    for seed in range(10):
+        assert gold["prompt too", seed] < gold["right labels", seed]
+        assert gold["no EOS", seed] < gold["right labels", seed] - 0.5
+
+
+def test_the_card_of_the_sft_adapter_says_what_its_record_says():
+    rows = [
+        row | {"held_out_loss": {int(k): v for k, v in row["held_out_loss"].items()}}
+        for row in SFT_RUNS
+    ]
+    assert (ASSETS / "sft" / "README.md").read_text(encoding="utf-8") == train_assets.sft_card(rows)

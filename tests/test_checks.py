@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_helpers.checks import (
+    check_last_token_index,
     check_lora_forward,
     check_lora_parameters,
     check_mask_prompt,
     check_nf4_bytes,
+    check_pair_accuracy,
+    check_pairwise_loss,
     lesson_01,
+    lesson_02,
 )
 from rlhf_helpers.checks.exercise import name_mistake, same
 
@@ -24,12 +28,18 @@ CHECKS = {
     "lora_forward": check_lora_forward,
     "lora_parameters": check_lora_parameters,
     "nf4_bytes": check_nf4_bytes,
+    "pairwise_loss": check_pairwise_loss,
+    "last_token_index": check_last_token_index,
+    "pair_accuracy": check_pair_accuracy,
 }
 EXERCISES = (
     lesson_01._MASK_PROMPT,
     lesson_01._LORA_FORWARD,
     lesson_01._LORA_PARAMETERS,
     lesson_01._NF4_BYTES,
+    lesson_02._PAIRWISE_LOSS,
+    lesson_02._LAST_TOKEN,
+    lesson_02._PAIR_ACCURACY,
 )
 
 
@@ -41,8 +51,9 @@ def run(name, answer, capsys):
     return " ".join(printed.split())
 
 
-def test_doctests():
-    results = doctest.testmod(lesson_01)
+@pytest.mark.parametrize("module", [lesson_01, lesson_02])
+def test_doctests(module):
+    results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -592,17 +603,281 @@ BYTES_RIGHT = [
     ),
 ]
 
+# --- pairwise_loss, wrong ---
+
+
+def with_epsilon(chosen, rejected):
+    return -torch.log(torch.sigmoid(chosen - rejected) + 1e-8).mean()
+
+
+def with_clamped_probability(chosen, rejected):
+    return -torch.log(torch.sigmoid(chosen - rejected).clamp(min=1e-6)).mean()
+
+
+def with_clamped_gap(chosen, rejected):
+    return -F.logsigmoid((chosen - rejected).clamp(-50, 50)).mean()
+
+
+def by_binary_cross_entropy(chosen, rejected):
+    probability = torch.sigmoid(chosen - rejected)
+    return F.binary_cross_entropy(probability, torch.ones_like(probability))
+
+
+def by_exponentials(chosen, rejected):
+    won, lost = torch.exp(chosen), torch.exp(rejected)
+    return -torch.log(won / (won + lost)).mean()
+
+
+def by_log_of_exponentials(chosen, rejected):
+    return (torch.log(torch.exp(chosen) + torch.exp(rejected)) - chosen).mean()
+
+
+def labels_for_each(chosen, rejected):
+    good = F.binary_cross_entropy_with_logits(chosen, torch.ones_like(chosen))
+    return good + F.binary_cross_entropy_with_logits(rejected, torch.zeros_like(rejected))
+
+
+def logs_subtracted(chosen, rejected):
+    return (F.logsigmoid(rejected) - F.logsigmoid(chosen)).mean()
+
+
+def two_branches(chosen, rejected):
+    gap = chosen - rejected
+    positive, negative = torch.log1p(torch.exp(-gap)), -gap + torch.log1p(torch.exp(gap))
+    return torch.where(gap > 0, positive, negative).mean()
+
+
+def masked_afterwards(chosen, rejected):
+    gap = chosen - rejected
+    loss = -torch.sigmoid(gap).log()
+    return torch.where(loss.isinf(), -gap, loss).mean()
+
+
+@torch.no_grad()
+def loss_without_grad(chosen, rejected):
+    return F.softplus(rejected - chosen).mean()
+
+
+OVERFLOW = "it is not finite at a gap of -200."
+CAPPED = "it is right for moderate gaps, but capped"
+EXPONENTIATED = "each reward is exponentiated by itself"
+APART = "each reward goes through σ by itself."
+NO_LOG = "there is a σ but no logarithm."
+SQUARED = "a square stands where the logarithm belongs."
+SWAPPED_LOSS = "the two rewards are swapped: the loss falls"
+LOSS_MISTAKES = [
+    (OVERFLOW, lambda c, r: -torch.log(torch.sigmoid(c - r)).mean()),
+    (OVERFLOW, lambda c, r: torch.log(1 + torch.exp(r - c)).mean()),
+    (OVERFLOW, lambda c, r: (1 + (r - c).exp()).reciprocal().log().neg().mean()),
+    (CAPPED, with_epsilon),
+    (CAPPED, with_clamped_probability),
+    (CAPPED, with_clamped_gap),
+    (CAPPED, by_binary_cross_entropy),
+    (EXPONENTIATED, by_exponentials),
+    (EXPONENTIATED, by_log_of_exponentials),
+    (SWAPPED_LOSS, lambda c, r: F.softplus(c - r).mean()),
+    (SWAPPED_LOSS, lambda c, r: -torch.log(torch.sigmoid(r - c)).mean()),
+    ("it is the sum over the pairs", lambda c, r: F.softplus(r - c).sum()),
+    ("it is the sum over the pairs", lambda c, r: -torch.log(torch.sigmoid(c - r)).sum()),
+    ("the minus sign is missing.", lambda c, r: -F.softplus(r - c).mean()),
+    ("the minus sign is missing.", lambda c, r: torch.log(torch.sigmoid(c - r)).mean()),
+    ("two signs are wrong", lambda c, r: F.logsigmoid(r - c).mean()),
+    ("two signs are wrong", lambda c, r: torch.log(torch.sigmoid(r - c)).mean()),
+    ("the gaps are averaged before", lambda c, r: F.softplus(r.mean() - c.mean())),
+    (APART, labels_for_each),
+    (APART, logs_subtracted),
+    (APART, lambda c, r: F.softplus(-c).mean()),
+    (NO_LOG, lambda c, r: -torch.sigmoid(c - r).mean()),
+    (NO_LOG, lambda c, r: (1 - torch.sigmoid(c - r)).mean()),
+    ("it is the mean gap, without σ", lambda c, r: -(c - r).mean()),
+    ("it is a hinge", lambda c, r: torch.clamp(1 - c + r, min=0).mean()),
+    ("it is a hinge", lambda c, r: F.margin_ranking_loss(c, r, torch.ones_like(c), margin=1)),
+    (SQUARED, lambda c, r: F.mse_loss(c, r)),
+    (SQUARED, lambda c, r: F.mse_loss(c - r, torch.ones_like(c))),
+    (SQUARED, lambda c, r: ((1 - torch.sigmoid(c - r)) ** 2).mean()),
+    ("the values are right, but the gradient is NaN", two_branches),
+    ("the values are right, but the gradient is NaN", masked_afterwards),
+    (
+        "the values are right, but not the gradients: that of chosen and that of rejected",
+        loss_without_grad,
+    ),
+    (
+        "the values are right, but not the gradients: that of rejected",
+        lambda c, r: F.softplus(r.detach() - c).mean(),
+    ),
+]
+
+
+# --- pairwise_loss, right ---
+
+
+def loss_by_loop(chosen, rejected):
+    total = 0
+    for good, bad in zip(chosen, rejected, strict=True):
+        total = total - F.logsigmoid(good - bad)
+    return total / len(chosen)
+
+
+def loss_by_shifted_exponentials(chosen, rejected):
+    gap = chosen - rejected
+    return (F.relu(-gap) + torch.log1p(torch.exp(-gap.abs()))).mean()
+
+
+def loss_by_cross_entropy(chosen, rejected):
+    logits = torch.stack([chosen, rejected], dim=1)
+    return F.cross_entropy(logits, torch.zeros(len(chosen), dtype=torch.long))
+
+
+LOSS_RIGHT = [
+    loss_by_loop,
+    loss_by_shifted_exponentials,
+    loss_by_cross_entropy,
+    lambda c, r: F.softplus(r - c).mean(),
+    lambda c, r: torch.logaddexp(torch.zeros_like(c), r - c).mean(),
+    lambda c, r: (torch.logaddexp(c, r) - c).mean(),
+    lambda c, r: -torch.stack([c, r]).log_softmax(0)[0].mean(),
+    lambda c, r: F.binary_cross_entropy_with_logits(c - r, torch.ones_like(c)),
+    lambda c, r: -F.logsigmoid(c.double() - r.double()).mean(),
+    lambda c, r: -torch.log(torch.sigmoid(c.double() - r.double())).mean(),
+]
+
+
+# --- last_token_index ---
+
+
+def first_padding(mask):
+    columns = []
+    for row in mask.tolist():
+        columns.append(row.index(0) - 1 if 0 in row else -1)
+    return torch.tensor(columns)
+
+
+def through_the_batch(mask):
+    real = mask.flatten().nonzero().flatten()
+    length = mask.shape[1]
+    return torch.stack([real[real // length == b].max() for b in range(len(mask))])
+
+
+def last_by_loops(mask):
+    columns = []
+    for row in mask:
+        for t in range(len(row)):
+            if row[t]:
+                last = t
+        columns.append(last)
+    return torch.tensor(columns)
+
+
+def last_but_one(mask):
+    return last_by_loops(mask) - 1
+
+
+BEFORE_PADDING = "it is the column before the first padding. A row with none"
+TOKEN_MISTAKES = [
+    ("the real tokens are counted, less one.", lambda mask: mask.cumsum(1)[:, -1] - 1),
+    ("it is the number of real tokens", lambda mask: torch.count_nonzero(mask, dim=1)),
+    ("it is always the last column.", lambda mask: torch.tensor([mask.size(1) - 1] * len(mask))),
+    ("it is the first real token.", lambda mask: torch.argmax(mask, dim=1)),
+    (BEFORE_PADDING, first_padding),
+    (BEFORE_PADDING, lambda mask: mask.argmin(-1) - 1),
+    (
+        "it is the column before the first padding, with -1 wrapped round",
+        lambda mask: (torch.eq(mask, 0).int().argmax(-1) - 1) % mask.shape[-1],
+    ),
+    ("the columns are counted from the right", lambda mask: torch.fliplr(mask).argmax(1)),
+    ("it is one column too far", lambda mask: mask.argmax(-1) + mask.sum(-1)),
+    ("it is one column too early", last_but_one),
+    ("the columns are counted through the whole batch", through_the_batch),
+]
+TOKEN_RIGHT = [
+    last_by_loops,
+    lambda mask: mask.shape[1] - 1 - mask.flip(1).argmax(1),
+    lambda mask: mask.cumsum(1).argmax(1),
+    lambda mask: mask.argmax(-1) + mask.sum(-1) - 1,
+    lambda mask: (mask * torch.arange(mask.shape[1])).max(dim=1).values.int(),
+    lambda mask: torch.stack([row.nonzero().max() for row in mask]).double(),
+    lambda mask: (mask.flip(1).cumsum(1) == 0).sum(1).neg() + mask.shape[1] - 1,
+]
+
+
+# --- pair_accuracy ---
+
+
+def decided_only(chosen, rejected):
+    right = wrong = 0
+    for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True):
+        right += c > r
+        wrong += c < r
+    return right / max(right + wrong, 1)
+
+
+AGAINST_ZERO = "the rewards are compared with 0"
+NO_SHARE = "it is a number of pairs"
+PERCENTAGE = "it is a percentage."
+SWAPPED_PAIRS = "the two rewards are swapped: this is the share"
+DROPPED_TIES = "ties are left out of the denominator too."
+ACCURACY_MISTAKES = [
+    ("ties count as wrong.", lambda c, r: (c > r).float().mean()),
+    ("ties count as right.", lambda c, r: (c - r >= 0).float().mean().item()),
+    (
+        "a tie counts one and a half.",
+        lambda c, r: ((c >= r).float() + 0.5 * (c == r).float()).mean(),
+    ),
+    (SWAPPED_PAIRS, lambda c, r: ((c < r).float() + 0.5 * (c == r).float()).mean()),
+    (SWAPPED_PAIRS, lambda c, r: (c < r).float().mean()),
+    (SWAPPED_PAIRS, lambda c, r: (c <= r).float().mean()),
+    (NO_SHARE, lambda c, r: (c > r).sum()),
+    (NO_SHARE, lambda c, r: (c >= r).sum().item()),
+    (NO_SHARE, lambda c, r: (c > r).sum() + 0.5 * (c == r).sum()),
+    (PERCENTAGE, lambda c, r: 100 * ((c > r).float() + 0.5 * (c == r).float()).mean()),
+    (PERCENTAGE, lambda c, r: (c > r).float().mean() * 100),
+    (PERCENTAGE, lambda c, r: (c >= r).float().mean() * 100),
+    (DROPPED_TIES, decided_only),
+    (DROPPED_TIES, lambda c, r: (c > r).sum() / (c != r).sum()),
+    (DROPPED_TIES, lambda c, r: (c > r)[c != r].float().mean().item()),
+    (DROPPED_TIES, lambda c, r: (c > r)[c != r].float().mean().nan_to_num(0.5)),
+    ("it is the mean gap. Accuracy", lambda c, r: c.mean() - r.mean()),
+    ("it is the mean sign of the gap", lambda c, r: torch.sign(c - r).mean().item()),
+    ("it is the mean probability", lambda c, r: (1 / (1 + torch.exp(r - c))).mean()),
+    ("the two means are compared", lambda c, r: 1.0 if c.sum() > r.sum() else 0.0),
+    (AGAINST_ZERO, lambda c, r: (c > 0).float().mean()),
+    (AGAINST_ZERO, lambda c, r: torch.logical_and(c > 0, r < 0).float().mean()),
+]
+
+
+def accuracy_by_loop(chosen, rejected):
+    score = 0
+    for c, r in zip(chosen, rejected, strict=True):
+        score += 1 if c > r else 0.5 if c == r else 0
+    return score / len(chosen)
+
+
+ACCURACY_RIGHT = [
+    accuracy_by_loop,
+    lambda c, r: ((c > r).float() + (c >= r).float()).mean() / 2,
+    lambda c, r: (torch.sign(c - r).mean().item() + 1) / 2,
+    lambda c, r: torch.heaviside(c - r, torch.tensor(0.5)).mean(),
+    lambda c, r: ((c > r).sum() + 0.5 * (c == r).sum()).item() / c.numel(),
+    lambda c, r: torch.where(c == r, 0.5, (c > r).double()).mean(),
+]
+
 MISTAKES = [
     *(("mask_prompt", answer, message) for answer, message in MASK_MISTAKES.items()),
     *(("lora_forward", answer, message) for answer, message in LORA_MISTAKES.items()),
     *(("lora_parameters", answer, message) for message, answer in PARAMETER_MISTAKES),
     *(("nf4_bytes", answer, message) for message, answer in BYTE_MISTAKES),
+    *(("pairwise_loss", answer, message) for message, answer in LOSS_MISTAKES),
+    *(("last_token_index", answer, message) for message, answer in TOKEN_MISTAKES),
+    *(("pair_accuracy", answer, message) for message, answer in ACCURACY_MISTAKES),
 ]
 RIGHT = [
     *(("mask_prompt", answer) for answer in MASK_RIGHT),
     *(("lora_forward", answer) for answer in LORA_RIGHT),
     *(("lora_parameters", answer) for answer in PARAMETERS_RIGHT),
     *(("nf4_bytes", answer) for answer in BYTES_RIGHT),
+    *(("pairwise_loss", answer) for answer in LOSS_RIGHT),
+    *(("last_token_index", answer) for answer in TOKEN_RIGHT),
+    *(("pair_accuracy", answer) for answer in ACCURACY_RIGHT),
 ]
 
 
@@ -704,6 +979,23 @@ def test_a_tensor_of_another_shape_is_named(capsys):
     assert "the result has shape [2, 3], expected is [2, 5]. Every token needs an entry" in printed
     printed = run("lora_forward", lambda x, w, a, b, alpha: x, capsys)
     assert "the result has shape [3], expected is [1]. The result has the shape of x" in printed
+    printed = run("pairwise_loss", lambda c, r: -F.logsigmoid(c - r), capsys)
+    assert "the result has shape [2], expected is []. Training differentiates one" in printed
+    printed = run("last_token_index", lambda mask: mask.argmax(), capsys)
+    assert "the result has shape [], expected is [2]. It is one column for each row" in printed
+    printed = run("last_token_index", lambda mask: mask, capsys)
+    assert "the result has shape [2, 3], expected is [2]. It is one column for each" in printed
+
+
+def test_a_result_per_pair_is_no_number(capsys):
+    printed = run("pair_accuracy", lambda c, r: (c > r).float(), capsys)
+    assert printed.endswith("it returned Tensor tensor([1., 0., 1., 0.]); return one number.")
+
+
+def test_a_loss_as_a_number_has_no_gradient(capsys):
+    printed = run("pairwise_loss", lambda c, r: F.softplus(r - c).mean().item(), capsys)
+    assert "it returned float 0.41" in printed
+    assert printed.endswith("return one tensor.")
 
 
 def in_place(input_ids, attention_mask, prompt_length):
@@ -714,6 +1006,16 @@ def in_place(input_ids, attention_mask, prompt_length):
 def merged_in_place(x, weight, lora_A, lora_B, alpha):
     weight += alpha / len(lora_A) * lora_B @ lora_A
     return x @ weight.T
+
+
+def gap_in_place(chosen, rejected):
+    chosen -= rejected
+    return F.softplus(-chosen).mean()
+
+
+def columns_in_place(attention_mask):
+    attention_mask *= torch.arange(attention_mask.shape[1])
+    return attention_mask.argmax(1)
 
 
 def popping(shapes, rank):
@@ -729,6 +1031,9 @@ def popping(shapes, rank):
         ("mask_prompt", in_place, "input_ids"),
         ("lora_forward", merged_in_place, "weight"),
         ("lora_parameters", popping, "shapes"),
+        ("pairwise_loss", gap_in_place, "chosen"),
+        ("last_token_index", columns_in_place, "attention_mask"),
+        ("pair_accuracy", gap_in_place, "chosen"),
     ],
 )
 def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
@@ -762,6 +1067,27 @@ def test_the_cases_survive_an_answer_that_changes_them(capsys):
         ),
         ("lora_parameters", lambda shapes, rank: 77, "shapes [(3, 4)]", "yours 77", "expected 14"),
         ("nf4_bytes", lambda n, double: 77, "weights 128", "yours 77", "expected 72"),
+        (
+            "pairwise_loss",
+            lambda c, r: (c - r).mean() * float("nan"),
+            "chosen tensor([1., 2.])",
+            "yours tensor(nan)",
+            "expected tensor(0.41",
+        ),
+        (
+            "last_token_index",
+            lambda mask: mask.argmax(-1) * 0 + 77,
+            "attention_mask tensor([[1, 1, 0],",
+            "yours tensor([77, 77])",
+            "expected tensor([1, 2])",
+        ),
+        (
+            "pair_accuracy",
+            lambda c, r: math.nan,
+            "chosen tensor([2., 1., 3., 0.])",
+            "yours nan",
+            "expected 0.625",
+        ),
     ],
 )
 def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
@@ -827,3 +1153,30 @@ def test_gradients_are_checked_where_they_are_switched_off(capsys):
     with torch.no_grad():
         assert "correct" in run("lora_forward", lora_by_linear, capsys)
         assert "gradient" in run("lora_forward", without_grad, capsys)
+        assert "correct" in run("pairwise_loss", loss_by_loop, capsys)
+        assert "gradient" in run("pairwise_loss", loss_without_grad, capsys)
+
+
+def test_a_division_by_no_decided_pairs_shows_the_pairs(capsys):
+    def answer(chosen, rejected):
+        return (chosen > rejected).sum().item() / (chosen != rejected).sum().item()
+
+    with pytest.raises(ZeroDivisionError):
+        check_pair_accuracy(answer)
+    printed = capsys.readouterr().out
+    assert printed.startswith("pair_accuracy: ZeroDivisionError in your line ")
+    assert "chosen    tensor([ 1.0000, -0.5000])" in printed
+
+
+# --- comparing ---
+
+
+@pytest.mark.parametrize("as_result", [float, torch.tensor], ids=["number", "tensor"])
+def test_results_that_are_not_finite_compare_by_kind(as_result):
+    values = [math.nan, math.inf, -math.inf, 0.0, 1.0]
+    for i, a in enumerate(values):
+        assert [same(as_result(a), as_result(b)) for b in values] == [
+            i == j for j in range(len(values))
+        ]
+    assert same(torch.tensor(0.1), 0.1)
+    assert not same(torch.tensor(0.1001), 0.1)

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_helpers import roles
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, load_base
+from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, ScalarHead, load_base
+from rlhf_helpers.roles import HEAD as HEAD_FILE
 
 
 def save_tiny(folder, seed=0, **sizes):
@@ -760,3 +761,276 @@ def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch):
     made.load("copy", folder)
     assert same(made.state("copy"), made.state("value"))
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+# scalar heads
+
+LENGTHS = [10, 7, 4]
+
+
+def rows_of(side):
+    """IDS cut to uneven lengths and padded on one side: ids, mask."""
+    ids, mask = torch.zeros_like(IDS), torch.zeros_like(IDS)
+    for i, length in enumerate(LENGTHS):
+        place = slice(10 - length, None) if side == "left" else slice(length)
+        ids[i, place], mask[i, place] = IDS[i, :length], 1
+    return ids, mask
+
+
+def with_heads(preset, names=NAMES, **options):
+    """Roles as after training: B and heads are random."""
+    made = tiny_roles(preset, names, **options)
+    for number, name in enumerate(names):
+        made.add_head(name, seed=50 + number)
+        with torch.no_grad():
+            made.heads[name].bias.fill_(0.25 * (number + 1))
+    return made
+
+
+def head_state(made, name):
+    return {key: tensor.clone() for key, tensor in made.heads[name].state_dict().items()}
+
+
+def values_alone(model, head):
+    """Values of each row by itself, without padding: plain PEFT and a plain linear layer."""
+    found = []
+    for i, length in enumerate(LENGTHS):
+        out = model(input_ids=IDS[i : i + 1, :length], output_hidden_states=True)
+        found.append(head(out.hidden_states[-1])[0, :, 0])
+    return torch.cat(found)
+
+
+def plain_head(made, name):
+    head = torch.nn.Linear(64, 1)
+    head.load_state_dict(made.heads[name].state_dict())
+    return head
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_values_are_those_of_each_sequence_alone(tiny, side):
+    made = with_heads(tiny)
+    ids, mask = rows_of(side)
+    for name in NAMES:
+        expected = values_alone(alone(tiny, made.state(name)), plain_head(made, name))
+        assert expected.std() > 0.1
+        found = made.values(name, ids, mask)
+        assert found.shape == ids.shape and found.dtype == torch.float32
+        torch.testing.assert_close(found[mask == 1], expected, rtol=0, atol=1e-5)
+        assert made.active == name
+        for i in range(3):
+            one = made.values(name, ids[i : i + 1], mask[i : i + 1])[0]
+            torch.testing.assert_close(one[mask[i] == 1], found[i][mask[i] == 1], rtol=0, atol=1e-5)
+
+
+def test_values_are_float32_on_a_base_in_half_precision(tiny):
+    preset = load_preset("pocket", model=tiny.model, compute_dtype="bfloat16")
+    made = with_heads(preset, ["value"])
+    assert made.values("value", *rows_of("left")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("forward_before", [False, True])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_gradients_with_a_head_are_those_of_a_model_of_its_own(tiny, checkpointing, forward_before):
+    made = with_heads(tiny)
+    ids, mask = rows_of("left")
+    if forward_before:
+        with torch.no_grad():
+            for name in NAMES:
+                made.values(name, ids, mask)
+    prepare(made.model, checkpointing)
+    runs = []
+    made.base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    for name in NAMES:
+        made.use(name)
+        ((made.values(name, ids, mask)[mask == 1] - 1.0) ** 2).mean().backward()
+    assert len(runs) == (6 if checkpointing else 3)
+    for name in NAMES:
+        model, head = alone(tiny, made.state(name)), plain_head(made, name)
+        ((values_alone(model, head) - 1.0) ** 2).mean().backward()
+        assert_close(gradients(made.model, name), gradients(model, "default"))
+        for key, want in head.named_parameters():
+            found = dict(made.heads[name].named_parameters())[key].grad
+            assert (found - want.grad).abs().max() / want.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_backward_through_values_of_a_role_that_does_not_act_is_refused(tiny, checkpointing):
+    made = with_heads(tiny)
+    prepare(made.model, checkpointing)
+    loss = made.values("value", *rows_of("left")).square().mean()
+    made.values("reward", *rows_of("left"))
+    with pytest.raises(RuntimeError, match="through role 'value' while 'reward' is active"):
+        loss.backward()
+    assert all(g is None for g in gradients(made.model, "value").values())
+
+
+def test_a_new_head_is_random_by_its_seed():
+    head, again, other = (ScalarHead(4095, seed) for seed in (1, 1, 2))
+    assert head.weight.shape == (1, 4095) and head.weight.dtype == torch.float32
+    assert head.weight.std().item() == pytest.approx(1 / 64, rel=0.05)
+    assert abs(head.weight.mean().item()) < 4 / 64 / 64
+    assert head.bias.tolist() == [0.0] and head.reference is None
+    assert same(head.state_dict(), again.state_dict())
+    assert not torch.equal(head.weight, other.weight)
+    small = torch.cat([ScalarHead(8, seed).weight for seed in range(500)])
+    assert small.std().item() == pytest.approx(1 / 3, rel=0.04)  # 1/√8 would be 6% more
+
+
+def test_rescaling_makes_scores_mean_0_and_standard_deviation_1():
+    head = ScalarHead(64)
+    hidden = 5 + 3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    parameters = list(head.parameters())
+    with torch.no_grad():
+        head.bias.fill_(2.5)
+        scores = head(hidden).squeeze()
+        std, mean = torch.std_mean(scores)
+        head.rescale(mean.item(), std.item())
+        after = head(hidden).squeeze()
+    assert after.mean().item() == pytest.approx(0, abs=1e-5)
+    assert after.std().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(after, (scores - mean) / std, rtol=0, atol=1e-5)
+    assert head.reference == (mean.item(), std.item())
+    assert all(a is b for a, b in zip(parameters, head.parameters(), strict=True))
+
+
+def test_add_head_follows_the_role(tiny):
+    made = tiny_roles(tiny, ["value"])
+    made.add("frozen", copy_of="value", trainable=False)
+    for name in made.names:
+        made.add_head(name, seed=3)
+    assert all(p.requires_grad for p in made.heads["value"].parameters())
+    assert not any(p.requires_grad for p in made.heads["frozen"].parameters())
+    found = made.parameters("value")
+    assert len(found) == 28 + 2
+    assert found["head.weight"] is made.heads["value"].weight
+    assert found["head.bias"] is made.heads["value"].bias
+    assert same(made.heads["value"].state_dict(), ScalarHead(64, 3).state_dict())
+    assert not made.values("frozen", *rows_of("left")).requires_grad
+    assert made.values("value", *rows_of("left")).requires_grad
+
+
+def test_a_head_is_given_once_and_asked_for_by_name(tiny):
+    made = tiny_roles(tiny, ["value"])
+    with pytest.raises(ValueError, match=r"role 'value' has no head; call add_head\('value'\)"):
+        made.values("value", *rows_of("left"))
+    made.add_head("value")
+    before = head_state(made, "value")
+    with pytest.raises(ValueError, match="role 'value' has a head already"):
+        made.add_head("value", seed=9)
+    assert same(head_state(made, "value"), before)
+    for call in (made.add_head, made.require_head):
+        with pytest.raises(ValueError, match=r"no role 'none'; there are \['value'\]"):
+            call("none")
+    assert made.require_head("value") is made.heads["value"] and list(made.heads) == ["value"]
+
+
+def test_a_copy_has_its_own_head(tiny):
+    made = with_heads(tiny, ["reward", "other"])
+    made.heads["reward"].rescale(0.5, 2.0)
+    made.add("value", copy_of="reward")
+    made.add("frozen", copy_of="reward", trainable=False)
+    made.add("fresh")
+    assert sorted(made.heads) == ["frozen", "other", "reward", "value"]
+    before = head_state(made, "reward")
+    for name in ("value", "frozen"):
+        assert same(head_state(made, name), before)
+        assert made.heads[name].reference == (0.5, 2.0)
+    assert all(p.requires_grad for p in made.heads["value"].parameters())
+    assert not any(p.requires_grad for p in made.heads["frozen"].parameters())
+    batch = rows_of("left")
+    assert torch.equal(made.values("value", *batch), made.values("reward", *batch))
+    made.heads["value"].rescale(1.0, 3.0)
+    assert same(head_state(made, "reward"), before)
+    assert made.heads["reward"].reference == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("reference", [None, (1 / 3, 0.1), (-1e-17, 12345678.9)])
+def test_a_saved_head_comes_back_bit_for_bit(tiny, tmp_path, reference):
+    made = with_heads(tiny)
+    made.heads["value"].reference = reference
+    made.save("value", tmp_path / "adapter")
+    files = sorted(path.name for path in (tmp_path / "adapter").iterdir())
+    assert files == sorted([CONFIG, WEIGHTS, HEAD_FILE])
+    other = Roles(load_base(tiny), RANK, ALPHA)
+    other.load("critic", tmp_path / "adapter", trainable=True)
+    other.load("judge", tmp_path / "adapter")
+    batch = rows_of("left")
+    for name in ("critic", "judge"):
+        assert same(other.state(name), made.state("value"))
+        assert same(head_state(other, name), head_state(made, "value"))
+        assert other.heads[name].reference == reference
+        assert torch.equal(other.values(name, *batch), made.values("value", *batch))
+        learns = [p.requires_grad for p in other.heads[name].parameters()]
+        assert learns == [name == "critic"] * 2
+
+
+def test_plain_peft_ignores_a_head_in_the_folder(tiny, tmp_path):
+    made = with_heads(tiny)
+    made.save("value", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / HEAD_FILE).is_file()
+    model = PeftModel.from_pretrained(load_base(tiny), str(tmp_path / "adapter"))
+    assert torch.equal(logits(model), logits(made.use("value")))
+
+
+def test_loading_over_a_role_with_a_head_keeps_the_parameters(tiny, tmp_path):
+    """An optimizer that holds them goes on with the loaded numbers."""
+    made = with_heads(tiny)
+    made.heads["value"].rescale(0.5, 2.0)
+    made.save("value", tmp_path / "adapter")
+    held, other = made.parameters("policy"), head_state(made, "reward")
+    made.load("policy", tmp_path / "adapter", trainable=True)
+    now = made.parameters("policy")
+    assert held.keys() == now.keys() and all(held[key] is now[key] for key in held)
+    assert same(head_state(made, "policy"), head_state(made, "value"))
+    assert made.heads["policy"].reference == (0.5, 2.0)
+    assert same(head_state(made, "reward"), other)
+    made.load("policy", tmp_path / "adapter")  # as frozen
+    assert not any(p.requires_grad for p in made.heads["policy"].parameters())
+    made.load("policy", tmp_path / "adapter", trainable=True)
+    assert all(p.requires_grad for p in made.heads["policy"].parameters())
+
+
+def test_loading_a_role_without_a_head_takes_the_head_away(tiny, tmp_path):
+    made = with_heads(tiny, ["value"])
+    tiny_roles(tiny, ["plain"]).save("plain", tmp_path / "adapter")
+    made.load("value", tmp_path / "adapter", trainable=True)
+    assert made.heads == {} and len(made.parameters("value")) == 28
+
+
+@pytest.fixture
+def saved_head(tiny, tmp_path):
+    """Roles with heads, and the folder of one of them."""
+    made = with_heads(tiny)
+    made.heads["policy"].rescale(0.5, 2.0)
+    made.save("policy", tmp_path / "adapter")
+    return made, tmp_path / "adapter"
+
+
+def refuse_head(made, folder, message):
+    before = {name: head_state(made, name) for name in made.heads}
+    references = {name: head.reference for name, head in made.heads.items()}
+    refuse(made, folder, ValueError, message)
+    assert made.heads.keys() == before.keys()
+    assert all(same(head_state(made, name), before[name]) for name in before)
+    assert {name: head.reference for name, head in made.heads.items()} == references
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 60, 0.5, -1])
+def test_a_truncated_head_is_refused(saved_head, keep):
+    made, folder = saved_head
+    data = (folder / HEAD_FILE).read_bytes()
+    (folder / HEAD_FILE).write_bytes(data[: int(len(data) * keep) if keep == 0.5 else keep])
+    refuse_head(made, folder, "the head in .* cannot be read .*truncated or damaged")
+
+
+@pytest.mark.parametrize("tensors", [{}, {"bias": torch.zeros(1)}, {"weight": torch.zeros(64)}])
+def test_a_head_without_its_weights_is_refused(saved_head, tensors):
+    made, folder = saved_head
+    roles.save_file(tensors, folder / HEAD_FILE)
+    refuse_head(made, folder, "the head in .* cannot be read .*truncated or damaged")
+
+
+def test_a_head_of_another_width_is_refused(saved_head):
+    made, folder = saved_head
+    ScalarHead(128).write(folder / HEAD_FILE)
+    refuse_head(made, folder, "has width 128, this base 64; load the base that it was trained on")

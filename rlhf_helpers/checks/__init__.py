@@ -6,10 +6,18 @@ from rlhf_helpers.checks.lesson_01 import (
     check_mask_prompt,
     check_nf4_bytes,
 )
+from rlhf_helpers.checks.lesson_02 import (
+    check_last_token_index,
+    check_pair_accuracy,
+    check_pairwise_loss,
+)
 
 __all__ = [
+    "check_last_token_index",
     "check_lora_forward",
     "check_lora_parameters",
     "check_mask_prompt",
     "check_nf4_bytes",
+    "check_pair_accuracy",
+    "check_pairwise_loss",
 ]

@@ -1,0 +1,378 @@
+"""The checks of lesson 02: the pairwise loss, the last real token, accuracy with ties."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_helpers.checks.exercise import Exercise, call, check, same
+from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
+
+# --- lesson 02: the pairwise loss ------------------------------------------------------------
+
+
+def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Check the learner's `pairwise_loss(chosen, rejected)`.
+
+    Args:
+        fn: returns a scalar tensor, as `rlhf_helpers.reward.pairwise_loss` does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_pairwise_loss(pairwise_loss)
+        pairwise_loss: correct. Tested: float32 gaps of -200 to 200, negative rewards, gradients.
+    """
+    check(_PAIRWISE_LOSS, fn)
+
+
+def _pairwise_gradient_fault(fn: Callable) -> str:
+    """Whether the gradients with respect to both rewards are those of the reference."""
+    # Not at the first case, with a gap of 0: there max and abs have a kink that cannot matter.
+    for case in _PAIRWISE_CASES[1:]:
+        got, want = (_gradients(function, case) for function in (fn, pairwise_loss))
+        if any(gradient.isnan().any() for gradient in got):
+            return _NAN_GRADIENT
+        names = ("chosen", "rejected")
+        lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
+        if lost:
+            return (
+                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
+                " differs, so that training would not move these rewards, or move them wrongly. "
+                "Look for anything that takes a tensor out of the graph: detach, no_grad, data, "
+                "item, or a new tensor made from numbers."
+            )
+    return ""
+
+
+def _gradients(fn: Callable, case: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    rewards = tuple(tensor.clone().requires_grad_() for tensor in case)
+    with torch.enable_grad():
+        loss = call(_PAIRWISE_LOSS, fn, rewards)
+        total = loss + 0 * sum(r.sum() for r in rewards)  # so that the loss may lack a graph
+    return torch.autograd.grad(total, rewards)
+
+
+def _naive(gap: Tensor) -> Tensor:
+    """log σ as two steps, which is −∞ where σ rounds to 0."""
+    return gap.sigmoid().log()
+
+
+def _softplus(gap: Tensor) -> Tensor:
+    return -logsigmoid(-gap)
+
+
+def _capped(cap: float, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The loss of every pair cut off at `cap`, as a clamp or an added ε does."""
+    return _softplus(rejected - chosen).clamp(max=cap).mean()
+
+
+_PAIRWISE_CASES = (
+    (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])),
+    (torch.tensor([-1.5, -2.0, 0.5]), torch.tensor([0.5, -3.0, 0.0])),
+    (torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])),
+    (torch.tensor([150.0, -150.0]), torch.tensor([149.0, -148.0])),  # small gaps, far from 0
+    (torch.tensor([-3.0]), torch.tensor([-1.0])),
+)
+
+# Where a loss is cut off by a clamp of the gap, by ε inside the logarithm, or by torch's own cap
+# of 100 in binary_cross_entropy.
+_EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
+_CAPS = (10, 15, 20, 25, 30, 40, 50, 60, 64, 80, 88, 100, *(-math.log(e) for e in _EPSILONS))
+
+_NAN_GRADIENT = (
+    "the values are right, but the gradient is NaN in places. Some step on the way is infinite: "
+    "torch.where computes both of its branches, and in the backward pass 0 times the infinite one "
+    "is NaN. Masking afterwards comes too late; use one expression that is finite at every gap."
+)
+_OVERFLOW = (
+    "it is not finite at a gap of -200. In float32 σ(-200) rounds to 0 and exp(200) to infinity, "
+    "so that the logarithm has nothing left to work on. The loss there is 200, a harmless number: "
+    "look for one PyTorch function that takes the whole of log σ at once."
+)
+_EXPONENTIATED = (
+    "each reward is exponentiated by itself, which overflows although the gap is small. Only the "
+    "gap matters: take the difference of the rewards first, then the logarithm of σ in one step."
+)
+_CAPPED = (
+    "it is right for moderate gaps, but capped: at a gap of -200 the loss must be 200. A clamp, an "
+    "ε inside the logarithm and binary_cross_entropy cut it off, and a loss that is cut off has "
+    "gradient 0, on just those pairs that the model gets most wrong."
+)
+_APART = (
+    "each reward goes through σ by itself. Annotators compare, so only the difference of the two "
+    "rewards has a meaning: a constant added to both must change nothing."
+)
+_NO_LOG = (
+    "there is a σ but no logarithm. The surprise at a choice of probability p is -log p; without "
+    "the logarithm the gradient vanishes for the pairs that are badly wrong."
+)
+_SQUARED = (
+    "a square stands where the logarithm belongs. The data are choices, and their surprise is "
+    "-log σ of the gap; a square of the gap even punishes a pair for being well separated."
+)
+_PAIRWISE_MISTAKES = (
+    (lambda c, r: -_naive(c - r).mean(), _OVERFLOW),
+    (lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(), _EXPONENTIATED),
+    (lambda c, r: ((c.exp() + r.exp()).log() - c).mean(), _EXPONENTIATED),
+    *((partial(_capped, cap), _CAPPED) for cap in _CAPS),
+    *(
+        (wrong, message)
+        for log_sigmoid in (logsigmoid, _naive)
+        for wrong, message in (
+            (
+                lambda c, r, f=log_sigmoid: -f(r - c).mean(),
+                "the two rewards are swapped: the loss falls when the rejected response gets the "
+                "higher reward. Which of the two should win?",
+            ),
+            (
+                lambda c, r, f=log_sigmoid: -f(c - r).sum(),
+                "it is the sum over the pairs, not their mean. The gradient would grow with the "
+                "batch, and a learning rate that suits 8 pairs would not suit 64.",
+            ),
+            (
+                lambda c, r, f=log_sigmoid: f(c - r).mean(),
+                "the minus sign is missing. A logarithm of a probability is never positive; "
+                "gradient descent on it would make the observed choices less likely.",
+            ),
+            (
+                lambda c, r, f=log_sigmoid: f(r - c).mean(),
+                "two signs are wrong, that of the gap and that of the loss. They do not cancel: "
+                "the loss has no lower end, and pulls hardest on pairs that are long settled.",
+            ),
+            (
+                lambda c, r, f=log_sigmoid: -f((c - r).mean()),
+                "the gaps are averaged before the logarithm. A pair that is badly wrong then hides "
+                "behind one that is right; take the loss of each pair first, then the mean.",
+            ),
+            (lambda c, r, f=log_sigmoid: -(f(c) - f(r)).mean(), _APART),
+            (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), _APART),
+            (lambda c, r, f=log_sigmoid: -f(c).mean(), _APART),
+        )
+    ),
+    (lambda c, r: -(c - r).sigmoid().mean(), _NO_LOG),
+    (lambda c, r: (r - c).sigmoid().mean(), _NO_LOG),
+    (
+        lambda c, r: (r - c).mean(),
+        "it is the mean gap, without σ and logarithm. It has no lower end: the rewards would drift "
+        "apart for ever, and a pair long settled would pull as hard as a wrong one.",
+    ),
+    (
+        lambda c, r: (1 - (c - r)).relu().mean(),
+        "it is a hinge, which asks for a margin of 1 and then stops. Bradley and Terry's loss is "
+        "the surprise at a choice of probability σ of the gap.",
+    ),
+    (lambda c, r: (c - r).square().mean(), _SQUARED),
+    (lambda c, r: (1 - (c - r)).square().mean(), _SQUARED),
+    (lambda c, r: (1 - (c - r).sigmoid()).square().mean(), _SQUARED),
+)
+_PAIRWISE_LOSS = Exercise(
+    "pairwise_loss",
+    pairwise_loss,
+    _PAIRWISE_CASES,
+    _PAIRWISE_MISTAKES,
+    tested="float32 gaps of -200 to 200, negative rewards, gradients",
+    shape_hint="Training differentiates one number, the mean over the pairs.",
+    further=_pairwise_gradient_fault,
+)
+
+
+# --- lesson 02: the last real token ----------------------------------------------------------
+
+
+def check_last_token_index(fn: Callable[[Tensor], Tensor]) -> None:
+    """Check the learner's `last_token_index(attention_mask)`.
+
+    Args:
+        fn: returns columns `[B]`, as `rlhf_helpers.reward.last_token_index` does; any dtype.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+    """
+    check(_LAST_TOKEN, fn)
+
+
+def _first(mask: Tensor) -> Tensor:
+    """The first real column of each row."""
+    return mask.argmax(-1)
+
+
+def _before_padding(mask: Tensor) -> Tensor:
+    """The column before the first padding, −1 if the row begins with it or has none."""
+    return (mask == 0).int().argmax(-1) - 1
+
+
+_LAST_TOKEN_MISTAKES = (
+    (
+        lambda mask: mask.sum(-1) - 1,
+        "the real tokens are counted, less one. That is the last one's column only if the row "
+        "starts with a real token; padding on the left moves every token to the right.",
+    ),
+    (
+        lambda mask: mask.sum(-1),
+        "it is the number of real tokens, not a column. Columns count from 0, and padding on the "
+        "left moves every token to the right.",
+    ),
+    (
+        lambda mask: torch.full_like(mask[:, 0], mask.shape[1] - 1),
+        "it is always the last column. That is right under left padding; a row padded on the right "
+        "ends there with padding, and the reward would be read off a token that means nothing.",
+    ),
+    (
+        _first,
+        "it is the first real token. Under causal attention that token has seen nothing of the "
+        "response; the reward has to be read where the whole of it has been seen.",
+    ),
+    (
+        _before_padding,
+        "it is the column before the first padding. A row with none, or with padding on the left, "
+        "then gets -1, and one padded on both sides as well.",
+    ),
+    (
+        lambda mask: _before_padding(mask) % mask.shape[1],
+        "it is the column before the first padding, with -1 wrapped round to the last column. That "
+        "is right for a row padded on one side; a row padded on both, as a prompt on the left and "
+        "its response on the right are, ends before the last column.",
+    ),
+    (
+        lambda mask: mask.flip(-1).argmax(-1),
+        "the columns are counted from the right: this is the amount of padding after the last real "
+        "token. Which column of the original mask is that, in a row of length L?",
+    ),
+    (
+        lambda mask: last_token_index(mask) + 1,
+        "it is one column too far, the first one after the sequence, where padding stands or the "
+        "row has ended. Columns count from 0.",
+    ),
+    (
+        lambda mask: last_token_index(mask) - 1,
+        "it is one column too early, the last token but one. The last is EOS, the only one that "
+        "tells that the response ends there.",
+    ),
+    (
+        lambda mask: last_token_index(mask) + mask.shape[1] * torch.arange(len(mask)),
+        "the columns are counted through the whole batch, as if its rows stood one after the "
+        "other. Each row's columns start again from 0.",
+    ),
+)
+_LAST_TOKEN = Exercise(
+    "last_token_index",
+    last_token_index,
+    cases=(
+        (torch.tensor([[1, 1, 0], [0, 1, 1]]),),
+        (torch.tensor([[0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]),),
+        (torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]),),
+        (torch.tensor([[1, 1, 1, 0, 0]]),),
+    ),
+    mistakes=_LAST_TOKEN_MISTAKES,
+    tested="padding on the left, on the right, on both sides, none, single tokens",
+    shape_hint="It is one column for each row of the batch, not a mask and not a one-hot row.",
+)
+
+
+# --- lesson 02: accuracy ---------------------------------------------------------------------
+
+
+def check_pair_accuracy(fn: Callable[[Tensor, Tensor], float]) -> None:
+    """Check the learner's `pair_accuracy(chosen, rejected)`.
+
+    Args:
+        fn: returns a number or a scalar tensor, as `rlhf_helpers.reward.pair_accuracy` does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+    """
+    check(_PAIR_ACCURACY, fn)
+
+
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+def _without_ties(if_all_tie: float, chosen: Tensor, rejected: Tensor) -> float:
+    decided = chosen != rejected
+    return _share((chosen > rejected)[decided]) if decided.any() else if_all_tie
+
+
+_SWAPPED = (
+    "the two rewards are swapped: this is the share of pairs whose rejected response wins, so a "
+    "model that ranks everything rightly would get 0."
+)
+_PERCENT = "it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere."
+_COUNT = (
+    "it is a number of pairs, not a share. Divide by the number of all pairs, ties included, so "
+    "that sets of different sizes can be compared."
+)
+_DROPPED = (
+    "ties are left out of the denominator too. A model that decides one pair in a hundred, "
+    "rightly, would then get 1; a tie is a pair like every other, and counts half."
+)
+_AGAINST_ZERO = (
+    "the rewards are compared with 0, not with each other. A reward has no zero of its own: adding "
+    "a constant to all of them must change nothing."
+)
+_PAIR_ACCURACY = Exercise(
+    "pair_accuracy",
+    pair_accuracy,
+    cases=(
+        (torch.tensor([2.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 1.0, 0.5, 3.0])),
+        (torch.tensor([-1.0, -3.0, -0.5]), torch.tensor([-2.0, -1.5, -0.75])),
+        (torch.tensor([1.0, -0.5]), torch.tensor([1.0, -0.5])),  # nothing but ties
+        (torch.tensor([0.0]), torch.tensor([-4.0])),
+        (torch.tensor([5.0, -1.0, 0.0, 2.0, 2.0]), torch.tensor([6.0, -1.0, 0.0, 2.0, -2.0])),
+    ),
+    mistakes=(
+        (
+            lambda c, r: _share(c > r),
+            "ties count as wrong. A model that gives every response the same reward would get 0, "
+            "as if it were worse than guessing; a tie counts half.",
+        ),
+        (
+            lambda c, r: _share(c >= r),
+            "ties count as right. A model that gives every response the same reward would get 1 "
+            "without knowing anything; a tie counts half.",
+        ),
+        (
+            lambda c, r: _share(c >= r) + 0.5 * _share(c == r),
+            "a tie counts one and a half. It is in your wins already, since at least as high "
+            "includes equal; the half comes on top.",
+        ),
+        (lambda c, r: pair_accuracy(r, c), _SWAPPED),
+        (lambda c, r: _share(r > c), _SWAPPED),
+        (lambda c, r: _share(r >= c), _SWAPPED),
+        (lambda c, r: len(c) * pair_accuracy(c, r), _COUNT),
+        (lambda c, r: len(c) * _share(c > r), _COUNT),
+        (lambda c, r: len(c) * _share(c >= r), _COUNT),
+        (lambda c, r: 100 * pair_accuracy(c, r), _PERCENT),
+        (lambda c, r: 100 * _share(c > r), _PERCENT),
+        (lambda c, r: 100 * _share(c >= r), _PERCENT),
+        *((partial(_without_ties, if_all_tie), _DROPPED) for if_all_tie in (math.nan, 0, 0.5, 1)),
+        (
+            lambda c, r: (c - r).mean().item(),
+            "it is the mean gap. Accuracy asks only which reward is higher, not by how much: one "
+            "pair with a huge gap would outweigh all others.",
+        ),
+        (
+            lambda c, r: (c - r).sign().mean().item(),
+            "it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and "
+            "scale it, so that wrong, tied and right become 0, a half and 1.",
+        ),
+        (
+            lambda c, r: (c - r).sigmoid().mean().item(),
+            "it is the mean probability that the model gives to the choices. Accuracy asks only "
+            "which reward is higher: right, wrong or tied.",
+        ),
+        (
+            lambda c, r: float(c.mean() > r.mean()),
+            "the two means are compared, once for the whole set. Compare pair by pair, and take "
+            "the mean of the outcomes.",
+        ),
+        (lambda c, r: _share(c > 0), _AGAINST_ZERO),
+        (lambda c, r: _share((c > 0) & (r < 0)), _AGAINST_ZERO),
+    ),
+    tested="wins, losses, ties, nothing but ties, negative rewards",
+)
