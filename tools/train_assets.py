@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -280,7 +281,13 @@ def judge(model, tokenizer, seed: int) -> dict[str, float]:
 def forget_eos(input_ids, attention_mask, prompt_length):
     """Labels without EOS, a failure of lesson 01."""
     labels = sft.mask_prompt(input_ids, attention_mask, prompt_length)
-    return labels.masked_fill(input_ids == load_tokenizer(load_preset()).eos_token_id, sft.IGNORE)
+    return labels.masked_fill(input_ids == eos_token_id(), sft.IGNORE)
+
+
+@cache
+def eos_token_id() -> int:
+    """Of the pocket tokenizer."""
+    return load_tokenizer(load_preset("pocket")).eos_token_id
 
 
 def prompt_too(input_ids, attention_mask, prompt_length):
@@ -380,7 +387,14 @@ def collect(seed: int, annotator: Annotator):
     tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
     roles.load("sft", ASSETS / "sft")
     prompts = world.prompts("train")
-    pairs = reward.collect_preferences(roles.use("sft"), tokenizer, prompts, annotator, seed=seed)
+    pairs = reward.collect_preferences(
+        roles.use("sft"),
+        tokenizer,
+        prompts,
+        annotator,
+        seed=seed,
+        cache=ROOT / "runs" / "assets" / "preferences",
+    )
     return tokenizer, roles, pairs
 
 
