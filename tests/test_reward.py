@@ -607,7 +607,7 @@ def test_pair_scores_are_of_each_side(scorers, tokenizer, examples):
 
 
 @pytest.fixture
-def fresh(scorers, request):
+def fresh(scorers):
     """The name of a role of this test alone, a copy of `reward`."""
     name = f"role_{len(scorers.names)}"
     scorers.add(name, copy_of="reward")
@@ -802,7 +802,7 @@ def test_training_changes_nothing_else(tiny, train):
     assert not roles.model.training
 
 
-def test_what_cannot_be_trained_is_refused(tiny, train, tmp_path):
+def test_what_cannot_be_trained_is_refused(tiny, tokenizer, tmp_path):
     roles = new_roles(tiny)
     roles.add("headless")
     roles.add("frozen", copy_of="reward", trainable=False)
@@ -815,8 +815,11 @@ def test_what_cannot_be_trained_is_refused(tiny, train, tmp_path):
     ]
     before = {name: roles.state(name) for name in roles.names}
     for changes, message in refused:
+        given = {"role": "reward", "pairs": TRAIN, "held_out": HELD_OUT} | changes
         with pytest.raises(ValueError, match=message):
-            train(tmp_path / "reward", roles=roles, **changes)
+            train_reward_model(  # refused at once, not when the first report is drawn
+                roles, tokenizer=tokenizer, config=SETTINGS, folder=tmp_path / "r", **given
+            )
     assert all(same(roles.state(name), before[name]) for name in roles.names)
     assert list(tmp_path.iterdir()) == []
 

@@ -822,6 +822,19 @@ def test_values_are_those_of_each_sequence_alone(tiny, side):
             torch.testing.assert_close(one[mask[i] == 1], found[i][mask[i] == 1], rtol=0, atol=1e-5)
 
 
+def test_the_body_is_told_where_the_padding_is(tiny):
+    """Positions count from the first real token: it matters for models with absolute positions."""
+    made, given = with_heads(tiny, ["value"]), {}
+    made.base.base_model.register_forward_pre_hook(
+        lambda module, arguments, named: given.update(named), with_kwargs=True
+    )
+    ids = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 0]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    made.values("value", ids, mask)
+    assert torch.equal(given["input_ids"], ids) and torch.equal(given["attention_mask"], mask)
+    assert given["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+
+
 def test_values_are_float32_on_a_base_in_half_precision(tiny):
     preset = load_preset("pocket", model=tiny.model, compute_dtype="bfloat16")
     made = with_heads(preset, ["value"])

@@ -473,7 +473,8 @@ assert all(run["gold"] > run["gold before"] + 0.3 for run in ten) and len(ten) =
 def surprise_of(role):
     with torch.no_grad():
         logits = roles.use(role)(first_ids, attention_mask=first_mask).logits[0, P - 1 : -1]
-    return -logits.log_softmax(-1).gather(-1, first_ids[0, P:, None]).squeeze(-1).tolist()
+    logprobs = logits.log_softmax(-1).gather(-1, first_ids[0, P:, None])
+    return (-logprobs.squeeze(-1)).tolist()
 
 
 first_ids, first_mask, P = pad_examples(tokenizer, examples[:1])
