@@ -152,6 +152,11 @@ def _collect(model, tokenizer, prompts, annotator, draws, response_length, seed)
         for prompt, a, b, kept in zip(prompts, first.texts, second.texts, whole, strict=True):
             if kept and a and b and a != b:
                 rows.append(_label(annotator, prompt, a, b, rng))
+    if not rows:
+        raise ValueError(
+            f"no pair of {draws} responses to {len(prompts)} prompts can be compared: all are equal, "
+            "empty or cut off; give more prompts, or a longer response_length"
+        )
     return Dataset.from_list(rows)
 
 
@@ -163,12 +168,13 @@ def _label(annotator: Annotator, prompt: str, a: str, b: str, rng: random.Random
 
 
 def _weights_digest(model: PeftModel | PreTrainedModel) -> str:
-    """Tells models apart by their adapters, or where they have none by their embeddings."""
-    named = dict(model.named_parameters())
-    chosen = [p for name, p in sorted(named.items()) if "lora_" in name]
-    digest = hashlib.sha256(str(getattr(model, "active_adapter", None)).encode())
-    for parameter in chosen or [model.get_input_embeddings().weight]:
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    """Tells models apart by the weights that they respond with: base and active adapter."""
+    active = f".{getattr(model, 'active_adapter', '')}."
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" not in name or active in name:
+            digest.update(str(parameter.dtype).encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -184,7 +190,7 @@ def preference_card(dataset: Dataset, annotator: Annotator) -> str:
         - gold_reward(row["prompt"], row["rejected"]).total
         for row in rows
     ]
-    differ = [gap for gap in better if gap]
+    differ = [gap for gap in better if gap] or [0.0]
     return f"""# Preferences of the pocket world
 
 {len(rows)} pairs of responses to {len(set(dataset["prompt"]))} prompts, sampled from the SFT model at
@@ -297,7 +303,7 @@ def score_responses(
     Raises:
         ValueError: if the head was never normalised (`normalise`), and for empty or long texts.
     """
-    if roles.heads[role].reference is None:
+    if roles.require_head(role).reference is None:
         raise ValueError(
             f"the head of role {role!r} has no normalisation statistics, so its rewards have no "
             "fixed zero or unit; call reward.normalise on reference samples first"
@@ -318,13 +324,14 @@ def normalise(roles: Roles, role: str, scores: Tensor) -> None:
     Raises:
         ValueError: fewer than two scores, equal ones, or one that is not finite.
     """
+    head = roles.require_head(role)
     std, mean = torch.std_mean(scores.double())
     if not (std.isfinite() and std > 0):
         raise ValueError(
             f"the reference scores have mean {mean.item()} and standard deviation {std.item()}; "
             "give two or more scores that differ and are finite"
         )
-    roles.heads[role].rescale(mean.item(), std.item())
+    head.rescale(mean.item(), std.item())
 
 
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
@@ -375,7 +382,7 @@ def train_reward_model(
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         if not rows:
             raise ValueError(f"{name} is empty: give at least one pair")
-    roles.require_head(role)
+    roles.require_head(role).reference = None  # a scale that was fixed before holds no longer
     run = Run(roles, role, config, folder, settings=pairs)
 
     def loss_of(step: int) -> Tensor:

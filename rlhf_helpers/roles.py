@@ -237,7 +237,9 @@ class Roles:
         self._require(name)
         if name in self.heads:
             raise ValueError(f"role {name!r} has a head already; add another role")
-        self.heads[name] = ScalarHead(self.base.config.hidden_size, seed).to(self.base.device)
+        with torch.random.fork_rng():
+            head = ScalarHead(self.base.config.hidden_size, seed)
+        self.heads[name] = head.to(self.base.device)
         self.heads[name].requires_grad_(self._trainable[name])
 
     def require_head(self, name: str) -> "ScalarHead":
@@ -461,6 +463,11 @@ class ScalarHead(nn.Linear):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
                 facts = file.metadata() or {}
             found = tensors["weight"].shape[1]
+            whole = set(tensors) == {"weight", "bias"} and tensors["weight"].shape[0] == 1
+            finite = all(tensor.isfinite().all() for tensor in tensors.values())
+            if not (whole and finite):
+                raise ValueError("it is no finite weight and bias of one output")
+            reference = (float(facts["mean"]), float(facts["std"])) if "std" in facts else None
         except Exception as error:
             raise ValueError(
                 f"the head in '{path}' cannot be read ({type(error).__name__}: {error}); it is "
@@ -473,8 +480,7 @@ class ScalarHead(nn.Linear):
             )
         head = cls(width)
         head.load_state_dict(tensors)
-        if "std" in facts:
-            head.reference = (float(facts["mean"]), float(facts["std"]))
+        head.reference = reference
         return head
 
 

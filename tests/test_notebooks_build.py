@@ -193,6 +193,23 @@ def test_build_skips_what_is_in_sync_and_forces_on_request(course, capsys):
     assert "built solutions/01_tiny.ipynb" in out
 
 
+def test_new_prose_keeps_the_outputs_and_new_code_does_not(course, capsys, monkeypatch):
+    runs = []
+    monkeypatch.setattr(bn, "execute", lambda nb, *arguments: runs.append(nb))
+    path = course / "notebooks/01_tiny.ipynb"
+    outputs = [c.get("outputs") for c in bn.read_notebook(path).cells]
+    longer = LESSON.replace("With one sentence.", "With two. And another.")
+    write(course / "notebooks/src/01_tiny.py", longer + "\n# %% [markdown]\n# The end.\n")
+    assert bn.build(course, ["01_tiny"]) == []
+    assert "only prose changed" in capsys.readouterr().out and runs == []
+    cells = bn.read_notebook(path).cells
+    assert [c.get("outputs") for c in cells] == [*outputs, None]
+    assert "With two." in cells[0].source and cells[-1].source == "The end."
+    write(course / "notebooks/src/01_tiny.py", longer.replace("2 + 2", "2 + 3"))
+    bn.build(course, ["01_tiny"])
+    assert len(runs) == 1
+
+
 def test_a_failing_cell_is_reported_and_the_old_notebook_stays(course):
     path = course / "notebooks/01_tiny.ipynb"
     before = path.read_text()

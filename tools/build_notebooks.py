@@ -376,7 +376,9 @@ def build(
     for target in (t for t in todo if t.source.stem in stems):
         label = target.notebook.relative_to(root).as_posix()
         try:
-            if force or notebook_problems(target):
+            if not force and notebook_problems(target) and rewrite_prose(target):
+                print(f"{label}: only prose changed, its outputs stay")
+            elif force or notebook_problems(target):
                 seconds = build_notebook(target, timeout)
                 print(f"built {label} in {seconds:.0f} s")
             else:
@@ -397,6 +399,21 @@ def build_notebook(target: Target, timeout: int) -> float:
         follow(bar)(len(nb.cells))
     write_notebook(canonical(nb, target.source.stem), target.notebook)
     return time.perf_counter() - start
+
+
+def rewrite_prose(target: Target) -> bool:
+    """Write the notebook with the outputs that it has, if no code changed and they are clean."""
+    nb = read_source(target.source)
+    old = read_notebook(target.notebook) if target.notebook.exists() else nb
+    new_code, old_code = ([c for c in n.cells if c.cell_type == "code"] for n in (nb, old))
+    if [(c.source, tags(c)) for c in new_code] != [(c.source, tags(c)) for c in old_code]:
+        return False
+    for new, kept in zip(new_code, old_code, strict=True):
+        new.outputs, new.execution_count = kept.outputs, kept.execution_count
+    if output_problems(nb):
+        return False
+    write_notebook(nb, target.notebook)
+    return True
 
 
 def build_exercise(target: Target) -> None:

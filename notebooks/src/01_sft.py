@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 01 · Supervised fine-tuning, in 4 bits
 #
-# **Run time** about two minutes on two CPU cores · **Before this** lesson 00 · **Next** lesson 02, the
+# **Run time** about three minutes on two CPU cores · **Before this** lesson 00 · **Next** lesson 02, the
 # reward model · **Exercise** `exercises/01_sft.ipynb`
 #
 # After this lesson you will be able to
@@ -413,7 +413,7 @@ for i in range(0, len(prompts), 120):
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> The responses now have the right form; several are
 # wrong. Which parts of the rubric do you expect to rise most, and how many answers to be right, when
-# 63% of the demonstrations are?</summary>
+# 64% of the demonstrations are?</summary>
 #
 # Form rises: it answers, is short, stops, does not ramble. Correctness rises at most as far as the
 # demonstrations: SFT imitates, mistakes included.
