@@ -154,8 +154,8 @@ def _collect(model, tokenizer, prompts, annotator, draws, response_length, seed)
                 rows.append(_label(annotator, prompt, a, b, rng))
     if not rows:
         raise ValueError(
-            f"no pair of {draws} responses to {len(prompts)} prompts can be compared: all are equal, "
-            "empty or cut off; give more prompts, or a longer response_length"
+            f"no pair of {draws} responses to {len(prompts)} prompts can be compared: all are "
+            "equal, empty or cut off; give more prompts, or a longer response_length"
         )
     return Dataset.from_list(rows)
 
@@ -193,9 +193,11 @@ def preference_card(dataset: Dataset, annotator: Annotator) -> str:
     differ = [gap for gap in better if gap] or [0.0]
     return f"""# Preferences of the pocket world
 
-{len(rows)} pairs of responses to {len(set(dataset["prompt"]))} prompts, sampled from the SFT model at
-temperature 1 and labelled by a simulated person, {annotator}, who likes politeness more than the
-rubric does. No text of anybody else is in them. Licence: Apache-2.0.
+{len(rows)} pairs of responses to {len(set(dataset["prompt"]))} prompts, sampled from the SFT model
+at temperature 1 and labelled by a simulated person who likes politeness more than the rubric does:
+{annotator.politeness} points for each polite phrase and {annotator.length} for each word beside
+the gold reward, choices drawn at a temperature of {annotator.temperature:.2f} points. No text of
+anybody else is in them. Licence: Apache-2.0.
 
 - best accuracy possible on these labels, in expectation: {ceiling(dataset["probability"]):.1%}
 - chosen has the higher gold reward in {sum(gap > 0 for gap in differ) / len(differ):.1%} of the \

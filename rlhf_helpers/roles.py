@@ -288,11 +288,8 @@ class Roles:
         self._require(name)
         if not self._trainable[name]:
             raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
-        end = f".{name}.weight"
-        named = self.model.named_parameters()
-        adapter = {n: p for n, p in named if ".lora_" in n and n.endswith(end)}
         head = self.heads[name].named_parameters() if name in self.heads else ()
-        return adapter | {f"head.{n}": p for n, p in head}
+        return self._adapter(name) | {f"head.{n}": p for n, p in head}
 
     def state(self, name: str) -> dict[str, Tensor]:
         """A copy of a role's weights under the names that PEFT gives them in a file."""
@@ -364,8 +361,15 @@ class Roles:
             task_type="CAUSAL_LM",
         )
 
+    def _adapter(self, name: str) -> dict[str, Parameter]:
+        named, end = self.model.named_parameters(), f".{name}.weight"
+        return {n: p for n, p in named if ".lora_" in n and n.endswith(end)}
+
     def _activate(self, name: str) -> None:
-        self.model.set_adapter(name, inference_mode=not self._trainable[name])
+        self.model.set_adapter(name)  # which makes it trainable, and all others not
+        if not self._trainable[name]:
+            for parameter in self._adapter(name).values():
+                parameter.requires_grad_(False)
 
     def _require(self, name: str) -> None:
         if name not in self._trainable:
