@@ -468,6 +468,41 @@ def make_reward(out: Path, seeds: int) -> None:
             file.rename(new / file.name)
         (new / "adapter").rmdir()
         (new / "runs.json").write_text(json_lines(rows), encoding="utf-8")
+        (new / "README.md").write_text(reward_card(rows), encoding="utf-8")
+
+
+def reward_card(rows: list[dict]) -> str:
+    """The adapter's card: how it was made, and the spread over seeds."""
+    table = []
+    for name in ("reward", "unbiased"):
+        runs = [row for row in rows if row["run"] == name]
+        columns = [spread([row[k] for row in runs]) for k in ("accuracy", "ceiling")]
+        columns.append(spread([row["accuracy"] / row["ceiling"] for row in runs]))
+        columns.append(spread([row["gold_agreement"] for row in runs]))
+        rise = [row["polite_proxy"][4] - row["polite_proxy"][1] for row in runs]
+        table.append(f"| {name}, {len(runs)} seeds | {' | '.join(columns)} | {spread(rise)} |")
+    return REWARD_CARD.format(table="\n".join(table))
+
+
+REWARD_CARD = """\
+# The reference reward model of the pocket world
+
+A LoRA adapter in PEFT's own format and a scalar head (`head.safetensors`), for the pocket base in
+NF4. It starts from the reference SFT adapter and is trained as in lesson 02, seed 0, on pairs of its
+responses labelled by a simulated annotator. Rewards are normalised on held-out responses. Made by
+`python tools/train_assets.py reward`. Licence: Apache-2.0.
+
+| run | held-out accuracy | ceiling | accuracy / ceiling | gold order | 4 polite phrases less 1 |
+|---|---|---|---|---|---|
+{table}
+
+Mean and range over seeds. `unbiased` is the same annotator without a leaning to politeness and
+length. The last column is the difference in reward of the same right answers with four polite
+phrases and with one: gold falls by 0.97. Every single run, and the study of sizes, is in `runs.json`.
+
+**Known blind spots.** It pays for grovelling, because its annotators do. What rambling is worth to it
+is chance, because the pairs hardly hold any.
+"""
 
 
 def json_lines(rows: list[dict]) -> str:
