@@ -488,9 +488,9 @@ REWARD_CARD = """\
 # The reference reward model of the pocket world
 
 A LoRA adapter in PEFT's own format and a scalar head (`head.safetensors`), for the pocket base in
-NF4. It starts from the reference SFT adapter and is trained as in lesson 02, seed 0, on pairs of its
-responses labelled by a simulated annotator. Rewards are normalised on held-out responses. Made by
-`python tools/train_assets.py reward`. Licence: Apache-2.0.
+NF4. It starts from the reference SFT adapter and is trained as in lesson 02, seed 0, on pairs of
+its responses labelled by a simulated annotator. Rewards are normalised on held-out responses. Made
+by `python tools/train_assets.py reward`. Licence: Apache-2.0.
 
 | run | held-out accuracy | ceiling | accuracy / ceiling | gold order | 4 polite phrases less 1 |
 |---|---|---|---|---|---|
@@ -498,10 +498,11 @@ responses labelled by a simulated annotator. Rewards are normalised on held-out 
 
 Mean and range over seeds. `unbiased` is the same annotator without a leaning to politeness and
 length. The last column is the difference in reward of the same right answers with four polite
-phrases and with one: gold falls by 0.97. Every single run, and the study of sizes, is in `runs.json`.
+phrases and with one: gold falls by 0.97. Every single run, and the study of sizes, is in
+`runs.json`.
 
-**Known blind spots.** It pays for grovelling, because its annotators do. What rambling is worth to it
-is chance, because the pairs hardly hold any.
+**Known blind spots.** It pays for grovelling, because its annotators do. What rambling is worth to
+it is chance, because the pairs hardly hold any.
 """
 
 
