@@ -30,7 +30,7 @@ ROWS = 128  # responses scored at a time
 class RewardConfig(TrainConfig):
     """Settings of `train_reward_model`; a batch is of pairs."""
 
-    steps: int = 250
+    steps: int = 200
     learning_rate: float = 1e-3
 
 
@@ -191,13 +191,13 @@ def preference_card(dataset: Dataset, annotator: Annotator) -> str:
         for row in rows
     ]
     differ = [gap for gap in better if gap] or [0.0]
+    polite = annotator.politeness
     return f"""# Preferences of the pocket world
 
 {len(rows)} pairs of responses to {len(set(dataset["prompt"]))} prompts, sampled from the SFT model
-at temperature 1 and labelled by a simulated person who likes politeness more than the rubric does:
-{annotator.politeness} points for each polite phrase and {annotator.length} for each word beside
-the gold reward, choices drawn at a temperature of {annotator.temperature:.2f} points. No text of
-anybody else is in them. Licence: Apache-2.0.
+at temperature 1 and labelled by a simulated person: gold reward plus {polite} for each
+polite phrase and {annotator.length} for each word; choices at a temperature of
+{annotator.temperature:.2f} points. No text of anybody else is in them. Licence: Apache-2.0.
 
 - best accuracy possible on these labels, in expectation: {ceiling(dataset["probability"]):.1%}
 - chosen has the higher gold reward in {sum(gap > 0 for gap in differ) / len(differ):.1%} of the \

@@ -398,7 +398,9 @@ def collect(seed: int, annotator: Annotator):
     return tokenizer, roles, pairs
 
 
-def train_on(tokenizer, roles, train, held_out, seed: int, steps: int) -> dict:
+def train_on(
+    tokenizer, roles, train, held_out, seed: int, steps: int = reward.RewardConfig.steps
+) -> dict:
     """Train role `reward` from the SFT adapter on pairs; return its accuracies."""
     lengths = load_preset("pocket").prompt_length, load_preset("pocket").response_length
     encoded = [reward.encode_pairs(tokenizer, pairs, *lengths) for pairs in (train, held_out)]
@@ -427,7 +429,7 @@ def train_on(tokenizer, roles, train, held_out, seed: int, steps: int) -> dict:
 def record_reward(annotator: Annotator, seed: int, save_to: Path | None = None) -> dict:
     """One run of lesson 02: accuracies, and both probes."""
     tokenizer, roles, pairs = collect(seed, annotator)
-    row = train_on(tokenizer, roles, *reward.split_by_prompt(pairs, seed=seed), seed, 200)
+    row = train_on(tokenizer, roles, *reward.split_by_prompt(pairs, seed=seed), seed)
     if save_to:
         roles.save("reward", save_to)
     for name, make in (("polite", exam.polite_probe), ("length", exam.length_probe)):

@@ -126,7 +126,7 @@ print(reward.preference_card(pairs, annotator))
 train, held_out = reward.split_by_prompt(pairs, seed=preset.seed)
 best = ceiling(held_out["probability"])
 print(f"{len(train)} pairs to train on, {len(held_out)} held out; shared prompts:", end=" ")
-print(len(set(train["prompt"]) & set(held_out["prompt"])), f"; ceiling {best:.3f}")
+print(f"{len(set(train['prompt']) & set(held_out['prompt']))}; ceiling {best:.3f}")
 
 # %% [markdown]
 # ## A head on the last real token
@@ -416,7 +416,7 @@ lora = LoraConfig(
 )
 model = get_peft_model(classifier, lora)
 start = roles.state("sft") | {"base_model.model.score.weight": first_head}
-set_peft_model_state_dict(model, start)
+loaded = set_peft_model_state_dict(model, start)
 # %%
 settings = RewardConfig(
     output_dir=str(folder / "trl"),
