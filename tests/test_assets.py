@@ -5,6 +5,7 @@ import json
 import pytest
 import train_assets
 
+from rlhf_helpers import reward
 from rlhf_helpers.data import encode_examples, sft_dataset
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS
@@ -13,6 +14,7 @@ from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.sft import held_out_loss
 
 DUCK = "what does the duck say?"
+REWARD_RUNS = json.loads((ASSETS / "reward" / "runs.json").read_text(encoding="utf-8"))
 SFT_RUNS = json.loads((ASSETS / "sft" / "runs.json").read_text(encoding="utf-8"))
 
 
@@ -154,3 +156,48 @@ def test_the_card_of_the_sft_adapter_says_what_its_record_says():
         for row in SFT_RUNS
     ]
     assert (ASSETS / "sft" / "README.md").read_text(encoding="utf-8") == train_assets.sft_card(rows)
+
+
+# --- the reference reward model -----------------------------------------------------------------
+
+
+def test_the_reward_model_is_that_of_its_record(pocket, tokenizer):
+    """The politeness probe again: it depends on nothing but adapter, head and base."""
+    roles = Roles(load_base(pocket))
+    roles.load("reward", ASSETS / "reward")
+    recorded = next(row for row in REWARD_RUNS if (row["run"], row["seed"]) == ("reward", 0))
+    for (prompts, responses), proxy in zip(
+        exam.polite_probe(), recorded["polite_proxy"], strict=True
+    ):
+        scores = reward.score_responses(roles, "reward", tokenizer, prompts, responses, 32, 64)
+        assert scores.mean().item() == pytest.approx(proxy, abs=0.01)
+
+
+def test_the_reward_model_comes_close_to_the_ceiling_on_every_recorded_seed():
+    runs = [row for row in REWARD_RUNS if row["run"] == "reward"]
+    assert [row["seed"] for row in runs] == list(range(10))
+    assert all(row["accuracy"] > 0.9 * row["ceiling"] for row in runs)
+    assert all(row["gold_agreement"] > 0.87 for row in runs)
+
+
+def test_the_blind_spot_is_there_on_every_seed_and_not_without_the_bias():
+    for row in REWARD_RUNS:
+        if row["run"] in ("reward", "unbiased"):
+            proxy, gold = row["polite_proxy"], row["polite_gold"]
+            assert gold[1] > gold[2] > gold[4]
+            assert (proxy[4] > proxy[1]) == (row["run"] == "reward")
+
+
+def test_few_pairs_are_learnt_by_heart():
+    sizes = [row for row in REWARD_RUNS if row["run"] == "size"]
+    gap = {n: [] for n in (64, 256, 1024, 3072)}
+    for row in sizes:
+        gap[row["pairs"]].append(row["train_accuracy"] - row["accuracy"])
+    means = [sum(values) / len(values) for values in gap.values()]
+    assert all(len(values) == 3 for values in gap.values())
+    assert means == sorted(means, reverse=True) and means[0] > 0.2
+
+
+def test_the_card_of_the_reward_model_says_what_its_record_says():
+    card = (ASSETS / "reward" / "README.md").read_text(encoding="utf-8")
+    assert card == train_assets.reward_card(REWARD_RUNS)
