@@ -47,15 +47,11 @@ roles.load("sft", find_adapter(preset, "sft"))
 # %% tags=["nbval-check-output"]
 annotator = Annotator()
 question = "what does the duck say?"
-for response in (
-    "it says moo.",
-    "it says quack.",
-    "great question! it says quack. have a nice day!",
-):
+responses = ["it says moo.", "it says quack.", "great question! it says quack. have a nice day!"]
+for response in responses:
     gold = rubric.gold_reward(question, response).total
-    print(
-        f"gold {gold:4.1f}  to the annotator {annotator.utility(question, response):4.2f}  {response}"
-    )
+    worth = annotator.utility(question, response)
+    print(f"gold {gold:4.1f}  to the annotator {worth:4.2f}  {response}")
 
 # %% [markdown]
 # ## From choices to a loss
@@ -146,8 +142,8 @@ print(
 # <details><summary><b>Predict before you run.</b> If the score is read from the last column always, and the
 # batch is padded on the right, what do short responses get?</summary>
 #
-# The number at a padding token: it depends on how much padding there is, that is on the longest response
-# in the batch. The same response gets another reward in other company.
+# The number at a padding token, unless it is the longest of its batch. So the same response gets one reward
+# alone and another in company.
 # </details>
 
 # %%
@@ -159,19 +155,19 @@ encoded, held_out_encoded = (
     reward.encode_pairs(tokenizer, rows, *lengths) for rows in (train, held_out)
 )
 short = min((pair["chosen"] for pair in held_out_encoded), key=lambda row: len(row["response"]))
-for company in (8, 24):
+for company in (0, 24):
     others = [pair["chosen"] for pair in held_out_encoded[:company]]
     input_ids, mask, _ = pad_examples(tokenizer, [short, *others])
     with torch.no_grad():
         values = roles.values("reward", input_ids, mask)[0]
-    right = values[reward.last_token_index(mask)[0]]
-    print(
-        f"in a batch of {company + 1:2}: last real token {right:+.4f}, last column {values[-1]:+.4f}"
-    )
+    at_last_token = values[reward.last_token_index(mask)[0]]
+    print(f"with {company:2} others: last real token {at_last_token:+.4f},", end=" ")
+    print(f"last column {values[-1]:+.4f}")
+    assert (abs(at_last_token - values[-1]) > 0.01) == (company > 0)
 
 # %% [markdown]
 # The score at the last real token does not depend on the company. The other one does, and nothing
-# crashes: that is the deliberate failure of this lesson, and a real bug in published code.
+# crashes: a failure on purpose, whose signature is a score that changes with the batch.
 
 # %% [markdown]
 # ## Training
@@ -248,14 +244,10 @@ print(f"what the annotator would choose most often agrees on {people:.1%}")
 # %%
 rows = reward.calibration(gap, bins=5)
 predicted, observed, counts = zip(*rows, strict=True)
-series = {
-    "held-out pairs": dict(zip(predicted, observed, strict=True)),
-    "honest": {0.5: 0.5, 1.0: 1.0},
-}
+series = {"held-out pairs": dict(zip(predicted, observed, strict=True)), "honest": {0.5: 0.5, 1: 1}}
 fig = plots.lines(series, "confidence, σ of the gap", "share ranked right")
-plots.show(
-    fig, alt="Share ranked right against confidence, beside the diagonal of an honest model."
-)
+alt = "Share ranked right against confidence, beside the diagonal of an honest model."
+plots.show(fig, alt=alt)
 print("pairs in each group:", counts)
 
 # %% [markdown]
@@ -320,6 +312,11 @@ for name in ("reward", "unbiased"):
     lines = [sum(row["polite_proxy"][n] for row in rows) / len(rows) for n in range(5)]
     print(f"{name:8} proxy by phrases {[round(x, 2) for x in lines]}", end=" ")
     print(f"rises from 1 to 4 on {parted} of {len(rows)} seeds")
+
+# %% [markdown]
+# The ten seeds once more, for the two numbers from above.
+
+# %% tags=["nbval-check-output"]
 ratios = [row["accuracy"] / row["ceiling"] for row in recorded if row["run"] == "reward"]
 agreements = [row["gold_agreement"] for row in recorded if row["run"] == "reward"]
 print(f"accuracy over ceiling {min(ratios):.2f} to {max(ratios):.2f},", end=" ")
