@@ -1,8 +1,8 @@
 """Helpers of the RLHF course: what the notebooks import once a lesson has derived it.
 
 Modules, each importing only from those before it: `presets`, `pocket`, `data`, `validation`,
-`logprobs`, `kl`, `checkpoints`, `roles`, `training`, `sft`, `rollout`, `reward`, `memory`, `plots`,
-`checks`. Importing this package loads none of them.
+`logprobs`, `kl`, `checkpoints`, `roles`, `training`, `sft`, `rollout`, `reward`, `ppo`, `memory`,
+`plots`, `checks`. Importing this package loads none of them.
 """
 
 import logging

@@ -10,7 +10,12 @@ import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.tokenization_utils_base import BatchEncoding
 
 from rlhf_helpers.pocket import corpus, world
@@ -123,6 +128,35 @@ def encode_examples(
     _check_lengths("completion", completions, response_rows, "response_length", response_length)
     pairs = zip(prompt_rows, response_rows, strict=True)
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]
+
+
+def check_examples(
+    name: str,
+    examples: list[dict[str, list[int]]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise ValueError unless encoded examples have a prompt and an EOS, and fit the context.
+
+    Args:
+        name: of `examples`, for the message.
+    """
+    if not examples:
+        raise ValueError(f"{name} is empty: give at least one example")
+    eos, context = tokenizer.eos_token_id, model.config.max_position_embeddings
+    for i, example in enumerate(examples):
+        prompt, response = example["prompt"], example["response"]
+        if not prompt or not response or response[-1] != eos:
+            raise ValueError(
+                f"{name}[{i}] has no prompt, or a response that does not end with EOS ({eos}): "
+                f"{tokenizer.decode(prompt + response)!r}. Without EOS the model never learns to "
+                "stop; encode_examples appends it"
+            )
+        if len(prompt) + len(response) > context:
+            raise ValueError(
+                f"{name}[{i}] has {len(prompt) + len(response)} tokens, more than the model's "
+                f"context of {context}; leave it out or shorten it"
+            )
 
 
 def pad_examples(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.data import encode_examples, pad_examples
+from rlhf_helpers.data import check_examples, encode_examples, pad_examples
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.roles import Roles
@@ -61,6 +61,11 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     Stiennon et al. (arXiv 2009.01325), section 3.4; Bradley and Terry 1952. Derived in lesson 02.
     """
+    _check_rewards(chosen, rejected)
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def _check_rewards(chosen: Tensor, rejected: Tensor) -> None:
     for name, rewards in (("chosen", chosen), ("rejected", rejected)):
         check_floating(name, rewards)
         if (index := first_index(~rewards.isfinite())) is not None:
@@ -70,7 +75,6 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
             f"chosen has shape {list(chosen.shape)}, rejected {list(rejected.shape)}: give one "
             "reward of each for every pair."
         )
-    return -logsigmoid(chosen - rejected).mean()
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
     if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
         raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (attention_mask * columns).argmax(-1)
+    return ((attention_mask != 0) * columns).argmax(-1)
 
 
 def collect_preferences(
@@ -237,7 +241,8 @@ def encode_pairs(
     """Token ids of pairs, `{"chosen": {"prompt", "response"}, "rejected": {…}}` for each row.
 
     Raises:
-        ValueError: no rows, a missing column, equal responses, and what `encode_examples` raises.
+        ValueError: no rows, a missing column, equal responses, swapped columns (which shows where
+            there is a `probability`), and what `encode_examples` raises.
     """
     if missing := {"prompt", "chosen", "rejected"} - set(dataset.column_names):
         raise ValueError(
@@ -245,21 +250,33 @@ def encode_pairs(
             "needed are prompt, chosen and rejected"
         )
     for i, row in enumerate(dataset):
-        if row["chosen"] == row["rejected"]:
+        if row["chosen"].strip() == row["rejected"].strip():
             raise ValueError(
                 f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair, it "
                 "carries no preference"
             )
-    sides = {
-        side: encode_examples(
-            tokenizer,
-            {"prompt": dataset["prompt"], "completion": dataset[side]},
-            prompt_length,
-            response_length,
+    _check_not_swapped(dataset)
+    sides = []
+    for side in ("chosen", "rejected"):
+        texts = {"prompt": dataset["prompt"], "completion": dataset[side]}
+        try:
+            sides.append(encode_examples(tokenizer, texts, prompt_length, response_length))
+        except ValueError as error:
+            raise ValueError(f"in column {side!r}, {error}") from error
+    return [{"chosen": c, "rejected": r} for c, r in zip(*sides, strict=True)]
+
+
+def _check_not_swapped(dataset: Dataset) -> None:
+    """Where the annotator's probabilities are known, those of the chosen exceed one half."""
+    if "probability" not in dataset.column_names:
+        return
+    bets = torch.tensor(dataset["probability"], dtype=torch.float64) - 0.5
+    if bets.mean() < -3 * (bets.square().mean() / len(bets)).sqrt():
+        raise ValueError(
+            "the annotator would rather have chosen what stands in 'rejected': by column "
+            f"'probability', 'chosen' wins with {bets.mean() + 0.5:.2f} on average; swap the two "
+            "columns back"
         )
-        for side in ("chosen", "rejected")
-    }
-    return [{"chosen": c, "rejected": r} for c, r in zip(*sides.values(), strict=True)]
 
 
 def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -339,10 +356,14 @@ def normalise(roles: Roles, role: str, scores: Tensor) -> None:
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
     """Share of pairs whose chosen response has the higher reward; a tie counts half.
 
+    Raises:
+        As `pairwise_loss`.
+
     Example:
         >>> pair_accuracy(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0]))
         0.5
     """
+    _check_rewards(chosen, rejected)
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
@@ -384,6 +405,8 @@ def train_reward_model(
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         if not rows:
             raise ValueError(f"{name} is empty: give at least one pair")
+        for side in ("chosen", "rejected"):
+            check_examples(f"{side} of {name}", [row[side] for row in rows], roles.base, tokenizer)
     roles.require_head(role).reference = None  # a scale that was fixed before holds no longer
     run = Run(roles, role, config, folder, settings=pairs)
 
@@ -393,6 +416,7 @@ def train_reward_model(
         input_ids, mask, _ = pad_examples(tokenizer, examples)
         device = roles.base.device
         rewards = score_tokens(roles, role, input_ids.to(device), mask.to(device))
+        run.check_finite("mean reward", rewards.mean())
         return pairwise_loss(*rewards.split(len(batch)))
 
     def measure() -> dict[str, float]:

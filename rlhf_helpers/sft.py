@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.data import pad_examples
+from rlhf_helpers.data import check_examples, pad_examples
 from rlhf_helpers.logprobs import token_logprobs
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
@@ -144,9 +144,8 @@ def train_sft(
     Lesson 01 writes the loop out.
     """
     config = config or SFTConfig()
-    context = roles.base.config.max_position_embeddings
-    _check_examples("examples", examples, tokenizer, context)
-    _check_examples("held_out", held_out, tokenizer, context)
+    check_examples("examples", examples, roles.base, tokenizer)
+    check_examples("held_out", held_out, roles.base, tokenizer)
     name = getattr(labels, "__qualname__", repr(labels))
     run = Run(roles, role, config, folder, settings=[name, examples])
 
@@ -196,25 +195,6 @@ def batch_loss(
         use_cache=False,
     ).logits
     return sft_loss(logits, targets[:, -kept:].to(model.device))
-
-
-def _check_examples(name: str, examples: list[dict], tokenizer, context: int) -> None:
-    if not examples:
-        raise ValueError(f"{name} is empty: give at least one example")
-    eos = tokenizer.eos_token_id
-    for i, example in enumerate(examples):
-        prompt, response = example["prompt"], example["response"]
-        if not prompt or not response or response[-1] != eos:
-            raise ValueError(
-                f"{name}[{i}] has no prompt, or a response that does not end with EOS ({eos}): "
-                f"{tokenizer.decode(prompt + response)!r}. Without EOS the model never learns to "
-                "stop; encode_examples appends it"
-            )
-        if len(prompt) + len(response) > context:
-            raise ValueError(
-                f"{name}[{i}] has {len(prompt) + len(response)} tokens, more than the model's "
-                f"context of {context}; leave it out or shorten it"
-            )
 
 
 def _check_labels(labels: Tensor) -> None:

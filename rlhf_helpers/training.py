@@ -152,7 +152,7 @@ class Run:
                 model = self.roles.use(self.role).train()
                 self.optimizer.zero_grad()  # an interrupted step may have left gradients
                 loss = loss_of(self.step)
-                self._check_finite("loss", loss)
+                self.check_finite("loss", loss)
                 loss.backward()
                 with finish_first():
                     rate, norm = self._update()
@@ -188,12 +188,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        self._check_finite("gradient norm", norm)
+        self.check_finite("gradient norm", norm)
         self.optimizer.step()
         self.step += 1
         return rate, norm.item()
 
-    def _check_finite(self, name: str, value: Tensor) -> None:
+    def check_finite(self, name: str, value: Tensor) -> None:
+        """Raise FloatingPointError, which says where the run stands, unless a number is finite."""
         if not value.isfinite():
             raise FloatingPointError(
                 f"the {name} of step {self.step + 1} is {value.item()}; lower the learning_rate of "

@@ -425,7 +425,8 @@ groups = {
     "after": [getattr(marks_after, part) for part in rubric.PARTS] + [marks_after.total],
 }
 fig = plots.grouped_bars([*rubric.PARTS, "total (gold)"], groups, "mean points")
-alt = f"Mean points by part of the rubric, before and after SFT; the total rises from {marks_before.total:.2f} "
+alt = "Mean points by part of the rubric, before and after SFT; the total rises from "
+alt += f"{marks_before.total:.2f} "
 plots.show(
     fig, alt=alt + f"to {marks_after.total:.2f}, rambling falls to {marks_after.rambling:.2f}."
 )
@@ -487,8 +488,8 @@ plots.show(
 )
 
 # %% [markdown]
-# Stopping has become nearly certain. How to begin and what to answer stay open, since the demonstrations
-# disagree about both.
+# Stopping has become likely: at the last token the model is hardly surprised. How to begin and what to
+# answer stay open, since the demonstrations disagree about both.
 
 # %% [markdown]
 # ## What the adapter learnt
@@ -511,7 +512,7 @@ spectra = {
 }
 numbered = {name: dict(enumerate(values[:32], 1)) for name, values in spectra.items()}
 fig = plots.lines(numbered, "number of the singular value", "singular value")
-alt = "Singular values of W fall slowly; those of the update fall to zero at number 16."
+alt = "Singular values of W fall slowly; those of the update fall to zero after number 16."
 plots.show(fig, alt=alt)
 squares = [value**2 for value in spectra["update"]]
 print(
@@ -521,7 +522,7 @@ print(
 print(f"number 17 is {spectra['update'][16]:.0e}, beside W's {spectra['W'][16]:.1f}")
 
 # %% [markdown]
-# The update ends where it must, at number 16; a few directions carry most of it, and all are small beside
+# The update ends where it must, after number 16; a few directions carry most of it, and all are small beside
 # $W$. The figure is about one layer, and does not show that 16 is the best rank.
 
 # %% [markdown]
@@ -568,11 +569,8 @@ for name, labels in choices.items():
 fig = plots.lines(curves, "updates", "held-out loss, nats per token")
 ends = ", ".join(f"{name} ends at {list(curve.values())[-1]:.2f}" for name, curve in curves.items())
 plots.show(fig, alt=f"Three curves of held-out loss over 60 updates: {ends}.")
-judged["the base"], batch_losses["the base"], curves["the base"] = (
-    (rows_before, marks_before),
-    float("nan"),
-    {60: measured[0]},
-)
+judged["the base"] = rows_before, marks_before
+batch_losses["the base"], curves["the base"] = float("nan"), {60: measured[0]}
 print(f"{'labels':12}{'loss shown':>11}{'held out':>10}{'finished':>10}{'words':>7}{'gold':>7}")
 for name, (rows, marks) in judged.items():
     finished = sum(row[2] for row in rows) / len(rows)
@@ -734,7 +732,7 @@ print(
 # ## Recap
 #
 # - Labels decide what is learnt: the response and its EOS, nothing else.
-# - NF4 keeps 4.5 bits for a weight (4.127 with double quantization), at an error of a tenth in this layer.
+# - NF4 keeps 4.5 bits for a weight (4.127 with double quantization), at a relative error near a tenth.
 # - LoRA trains a small update; with $B = 0$ it starts exactly at the base.
 # - SFT teaches the form. Which of several plausible answers is *better*, it cannot say.
 #
