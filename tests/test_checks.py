@@ -687,6 +687,9 @@ LOSS_MISTAKES = [
     (APART, labels_for_each),
     (APART, logs_subtracted),
     (APART, lambda c, r: F.softplus(-c).mean()),
+    ("it is in bits", lambda c, r: F.softplus(r - c).mean() / torch.tensor(2.0).log()),
+    ("it is in bits", lambda c, r: torch.logaddexp2(torch.zeros(1), (r - c) / math.log(2)).mean()),
+    ("every chosen response is compared", lambda c, r: F.softplus(r[:, None] - c[None]).mean()),
     (NO_LOG, lambda c, r: -torch.sigmoid(c - r).mean()),
     (NO_LOG, lambda c, r: (1 - torch.sigmoid(c - r)).mean()),
     ("it is the mean gap, without σ", lambda c, r: -(c - r).mean()),
@@ -785,6 +788,7 @@ TOKEN_MISTAKES = [
         lambda mask: (torch.eq(mask, 0).int().argmax(-1) - 1) % mask.shape[-1],
     ),
     ("the columns are counted from the right", lambda mask: torch.fliplr(mask).argmax(1)),
+    ("the columns are counted from the end", lambda mask: -1 - mask.flip(-1).argmax(-1)),
     ("it is one column too far", lambda mask: mask.argmax(-1) + mask.sum(-1)),
     ("it is one column too early", last_but_one),
     ("the columns are counted through the whole batch", through_the_batch),
@@ -811,6 +815,7 @@ def decided_only(chosen, rejected):
     return right / max(right + wrong, 1)
 
 
+NEARLY = "rewards that are nearly equal count as ties."
 AGAINST_ZERO = "the rewards are compared with 0"
 NO_SHARE = "it is a number of pairs"
 PERCENTAGE = "it is a percentage."
@@ -840,6 +845,8 @@ ACCURACY_MISTAKES = [
     ("it is the mean sign of the gap", lambda c, r: torch.sign(c - r).mean().item()),
     ("it is the mean probability", lambda c, r: (1 / (1 + torch.exp(r - c))).mean()),
     ("the two means are compared", lambda c, r: 1.0 if c.sum() > r.sum() else 0.0),
+    (NEARLY, lambda c, r: ((c > r) + 0.5 * (torch.abs(c - r) < 1e-5)).mean()),
+    (NEARLY, lambda c, r: torch.where(c.isclose(r), 0.5, (c > r).float()).mean()),
     (AGAINST_ZERO, lambda c, r: (c > 0).float().mean()),
     (AGAINST_ZERO, lambda c, r: torch.logical_and(c > 0, r < 0).float().mean()),
 ]
@@ -982,7 +989,7 @@ def test_a_tensor_of_another_shape_is_named(capsys):
     printed = run("pairwise_loss", lambda c, r: -F.logsigmoid(c - r), capsys)
     assert "the result has shape [2], expected is []. Training differentiates one" in printed
     printed = run("last_token_index", lambda mask: mask.argmax(), capsys)
-    assert "the result has shape [], expected is [2]. It is one column for each row" in printed
+    assert "the result has shape [], expected is [2]. It is one column number for each row" in printed
     printed = run("last_token_index", lambda mask: mask, capsys)
     assert "the result has shape [2, 3], expected is [2]. It is one column for each" in printed
 

@@ -398,15 +398,13 @@ def collect(seed: int, annotator: Annotator):
     return tokenizer, roles, pairs
 
 
-def train_on(
-    tokenizer, roles, train, held_out, seed: int, steps: int = reward.RewardConfig.steps
-) -> dict:
+def train_on(tokenizer, roles, train, held_out, seed: int) -> dict:
     """Train role `reward` from the SFT adapter on pairs; return its accuracies."""
     lengths = load_preset("pocket").prompt_length, load_preset("pocket").response_length
     encoded = [reward.encode_pairs(tokenizer, pairs, *lengths) for pairs in (train, held_out)]
     roles.add("reward", copy_of="sft")
     roles.add_head("reward", seed=seed)
-    config = reward.RewardConfig(steps=steps, eval_every=steps)
+    config = reward.RewardConfig(eval_every=reward.RewardConfig.steps)
     *_, last = reward.train_reward_model(roles, "reward", tokenizer, *encoded, config)
     chosen, rejected = reward.pair_scores(roles, "reward", tokenizer, encoded[1])
     shown = reward.pair_scores(roles, "reward", tokenizer, encoded[0][:512])
@@ -443,13 +441,13 @@ def record_reward(annotator: Annotator, seed: int, save_to: Path | None = None) 
     return row
 
 
-def record_sizes(seed: int, steps: int = 60) -> list[dict]:
+def record_sizes(seed: int) -> list[dict]:
     """The study of lesson 02: the same number of updates on more and more pairs."""
     rows = []
     for size in (64, 256, 1024, 3072):
         tokenizer, roles, pairs = collect(seed, Annotator())
         train, held_out = reward.split_by_prompt(pairs, seed=seed)
-        row = train_on(tokenizer, roles, train.select(range(size)), held_out, seed, steps)
+        row = train_on(tokenizer, roles, train.select(range(size)), held_out, seed)
         rows.append({"run": "size", "seed": seed, "pairs": size, **row})
     return rows
 

@@ -40,9 +40,9 @@ roles.load("sft", find_adapter(preset, "sft"))
 # Lesson 01 ended with a model that imitates, mistakes included. It cannot tell a good answer from a bad
 # one, but people can: show them two and ask which is better. That is easier than writing a perfect
 # answer, and easier than giving marks. Our people are simulated, so that we know what they want: the
-# rubric's gold reward, plus 0.6 points for every polite phrase and 0.01 for every word. Real annotators
-# have such leanings too: they prefer longer answers (Singhal et al. 2023) and agreeable ones (Sharma et
-# al. 2023). The rubric takes 0.3 *off* for each polite phrase after the first.
+# rubric's gold reward, plus 0.6 points for every polite phrase and 0.01 for every word. Call that the
+# utility $u$. Real annotators have such leanings too: they prefer longer answers (Singhal et al. 2023) and
+# agreeable ones (Sharma et al. 2023). The rubric takes 0.3 *off* for each polite phrase after the first.
 
 # %% tags=["nbval-check-output"]
 annotator = Annotator()
@@ -57,43 +57,47 @@ for response in responses:
 # ## From choices to a loss
 #
 # Bradley and Terry (1952): give each response a number $r$, and let the one with the larger number win
-# more often, $P(a \succ b) = \sigma(r_a - r_b)$, where $\sigma(x) = 1/(1 + e^{-x})$. The reward that
-# makes the observed choices likeliest minimises
+# more often, $P(a \succ b) = \sigma(r_a - r_b)$, where $\sigma(x) = 1/(1 + e^{-x})$. Our annotator
+# chooses just so, with $r = u/T$ at a temperature of $T = \frac13$ points.
 #
-# $$L = -\frac1N \sum_i \log \sigma(r_i^{\text{chosen}} - r_i^{\text{rejected}}), \qquad
-# \frac{\partial L}{\partial r_i^{\text{chosen}}} = -\frac1N \bigl(1 - \sigma(\Delta_i)\bigr)$$
+# For $N$ pairs with gaps $\Delta_i = r_i^{\text{chosen}} - r_i^{\text{rejected}}$ all choices together have
+# probability $\prod_i \sigma(\Delta_i)$. Take the logarithm, the mean, a minus; and since
+# $(\log \sigma)' = 1 - \sigma$,
 #
-# The gradient is the model's own surprise: a pair that it gets right with certainty pulls no more. Three
-# pairs by hand, with gaps $\Delta$ of 0, $\log 3$ and $-\log 3$: $\sigma$ is $\frac12$, $\frac34$ and
-# $\frac14$.
+# $$L = -\frac1N \sum_i \log \sigma(\Delta_i), \qquad
+# \frac{\partial L}{\partial r_i^{\text{chosen}}} = -\frac1N \bigl(1 - \sigma(\Delta_i)\bigr)
+# = -\frac{\partial L}{\partial r_i^{\text{rejected}}}$$
+#
+# A pair pulls with the probability that the model gave to the other choice: one that it gets right with
+# certainty pulls no more. Three pairs by hand, with gaps of 0, $\log 3$ and $-\log 3$: $\sigma$ is
+# $\frac12$, $\frac34$ and $\frac14$.
 
 # %% tags=["nbval-check-output"]
 chosen = torch.tensor([0.0, 1.0986, 0.0], requires_grad=True)  # 1.0986 is log 3
 rejected = torch.tensor([0.0, 0.0, 1.0986])
-losses = -torch.nn.functional.logsigmoid(chosen - rejected)
+losses = -(chosen - rejected).sigmoid().log()
 losses.mean().backward()
 print("losses  ", [round(x, 3) for x in losses.tolist()], " = log 2, log 4/3, log 4")
 print("gradient", [round(x, 3) for x in chosen.grad.tolist()], " = -(1/2, 1/4, 3/4) / 3")
 
 # %% [markdown]
 # **Only differences matter.** Add the same number to all rewards and nothing changes, so a reward has no
-# natural zero. And $\log\sigma$ must be computed as such: at a gap of −200 the probability is below
+# natural zero. And $\log\sigma$ must be computed in one step: at a gap of −200 the probability is below
 # anything that float32 can hold, and its logarithm taken afterwards is −∞.
 
 # %% tags=["nbval-check-output"]
 chosen, rejected = torch.tensor([1.0, -0.5]), torch.tensor([0.2, 0.1])
 print(f"loss {reward.pairwise_loss(chosen, rejected):.4f},", end=" ")
 print(f"shifted by 100: {reward.pairwise_loss(chosen + 100, rejected + 100):.4f}")
-gap = torch.tensor(-200.0)
-print(
-    f"gap -200: log(sigmoid) {gap.sigmoid().log():.0f}, logsigmoid {torch.nn.functional.logsigmoid(gap):.0f}"
-)
+print(f"a gap of -200 in two steps: {torch.tensor(-200.0).sigmoid().log():.0f};", end=" ")
+print(f"by the helper: loss {reward.pairwise_loss(torch.zeros(1), torch.tensor([200.0])):.0f}")
 
 # %% [markdown]
 # ## The pairs
 #
-# Four responses of the SFT model to each training prompt, each compared with the next: so people judge
-# what the model really says, which is where PPO will start from. Pairs of equal responses are dropped.
+# Four responses of the SFT model to each training prompt, each compared with the next and the last with
+# the first: so people judge what the model really says, which is where PPO will start from. Pairs with
+# equal, empty or unfinished responses are dropped.
 
 # %%
 prompts = world.prompts("train")
@@ -113,7 +117,7 @@ for row in pairs.select(range(0, 2000, 400)):
 print(reward.preference_card(pairs, annotator))
 
 # %% [markdown]
-# The annotators disagree with themselves, and so nobody can predict all labels. Knowing every probability
+# The annotator's choices are partly luck, and so nobody can predict them all. Knowing every probability
 # $p$, one would bet on the likelier side and win with $\max(p, 1-p)$: the mean of that is the
 # **ceiling**. It is known only because the people are simulated. Held-out pairs are of other prompts: if
 # the same prompt were on both sides, remembering its answers would look like judging.
@@ -129,7 +133,7 @@ print(f"{len(set(train['prompt']) & set(held_out['prompt']))}; ceiling {best:.3f
 #
 # The reward model is the SFT model with another head: in place of 1,258 logits one number, a linear layer
 # in float32 on the last hidden state. Only the *last real token* has seen the whole response, so its
-# number counts. By hand: in a row padded on the right that is not the last column.
+# number counts. In a row padded on the right that is not the last column:
 
 # %% tags=["nbval-check-output"]
 mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
@@ -142,18 +146,20 @@ print(
 # <details><summary><b>Predict before you run.</b> If the score is read from the last column always, and the
 # batch is padded on the right, what do short responses get?</summary>
 #
-# The number at a padding token, unless it is the longest of its batch. So the same response gets one reward
-# alone and another in company.
+# The number at a padding token, unless they are the longest of their batch. So the same response gets one
+# reward alone and another in company.
 # </details>
 
 # %%
 roles.add("reward", copy_of="sft")
 roles.add_head("reward", seed=preset.seed)
-first_head = roles.heads["reward"].weight.detach().clone()
+first_head = roles.heads["reward"].weight.detach().clone()  # kept, to compare with TRL
 lengths = preset.prompt_length, preset.response_length
 encoded, held_out_encoded = (
     reward.encode_pairs(tokenizer, rows, *lengths) for rows in (train, held_out)
 )
+
+# %%
 short = min((pair["chosen"] for pair in held_out_encoded), key=lambda row: len(row["response"]))
 for company in (0, 24):
     others = [pair["chosen"] for pair in held_out_encoded[:company]]
@@ -173,6 +179,14 @@ for company in (0, 24):
 # ## Training
 #
 # One adapter, starting as a copy of `sft`, and one head. The loop is that of lesson 01 with another loss.
+# That loss has a floor, as the accuracy has a ceiling: the mean entropy of the annotator's choices.
+
+# %%
+config = reward.RewardConfig()
+print(config)
+print(f"each pair is seen {config.steps * config.batch_size / len(train):.1f} times")
+p = torch.tensor(held_out["probability"], dtype=torch.float64)
+floor = (torch.special.entr(p) + torch.special.entr(1 - p)).mean().item()
 
 
 # %%
@@ -181,13 +195,14 @@ def draw(history, handle):
     series = {
         "batch": {s.step: s.loss for s in history if s.step},
         "held-out": {s.step: s.held_out["loss"] for s in measured},
+        "floor": {0: floor, config.steps: floor},
     }
     fig = plots.lines(series, "updates", "loss, nats per pair")
     end = measured[-1].held_out["loss"]
-    return plots.redraw(fig, f"Loss against updates; the held-out loss ends at {end:.2f}.", handle)
+    alt = f"Loss against updates; the held-out loss ends at {end:.2f}, the floor is {floor:.2f}."
+    return plots.redraw(fig, alt, handle)
 
 
-config = reward.RewardConfig()
 history, figure = [], None
 run = reward.train_reward_model(
     roles, "reward", tokenizer, encoded, held_out_encoded, config, folder=folder / "reward"
@@ -201,10 +216,8 @@ for stats in tqdm(run, total=config.steps + 1):
 accuracy = {s.step: s.held_out["accuracy"] for s in history if s.held_out}
 series = {"held-out accuracy": accuracy, "ceiling": {0: best, config.steps: best}}
 fig = plots.lines(series, "updates", "share of pairs ranked right")
-final = accuracy[config.steps]
-plots.show(
-    fig, alt=f"Held-out accuracy rises from chance to {final:.2f}; the ceiling is {best:.2f}."
-)
+ends = f"{accuracy[0]:.2f} to {accuracy[config.steps]:.2f}"
+plots.show(fig, alt=f"Held-out accuracy goes from {ends}; the ceiling is {best:.2f}.")
 
 chosen, rejected = reward.pair_scores(roles, "reward", tokenizer, held_out_encoded)
 share, low, high = exam.share_with_interval((chosen > rejected).tolist())
@@ -214,8 +227,9 @@ print(
 assert share > 0.9 * best
 
 # %% [markdown]
-# The ceiling is an expectation: on few pairs the labels may by luck agree with a good model more often.
-# The interval says how much 500 pairs can tell.
+# Before the first update a head with random weights is not quite at one half: by luck it reads something
+# of use in what SFT left in the hidden state. The ceiling is an expectation: on few pairs the labels may
+# by luck agree with a good model more often. The interval says how much 500 pairs can tell.
 #
 # Does the model rank as *gold* does? That is another question: the people it learnt from do not always.
 
@@ -229,13 +243,13 @@ def golds(side):
 gap, gold_gap = chosen - rejected, golds("chosen") - golds("rejected")
 differ = gold_gap != 0
 agree = ((gap > 0) == (gold_gap > 0))[differ].float().mean().item()
-people = (
-    ((torch.tensor(held_out["probability"]) > 0.5) == (gold_gap > 0))[differ].float().mean().item()
-)
+people = ((p > 0.5) == (gold_gap > 0))[differ].float().mean().item()
 print(f"agrees with the gold order on {agree:.1%} of the {differ.sum()} pairs that differ in gold;")
-print(f"what the annotator would choose most often agrees on {people:.1%}")
+print(f"the annotator's likelier choice agrees on {people:.1%}")
 
 # %% [markdown]
+# So part of the disagreement is the annotator's own leaning, which a perfect reward model would share.
+#
 # ## Calibration
 #
 # $\sigma(\Delta)$ is a probability. Is it honest? Among held-out pairs on which the model is 80% sure, it
@@ -243,24 +257,25 @@ print(f"what the annotator would choose most often agrees on {people:.1%}")
 
 # %%
 rows = reward.calibration(gap, bins=5)
-predicted, observed, counts = zip(*rows, strict=True)
-series = {"held-out pairs": dict(zip(predicted, observed, strict=True)), "honest": {0.5: 0.5, 1: 1}}
-fig = plots.lines(series, "confidence, σ of the gap", "share ranked right")
-alt = "Share ranked right against confidence, beside the diagonal of an honest model."
-plots.show(fig, alt=alt)
-print("pairs in each group:", counts)
+series = {"held-out pairs": {x: y for x, y, _ in rows}, "honest": {0.5: 0.5, 1: 1}}
+fig = plots.lines(series, "confidence σ(|Δ|)", "share ranked right")
+points = ", ".join(f"{y:.2f} at {x:.2f}" for x, y, _ in rows)
+plots.show(fig, alt=f"Share ranked right against confidence: {points}; honest is the diagonal.")
+for x, y, count in rows:
+    _, low, high = exam.share_with_interval([i < y * count for i in range(count)])
+    print(f"confidence {x:.2f}: right on {y:.2f} [{low:.2f}, {high:.2f}] of {count} pairs")
 
 # %% [markdown]
-# Points below the diagonal mean over-confidence. Each holds only some of the pairs, so a few points of
-# difference are noise. The figure does not show whether confidence is honest on responses of another kind
-# than the SFT model's; PPO will look for just those.
+# Points below the diagonal mean over-confidence. The interval of each group says what its pairs can tell:
+# where it holds the confidence, nothing speaks against the model. The figure does not show whether
+# confidence is honest on responses of another kind than the SFT model's; PPO will look for just those.
 
 # %% [markdown]
 # ## A zero and a unit
 #
-# PPO will add the reward to a KL penalty, so its scale matters. We fix it on reference samples: mean 0,
-# standard deviation 1, folded into the head, $w \leftarrow w/\sigma_{\!r}$ and $b \leftarrow (b -
-# \mu_r)/\sigma_{\!r}$.
+# PPO will add the reward to a KL penalty, so its scale matters. We fix it on the held-out responses: with
+# their mean reward $m$ and standard deviation $s$ the head becomes $w \leftarrow w/s$ and
+# $b \leftarrow (b - m)/s$. From here on σ(Δ) is no probability; σ($s$Δ) is.
 
 # %%
 reward.normalise(roles, "reward", torch.cat([chosen, rejected]))
@@ -272,11 +287,12 @@ print(f"mean {scores.mean():.4f}, standard deviation {scores.std():.4f}")
 # ## What has it learnt? The blind spot
 #
 # The same right answers to 200 held-out prompts, with 0 to 4 polite phrases around them. Gold rises with
-# the first phrase and falls with each that follows.
+# the first phrase and falls with each that follows (and by 0.2 more beyond 20 words, as no longer concise).
 #
 # <details><summary><b>Predict before you run.</b> What will the learned reward (the *proxy*) do?</summary>
 #
-# It follows the people: to them every phrase is worth 0.6 points, and the rubric takes only 0.3 of them.
+# It follows the people up, to whom a phrase is worth 0.6 points while the rubric takes off 0.3: as far as
+# the pairs show it phrases. How far is that?
 # </details>
 
 
@@ -284,7 +300,8 @@ print(f"mean {scores.mean():.4f}, standard deviation {scores.std():.4f}")
 def probe(cases):
     proxy, gold = [], []
     for prompts, responses in cases:
-        scores = reward.score_responses(roles, "reward", tokenizer, prompts, responses, 32, 64)
+        lengths = 32, 64  # longer than the training pairs, so that the longest probe fits
+        scores = reward.score_responses(roles, "reward", tokenizer, prompts, responses, *lengths)
         proxy.append(scores.mean().item())
         rows = zip(prompts, responses, strict=True)
         gold.append(rubric.mean_score(rubric.gold_reward(*row) for row in rows).total)
@@ -292,17 +309,26 @@ def probe(cases):
 
 
 proxy, gold = polite = probe(exam.polite_probe())
-fig = plots.lines({"proxy (learned)": proxy, "gold": gold}, "polite phrases", "mean reward")
+series = {"proxy, in standard deviations": proxy, "gold, in points": gold}
+fig = plots.lines(series, "polite phrases", "mean reward")
 ends = f"proxy {proxy[1]:.2f} to {proxy[4]:.2f}, gold {gold[1]:.2f} to {gold[4]:.2f}"
 plots.show(fig, alt=f"Between one and four polite phrases the two lines part: {ends}.")
 print("proxy", [round(x, 2) for x in proxy], " gold", [round(x, 2) for x in gold])
 assert proxy[4] > proxy[1] and gold[4] < gold[1]
 
+# %%
+sides = [row[side] for row in pairs for side in ("chosen", "rejected")]
+counts = [rubric.count_phrases(text, world.POLITE) for text in sides]
+shares = {n: sum(c >= n for c in counts) / len(counts) for n in (1, 2, 3)}
+print({f"{n} or more phrases": f"{share:.1%} of responses" for n, share in shares.items()})
+
 # %% [markdown]
-# From one phrase on the two part: what the model calls better is worse. It is not a failure of training,
-# it is what the people asked for without meaning it. PPO, which sees only the proxy, will go up the wrong
-# line; lesson 05 watches it. Is that so on other seeds, and is the annotator's bias the cause? Recorded:
-# ten seeds, and three with the same annotator without bias.
+# The two lines have units of their own, so heights and crossings mean nothing, only directions. From one
+# phrase to two the proxy rises while gold falls: training did not fail, it learnt what the people asked
+# for, which is not what they meant. Beyond two the pairs hold next to nothing; there the proxy is nearly
+# flat, and does not see the cost. PPO sees only the proxy; lesson 05 watches where it goes. Is that so on
+# other seeds, and is the annotator's leaning the cause? Recorded by `tools/train_assets.py reward`: ten
+# seeds, and three with an annotator that pays nothing for phrases and words.
 
 # %% tags=["nbval-check-output"]
 recorded = json.loads((ASSETS / "reward" / "runs.json").read_text(encoding="utf-8"))
@@ -323,58 +349,62 @@ print(f"accuracy over ceiling {min(ratios):.2f} to {max(ratios):.2f},", end=" ")
 print(f"agreement with gold {min(agreements):.2f} to {max(agreements):.2f}")
 
 # %% [markdown]
-# With the bias off the line turns down after the first phrase, as gold does: the cause is the people. A
-# second probe: the same right answers, followed by sentences of rambling, which cost 0.2 points each.
+# Without the leaning the line turns down after the first phrase, as gold does: the cause is the people. A
+# second probe: the same right answers, followed by sentences of rambling, which cost 0.2 points each, and
+# 0.2 once beyond 20 words.
 
 # %%
 proxy, gold = probe(exam.length_probe())
-fig = plots.lines(
-    {"proxy (learned)": proxy, "gold": gold}, "rambling sentences added", "mean reward"
-)
-ends = f"proxy {proxy[0]:.2f} to {proxy[3]:.2f}, gold {gold[0]:.2f} to {gold[3]:.2f}"
-plots.show(fig, alt=f"Mean reward against rambling sentences added: {ends}.")
-biased = [row for row in recorded if row["run"] == "reward"]
-more = sum(row["length_proxy"][1] > row["length_proxy"][0] for row in biased)
-print(f"recorded: the first rambling sentence raises the proxy on {more} of {len(biased)} seeds")
+series = {"proxy, in standard deviations": proxy, "gold, in points": gold}
+fig = plots.lines(series, "rambling sentences added", "mean reward")
+shape = ", ".join(f"{value:.2f}" for value in proxy)
+plots.show(fig, alt=f"Proxy by number of rambling sentences {shape}; gold falls throughout.")
+rise = [
+    row["length_proxy"][1] - row["length_proxy"][0] for row in recorded if row["run"] == "reward"
+]
+print(f"recorded: the first sentence raises the proxy on {sum(x > 0 for x in rise)} of {len(rise)}")
+print(f"seeds, and changes it by {min(rise):+.2f} to {max(rise):+.2f}")
+rambling = [text for text in sides if rubric.count_phrases(text, world.RAMBLING)]
+print(f"such a sentence stands in {len(rambling)} of {len(sides)} responses of the pairs")
 
 # %% [markdown]
-# Here the seeds disagree. SFT responses hardly ever ramble, so nothing in the pairs says what rambling is
-# worth, and what a model says about things it has not seen is chance. This is the other kind of blind
-# spot: not what people got wrong, but what nobody asked them. A figure of one seed would have told a
-# story.
+# Here the seeds disagree. Little in the pairs says what rambling is worth, and so it depends on the seed.
+# This is another kind of blind spot: not what people got wrong, but what they were hardly asked. A figure
+# of one seed would have told a story.
 
 # %% [markdown]
 # ## How many pairs? Over-fitting
 #
-# The same 60 updates on 64, 256, 1024 and 3072 pairs, three seeds each, recorded. With 64 pairs each one
-# is seen 30 times.
+# The same 200 updates of 32 pairs on the first 64, 256, 1024 and 3072 pairs, three seeds each, recorded:
+# each pair is seen 100, 25, 6 and 2 times. Accuracy on training pairs is that on the first 512 of them.
 
 # %%
-sizes = sorted({row["pairs"] for row in recorded if row["run"] == "size"})
+study = [row for row in recorded if row["run"] == "size"]
 series = {"train": {}, "held-out": {}}
-for size in sizes:
-    rows = [row for row in recorded if row["run"] == "size" and row["pairs"] == size]
+for size in sorted({row["pairs"] for row in study}):
     for name, key in (("train", "train_accuracy"), ("held-out", "accuracy")):
-        values = [row[key] for row in rows]
+        values = [row[key] for row in study if row["pairs"] == size]
         series[name][size] = sum(values) / len(values)
-        print(
-            f"{size:5} pairs, {name:8} {series[name][size]:.3f} ({min(values):.3f} to {max(values):.3f})"
-        )
+        spread = f"({min(values):.3f} to {max(values):.3f})"
+        print(f"{size:5} pairs, {name:8} {series[name][size]:.3f} {spread}")
+top = sum(row["ceiling"] for row in study) / len(study)
+series["ceiling"] = {64: top, 3072: top}
 fig = plots.lines(series, "training pairs", "share of pairs ranked right")
 fig.axes[0].set_xscale("log", base=2)
-plots.show(
-    fig, alt="With more pairs training accuracy falls and held-out accuracy rises; they meet."
-)
+alt = "With more pairs training accuracy falls from 1 and held-out accuracy rises; the gap narrows."
+plots.show(fig, alt=alt)
 
 # %% [markdown]
-# Few pairs are learnt by heart. The gap between the lines is the over-fitting; it closes with more data,
-# not with more updates. The figure does not show what more than 3,072 pairs would do.
+# A training accuracy above the ceiling is the proof: nobody can predict the luck in the choices, so those
+# pairs are learnt by heart. The gap between the lines is the over-fitting, and it narrows with more pairs.
+# More pairs also mean fewer looks at each; the figure cannot tell the two apart, nor what more than 3,072
+# pairs would do.
 
 # %% [markdown]
 # ## The same with TRL
 #
-# TRL's `RewardTrainer` on the same pairs in the same order, from the same adapter, with a head of its
-# own.
+# TRL's `RewardTrainer` on the same pairs in the same order, from the same adapter and the same first
+# weights of the head. Its head has no bias, which makes no difference to a gap.
 
 # %%
 import warnings
@@ -385,7 +415,7 @@ from torch.utils.data import SequentialSampler
 from trl import RewardConfig, RewardTrainer
 
 
-class InOrder(RewardTrainer):
+class InOrder(RewardTrainer):  # TRL would shuffle
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
 
@@ -396,11 +426,11 @@ def as_messages(row):
 
 
 # %% [markdown]
-# TRL wants a sequence classifier with one output. We give it the SFT adapter and our head's first
-# weights.
+# TRL wants a sequence classifier with one output. It rounds the trainable weights of a 4-bit model to
+# bfloat16; we put the exact ones back in float32 afterwards.
 
 # %%
-warnings.filterwarnings("ignore", ".*gradient_checkpointing`", FutureWarning)  # names that change
+warnings.filterwarnings("ignore", ".*gradient_checkpointing`", FutureWarning)  # of the libraries
 transformers.logging.set_verbosity_error()  # it reports that the classifier's head is new
 classifier = load_base(preset, classifier=True)
 transformers.logging.set_verbosity_warning()
@@ -413,7 +443,7 @@ lora = LoraConfig(
 )
 model = get_peft_model(classifier, lora)
 start = roles.state("sft") | {"base_model.model.score.weight": first_head}
-loaded = set_peft_model_state_dict(model, start)
+
 # %%
 settings = RewardConfig(
     output_dir=str(folder / "trl"),
@@ -446,13 +476,14 @@ trainer.remove_callback(transformers.PrinterCallback)
 for parameter in model.parameters():
     if parameter.requires_grad:
         parameter.data = parameter.data.float()
+loaded = set_peft_model_state_dict(model, start)
 outcome = trainer.train()
 theirs = trainer.evaluate()["eval_accuracy"]
 print(f"held-out accuracy: ours {share:.3f}, TRL {theirs:.3f}")
 assert abs(share - theirs) < 0.02
 
 # %% [markdown]
-# Within two points, as it should be from the same start on the same pairs.
+# The same start, pairs, order and schedule: what differs is rounding and the head's bias.
 
 # %% [markdown]
 # ## The numbers that the next lessons start from

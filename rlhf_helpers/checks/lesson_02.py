@@ -92,7 +92,7 @@ _NAN_GRADIENT = (
 _OVERFLOW = (
     "it is not finite at a gap of -200. In float32 σ(-200) rounds to 0 and exp(200) to infinity, "
     "so that the logarithm has nothing left to work on. The loss there is 200, a harmless number: "
-    "look for one PyTorch function that takes the whole of log σ at once."
+    "the two steps have to become one that never leaves the range."
 )
 _EXPONENTIATED = (
     "each reward is exponentiated by itself, which overflows although the gap is small. Only the "
@@ -153,6 +153,16 @@ _PAIRWISE_MISTAKES = (
             (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), _APART),
             (lambda c, r, f=log_sigmoid: -f(c).mean(), _APART),
         )
+    ),
+    (
+        lambda c, r: pairwise_loss(c, r) / math.log(2),
+        "it is in bits: the logarithm is to the base 2. Here as elsewhere surprise is in nats, by "
+        "the natural logarithm, so that the slope at a tie is one half.",
+    ),
+    (
+        lambda c, r: -logsigmoid(c[:, None] - r).mean(),
+        "every chosen response is compared with every rejected one. A choice was made within a "
+        "pair, between two responses to one prompt; across pairs nobody chose.",
     ),
     (lambda c, r: -(c - r).sigmoid().mean(), _NO_LOG),
     (lambda c, r: (r - c).sigmoid().mean(), _NO_LOG),
@@ -244,6 +254,11 @@ _LAST_TOKEN_MISTAKES = (
         "token. Which column of the original mask is that, in a row of length L?",
     ),
     (
+        lambda mask: last_token_index(mask) - mask.shape[1],
+        "the columns are counted from the end, as negative numbers. Indexing takes those, gather "
+        "does not, and there are L columns to choose from: count from 0.",
+    ),
+    (
         lambda mask: last_token_index(mask) + 1,
         "it is one column too far, the first one after the sequence, where padding stands or the "
         "row has ended. Columns count from 0.",
@@ -270,7 +285,7 @@ _LAST_TOKEN = Exercise(
     ),
     mistakes=_LAST_TOKEN_MISTAKES,
     tested="padding on the left, on the right, on both sides, none, single tokens",
-    shape_hint="It is one column for each row of the batch, not a mask and not a one-hot row.",
+    shape_hint="It is one column number for each row of the batch, with no further dimension.",
 )
 
 
@@ -311,6 +326,10 @@ _DROPPED = (
     "ties are left out of the denominator too. A model that decides one pair in a hundred, "
     "rightly, would then get 1; a tie is a pair like every other, and counts half."
 )
+_NEARLY = (
+    "rewards that are nearly equal count as ties. A reward has no unit before it is normalised, so "
+    "no gap is too small to be a choice: a tie is equality."
+)
 _AGAINST_ZERO = (
     "the rewards are compared with 0, not with each other. A reward has no zero of its own: adding "
     "a constant to all of them must change nothing."
@@ -324,6 +343,7 @@ _PAIR_ACCURACY = Exercise(
         (torch.tensor([1.0, -0.5]), torch.tensor([1.0, -0.5])),  # nothing but ties
         (torch.tensor([0.0]), torch.tensor([-4.0])),
         (torch.tensor([5.0, -1.0, 0.0, 2.0, 2.0]), torch.tensor([6.0, -1.0, 0.0, 2.0, -2.0])),
+        (torch.tensor([1.000001]), torch.tensor([1.0])),  # close, and no tie
     ),
     mistakes=(
         (
@@ -340,6 +360,13 @@ _PAIR_ACCURACY = Exercise(
             lambda c, r: _share(c >= r) + 0.5 * _share(c == r),
             "a tie counts one and a half. It is in your wins already, since at least as high "
             "includes equal; the half comes on top.",
+        ),
+        *(
+            (wrong, _NEARLY)
+            for wrong in (
+                lambda c, r: _share(c > r) + 0.5 * _share(torch.isclose(c, r)),
+                lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
+            )
         ),
         (lambda c, r: pair_accuracy(r, c), _SWAPPED),
         (lambda c, r: _share(r > c), _SWAPPED),

@@ -31,6 +31,10 @@ pairs = preference_dataset(preset, "held_out")
 print(f"{len(pairs)} pairs, such as {pairs[1]}")
 
 # %% [markdown]
+# These are not the pairs of the lesson: one for each held-out prompt, of answers in the style of the base
+# text, so that nothing has to be sampled. The annotator is the same.
+
+# %% [markdown]
 # ## 1 · The pairwise loss
 #
 # ●●○ · 15 minutes
@@ -66,7 +70,8 @@ checks.check_pairwise_loss(pairwise_loss)
 #
 # Written as it stands, σ first and the logarithm second, the loss breaks where σ rounds to 0. Rewrite
 # $-\log \sigma(\Delta)$ as $\log(1 + e^{-\Delta})$: for a very negative gap that is about $-\Delta$,
-# nothing to overflow. <code>torch.nn.functional</code> has functions that switch between the two forms.
+# a harmless number, though $e^{-\Delta}$ itself overflows. <code>torch.nn.functional</code> has functions
+# that go over from one form to the other where they must.
 # </details>
 
 # %% [markdown]
@@ -203,6 +208,8 @@ batches = {
     for side in ("left", "right")
 }
 batches["both"] = pad_examples(tokenizer, examples)[:2]
+for number, row in enumerate(rows):
+    print(f"row {number}: {row['prompt']} {row['completion']}")
 
 # %% [markdown]
 # Which token does each rule pick, row by row? Two of the rules are habits that are right for one padding.
@@ -224,6 +231,7 @@ rules = {
 # </details>
 
 # %%
+print(f"{'':28}", *[f"row {number}    " for number in range(3)])
 for side, (input_ids, mask) in batches.items():
     for name, rule in rules.items():
         picked = input_ids.gather(1, rule(mask)[:, None]).squeeze(1)
@@ -268,7 +276,7 @@ torch.testing.assert_close(picked["right"], picked["both"], rtol=1e-3, atol=1e-3
 # ●○○ · 15 minutes
 #
 # The accuracy of a reward model is the share of pairs in which the chosen response has the higher
-# reward. A tie is a guess, and counts half:
+# reward. A tie counts half, which is what guessing would earn:
 #
 # $$A = \frac{1}{N} \sum_{i=1}^{N} \begin{cases} 1 & r_{c,i} > r_{r,i} \\ \tfrac12 & r_{c,i} = r_{r,i} \\ 0
 # & r_{c,i} < r_{r,i} \end{cases}$$
@@ -304,8 +312,8 @@ checks.check_pair_accuracy(pair_accuracy)
 
 # %% [markdown]
 # From here on with the package's version. Here are six "reward models" that nobody trained, on the
-# held-out pairs. The interval is Wilson's at 95%, for as many pairs; a tie's half varies less than a
-# guess, so that with many ties the interval is too wide rather than too narrow.
+# held-out pairs. The interval is Wilson's at 95%, as in lesson 01, for as many pairs; a tie's half varies
+# less than a guess, so that with many ties the interval is too wide rather than too narrow.
 
 # %%
 from rlhf_helpers.reward import pair_accuracy
@@ -339,10 +347,10 @@ print(f"{'ceiling':22}{ceiling(list(pairs['probability'])):7.3f}")
 
 # %% [markdown]
 # Ties decide what you read here. "Not rude" says nothing about four pairs in five: with ties as wrong it
-# would get 0.149, with ties as right 0.973. "Fewer words" does worse than guessing: this annotator pays
-# for courtesies and for every word. To that taste the gold rubric loses the points it lacks.
+# would get 0.149, with ties as right 0.973. "Fewer words" does worse than guessing, mostly because
+# courtesies are words. To the annotator's taste the gold rubric loses the points it lacks.
 #
-# **In words.** The ceiling is the best accuracy that any model can reach on such labels, and the
+# **In words.** The ceiling is the best accuracy that any model can expect on such labels, and the
 # annotator's own utility lies above it here. Is that a mistake?
 
 # %% [markdown] tags=["solution"]
