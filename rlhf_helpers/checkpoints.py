@@ -4,17 +4,21 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from rlhf_helpers.presets import ASSETS, Preset
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's running means of g and g², as torch names them
 
 
@@ -42,6 +46,53 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> None:
+    """Save `write`'s files as `folder/update-<number>`, and delete all but the two newest saves.
+
+    A save that fails, on a full disk for example, warns and leaves the earlier ones as they were.
+
+    Args:
+        write: puts its files into the folder that it is given.
+    """
+    try:
+        with whole_folder(folder / f"update-{number:05}") as new:
+            write(new)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder / f"update-{number:05}.part", ignore_errors=True)
+        kept = next((path.name for path in _saves(folder)), "none")
+        warnings.warn(
+            f"update {number} could not be saved in '{folder}' ({error}); the newest save is "
+            f"{kept}; make room, the run goes on",
+            stacklevel=2,
+        )
+        return
+    for old in _saves(folder)[2:]:
+        shutil.rmtree(old)
+
+
+def newest_readable(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
+    """The newest save of `keep_two` that can be read, and what `read` gives; None if there is none.
+
+    Prints which ones were passed over, and why.
+
+    Raises:
+        ValueError: if there are saves and none can be read.
+    """
+    saves = _saves(folder)
+    for path in saves:
+        try:
+            return path, read(path)
+        except (OSError, SafetensorError) as error:
+            print(f"'{path}' cannot be read ({error}); going on from the save before it")
+    if saves:
+        raise ValueError(f"no save in '{folder}' can be read; delete the folder to begin anew")
+    return None
+
+
+def _saves(folder: Path) -> list[Path]:
+    return sorted(folder.glob("update-?????"), reverse=True)
 
 
 @contextmanager

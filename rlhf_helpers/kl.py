@@ -1,17 +1,17 @@
 """KL divergence between two policies: the exact sum, and estimates from sampled tokens."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from rlhf_helpers.validation import (
-    check_floating,
     check_logits,
+    check_logprobs,
     check_softmax,
     first_index,
     upcast,
 )
-
-LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
 
 
 def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f'kind is {kind!r}: it must be "k1", "k2" or "k3".')
     _check_same_shape("logprobs", logprobs, "ref_logprobs", ref_logprobs)
-    _check_logprobs("logprobs", logprobs)
-    _check_logprobs("ref_logprobs", ref_logprobs)
+    check_logprobs("logprobs", logprobs)
+    check_logprobs("ref_logprobs", ref_logprobs)
     _check_sampled(logprobs)
     r = upcast(ref_logprobs) - upcast(logprobs)
     if kind == "k1":
@@ -115,6 +115,47 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     if kind == "k2":
         return r.square() / 2
     return torch.expm1(r) - r  # exp(r) - 1 would lose a small r to rounding
+
+
+class AdaptiveKL:
+    """A controller that moves β so that the KL comes near a target.
+
+    β ← β (1 + K · clip(KL/target − 1, −0.2, 0.2)), after each update.
+
+    Args:
+        beta: β to begin with; above 0, since a factor cannot move 0.
+        target: of the KL, in nats per response; above 0.
+        gain: K. Ziegler et al. take 0.1, for thousands of updates; a run of some dozens needs more.
+
+    Attributes:
+        beta: β now.
+
+    Raises:
+        ValueError: for a number that is not finite and above 0; of `update`, for a KL that is not
+            finite.
+
+    Example:
+        KL is twice the target, which counts as 0.2 too much.
+
+        >>> AdaptiveKL(beta=0.1, target=3.0, gain=0.5).update(6.0)
+        0.11
+
+    Ziegler et al. (arXiv 1909.08593), section 2.2. Derived in lesson 05.
+    """
+
+    def __init__(self, beta: float, target: float, gain: float = 0.5) -> None:
+        for name, value in (("beta", beta), ("target", target), ("gain", gain)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
+        self.beta, self.target, self.gain = beta, target, gain
+
+    def update(self, kl: float) -> float:
+        """Move β by what one update's KL, in nats per response, says; return it."""
+        if not math.isfinite(kl):
+            raise ValueError(f"kl is {kl}: it must be finite.")
+        error = max(-0.2, min(0.2, kl / self.target - 1))
+        self.beta *= 1 + self.gain * error
+        return self.beta
 
 
 def _log_softmax(name: str, logits: Tensor) -> Tensor:
@@ -128,17 +169,6 @@ def _check_same_shape(name: str, values: Tensor, other_name: str, others: Tensor
         raise ValueError(
             f"{name} has shape {list(values.shape)}, {other_name} {list(others.shape)}: they must "
             "be equal, for the same tokens under two policies with one vocabulary."
-        )
-
-
-def _check_logprobs(name: str, logprobs: Tensor) -> None:
-    check_floating(name, logprobs)
-    if (index := first_index(logprobs.isnan())) is not None:
-        raise ValueError(f"{name} is NaN at {index}: look at the logits it was computed from.")
-    if (index := first_index(logprobs > LOGPROB_TOLERANCE)) is not None:
-        raise ValueError(
-            f"{name} is {logprobs[tuple(index)].item():.4g} at {index}: a log-probability is never "
-            "above 0. Pass log-probabilities, not probabilities or logits."
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import matplotlib.ticker
+import numpy as np
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 
@@ -141,6 +142,48 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.legend()
+    return fig
+
+
+def heat_map(
+    matrix: Sequence[Sequence[float]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    quantity: str,
+    digits: int | None = 2,
+) -> Figure:
+    """A table of numbers on coloured cells: blue above 0, orange below, NaN left blank.
+
+    Args:
+        matrix: a list of numbers for each row.
+        columns, rows: their names.
+        quantity: what the colours measure, with its unit; the label of the bar.
+        digits: behind the point of the number in each cell; None for colours alone.
+
+    Raises:
+        ValueError: if the names are not as many as the rows and columns.
+    """
+    values = np.array(matrix, dtype=float)
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(
+            f"a matrix of shape {values.shape} has {len(rows)} row names and {len(columns)} column "
+            "names; give one for each"
+        )
+    top = np.nanmax(np.abs(values)) or 1.0
+    colours = mpl.colors.LinearSegmentedColormap.from_list(
+        "signed", [COLOURS["orange"], "#FFFFFF", COLOURS["sky"]]
+    )
+    fig, ax = plt.subplots(figsize=(max(4.5, 1.6 + 0.62 * len(columns)), 1.1 + 0.42 * len(rows)))
+    image = ax.imshow(values, cmap=colours, vmin=-top, vmax=top, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.grid(visible=False)
+    if digits is not None:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                text = f"{value:.{digits}f}"
+                ax.text(column, row, text, ha="center", va="center", fontsize=8)
+    fig.colorbar(image, label=quantity)
     return fig
 
 

@@ -1,12 +1,38 @@
-"""The mechanics of PPO: rewards per token, advantages, the clipped losses."""
+"""PPO: rewards per token, advantages, the clipped losses, and the loop that uses them."""
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers.kl import kl_estimate
-from rlhf_helpers.validation import check_floating, first_index, upcast
+from rlhf_helpers.checkpoints import (
+    adam_state,
+    finish_first,
+    keep_two,
+    newest_readable,
+    restore_adam,
+)
+from rlhf_helpers.kl import AdaptiveKL, kl_estimate
+from rlhf_helpers.logprobs import response_logprobs
+from rlhf_helpers.reward import require_reference, score_tokens
+from rlhf_helpers.roles import WEIGHTS, Roles
+from rlhf_helpers.rollout import Rollout, sample_responses
+from rlhf_helpers.validation import check_floating, check_logprobs, first_index, upcast
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
+TRAINED = ("policy", "value")
+OPTIMIZER = "optimizer.safetensors"
 
 
 def shape_rewards(
@@ -30,7 +56,8 @@ def shape_rewards(
         kind: which estimate of the KL, see `kl.kl_estimate`.
 
     Returns:
-        `[B, T]` rewards, 0 where the mask is 0. A gradient stops here: rewards are data.
+        `[B, T]` rewards, float32 (float64 if any input is), 0 where the mask is 0. A gradient stops
+        here: rewards are data.
 
     Raises:
         TypeError: tensors that are not floating point.
@@ -61,7 +88,7 @@ def shape_rewards(
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta is {beta}: it must be a finite number, 0 or above.")
     mask = response_mask.bool()
-    rewards = torch.zeros_like(upcast(logprobs))
+    rewards = torch.zeros_like(upcast(logprobs + ref_logprobs + scores[:, None])).detach()
     if beta > 0:
         kl = kl_estimate(
             *(x.detach().masked_fill(~mask, 0) for x in (logprobs, ref_logprobs)), kind
@@ -120,7 +147,8 @@ def gae(
     rewards, values = (upcast(x.detach()).masked_fill(padding, 0) for x in (rewards, values))
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * next_values - values
-    advantages = deltas @ gae_weights(deltas.shape[1], gamma * lam).to(deltas)
+    with torch.autocast(deltas.device.type, enabled=False):
+        advantages = deltas @ gae_weights(deltas.shape[1], gamma * lam).to(deltas)
     return advantages.masked_fill(padding, 0), (advantages + values).masked_fill(padding, 0)
 
 
@@ -133,8 +161,9 @@ def gae_weights(length: int, decay: float) -> Tensor:
                 [0.5000, 1.0000, 0.0000],
                 [0.2500, 0.5000, 1.0000]], dtype=torch.float64)
     """
-    steps = torch.arange(length, dtype=torch.float64)
-    return (decay ** (steps[:, None] - steps).clamp(min=0)).tril()
+    steps = torch.arange(length)
+    powers = decay ** steps.double()
+    return powers[(steps[:, None] - steps).clamp(min=0)].tril()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -147,7 +176,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
         mask: of the same shape, 1 where an entry counts.
 
     Returns:
-        As `x`, 0 where the mask is 0.
+        As `x`, float32 or float64, 0 where the mask is 0; differentiable.
 
     Raises:
         TypeError: `x` not floating point.
@@ -202,7 +231,8 @@ def policy_loss(
     Raises:
         TypeError: tensors that are not floating point.
         ValueError: shapes that do not match; a mask with a hole or an empty row; an entry under
-            the mask that is not finite; clip not above 0.
+            the mask that is not finite, or no log-probability; a ratio that overflows; clip not
+            above 0.
 
     Example:
         A token made 1.5 times as likely, with an advantage of 1: beyond 1.2 nothing more is earned.
@@ -217,9 +247,15 @@ def policy_loss(
     _check_all(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     _check_clip(clip)
     real = response_mask.bool()
-    new, old, advantages = (x.masked_fill(~real, 0) for x in (logprobs, old_logprobs, advantages))
-    log_ratio = upcast(new) - upcast(old.detach())
-    ratio, advantages = log_ratio.exp(), upcast(advantages.detach())
+    new, old, advantages = (
+        upcast(x).masked_fill(~real, 0)
+        for x in (logprobs, old_logprobs.detach(), advantages.detach())
+    )
+    check_logprobs("logprobs", new)
+    check_logprobs("old_logprobs", old)
+    log_ratio = new - old
+    ratio = log_ratio.exp()
+    _check_finite("the ratio of new to old", ratio, real)
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -_mean(torch.minimum(free, clipped), real)
     stats = {
@@ -275,13 +311,452 @@ def value_loss(
         upcast(x).masked_fill(~real, 0) for x in (values, old_values.detach(), returns.detach())
     )
     free = (new - target).square()
-    clipped = (old + (new - old).clamp(-clip, clip) - target).square()
+    clipped = (new.clamp(old - clip, old + clip) - target).square()
     loss = _mean(torch.maximum(free, clipped), real) / 2
     error, spread = ((x[real]).var(correction=0) for x in (target - new.detach(), target))
+    varied = target[real].max() > target[real].min()  # of equal ones the variance is rounding
     return loss, {
         "clip_fraction": _mean((clipped > free).to(new), real).item(),
-        "explained_variance": (1 - error / spread).item() if spread > 0 else float("nan"),
+        "explained_variance": (1 - error / spread).item() if varied else float("nan"),
     }
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of `train_ppo`.
+
+    Args:
+        updates: rounds of sampling and learning.
+        batch_size: responses sampled for an update, each to another prompt.
+        minibatch_size: responses in an optimizer step; must divide `batch_size`.
+        epochs: passes over the batch in an update.
+        learning_rate: of Adam, for policy and critic alike; constant.
+        beta: β, the price of a nat of KL, in units of the normalised reward.
+        kl_kind: the estimate that is the penalty, `k1`, `k2` or `k3`.
+        target_kl: if given, β is adapted so that KL, in nats per response, comes near it.
+        stop_kl: if given, the run ends after an update whose KL exceeds it.
+        gamma, lam: see `gae`.
+        clip, value_clip: see `policy_loss` and `value_loss`.
+        eos_penalty: taken off the score of a response that does not end by itself.
+        temperature: of sampling and of scoring.
+        response_length: the most tokens of a response.
+        max_grad_norm: longer gradients, each role's by itself, are scaled down to this length.
+        save_every: updates between two saves of an unfinished run.
+        seed: of the choice of prompts and of all samples.
+    """
+
+    updates: int = 24
+    batch_size: int = 64
+    minibatch_size: int = 32
+    epochs: int = 4
+    learning_rate: float = 1e-3
+    beta: float = 0.1
+    kl_kind: str = "k1"
+    target_kl: float | None = None
+    stop_kl: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    eos_penalty: float = 1.0
+    temperature: float = 1.0
+    response_length: int = 32
+    max_grad_norm: float = 1.0
+    save_every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "minibatch_size", "epochs", "save_every"):
+            if not (isinstance(value := getattr(self, name), int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}; give a whole number, at least 1")
+        for name in ("learning_rate", "max_grad_norm", "target_kl", "stop_kl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; give a finite number above 0")
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be divided by minibatch_size "
+                f"{self.minibatch_size}; give one that divides it"
+            )
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Sampled responses, and all that the two losses need to know of them.
+
+    Attributes:
+        prompts: B questions.
+        rollout: the responses.
+        scores: `[B]`, from the reward model, less the penalty for a missing EOS.
+        logprobs, ref_logprobs: `[B, T]`, under the policy that sampled, and under the reference.
+        values: `[B, T]`, the critic's, before each token.
+        rewards, advantages, returns: `[B, T]`; the advantages are whitened.
+    """
+
+    prompts: list[str]
+    rollout: Rollout
+    scores: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """`[B]`: log π(y) − log π_ref(y) of each response, an estimate of its KL in nats."""
+        difference = self.logprobs - self.ref_logprobs
+        return difference.masked_fill(self.rollout.response_mask == 0, 0).sum(-1)
+
+
+@dataclass(frozen=True)
+class PPOStats:
+    """What one update reports. Samples and KL are of the policy *before* the update.
+
+    Attributes:
+        update: its number, from 1.
+        experience: what it learnt from, samples included.
+        score: mean reward of the responses, from the reward model; their penalties included.
+        kl: mean over responses of the KL to the reference, in nats per response.
+        beta: the price of a nat in this update.
+        entropy: mean of −log π over the sampled tokens, in nats per token.
+        length: mean tokens of a response.
+        finished: share of responses that end by themselves.
+        policy, value: means over the update's steps of `loss`, `grad_norm` and of what
+            `policy_loss` and `value_loss` report.
+        first_ratio: the mean ratio in the first step; 1 if nothing is wrong.
+        seconds: since the run began, saved ones included.
+    """
+
+    update: int
+    experience: Experience
+    score: float
+    kl: float
+    beta: float
+    entropy: float
+    length: float
+    finished: float
+    policy: dict[str, float]
+    value: dict[str, float]
+    first_ratio: float
+    seconds: float = 0.0
+
+
+def collect_experience(
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    config: PPOConfig,
+    beta: float,
+    seed: int,
+) -> Experience:
+    """Sample a response to each prompt and ask all four roles about it. Nothing is learnt here.
+
+    The log-probabilities are those of a forward pass like the ones that training makes, in the same
+    minibatches, so that the first ratio is exactly 1.
+
+    Args:
+        roles: with `policy`, `reference`, `reward` and `value`.
+        beta: β of this round; `config.beta` may have been adapted.
+        seed: of the samples.
+    """
+    rollout = sample_responses(
+        roles.use("policy"),
+        tokenizer,
+        prompts,
+        config.response_length,
+        temperature=config.temperature,
+        seed=seed,
+    )
+    parts = _minibatches(rollout, config)
+    ask = {
+        "logprobs": lambda part: _logprobs(roles, "policy", rollout, part, config),
+        "ref_logprobs": lambda part: _logprobs(roles, "reference", rollout, part, config),
+        "values": lambda part: response_values(roles, "value", rollout, part),
+        "scores": lambda part: score_tokens(
+            roles, "reward", rollout.input_ids[part], rollout.attention_mask[part]
+        ),
+    }
+    with torch.no_grad():
+        known = {name: torch.cat([of(part) for part in parts]) for name, of in ask.items()}
+    known["scores"] = known["scores"] - config.eos_penalty * (~rollout.finished)
+    mask = rollout.response_mask
+    rewards = shape_rewards(
+        known["scores"], known["logprobs"], known["ref_logprobs"], mask, beta, config.kl_kind
+    )
+    advantages, returns = gae(rewards, known["values"], mask, config.gamma, config.lam)
+    return Experience(
+        prompts,
+        rollout,
+        rewards=rewards,
+        advantages=whiten(advantages, mask),
+        returns=returns,
+        **known,
+    )
+
+
+def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> Tensor:
+    """The critic's value `[B, T]` of the state before each response token, of some rows.
+
+    The state before token t is the prompt and the response up to t − 1, so its value is read at the
+    token before: the same shift by one as that of the logits.
+    """
+    values = roles.values(role, rollout.input_ids[part], rollout.attention_mask[part])
+    return values[:, -rollout.response_mask.shape[1] - 1 : -1]
+
+
+def train_ppo(
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    config: PPOConfig | None = None,
+    folder: Path | None = None,
+) -> Iterator[PPOStats]:
+    """Train the policy against the reward model: one update for each item drawn.
+
+    Each update samples responses to `batch_size` prompts, scores them, and takes
+    `epochs` × `batch_size`/`minibatch_size` steps of Adam on the policy, and as many on the critic.
+    The two share no weight, so each has its loss and its optimizer, and there is no coefficient
+    between them.
+
+    With a `folder`, the run is kept in `<folder>.unfinished` after each update. The same call goes
+    on from there, on a CPU to the same weights bit for bit as a run that was never stopped. The
+    finished policy goes to `folder`.
+
+    Args:
+        roles: `policy` and `value` trainable, the latter with a head; `reference` and `reward`
+            frozen, the latter with a normalised head.
+        prompts: at least `batch_size` questions to draw from.
+
+    Yields:
+        `PPOStats`.
+
+    Raises:
+        ValueError: for roles that are missing or not as above, too few prompts, or an unfinished
+            run with another configuration; nothing has been computed or overwritten then.
+        FloatingPointError: if a loss or gradient is not finite; what was saved last is kept.
+
+    Example:
+        >>> for stats in train_ppo(roles, tokenizer, prompts):  # doctest: +SKIP
+        ...     print(stats.update, stats.score, stats.kl)
+
+    Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2.
+    Lesson 04 writes an update out.
+    """
+    config = config or PPOConfig()
+    _check_roles(roles)
+    if len(prompts) < config.batch_size:
+        raise ValueError(
+            f"there are {len(prompts)} prompts for a batch of {config.batch_size}; give more, or a "
+            "smaller batch_size"
+        )
+    return _Run(roles, prompts, config, folder).updates(tokenizer)
+
+
+class _Run:
+    """Where a PPO run stands, and how that is kept on disk."""
+
+    def __init__(
+        self, roles: Roles, prompts: list[str], config: PPOConfig, folder: Path | None
+    ) -> None:
+        self.roles, self.prompts, self.config = roles, prompts, config
+        self.folder = None if folder is None else Path(folder).absolute()
+        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+        self.settings = {**asdict(config), "prompts": f"{len(prompts)} prompts, digest {digest}"}
+        self.controller = AdaptiveKL(config.beta, config.target_kl) if config.target_kl else None
+        self.beta, self.update, self.seconds = config.beta, 0, 0.0
+        moments = {}
+        if self.folder is not None:
+            self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
+            moments = self._resume()
+        self.optimizers = {
+            role: torch.optim.AdamW(
+                roles.parameters(role).values(), lr=config.learning_rate, weight_decay=0.0
+            )
+            for role in TRAINED
+        }
+        self._restore(moments)
+
+    def updates(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[PPOStats]:
+        config, begun = self.config, time.perf_counter() - self.seconds
+        while self.update < config.updates:
+            rng = random.Random(f"{config.seed}-{self.update}")
+            prompts = rng.sample(self.prompts, config.batch_size)
+            seed = rng.randrange(2**31)
+            experience = collect_experience(self.roles, tokenizer, prompts, config, self.beta, seed)
+            learnt = self._learn(experience)
+            stats = _report(self.update + 1, experience, self.beta, learnt)
+            with finish_first():
+                self.update += 1
+                self.seconds = time.perf_counter() - begun
+                if self.controller:
+                    self.beta = self.controller.update(stats.kl)
+                stop = config.stop_kl is not None and stats.kl > config.stop_kl
+                self._save(done=stop or self.update == config.updates)
+            yield replace(stats, seconds=self.seconds)
+            if stop:
+                return
+
+    def _learn(self, experience: Experience) -> dict[str, list[dict[str, float]]]:
+        """All steps of an update; what each role's reported."""
+        reports = {role: [] for role in TRAINED}
+        for _ in range(self.config.epochs):
+            for part in _minibatches(experience.rollout, self.config):
+                for role, loss_of in (("policy", self._policy_loss), ("value", self._value_loss)):
+                    reports[role].append(self._step(role, loss_of, experience, part))
+        return reports
+
+    def _policy_loss(self, experience: Experience, part: slice) -> tuple[Tensor, dict]:
+        logprobs = _logprobs(self.roles, "policy", experience.rollout, part, self.config)
+        old, advantages = experience.logprobs[part], experience.advantages[part]
+        mask = experience.rollout.response_mask[part]
+        return policy_loss(logprobs, old, advantages, mask, self.config.clip)
+
+    def _value_loss(self, experience: Experience, part: slice) -> tuple[Tensor, dict]:
+        values = response_values(self.roles, "value", experience.rollout, part)
+        old, returns = experience.values[part], experience.returns[part]
+        mask = experience.rollout.response_mask[part]
+        return value_loss(values, old, returns, mask, self.config.value_clip)
+
+    def _step(
+        self, role: str, loss_of: Callable, experience: Experience, part: slice
+    ) -> dict[str, float]:
+        """Use, forward, backward, step: a role is done with before the next is used."""
+        model = self.roles.use(role).train()
+        optimizer = self.optimizers[role]
+        optimizer.zero_grad()
+        try:
+            loss, report = loss_of(experience, part)
+        except ValueError as error:
+            raise FloatingPointError(f"{self._where(role)}: {error}") from error
+        self._check_finite(role, "loss", loss)
+        loss.backward()
+        parameters = self.roles.parameters(role).values()
+        norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
+        self._check_finite(role, "gradient norm", norm)
+        optimizer.step()
+        model.eval()
+        return {"loss": loss.item(), "grad_norm": norm.item(), **report}
+
+    def _check_finite(self, role: str, name: str, value: Tensor) -> None:
+        if not value.isfinite():
+            raise FloatingPointError(f"{self._where(role)}: the {name} is {value.item()}")
+
+    def _where(self, role: str) -> str:
+        kept = f"; update {self.update} is kept in '{self.unfinished}'" if self.folder else ""
+        return (
+            f"update {self.update + 1} broke off at role {role!r}, with a learning_rate of "
+            f"{self.config.learning_rate}, which may be too high{kept}"
+        )
+
+    def _save(self, done: bool) -> None:
+        if self.folder is None:
+            return
+        if done:
+            self.roles.save("policy", self.folder)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        elif self.update % self.config.save_every == 0:
+            keep_two(self.unfinished, self.update, self._write)
+
+    def _write(self, folder: Path) -> None:
+        moments = {}
+        for role in TRAINED:
+            (folder / role).mkdir()
+            self.roles.write(role, folder / role)
+            state = adam_state(self.roles.parameters(role), self.optimizers[role])
+            moments |= {f"{role}/{name}": tensor for name, tensor in state.items()}
+        facts = {"update": self.update, "beta": self.beta, "seconds": self.seconds}
+        metadata = {name: repr(value) for name, value in facts.items()}
+        metadata["settings"] = json.dumps(self.settings)
+        save_file(moments, folder / OPTIMIZER, metadata=metadata)
+
+    def _resume(self) -> dict[str, Tensor]:
+        """Load what the newest whole save holds; return the optimizers' moments."""
+        found = newest_readable(self.unfinished, _read)
+        if found is None:
+            return {}
+        folder, (facts, moments) = found
+        _check_same_settings(folder, json.loads(facts["settings"]), self.settings)
+        for role in TRAINED:
+            self.roles.load(role, folder / role, trainable=True)
+        self.update, self.beta = int(facts["update"]), float(facts["beta"])
+        self.seconds = float(facts["seconds"])
+        return moments
+
+    def _restore(self, moments: dict[str, Tensor]) -> None:
+        steps = self.config.batch_size // self.config.minibatch_size * self.config.epochs
+        for role in TRAINED if moments else ():
+            prefix = f"{role}/"
+            own = {k.removeprefix(prefix): t for k, t in moments.items() if k.startswith(prefix)}
+            parameters = self.roles.parameters(role)
+            restore_adam(parameters, self.optimizers[role], own, self.update * steps)
+
+
+def _read(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Facts and moments of a save; raises if any of its files is missing or damaged."""
+    for role in TRAINED:
+        with safe_open(folder / role / WEIGHTS, "pt"):
+            pass
+    with safe_open(folder / OPTIMIZER, "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+
+
+def _check_same_settings(folder: Path, saved: dict, ours: dict) -> None:
+    if changed := [name for name in ours if ours[name] != saved.get(name)]:
+        differences = "; ".join(f"{n}: {saved.get(n)} there, {ours[n]} here" for n in changed)
+        raise ValueError(
+            f"'{folder}' belongs to a run with other settings ({differences}); give those to go on "
+            f"with it, or delete '{folder.parent}' to begin anew"
+        )
+
+
+def _check_roles(roles: Roles) -> None:
+    for role in (*TRAINED, "reference", "reward"):
+        if role not in roles.names:
+            raise ValueError(
+                f"there is no role {role!r}; there are {roles.names}; PPO needs policy, reference, "
+                "reward and value: load or add it first"
+            )
+    for role in TRAINED:
+        roles.parameters(role)  # raises for a frozen one
+    for role in ("value", "reward"):
+        roles.require_head(role)
+    require_reference(roles, "reward")
+
+
+def _logprobs(roles: Roles, role: str, rollout: Rollout, part: slice, config: PPOConfig) -> Tensor:
+    ids, mask, length = (
+        rollout.input_ids[part],
+        rollout.attention_mask[part],
+        rollout.response_mask.shape[1],
+    )
+    return response_logprobs(roles.use(role), ids, mask, length, config.temperature)
+
+
+def _minibatches(rollout: Rollout, config: PPOConfig) -> list[slice]:
+    size = config.minibatch_size
+    return [slice(start, start + size) for start in range(0, len(rollout.texts), size)]
+
+
+def _report(update: int, experience: Experience, beta: float, learnt: dict) -> PPOStats:
+    rollout, mask = experience.rollout, experience.rollout.response_mask
+    means = {
+        role: {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+        for role, rows in learnt.items()
+    }
+    return PPOStats(
+        update,
+        experience,
+        score=experience.scores.mean().item(),
+        kl=experience.kl.mean().item(),
+        beta=beta,
+        entropy=-_mean(experience.logprobs, mask.bool()).item(),
+        length=mask.sum(-1).double().mean().item(),
+        finished=rollout.finished.double().mean().item(),
+        first_ratio=learnt["policy"][0]["ratio"],
+        **means,
+    )
 
 
 def _mean(x: Tensor, real: Tensor) -> Tensor:

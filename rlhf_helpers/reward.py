@@ -322,14 +322,19 @@ def score_responses(
     Raises:
         ValueError: if the head was never normalised (`normalise`), and for empty or long texts.
     """
+    require_reference(roles, role)
+    texts = {"prompt": prompts, "completion": responses}
+    examples = encode_examples(tokenizer, texts, prompt_length, response_length)
+    return score_examples(roles, role, tokenizer, examples)
+
+
+def require_reference(roles: Roles, role: str) -> None:
+    """Raise ValueError unless the role's head was normalised."""
     if roles.require_head(role).reference is None:
         raise ValueError(
             f"the head of role {role!r} has no normalisation statistics, so its rewards have no "
             "fixed zero or unit; call reward.normalise on reference samples first"
         )
-    texts = {"prompt": prompts, "completion": responses}
-    examples = encode_examples(tokenizer, texts, prompt_length, response_length)
-    return score_examples(roles, role, tokenizer, examples)
 
 
 def normalise(roles: Roles, role: str, scores: Tensor) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
+
 
 def upcast(values: Tensor) -> Tensor:
     """Float32, or float64 if it is that already."""
@@ -33,4 +35,16 @@ def check_softmax(name: str, result: Tensor) -> None:
         raise ValueError(
             f"{name} at position {index} have no softmax: they hold NaN or +inf, or are all -inf. "
             "Look for an overflow in low precision, or weights that diverged."
+        )
+
+
+def check_logprobs(name: str, logprobs: Tensor) -> None:
+    """Raise unless `logprobs` could be log-probabilities: floating point, no NaN, none above 0."""
+    check_floating(name, logprobs)
+    if (index := first_index(logprobs.isnan())) is not None:
+        raise ValueError(f"{name} is NaN at {index}: look at the logits it was computed from.")
+    if (index := first_index(logprobs > LOGPROB_TOLERANCE)) is not None:
+        raise ValueError(
+            f"{name} is {logprobs[tuple(index)].item():.4g} at {index}: a log-probability is never "
+            "above 0. Pass log-probabilities, not probabilities or logits."
         )

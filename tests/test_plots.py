@@ -18,6 +18,7 @@ def displayed(monkeypatch):
     [
         plots.pipeline,
         lambda: plots.bars(["a", "b"], [0.2, 0.8], "share"),
+        lambda: plots.heat_map([[1.0, float("nan")]], ["a", "b"], ["row"], "nats"),
         lambda: plots.lines({"one": [1, 2], "two": [2, 1]}, "step", "nats"),
     ],
 )
@@ -89,3 +90,15 @@ def test_grouped_bars_draw_each_group_in_each_row():
 def test_grouped_bars_want_a_value_for_each_label():
     with pytest.raises(ValueError, match="2 labels for 1 values of 'after'"):
         plots.grouped_bars(["a", "b"], {"before": [1.0, 2.0], "after": [1.0]}, "share")
+
+
+def test_a_heat_map_writes_its_numbers_and_leaves_nan_blank():
+    fig = plots.heat_map([[1.0, float("nan")], [-0.5, 0.25]], ["x", "y"], ["a", "b"], "nats")
+    texts = {text.get_position(): text.get_text() for text in fig.axes[0].texts}
+    assert texts == {(0, 0): "1.00", (0, 1): "-0.50", (1, 1): "0.25"}
+    plt.close(fig)
+
+
+def test_a_heat_map_needs_its_names():
+    with pytest.raises(ValueError, match="2 row names and 1 column names"):
+        plots.heat_map([[1.0, 2.0]], ["x"], ["a", "b"], "nats")

@@ -11,8 +11,10 @@ from rlhf_helpers.checks.lesson_02 import (
     check_pair_accuracy,
     check_pairwise_loss,
 )
+from rlhf_helpers.checks.lesson_03 import check_gae, check_policy_loss, check_token_logprobs
 
 __all__ = [
+    "check_gae",
     "check_last_token_index",
     "check_lora_forward",
     "check_lora_parameters",
@@ -20,4 +22,6 @@ __all__ = [
     "check_nf4_bytes",
     "check_pair_accuracy",
     "check_pairwise_loss",
+    "check_policy_loss",
+    "check_token_logprobs",
 ]

@@ -1,0 +1,926 @@
+"""The checks of lesson 03: log-probabilities of tokens, advantages, the clipped loss."""
+
+import copy
+import functools
+import math
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers import logprobs, ppo
+from rlhf_helpers.checks.exercise import Exercise, call, check, same
+
+# --- lesson 03: the log-probabilities of the response ----------------------------------------
+
+
+def check_token_logprobs(fn: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+    """Check the learner's `token_logprobs(logits, input_ids, response_length)`.
+
+    Args:
+        fn: takes logits `[B, L, V]` and token ids `[B, L]` of prompts and responses, and T;
+            returns `[B, T]`, the log-probabilities of the last T tokens, differentiable.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_token_logprobs(_token_logprobs)
+        token_logprobs: correct. Tested: padded prompts, T = 1, logits of 0 and 150, gradients.
+    """
+    check(_TOKEN_LOGPROBS, fn)
+
+
+def _token_logprobs(logits: Tensor, input_ids: Tensor, response_length: int) -> Tensor:
+    tokens = input_ids[:, -response_length:]
+    return logprobs.token_logprobs(logits[:, -response_length - 1 : -1], tokens)
+
+
+def _gradient_fault(exercise: Exercise, name: str, fn: Callable) -> str:
+    """Whether the gradient with respect to the first argument, `name`, is the reference's."""
+    for case in exercise.cases:
+        got = _gradient(exercise, fn, case)
+        if got is None:
+            return (
+                "the values are right, but the backward pass fails: an operation in place has "
+                "overwritten numbers that it needs. Use operations that make a new tensor."
+            )
+        if not same(got, _gradient(exercise, exercise.reference, case)):
+            return (
+                f"the values are right, but not the gradient: that with respect to {name} differs, "
+                "so that training would not move the policy, or move it wrongly. Look for anything "
+                "that takes a tensor out of the graph: detach, no_grad, data, item, or a new "
+                "tensor made from numbers."
+            )
+    return ""
+
+
+def _gradient(exercise: Exercise, fn: Callable, case: tuple) -> Tensor | None:
+    """The gradient of a weighted sum of the result, so that no two entries can be mistaken.
+
+    None if an operation in place has overwritten what the backward pass needs.
+    """
+    first, *others = copy.deepcopy(case)
+    first.requires_grad_()
+    with torch.enable_grad():
+        result = call(exercise, fn, (first, *others))
+        weights = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
+        total = (weights * result).sum() + 0 * first.sum()  # so that the result may lack a graph
+    try:
+        return torch.autograd.grad(total, first)[0]
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        return None
+
+
+def _pick(scores: Tensor, tokens: Tensor) -> Tensor:
+    return scores.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _window(x: Tensor, length: int, back: int) -> Tensor:
+    """The columns of the response, `back` places to the left."""
+    end = x.shape[1] - back
+    return x[:, end - length : end]
+
+
+def _misaligned(
+    normalise: Callable, logits_back: int, ids_back: int, logits: Tensor, ids: Tensor, length: int
+) -> Tensor:
+    return _pick(
+        normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back)
+    )
+
+
+def _scored(score: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
+    """The right window and shift, with another score than the log-probability."""
+    return _pick(score(_window(logits, length, 1)), _window(ids, length, 0))
+
+
+def _normalised_before(
+    normalise: Callable, dim: int, logits: Tensor, ids: Tensor, length: int
+) -> Tensor:
+    """The right window and shift, of the whole logits normalised over `dim`."""
+    return _scored(lambda x: x, normalise(logits, dim), ids, length)
+
+
+def _naive(logits: Tensor, dim: int) -> Tensor:
+    return logits.softmax(dim).log()
+
+
+def _naive_difference(logits: Tensor, dim: int) -> Tensor:
+    return logits - logits.exp().sum(dim, keepdim=True).log()
+
+
+def _naive_share(logits: Tensor, dim: int) -> Tensor:
+    return (logits.exp() / logits.exp().sum(dim, keepdim=True)).log()
+
+
+def _drawn(*shape: int, seed: int) -> Tensor:
+    """Normal numbers, rounded so that a case can be read."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(10).round() / 10
+
+
+_TOKEN_CASES = (
+    (
+        torch.tensor([[[0.0, 1.0, 2.0], [0.0, 0.6931, 0.0], [0.6931, 0.0, 0.0], [3.0, 1.0, 0.0]]]),
+        torch.tensor([[0, 2, 1, 2]]),  # padding, a prompt of one token, a response of two
+        2,
+    ),
+    (3 * _drawn(2, 6, 5, seed=0), torch.tensor([[0, 3, 2, 4, 3, 1], [2, 2, 4, 1, 0, 0]]), 3),
+    (3 * _drawn(3, 5, 4, seed=1), torch.tensor([[0, 2, 3, 2, 1], [3, 3, 2, 3, 1], [2] * 5]), 1),
+    (
+        torch.tensor([[[1.0, 0.0], [150.0, 0.0], [0.0, 150.0], [2.0, 1.0]]]),
+        torch.tensor([[0, 1, 1, 1]]),  # log-probabilities of -150 and 0
+        2,
+    ),
+)
+# Where ε inside the logarithm or a clamp of the probability cuts a log-probability off.
+_EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
+
+_UNSHIFTED = (
+    "each token is looked up in the logits at its own position. There the model has read the token "
+    "already and predicts the next one: what the token got when it was chosen stands one position "
+    "to the left."
+)
+_OTHER_WAY = (
+    "the shift goes the other way. The logits at t predict token t + 1, so a token needs the "
+    "logits before it; you take those after it, which have read it."
+)
+_SHIFTED_TWICE = (
+    "the shift is made twice: each token is looked up two positions to the left. The logits at t "
+    "predict token t + 1, and one step is enough."
+)
+_TOO_EARLY = (
+    "the shift is right, but the window is one too early: it begins with the last prompt token, "
+    "which nobody chose, and loses the last token of the response, its EOS."
+)
+_FROM_THE_START = (
+    "these are the first tokens of the sequence, prompt and padding. The response stands at the "
+    "end: count the columns from there."
+)
+_GREEDY = (
+    "it is the log-probability of the likeliest token at each position. The token that was sampled "
+    "is often another one, and its own is what the policy is to answer for."
+)
+_WRONG_DIMENSION = (
+    "the softmax runs over the wrong dimension. One distribution is over the vocabulary, the last "
+    "dimension of the logits; positions and rows of the batch do not compete."
+)
+_SURPRISE = (
+    "the sign is turned round: this is the surprise -log p, which cross-entropy returns. A "
+    "log-probability is never positive."
+)
+_NOT_FINITE = (
+    "it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a "
+    "softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: "
+    "softmax and logarithm have to become one step that never leaves the range."
+)
+_CUT_OFF = (
+    "it is right for moderate logits, but cut off: where two of them differ by 150 it must be "
+    "-150. A clamp or an ε inside the logarithm stops it, and with it the gradient, on just those "
+    "tokens that the policy finds least likely."
+)
+_NAIVE = (_naive, _naive_difference, _naive_share)
+_TOKEN_MISTAKES = (
+    *(
+        (partial(_misaligned, normalise, *back), message)
+        for normalise in (torch.log_softmax, *_NAIVE)
+        for back, message in (
+            ((0, 0), _UNSHIFTED),
+            ((1, 1), _UNSHIFTED),
+            ((0, 1), _OTHER_WAY),
+            ((2, 0), _SHIFTED_TWICE),
+            ((2, 1), _TOO_EARLY),
+        )
+    ),
+    *(
+        (wrong, message)
+        for normalise in (torch.log_softmax, *_NAIVE)
+        for wrong, message in (
+            (
+                lambda z, ids, length, f=normalise: _misaligned(
+                    f, 0, 0, z.roll(-1, 1), ids, length
+                ),
+                _OTHER_WAY,
+            ),
+            (
+                lambda z, ids, length, f=normalise: _pick(
+                    f(z[:, :length], -1), ids[:, 1 : length + 1]
+                ),
+                _FROM_THE_START,
+            ),
+            (
+                lambda z, ids, length, f=normalise: _pick(f(z[:, :length], -1), ids[:, :length]),
+                _FROM_THE_START,
+            ),
+            (
+                lambda z, ids, length, f=normalise: f(_window(z, length, 1), -1).amax(-1),
+                _GREEDY,
+            ),
+            (
+                lambda z, ids, length, f=normalise: -_misaligned(f, 1, 0, z, ids, length),
+                _SURPRISE,
+            ),
+            (partial(_normalised_before, normalise, 0), _WRONG_DIMENSION),
+            (partial(_normalised_before, normalise, 1), _WRONG_DIMENSION),
+            (
+                lambda z, ids, length, f=normalise: _scored(lambda x: f(x, 1), z, ids, length),
+                _WRONG_DIMENSION,
+            ),
+        )
+    ),
+    *((partial(_misaligned, naive, 1, 0), _NOT_FINITE) for naive in _NAIVE),
+    *(
+        (
+            lambda z, ids, length, e=epsilon: _token_logprobs(z, ids, length).clamp(
+                min=math.log(e)
+            ),
+            _CUT_OFF,
+        )
+        for epsilon in _EPSILONS
+    ),
+    (
+        lambda *case: _token_logprobs(*case) / math.log(2),
+        "it is in bits: the logarithm is to the base 2. Here as elsewhere log-probabilities are in "
+        "nats, by the natural logarithm, so that exp takes them back.",
+    ),
+    (
+        partial(_scored, lambda x: x.softmax(-1)),
+        "these are probabilities; the logarithm is missing. The probability of a response is the "
+        "product over its tokens, and only logarithms turn it into a sum.",
+    ),
+    (
+        partial(_scored, lambda x: x),
+        "these are the raw logits of the tokens. A logit has no zero of its own: adding a constant "
+        "to all logits at a position must change nothing, so they have to be normalised.",
+    ),
+    (
+        partial(_scored, lambda x: x.log()),
+        "the logarithm is taken of the logits themselves, which may be negative. They are "
+        "logarithms already, up to a constant: normalise them.",
+    ),
+    (
+        partial(_scored, lambda x: x.softmax(-1).log_softmax(-1)),
+        "there are two softmaxes, one on top of the other. The first gives numbers between 0 and "
+        "1, and to the second all tokens then look nearly alike.",
+    ),
+)
+_TOKEN_LOGPROBS = Exercise(
+    "token_logprobs",
+    _token_logprobs,
+    _TOKEN_CASES,
+    _TOKEN_MISTAKES,
+    tested="padded prompts, T = 1, logits of 0 and 150, gradients",
+    shape_hint="It is one number for each token of the response, response_length columns: none for "
+    "the prompt, none lost to the shift, and no mean or sum over them.",
+    further=lambda fn: _gradient_fault(_TOKEN_LOGPROBS, "logits", fn),
+)
+
+
+# --- lesson 03: advantages and returns -------------------------------------------------------
+
+
+def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]) -> None:
+    """Check the learner's `gae(rewards, values, response_mask, gamma, lam)`.
+
+    Where it shows a result, the advantages stand first and the returns below.
+
+    Args:
+        fn: returns advantages and returns, `[B, T]` each, as `rlhf_helpers.ppo.gae` does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_gae(ppo.gae)
+        gae: correct. Tested: padding, a response of EOS alone, λ of 0, 0.8, 0.95 and 1, γ below 1.
+    """
+    if not callable(fn):
+        check(_GAE, fn)
+    elif fault := _pair_fault(fn):
+        print(textwrap.fill(f"{_GAE.name}: {fault}", 100, break_on_hyphens=False))
+    else:
+        check(_GAE, _stacked(fn))
+
+
+def _pair_fault(fn: Callable) -> str:
+    """What is wrong with the result as a pair of tensors, "" if nothing is."""
+    for case in _GAE_CASES:
+        result = call(_GAE, fn, copy.deepcopy(case))
+        if result is ...:
+            return ""
+        if fault := _not_a_pair(result, list(case[0].shape)):
+            return fault
+    return ""
+
+
+def _not_a_pair(result: Any, shape: list[int]) -> str:
+    wanted = f"return two tensors of shape {shape}, the advantages and the returns."
+    if result is None:
+        return f"it returned None. Does every path through the function end with a return? {wanted}"
+    if isinstance(result, Tensor):
+        return f"it returned one tensor, of shape {list(result.shape)}; {wanted}"
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        return f"it returned {type(result).__name__} {result!r}; {wanted}"
+    for name, part in zip(("advantages", "returns"), result, strict=True):
+        if not isinstance(part, Tensor):
+            return f"the {name} are {type(part).__name__} {part!r}; {wanted}"
+        if list(part.shape) != shape:
+            return f"the {name} have shape {list(part.shape)}; {wanted}"
+    return ""
+
+
+def _stacked(fn: Callable) -> Callable[..., Tensor]:
+    """`fn` with its two results as one tensor, which is what a check can compare."""
+
+    @functools.wraps(fn)  # so that the check finds the learner's code
+    def stacked(*arguments):
+        result = fn(*arguments)
+        return result if result is ... else torch.stack(tuple(result))
+
+    return stacked
+
+
+def _gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> Tensor:
+    return torch.stack(ppo.gae(rewards, values, response_mask, gamma, lam))
+
+
+def _next(values: Tensor) -> Tensor:
+    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+
+
+def _sum_up(deltas: Tensor, decay: float) -> Tensor:
+    return deltas @ ppo.gae_weights(deltas.shape[1], decay).to(deltas)
+
+
+def _with_values(advantages: Tensor, values: Tensor) -> Tensor:
+    return torch.stack([advantages, advantages + values])
+
+
+def _td_error(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
+    return r + gamma * _next(v) - v
+
+
+def _of_deltas(
+    delta: Callable, decay: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam
+) -> Tensor:
+    """gae with another TD error, or another decay; the mask is respected."""
+    v = values * mask
+    deltas = delta(rewards * mask, v, gamma, lam) * mask
+    return _with_values(_sum_up(deltas, decay(gamma, lam)), v) * mask
+
+
+def _other_delta(delta: Callable) -> Callable:
+    return partial(_of_deltas, delta, lambda gamma, lam: gamma * lam)
+
+
+def _other_decay(decay: Callable) -> Callable:
+    return partial(_of_deltas, _td_error, decay)
+
+
+def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam):
+    """The right advantages, with other returns."""
+    advantages, _ = ppo.gae(rewards, values, mask, gamma, lam)
+    returns = of(rewards * mask, values * mask, advantages, gamma)
+    return torch.stack([advantages, returns * mask])
+
+
+def _carelessly_masked(
+    which: tuple[bool, bool, bool, bool, bool],
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """gae where only what is marked in `which` is masked.
+
+    Rewards, values, TD errors, both results, the values that are added to the advantages.
+    """
+    r, v, d, results, added = (mask if masked else torch.ones_like(mask) for masked in which)
+    deltas = _td_error(rewards * r, values * v, gamma, lam) * d
+    return _with_values(_sum_up(deltas, gamma * lam), values * added) * results
+
+
+def _masking_message(which: tuple[bool, bool, bool, bool, bool]) -> str:
+    rewards, values, deltas, results, added = which
+    if values and (rewards or deltas):
+        return "" if results or added else _RETURNS_UNMASKED
+    if deltas:
+        return _PAST_EOS
+    return _MASKED_LATE if results else _UNMASKED
+
+
+def _end(end: Callable, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
+    """gae with `end(values)` in place of 0 after the last column."""
+    v = values * mask if masked else values
+    next_values = torch.cat([v[:, 1:], end(v)], dim=1)
+    deltas = (rewards + gamma * next_values - v) * mask
+    return _with_values(_sum_up(deltas, gamma * lam), v) * mask
+
+
+def _forward(rewards, values, mask, gamma, lam) -> Tensor:
+    deltas = _td_error(rewards * mask, values * mask, gamma, lam)
+    return _with_values(_sum_up(deltas.flip(1), gamma * lam).flip(1), values) * mask
+
+
+def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
+    """The advantages, or both results, from the last token to the first."""
+    v = values * mask
+    advantages = _sum_up(_td_error(rewards * mask, v, gamma, lam), gamma * lam)
+    if both:
+        result = _with_values(advantages, v).flip(-1)
+    else:
+        result = _with_values(advantages.flip(-1), v)
+    return result * mask if masked else result
+
+
+def _without_last_column(rewards, values, mask, gamma, lam) -> Tensor:
+    deltas = _td_error(rewards * mask, values * mask, gamma, lam)
+    deltas[:, -1] = 0
+    return _with_values(_sum_up(deltas, gamma * lam), values) * mask
+
+
+def _without_eos(keeps_return: bool, rewards, values, mask, gamma, lam) -> Tensor:
+    """gae with the last real token taken for padding."""
+    kept = _next(mask)
+    deltas = _td_error(rewards * mask, values * mask, gamma, lam) * kept
+    return _with_values(_sum_up(deltas, gamma * lam), values) * (mask if keeps_return else kept)
+
+
+def _divided(filled: bool, rewards, values, mask, gamma, lam) -> Tensor:
+    """A sum of TD errors times powers, divided by a power: 0/0 where γλ is 0."""
+    v = values * mask
+    powers = (gamma * lam) ** torch.arange(v.shape[1])
+    weighted = _td_error(rewards * mask, v, gamma, lam) * powers
+    result = _with_values(weighted.flip(1).cumsum(1).flip(1) / powers, v)
+    return result.masked_fill(mask == 0, 0) if filled else result * mask
+
+
+def _whitened(
+    where: tuple[bool, bool], correction: int, everywhere: bool, rewards, values, mask, gamma, lam
+) -> Tensor:
+    """gae with whitened advantages as the result, or in the returns, or both (`where`)."""
+    plain, _ = ppo.gae(rewards, values, mask, gamma, lam)
+    counted = plain if everywhere else plain[mask.bool()]
+    variance, mean = torch.var_mean(counted, correction=correction)
+    white = (plain - mean) / variance.sqrt()
+    shown, used = (white if whiten else plain for whiten in where)
+    return torch.stack([shown, used + values]) * mask
+
+
+_LENGTHS = torch.tensor([[1], [4], [6]])
+_SHORT = (
+    torch.tensor([[0.3, 0.0, 1.0], [-0.2, 2.0, 5.0]]),
+    torch.tensor([[0.5, -1.0, 0.25], [0.5, 1.0, 4.0]]),
+    torch.tensor([[1, 1, 1], [1, 1, 0]]),
+)
+_GAE_CASES = (
+    (torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.6]]), torch.ones(1, 2).long(), 1.0, 0.95),
+    (
+        torch.tensor([[0.5, -1.0, 2.0, 9.0], [1.0, 0.0, -0.5, 3.0]]),
+        torch.tensor([[1.0, 0.5, -0.5, 7.0], [0.2, 0.4, 0.6, -0.8]]),  # 9 and 7 are padding
+        torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        0.9,
+        0.8,
+    ),
+    (_drawn(3, 6, seed=2), _drawn(3, 6, seed=3), (torch.arange(6) < _LENGTHS).long(), 1.0, 0.95),
+    (*_SHORT, 0.9, 0.0),
+    (*_SHORT, 0.5, 1.0),
+)
+
+_PAST_EOS = (
+    "a value from behind the end is used: after the last real token there is no state, so V is 0 "
+    "there. What the critic says at padding means nothing, and the reward at EOS would drown in it."
+)
+_MASKED_LATE = (
+    "the mask comes too late. Padding has rewards and values of its own, and the sums run from the "
+    "end of the row: by the time you set padding to 0 they have gone into the real tokens."
+)
+_UNMASKED = (
+    "padding has advantages. Nobody chose those tokens, so that they must be 0; look at what the "
+    "mask leaves out, and whether it does so before the sums are taken."
+)
+_RETURNS_UNMASKED = (
+    "the advantages are right, but the returns at padding are not 0: V stands there, unmasked. The "
+    "critic would be trained on tokens that nobody wrote."
+)
+_WRAPPED_ROUND = (
+    "the value after the last column is that of the first. roll brings round what falls off the "
+    "end; after the last token there is no state, and V is 0."
+)
+_REVERSED = (
+    "the result is in reverse order: the last token's stands first. You walk from the end to the "
+    "beginning and append; what you collected has to be turned round again."
+)
+_LAST_LEFT_OUT = (
+    "the last token of a response, its EOS, is left out. It is an action like the others, and the "
+    "reward for the whole response is paid there: without it nothing is left to learn from."
+)
+_ZERO_BY_ZERO = (
+    "it is right as long as γλ is above 0. The sum is divided by a power of γλ, which is 0/0 at λ "
+    "= 0; with long responses the power rounds to 0 before that. Carry the sum from the end to "
+    "the beginning instead."
+)
+_WHITENED_RETURNS = (
+    "the returns are made of whitened advantages. The critic is to predict rewards on their own "
+    "scale; whitened, its target is V with a spread of 1 around it, whatever the rewards were."
+)
+_WHITENED = (
+    "the advantages are whitened. That is a step of its own, after this one; a function that gives "
+    "advantages should give those of the formula."
+)
+_GAE_MISTAKES = (
+    *(
+        (partial(_carelessly_masked, which), message)
+        for which in product((True, False), repeat=5)
+        if (message := _masking_message(which))
+    ),
+    *((partial(_end, lambda v: v[:, -1:], masked), _PAST_EOS) for masked in (True, False)),
+    *((partial(_end, lambda v: v[:, :1], masked), _WRAPPED_ROUND) for masked in (True, False)),
+    (
+        _forward,
+        "time runs forward: each advantage collects the TD errors before it. What an action is "
+        "worth shows in what comes after it, so sum from the end of the response.",
+    ),
+    *(
+        (partial(_left_reversed, both, masked), _REVERSED)
+        for both, masked in product((True, False), repeat=2)
+    ),
+    (
+        _without_last_column,
+        "the last column is never computed. Where a response fills its row, the reward at its end "
+        "is lost; where does your loop begin?",
+    ),
+    (partial(_without_eos, True), _LAST_LEFT_OUT),
+    (partial(_without_eos, False), _LAST_LEFT_OUT),
+    (partial(_divided, True), _ZERO_BY_ZERO),
+    (partial(_divided, False), _ZERO_BY_ZERO),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
+        "λ stands inside the TD error. There the next value is discounted by γ alone; λ says only "
+        "how much of later TD errors an advantage takes in.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + lam * _next(v) - v),
+        "γ and λ have changed places: the next value is discounted by λ. γ is the price of time "
+        "and belongs in the TD error; λ says how far the critic is trusted.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + _next(v) - v),
+        "γ is missing from the TD error: the next value lies one step ahead and counts γ times. "
+        "That shows only where γ is below 1.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: v - r - gamma * _next(v)),
+        "the TD error has the wrong sign: it is positive where things went worse than expected. "
+        "PPO would make the bad actions more likely.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + gamma * v - v),
+        "the TD error compares a value with itself. It is the next token's value that shows what "
+        "the action led to; with V of the same token on both sides nothing is learnt from it.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v),
+        "the TD error looks back: it takes the value before the token, not the one after it. The "
+        "shift goes the other way.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v)),
+        "V is not subtracted. An advantage is what came out less what was expected; without the "
+        "second part a response that is just as good as expected is pushed up too.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v) + v),
+        "V is added in the TD error, where it has to be subtracted: it is what was expected before "
+        "the token was chosen.",
+    ),
+    (
+        _other_delta(lambda r, v, gamma, lam: r - v),
+        "the next value is missing from the TD error. A step is judged by its reward and by what "
+        "can still be expected; without the second part every token is charged the whole of V.",
+    ),
+    (
+        partial(_of_deltas, lambda r, v, gamma, lam: r + _next(v) - v, lambda gamma, lam: lam),
+        "the argument gamma changes nothing. γ belongs in two places: it discounts the next value "
+        "in the TD error, and with λ it weighs later TD errors.",
+    ),
+    (
+        _other_decay(lambda gamma, lam: lam),
+        "γ is missing from the weights: a TD error l steps ahead counts (γλ) to the power l, not λ "
+        "to the power l. That shows only where γ is below 1.",
+    ),
+    (
+        _other_decay(lambda gamma, lam: gamma),
+        "λ changes nothing: this is the advantage for λ = 1, all rewards from here on less V. A "
+        "TD error l steps ahead counts (γλ) to the power l.",
+    ),
+    (
+        _other_decay(lambda gamma, lam: 0),
+        "it is the TD error alone, the advantage for λ = 0. The TD errors of later tokens are "
+        "missing: the reward at the end would reach no token but the last.",
+    ),
+    (
+        _other_decay(lambda gamma, lam: 1),
+        "the TD errors are added up without weights. One that lies l steps ahead counts (γλ) to "
+        "the power l, so that the noise of a long response does not pile up.",
+    ),
+    (
+        lambda r, v, mask, gamma, lam: _with_values(
+            gamma * lam * ppo.gae(r, v, mask, gamma, lam)[0], v * mask
+        ),
+        "all advantages are γλ times too small. The TD error of the token itself counts in full; "
+        "the weight applies to what comes after it.",
+    ),
+    (
+        lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0),
+        "the pair is swapped: the advantages come first, then the returns.",
+    ),
+    *(
+        (partial(_whitened, where, correction, everywhere), message)
+        for where, message in (
+            ((True, False), _WHITENED),
+            ((True, True), _WHITENED_RETURNS),
+            ((False, True), _WHITENED_RETURNS),
+        )
+        for correction, everywhere in product((0, 1), (False, True))
+    ),
+    (
+        partial(_other_returns, lambda r, v, a, gamma: a),
+        "the returns are the advantages again. The critic learns to predict the whole that is to "
+        "come; an advantage is only what V did not foresee.",
+    ),
+    (
+        partial(_other_returns, lambda r, v, a, gamma: a - v),
+        "V is subtracted a second time in the returns. An advantage is a return less V; how do you "
+        "get the return back?",
+    ),
+    (
+        partial(_other_returns, lambda r, v, a, gamma: a + _next(v)),
+        "the returns add the next token's value. An advantage is a return less the value at its "
+        "own token; add that.",
+    ),
+    (
+        partial(_other_returns, lambda r, v, a, gamma: r + gamma * _next(v)),
+        "the returns look one step ahead only: reward and next value. The critic's target goes "
+        "with the advantages, and mixes later TD errors in as they do.",
+    ),
+    (
+        partial(_other_returns, lambda r, v, a, gamma: _sum_up(r, gamma)),
+        "the returns are the plain sums of rewards, the target for λ = 1. The critic's target goes "
+        "with the advantages, and λ smooths both.",
+    ),
+)
+_GAE = Exercise(
+    "gae",
+    _gae,
+    _GAE_CASES,
+    _GAE_MISTAKES,
+    tested="padding, a response of EOS alone, λ of 0, 0.8, 0.95 and 1, γ below 1",
+)
+
+
+# --- lesson 03: the clipped loss -------------------------------------------------------------
+
+
+def check_policy_loss(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Check the learner's `policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)`.
+
+    Args:
+        fn: returns a scalar tensor, the first of what `rlhf_helpers.ppo.policy_loss` returns.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_policy_loss(_policy_loss)
+        policy_loss: correct. Tested: ratios of 0.25 to 4, both signs, padding, clip, gradients.
+    """
+    check(_POLICY_LOSS, fn)
+
+
+def _policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip: float
+) -> Tensor:
+    return ppo.policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)[0]
+
+
+def _token_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum()
+
+
+def _clipped_objective(ratio: Tensor, a: Tensor, clip: float) -> Tensor:
+    return torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+
+
+def _other_objective(of: Callable, new, old, a, mask, clip) -> Tensor:
+    """The loss with another objective for each token, of the ratio, the advantage and ε."""
+    return -_token_mean(of((new - old).exp(), a, clip), mask)
+
+
+def _other_ratio(of: Callable, new, old, a, mask, clip) -> Tensor:
+    """The loss with another ratio, of the two log-probabilities."""
+    return -_token_mean(_clipped_objective(of(new, old), a, clip), mask)
+
+
+def _other_mean(of: Callable, new, old, a, mask, clip) -> Tensor:
+    """The loss with another mean, of the objective and the mask."""
+    return -of(_clipped_objective((new - old).exp(), a, clip), mask)
+
+
+def _other_clip(low: Callable, high: Callable, new, old, a, mask, clip) -> Tensor:
+    """The loss with the ratio held between two other ends."""
+    ratio = (new - old).exp()
+    return -_token_mean(torch.minimum(ratio * a, ratio.clamp(low(clip), high(clip)) * a), mask)
+
+
+def _case_of_ratios(ratios: list, advantages: list, mask: list, clip: float) -> tuple:
+    ratio = torch.tensor(ratios)
+    old = torch.linspace(0.1, 0.2, ratio.numel()).reshape(ratio.shape)
+    return (old * ratio).log(), old.log(), torch.tensor(advantages), torch.tensor(mask), clip
+
+
+_LOSS_CASES = (
+    (
+        torch.tensor([[0.3, 0.1, 0.3]]).log(),
+        torch.tensor([[0.2, 0.2, 0.2]]).log(),
+        torch.tensor([[1.0, 1.0, -1.0]]),
+        torch.tensor([[1, 1, 1]]),
+        0.2,
+    ),
+    _case_of_ratios(
+        [[1.5, 0.5, 1.1, 3.0], [1.6, 0.6, 0.9, 0.4]],
+        [[1.0, 2.0, -1.0, 6.0], [-2.0, -0.5, 1.5, -1.0]],  # 3.0 and 6.0 are padding
+        [[1, 1, 1, 0], [1, 1, 1, 1]],
+        0.2,
+    ),
+    _case_of_ratios(
+        [[1.15, 0.85, 4.0], [0.7, 2.0, 0.5], [1.05, 4.0, 0.25]],
+        [[0.5, -1.5, 2.0], [-1.0, 3.0, -4.0], [1.0, -0.5, -2.0]],
+        [[1, 1, 0], [1, 0, 0], [1, 1, 1]],
+        0.1,
+    ),
+    _case_of_ratios(
+        [[1.0, 1.0], [1.0, 1.0]], [[0.5, -1.0], [2.0, 3.0]], [[1, 1], [1, 0]], 0.2
+    ),  # before the first step
+    _case_of_ratios([[1.7, 0.4], [0.3, 1.4]], [[1.0, -1.0], [1.0, 2.0]], [[1, 1], [1, 1]], 0.5),
+)
+
+_MAXIMUM = (
+    "it takes the larger of the two terms, not the smaller. The minimum is the careful one: it "
+    "gives no credit beyond the clip, and the full blame for what went too far the wrong way."
+)
+_UNSIGNED = (
+    "the minus sign is missing. An optimizer makes a loss small, and this one falls when good "
+    "actions become less likely."
+)
+_NO_EXP = (
+    "the difference of the log-probabilities is not a ratio yet: where nothing has changed it is "
+    "0, and the ratio is 1. Exponentiate it."
+)
+_ONE_SIDED = (
+    "the clip has one end only. Good actions must not gain from a ratio above 1 + ε, and bad ones "
+    "not from a ratio below 1 - ε: it takes both ends."
+)
+_UNEVEN = (
+    "the clip is not at 1 - ε and 1 + ε. It acts on the ratio itself, by the same amount on either "
+    "side of 1; on the log-ratio, or with 1/(1 + ε) as an end, the limits lie elsewhere."
+)
+_NOT_ROUND_ONE = (
+    "the clip holds the ratio near 0. A ratio of 1 means that nothing has changed: the limits lie "
+    "at ε to either side of 1."
+)
+_PRODUCT = (
+    "the clip acts on the product of ratio and advantage. It has to act on the ratio alone, before "
+    "the advantage comes in: how far the policy may move does not depend on how good a token was."
+)
+_POLICY_MISTAKES = (
+    (
+        partial(_other_objective, lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a)),
+        _MAXIMUM,
+    ),
+    (lambda *case: -_policy_loss(*case), _UNSIGNED),
+    (
+        lambda new, old, a, mask, clip: _token_mean(
+            torch.maximum((r := (new - old).exp()) * a, r.clamp(1 - clip, 1 + clip) * a), mask
+        ),
+        "the larger of the two terms belongs to the form that carries its minus inside, as losses. "
+        "Here both terms are gains: take the smaller, and put the minus before the mean.",
+    ),
+    (partial(_other_ratio, lambda new, old: new - old), _NO_EXP),
+    (
+        partial(_other_ratio, lambda new, old: (old - new).exp()),
+        "the ratio is upside down: it is the old probability over the new one, and falls when the "
+        "policy makes a token more likely.",
+    ),
+    (
+        partial(_other_ratio, lambda new, old: new / old),
+        "it is a ratio of log-probabilities. The probabilities' ratio is the exponential of the "
+        "logarithms' difference; divided, a likelier token even gets a smaller number.",
+    ),
+    (
+        partial(_other_ratio, lambda new, old: torch.ones_like(new)),
+        "the ratio is 1 everywhere. It compares the trained policy with the one that sampled; is "
+        "one of the two missing from your difference?",
+    ),
+    (
+        partial(_other_ratio, lambda new, old: new.exp()),
+        "the probability stands where the ratio belongs. Divide it by the probability under the "
+        "policy that sampled, else likely tokens would weigh more than rare ones.",
+    ),
+    (
+        partial(_other_objective, lambda p, a, e: p.clamp(1 - e, 1 + e) * a),
+        "only the clipped term is there. A token that went too far the wrong way then has no "
+        "gradient to come back on; the minimum with the unclipped term gives it one.",
+    ),
+    (
+        partial(_other_objective, lambda p, a, e: p * a),
+        "nothing is clipped: the argument clip changes nothing. The sample says little about a "
+        "policy far from the one that drew it, and the clip takes away the gain from going there.",
+    ),
+    (
+        lambda new, old, a, mask, clip: _policy_loss(new, old, a, mask, 0.2),
+        "ε is 0.2 whatever the argument clip says. Use the argument, so that whoever calls the "
+        "function can set it.",
+    ),
+    (
+        partial(
+            _other_objective, lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a)
+        ),
+        _UNEVEN,
+    ),
+    (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), _UNEVEN),
+    (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), _ONE_SIDED),
+    (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), _ONE_SIDED),
+    (partial(_other_clip, lambda e: -e, lambda e: e), _NOT_ROUND_ONE),
+    (
+        partial(
+            _other_objective, lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e))
+        ),
+        _PRODUCT,
+    ),
+    (
+        partial(
+            _other_objective,
+            lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
+        ),
+        _PRODUCT,
+    ),
+    (
+        lambda new, old, a, mask, clip: -_token_mean(new * a, mask),
+        "it is the plain policy gradient, log-probability times advantage. It has no ratio, so the "
+        "clip cannot tell how far the policy has moved since it sampled.",
+    ),
+    (
+        lambda new, old, a, mask, clip: (
+            -torch.minimum(
+                _token_mean((r := (new - old).exp()) * a, mask),
+                _token_mean(r.clamp(1 - clip, 1 + clip) * a, mask),
+            )
+        ),
+        "the minimum comes after the mean. Each token has a clip of its own: one that has moved "
+        "too far must not hide behind others that have not.",
+    ),
+    (
+        partial(_other_mean, lambda x, mask: x.mean()),
+        "padding counts. What stands there means nothing, and short responses would be judged "
+        "mostly by it; what tells padding from tokens?",
+    ),
+    (
+        partial(_other_mean, lambda x, mask: (x * mask).mean()),
+        "padding is 0 in the sum, but counts in the denominator. The loss would shrink with the "
+        "amount of padding, which is chance: divide by the number of real tokens.",
+    ),
+    (
+        partial(_other_mean, lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
+        "it is the mean of the responses' means. A token of a short response then weighs more than "
+        "one of a long response; the mean here is over all real tokens of the batch at once.",
+    ),
+    (
+        partial(_other_mean, lambda x, mask: (x * mask).sum()),
+        "it is the sum over the tokens, not their mean. The gradient would grow with the length of "
+        "the responses and the size of the batch.",
+    ),
+    (
+        partial(_other_mean, lambda x, mask: (x * mask).sum(1).mean()),
+        "the tokens of a response are summed, and only the responses averaged. The gradient would "
+        "grow with the length of the responses; divide by the number of all real tokens.",
+    ),
+)
+_POLICY_LOSS = Exercise(
+    "policy_loss",
+    _policy_loss,
+    _LOSS_CASES,
+    _POLICY_MISTAKES,
+    tested="ratios of 0.25 to 4, both signs, padding, clip, gradients",
+    shape_hint="Training differentiates one number, the mean over all real tokens.",
+    further=lambda fn: _gradient_fault(_POLICY_LOSS, "logprobs", fn),
+)

@@ -1,0 +1,1013 @@
+"""The checks of lesson 03: every known mistake is named, every right answer passes.
+
+The answers, wrong and right, are written here as a learner would write them.
+"""
+
+import doctest
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf_helpers.checks import (
+    check_gae,
+    check_policy_loss,
+    check_token_logprobs,
+    lesson_03,
+)
+from rlhf_helpers.checks.exercise import name_mistake, same
+
+CHECKS = {
+    "token_logprobs": check_token_logprobs,
+    "gae": check_gae,
+    "policy_loss": check_policy_loss,
+}
+EXERCISES = (lesson_03._TOKEN_LOGPROBS, lesson_03._GAE, lesson_03._POLICY_LOSS)
+OVERWRITTEN = "the values are right, but the backward pass fails"
+GRADIENT = "the values are right, but not the gradient: that with respect to"
+
+
+def run(name, answer, capsys):
+    """What the check of that exercise prints about the answer; line breaks become spaces."""
+    assert CHECKS[name](answer) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{name}: ")
+    return " ".join(printed.split())
+
+
+def test_doctests():
+    results = doctest.testmod(lesson_03)
+    assert results.attempted == 3
+    assert results.failed == 0
+
+
+# --- token_logprobs, wrong ---
+
+
+def by_loops(score):
+    """The right positions, one after the other; `score` of the logits there and the token."""
+
+    def answer(logits, input_ids, response_length):
+        rows = []
+        for z, ids in zip(logits, input_ids, strict=True):
+            start = len(ids) - response_length
+            rows.append(torch.stack([score(z[t - 1], ids[t]) for t in range(start, len(ids))]))
+        return torch.stack(rows)
+
+    return answer
+
+
+def looked_up(shift, drop=0):
+    """Log-probabilities of tokens by positions counted from the front, `shift` columns back."""
+
+    def answer(logits, input_ids, response_length):
+        length = input_ids.shape[1] - drop
+        logp = F.log_softmax(logits, dim=-1)
+        rows = torch.arange(len(input_ids))
+        columns = range(length - response_length, length)
+        picked = [logp[rows, (t - shift) % len(logits[0]), input_ids[:, t]] for t in columns]
+        return torch.stack(picked, dim=1)
+
+    return answer
+
+
+def unshifted_by_cross_entropy(logits, input_ids, response_length):
+    loss = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
+    return -loss[:, -response_length:]
+
+
+def prompt_tokens_naively(logits, input_ids, response_length):
+    probabilities = torch.softmax(logits[:, :response_length], dim=-1)
+    tokens = input_ids[:, :response_length].unsqueeze(-1)
+    return probabilities.gather(2, tokens).squeeze(2).log()
+
+
+def tokens_shifted_instead(logits, input_ids, response_length):
+    logp = logits[:, -response_length:].log_softmax(-1)
+    ids = input_ids[:, -response_length - 1 : -1]
+    return torch.gather(logp, 2, ids.unsqueeze(2)).squeeze(2)
+
+
+def shifted_then_cut_at_the_front(logits, input_ids, response_length):
+    logp = logits[:, :-1].log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+    return logp[:, :response_length]
+
+
+def surprises(logits, input_ids, response_length):
+    flat = logits[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(flat, input_ids[:, 1:].flatten(), reduction="none")
+    return loss.view(len(input_ids), -1)[:, -response_length:]
+
+
+def over_positions(logits, input_ids, response_length):
+    logp = logits.log_softmax(dim=1)[:, :-1]
+    return logp.gather(2, input_ids[:, 1:, None])[:, -response_length:, 0]
+
+
+def over_response_positions(logits, input_ids, response_length):
+    window = logits[:, -response_length - 1 : -1]
+    shares = window.exp() / window.exp().sum(1, keepdim=True)
+    return shares.gather(2, input_ids[:, -response_length:, None])[..., 0].log()
+
+
+def stable_over_response_positions(logits, input_ids, response_length):
+    window = logits[:, -response_length - 1 : -1]
+    window = window - window.logsumexp(1, keepdim=True)
+    return window.gather(2, input_ids[:, -response_length:, None])[..., 0]
+
+
+def over_rows(logits, input_ids, response_length):
+    logp = F.log_softmax(logits[:, -response_length - 1 : -1], 0)
+    return logp.gather(2, input_ids[:, -response_length:, None])[..., 0]
+
+
+@torch.no_grad()
+def scores_without_grad(logits, input_ids, response_length):
+    return looked_up(1)(logits, input_ids, response_length)
+
+
+def overwritten(logits, input_ids, response_length):
+    window = logits[:, -response_length - 1 : -1].clone()
+    window -= window.logsumexp(-1, keepdim=True)  # whose backward pass needs the window
+    return window.gather(2, input_ids[:, -response_length:, None])[..., 0]
+
+
+UNSHIFTED = "each token is looked up in the logits at its own position."
+OTHER_WAY = "the shift goes the other way."
+NOT_FINITE = "it is not finite where two logits differ by 150."
+CUT_OFF = "it is right for moderate logits, but cut off"
+TWICE = "the shift is made twice"
+START = "these are the first tokens of the sequence"
+DIMENSION = "the softmax runs over the wrong dimension."
+GREEDY = "it is the log-probability of the likeliest token"
+TOKEN_MISTAKES = [
+    (UNSHIFTED, looked_up(0)),
+    (UNSHIFTED, unshifted_by_cross_entropy),
+    (UNSHIFTED, looked_up(0, drop=1)),
+    (OTHER_WAY, looked_up(-1)),
+    (OTHER_WAY, tokens_shifted_instead),
+    (TWICE, looked_up(2)),
+    ("the shift is right, but the window is one too early", looked_up(1, drop=1)),
+    (START, shifted_then_cut_at_the_front),
+    (START, prompt_tokens_naively),
+    (GREEDY, by_loops(lambda z, token: z.max() - z.logsumexp(0))),
+    (GREEDY, by_loops(lambda z, token: z.softmax(0).max().log())),
+    ("the sign is turned round", surprises),
+    ("the sign is turned round", by_loops(lambda z, token: -z.softmax(0)[token].log())),
+    (DIMENSION, over_positions),
+    (DIMENSION, over_response_positions),
+    (DIMENSION, stable_over_response_positions),
+    (DIMENSION, over_rows),
+    (NOT_FINITE, by_loops(lambda z, token: z.softmax(0)[token].log())),
+    (NOT_FINITE, by_loops(lambda z, token: z[token] - z.exp().sum().log())),
+    (NOT_FINITE, by_loops(lambda z, token: (z.exp() / z.exp().sum())[token].log())),
+    (CUT_OFF, by_loops(lambda z, token: (z.softmax(0)[token] + 1e-8).log())),
+    (CUT_OFF, by_loops(lambda z, token: z.softmax(0)[token].clamp(min=1e-10).log())),
+    ("it is in bits", by_loops(lambda z, token: z.double().softmax(0)[token].log2())),
+    ("these are probabilities", by_loops(lambda z, token: z.softmax(0)[token])),
+    ("these are the raw logits", by_loops(lambda z, token: z[token])),
+    ("the logarithm is taken of the logits", by_loops(lambda z, token: torch.log(z[token]))),
+    ("there are two softmaxes", by_loops(lambda z, token: z.softmax(0).log_softmax(0)[token])),
+    (OVERWRITTEN, overwritten),
+    (f"{GRADIENT} logits", scores_without_grad),
+    (f"{GRADIENT} logits", lambda z, ids, t: looked_up(1)(z.detach(), ids, t)),
+    (f"{GRADIENT} logits", by_loops(lambda z, k: z[k] - z.detach().logsumexp(0))),
+]
+
+
+# --- token_logprobs, right ---
+
+
+def shifted_then_cut_at_the_end(logits, input_ids, response_length):
+    logp = torch.log_softmax(logits[:, :-1], dim=-1)
+    picked = logp.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return picked[:, -response_length:]
+
+
+def by_one_hot(logits, input_ids, response_length):
+    window = logits[:, -response_length - 1 : -1]
+    tokens = F.one_hot(input_ids[:, -response_length:], logits.shape[-1]).to(window)
+    return torch.einsum("btv,btv->bt", window, tokens) - torch.logsumexp(window, dim=-1)
+
+
+def by_cross_entropy(logits, input_ids, response_length):
+    window = logits[:, -response_length - 1 : -1].transpose(1, 2)
+    return -F.cross_entropy(window, input_ids[:, -response_length:], reduction="none")
+
+
+def in_place_on_a_clone_of_logits(logits, input_ids, response_length):
+    window = logits[:, -response_length - 1 : -1].clone()
+    window -= window.detach().amax(-1, keepdim=True)
+    window -= window.clone().logsumexp(-1, keepdim=True)
+    return window.gather(2, input_ids[:, -response_length:, None])[..., 0]
+
+
+TOKEN_RIGHT = [
+    looked_up(1),
+    shifted_then_cut_at_the_end,
+    by_one_hot,
+    by_cross_entropy,
+    in_place_on_a_clone_of_logits,
+    by_loops(lambda z, token: z.double().softmax(0)[token].log()),
+    by_loops(lambda z, token: torch.distributions.Categorical(logits=z).log_prob(token)),
+]
+
+
+# --- gae: a loop as a learner would write it, with places to go wrong ---
+
+
+def loop(
+    delta=lambda r, v, v_next, gamma, lam: r + gamma * v_next - v,
+    carry=lambda delta, running, gamma, lam: delta + gamma * lam * running,
+    target=lambda advantage, v, v_next: advantage + v,
+    after=lambda row, t: 0.0,
+    first=0,
+    backward=True,
+):
+    """One response at a time, its real tokens only; `after` is the value that follows the last."""
+
+    def answer(rewards, values, response_mask, gamma, lam):
+        advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+        for b, length in enumerate(response_mask.sum(1).tolist()):
+            running, v = 0.0, values[b]
+            order = range(first, length)
+            for t in reversed(order) if backward else order:
+                v_next = v[t + 1] if t + 1 < length else after(v, length - 1)
+                error = delta(rewards[b, t], v[t], v_next, gamma, lam)
+                running = carry(error, running, gamma, lam)
+                advantages[b, t] = running
+                returns[b, t] = target(running, v[t], v_next)
+        return advantages, returns
+
+    return answer
+
+
+right_loop = loop()
+
+
+def columns(from_column=None, mask_delta=False, mask_inputs=False, mask_results=False, turned=True):
+    """All rows at once, column by column from the right, as in most published code."""
+
+    def answer(rewards, values, response_mask, gamma, lam):
+        mask = response_mask.float()
+        r, v = (rewards * mask, values * mask) if mask_inputs else (rewards, values)
+        length = rewards.shape[1]
+        last, collected, lastgaelam = torch.zeros(len(r)), [], 0
+        for t in reversed(range(length)):
+            nextvalues = v[:, t + 1] if t < length - 1 else last
+            delta = r[:, t] + gamma * nextvalues - v[:, t]
+            if mask_delta:
+                delta = delta * mask[:, t]
+            lastgaelam = delta + gamma * lam * lastgaelam
+            collected.append(lastgaelam)
+        advantages = torch.stack(collected[::-1] if turned else collected, dim=1)
+        returns = advantages + v
+        return (advantages * mask, returns * mask) if mask_results else (advantages, returns)
+
+    return answer
+
+
+def returns_left_raw(rewards, values, response_mask, gamma, lam):
+    advantages, _ = right_loop(rewards, values, response_mask, gamma, lam)
+    return advantages, advantages + values
+
+
+def rewards_left_raw(rewards, values, response_mask, gamma, lam):
+    answer = columns(mask_results=True)
+    return answer(rewards, values * response_mask, response_mask, gamma, lam)
+
+
+def rolled(rewards, values, response_mask, gamma, lam):
+    v = values.masked_fill(response_mask == 0, 0)
+    delta = (rewards + gamma * torch.roll(v, -1, dims=1) - v) * response_mask
+    advantages = torch.zeros_like(v)
+    running = torch.zeros(len(v))
+    for t in range(v.shape[1] - 1, -1, -1):
+        running = delta[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages * response_mask, (advantages + v) * response_mask
+
+
+def one_column_short(rewards, values, response_mask, gamma, lam):
+    v = values * response_mask
+    advantages, running = torch.zeros_like(v), 0
+    for t in reversed(range(v.shape[1] - 1)):
+        delta = rewards[:, t] * response_mask[:, t] + gamma * v[:, t + 1] - v[:, t]
+        running = delta + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, advantages + v
+
+
+def without_eos(keeps_value):
+    def answer(rewards, values, response_mask, gamma, lam):
+        shorter = torch.cat([response_mask[:, 1:], 0 * response_mask[:, :1]], dim=1)
+        advantages = torch.zeros_like(values)
+        for b in range(len(values)):
+            running = 0.0
+            for t in reversed(range(int(shorter[b].sum()))):
+                delta = rewards[b, t] + gamma * values[b, t + 1] - values[b, t]
+                running = delta + gamma * lam * running
+                advantages[b, t] = running
+        kept = response_mask if keeps_value else shorter
+        return advantages, (advantages + values) * kept
+
+    return answer
+
+
+def cumulative(rewards, values, response_mask, gamma, lam):
+    """Σ (γλ)^l δ_l from the end, divided by (γλ)^t."""
+    mask = response_mask.bool()
+    v = values.masked_fill(~mask, 0)
+    delta = rewards.masked_fill(~mask, 0) + gamma * F.pad(v, (0, 1))[:, 1:] - v
+    decay = torch.tensor([(gamma * lam) ** t for t in range(v.shape[1])])
+    advantages = torch.fliplr(torch.fliplr(delta * decay).cumsum(1)) / decay
+    return advantages.masked_fill(~mask, 0), (advantages + v).masked_fill(~mask, 0)
+
+
+def cumulative_times_mask(rewards, values, response_mask, gamma, lam):
+    mask = response_mask.float()
+    v = values * mask
+    delta = rewards * mask + gamma * F.pad(v, (0, 1))[:, 1:] - v
+    decay = (gamma * lam) ** torch.arange(v.shape[1])
+    advantages = (delta * decay).flip(1).cumsum(1).flip(1) / decay
+    return advantages * mask, (advantages + v) * mask
+
+
+def whitening(in_result, in_returns, everywhere=False, correction=1):
+    def answer(rewards, values, response_mask, gamma, lam):
+        mask = response_mask == 1
+        plain, _ = right_loop(rewards, values, response_mask, gamma, lam)
+        counted = plain if everywhere else torch.masked_select(plain, mask)
+        white = (plain - counted.mean()) / (counted.std(correction=correction) + 1e-8)
+        white = white.masked_fill(~mask, 0)
+        returns = (white if in_returns else plain) + values
+        return white if in_result else plain, returns.masked_fill(~mask, 0)
+
+    return answer
+
+
+def with_returns(of):
+    def answer(rewards, values, response_mask, gamma, lam):
+        advantages, _ = right_loop(rewards, values, response_mask, gamma, lam)
+        return advantages, of(rewards, values, response_mask, gamma)
+
+    return answer
+
+
+def sums_of_rewards(rewards, values, response_mask, gamma):
+    returns = rewards * response_mask
+    for t in reversed(range(rewards.shape[1] - 1)):
+        returns[:, t] += gamma * returns[:, t + 1]
+    return returns
+
+
+def swapped_pair(rewards, values, response_mask, gamma, lam):
+    advantages, returns = right_loop(rewards, values, response_mask, gamma, lam)
+    return returns, advantages
+
+
+def looking_back(rewards, values, response_mask, gamma, lam):
+    v = values * response_mask
+    before = torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
+    delta = (rewards + gamma * before - v) * response_mask
+    advantages = torch.zeros_like(v)
+    for t in range(v.shape[1]):
+        for s in range(t, v.shape[1]):
+            advantages[:, t] += (gamma * lam) ** (s - t) * delta[:, s]
+    return advantages * response_mask, (advantages + v) * response_mask
+
+
+def both_reversed(rewards, values, response_mask, gamma, lam):
+    advantages, returns = right_loop(rewards, values, response_mask, gamma, lam)
+    return advantages.flip(1) * response_mask, returns.flip(1) * response_mask
+
+
+PAST_EOS = "a value from behind the end is used"
+LATE = "the mask comes too late."
+UNMASKED = "padding has advantages."
+REVERSED = "the result is in reverse order"
+EOS_LEFT_OUT = "the last token of a response, its EOS, is left out."
+ZERO_BY_ZERO = "it is right as long as γλ is above 0."
+WHITE_RETURNS = "the returns are made of whitened advantages."
+WHITE = "the advantages are whitened."
+GAE_MISTAKES = [
+    (PAST_EOS, columns(mask_delta=True, mask_results=True)),
+    (PAST_EOS, columns(mask_delta=True)),
+    (PAST_EOS, loop(after=lambda row, t: row[min(t + 1, len(row) - 1)])),
+    (PAST_EOS, loop(after=lambda row, t: row[t] if t == len(row) - 1 else 0.0)),
+    (LATE, columns(mask_results=True)),
+    (LATE, rewards_left_raw),
+    (UNMASKED, columns()),
+    ("the advantages are right, but the returns at padding", returns_left_raw),
+    ("the value after the last column is that of the first.", rolled),
+    ("time runs forward", loop(backward=False)),
+    (REVERSED, columns(mask_inputs=True, mask_results=True, turned=False)),
+    (REVERSED, columns(mask_inputs=True, turned=False)),
+    (REVERSED, both_reversed),
+    ("the last column is never computed.", one_column_short),
+    (EOS_LEFT_OUT, without_eos(True)),
+    (EOS_LEFT_OUT, without_eos(False)),
+    (ZERO_BY_ZERO, cumulative),
+    (ZERO_BY_ZERO, cumulative_times_mask),
+    ("λ stands inside the TD error.", loop(delta=lambda r, v, n, g, lam: r + g * lam * n - v)),
+    ("γ and λ have changed places", loop(delta=lambda r, v, n, g, lam: r + lam * n - v)),
+    ("γ and λ have changed places", lambda r, v, m, gamma, lam: right_loop(r, v, m, lam, gamma)),
+    ("γ is missing from the TD error", loop(delta=lambda r, v, n, g, lam: r + n - v)),
+    ("the TD error has the wrong sign", loop(delta=lambda r, v, n, g, lam: v - (r + g * n))),
+    (
+        "the TD error compares a value with itself.",
+        loop(delta=lambda r, v, n, g, lam: r + g * v - v),
+    ),
+    ("the TD error looks back", looking_back),
+    ("V is not subtracted.", loop(delta=lambda r, v, n, g, lam: r + g * n)),
+    ("V is added in the TD error", loop(delta=lambda r, v, n, g, lam: r + g * n + v)),
+    ("the next value is missing", loop(delta=lambda r, v, n, g, lam: r - v)),
+    (
+        "the argument gamma changes nothing.",
+        lambda r, v, m, gamma, lam: right_loop(r, v, m, 1, lam),
+    ),
+    ("γ is missing from the weights", loop(carry=lambda d, a, gamma, lam: d + lam * a)),
+    ("λ changes nothing", loop(carry=lambda d, a, gamma, lam: d + gamma * a)),
+    ("λ changes nothing", lambda r, v, m, gamma, lam: right_loop(r, v, m, gamma, 1)),
+    ("it is the TD error alone", loop(carry=lambda d, a, gamma, lam: d)),
+    ("the TD errors are added up without weights.", loop(carry=lambda d, a, gamma, lam: d + a)),
+    ("all advantages are γλ times", loop(carry=lambda d, a, gamma, lam: gamma * lam * (d + a))),
+    ("the pair is swapped", swapped_pair),
+    (WHITE, whitening(True, False)),
+    (WHITE, whitening(True, False, everywhere=True)),
+    (WHITE_RETURNS, whitening(True, True)),
+    (WHITE_RETURNS, whitening(True, True, everywhere=True, correction=0)),
+    (WHITE_RETURNS, whitening(False, True, correction=0)),
+    ("the returns are the advantages again.", loop(target=lambda a, v, n: a)),
+    ("V is subtracted a second time", loop(target=lambda a, v, n: a - v)),
+    ("the returns add the next token's value.", loop(target=lambda a, v, n: a + n)),
+    (
+        "the returns look one step ahead only",
+        with_returns(
+            lambda r, v, mask, g: (r + g * F.pad(v * mask, (0, 1))[:, 1:]) * mask,
+        ),
+    ),
+    ("the returns are the plain sums of rewards", with_returns(sums_of_rewards)),
+]
+
+
+# --- gae, right ---
+
+
+def by_matmul(rewards, values, response_mask, gamma, lam):
+    mask = response_mask.to(values)
+    v = values * mask
+    length = v.shape[1]
+    shift = torch.eye(length).roll(-1, 1).tril(-1)  # column t takes what stands at t + 1
+    delta = rewards * mask + gamma * v @ shift - v
+    ahead = torch.arange(length)[:, None] - torch.arange(length)
+    weights = torch.where(ahead >= 0, float(gamma * lam) ** ahead.clamp(min=0), 0.0)
+    advantages = torch.einsum("bl,lt->bt", delta, weights) * mask
+    return advantages, advantages + v
+
+
+def by_flipped_scan(rewards, values, response_mask, gamma, lam):
+    mask = response_mask.flip(1)
+    r, v = rewards.flip(1) * mask, values.flip(1) * mask
+    delta = r + gamma * F.pad(v, (1, 0))[:, :-1] - v
+    sums = [delta[:, 0]]
+    for column in delta[:, 1:].T:
+        sums.append(column + gamma * lam * sums[-1])
+    advantages = (torch.stack(sums, dim=1) * mask).flip(1)
+    return advantages, advantages + values * response_mask
+
+
+def by_flipped_cumsum(rewards, values, response_mask, gamma, lam):
+    if gamma * lam == 0:
+        return right_loop(rewards, values, response_mask, gamma, lam)
+    return cumulative(rewards, values, response_mask, gamma, lam)
+
+
+def in_place_on_clones(rewards, values, response_mask, gamma, lam):
+    r, v = rewards.clone(), values.clone()
+    r[response_mask == 0] = 0
+    v[response_mask == 0] = 0
+    advantages = r - v
+    advantages[:, :-1] += gamma * v[:, 1:]
+    for t in reversed(range(v.shape[1] - 1)):
+        advantages[:, t] += gamma * lam * advantages[:, t + 1]
+    return [advantages, v.add_(advantages)]
+
+
+def in_float64(rewards, values, response_mask, gamma, lam):
+    return by_flipped_scan(rewards.double(), values.double(), response_mask, gamma, lam)
+
+
+GAE_RIGHT = [
+    right_loop,
+    columns(mask_inputs=True, mask_results=True),
+    columns(mask_inputs=True),
+    by_matmul,
+    by_flipped_scan,
+    by_flipped_cumsum,
+    in_place_on_clones,
+    in_float64,
+]
+
+
+# --- policy_loss ---
+
+
+def token_by_token(gain, ratio=lambda new, old: torch.exp(new - old)):
+    """Minus the mean over the real tokens of `gain(ratio, advantage, clip)`."""
+
+    def answer(logprobs, old_logprobs, advantages, response_mask, clip):
+        gains = [
+            gain(ratio(logprobs[b, t], old_logprobs[b, t]), advantages[b, t], clip)
+            for b, t in response_mask.nonzero().tolist()
+        ]
+        return -torch.stack(gains).mean()
+
+    return answer
+
+
+def smaller(rho, advantage, clip):
+    return torch.min(rho * advantage, torch.clamp(rho, 1 - clip, 1 + clip) * advantage)
+
+
+def losses(logprobs, old_logprobs, advantages, clip):
+    """The loss of each token in the form that takes the larger one."""
+    rho = (logprobs - old_logprobs).exp()
+    return torch.max(-advantages * rho, -advantages * torch.clamp(rho, 1 - clip, 1 + clip))
+
+
+def reduced(reduce):
+    def answer(logprobs, old_logprobs, advantages, response_mask, clip):
+        return reduce(losses(logprobs, old_logprobs, advantages, clip), response_mask.float())
+
+    return answer
+
+
+def means_of_rows(x, mask):
+    rows = [row[real.bool()].mean() for row, real in zip(x, mask, strict=True)]
+    return sum(rows) / len(rows)
+
+
+def minimum_of_means(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = (logprobs - old_logprobs).exp()
+    real = response_mask == 1
+    free = (rho * advantages)[real].mean()
+    return -torch.min(free, (rho.clip(1 - clip, 1 + clip) * advantages)[real].mean())
+
+
+def clip_of_log_ratio(logprobs, old_logprobs, advantages, response_mask, clip):
+    difference = logprobs - old_logprobs
+    held = difference.clamp(-clip, clip).exp()
+    gains = torch.minimum(difference.exp() * advantages, held * advantages)
+    return -gains[response_mask == 1].mean()
+
+
+def ratio_detached(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = (logprobs - old_logprobs).exp().detach()
+    return -torch.stack([smaller(*x, clip) for x in zip(rho, advantages, strict=True)])[
+        response_mask == 1
+    ].mean()
+
+
+def ratio_overwritten(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = torch.exp(logprobs - old_logprobs)
+    free = rho * advantages
+    gains = torch.minimum(free, rho.clamp_(1 - clip, 1 + clip) * advantages)
+    return -(gains * response_mask).sum() / response_mask.sum()
+
+
+def clipped_term_detached(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = torch.exp(logprobs - old_logprobs)
+    held = rho.clamp(1 - clip, 1 + clip).detach()
+    gains = torch.minimum(rho * advantages, held * advantages)
+    return -(gains * response_mask).sum() / response_mask.sum()
+
+
+@torch.no_grad()
+def loss_without_grad(logprobs, old_logprobs, advantages, response_mask, clip):
+    return token_by_token(smaller)(logprobs, old_logprobs, advantages, response_mask, clip)
+
+
+def nan_gradient(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = torch.exp(logprobs - old_logprobs)
+    rho = torch.where(rho == 1, rho, 1 + (rho - 1).square().sqrt() * (rho - 1).sign())
+    gains = smaller(rho, advantages, clip)
+    return -(gains * response_mask).sum() / response_mask.sum()
+
+
+def held(low, high):
+    return token_by_token(
+        lambda rho, a, clip: torch.min(rho * a, torch.clamp(rho, low(clip), high(clip)) * a)
+    )
+
+
+def plus(answer):
+    return lambda *arguments: -answer(*arguments)
+
+
+def larger(rho, advantage, clip):
+    return torch.max(rho * advantage, torch.clamp(rho, 1 - clip, 1 + clip) * advantage)
+
+
+PRODUCT = "the clip acts on the product"
+UNEVEN = "the clip is not at 1 - ε and 1 + ε."
+ONE_SIDED = "the clip has one end only."
+right_loss = token_by_token(smaller)
+LOSS_MISTAKES = [
+    ("it takes the larger of the two terms", token_by_token(larger)),
+    (
+        "it takes the larger of the two terms",
+        lambda new, old, a, mask, clip: torch.min(
+            -a * (new - old).exp(), -a * (new - old).exp().clamp(1 - clip, 1 + clip)
+        )[mask == 1].mean(),
+    ),
+    ("the minus sign is missing.", plus(right_loss)),
+    ("the larger of the two terms belongs to the form", plus(token_by_token(larger))),
+    (
+        "the difference of the log-probabilities is not a ratio",
+        token_by_token(smaller, lambda new, old: new - old),
+    ),
+    ("the ratio is upside down", token_by_token(smaller, lambda new, old: old.exp() / new.exp())),
+    ("it is a ratio of log-probabilities.", token_by_token(smaller, lambda new, old: new / old)),
+    ("the ratio is 1 everywhere.", token_by_token(smaller, lambda new, old: (new - new).exp())),
+    (
+        "the ratio is 1 everywhere.",
+        token_by_token(smaller, lambda new, old: (new - new.detach()).exp()),
+    ),
+    ("the probability stands where", token_by_token(smaller, lambda new, old: new.exp())),
+    (
+        "only the clipped term is there.",
+        token_by_token(lambda rho, a, clip: rho.clip(1 - clip, 1 + clip) * a),
+    ),
+    ("nothing is clipped", token_by_token(lambda rho, a, clip: rho * a)),
+    ("ε is 0.2 whatever", token_by_token(lambda rho, a, clip: smaller(rho, a, 0.2))),
+    (UNEVEN, clip_of_log_ratio),
+    (UNEVEN, held(lambda clip: 1 / (1 + clip), lambda clip: 1 + clip)),
+    (ONE_SIDED, held(lambda clip: None, lambda clip: 1 + clip)),
+    (ONE_SIDED, held(lambda clip: 1 - clip, lambda clip: None)),
+    ("the clip holds the ratio near 0.", held(lambda clip: -clip, lambda clip: clip)),
+    (
+        PRODUCT,
+        token_by_token(
+            lambda rho, a, clip: torch.min(rho * a, torch.clamp(rho * a, 1 - clip, 1 + clip))
+        ),
+    ),
+    (
+        PRODUCT,
+        token_by_token(
+            lambda rho, a, clip: torch.min(
+                rho * a, torch.min(torch.max(rho * a, (1 - clip) * a), (1 + clip) * a)
+            )
+        ),
+    ),
+    (
+        "it is the plain policy gradient",
+        lambda new, old, a, mask, clip: -(new * a)[mask == 1].mean(),
+    ),
+    ("the minimum comes after the mean.", minimum_of_means),
+    ("padding counts.", reduced(lambda x, mask: x.mean())),
+    ("padding is 0 in the sum", reduced(lambda x, mask: (x * mask).sum() / x.numel())),
+    ("padding is 0 in the sum", reduced(lambda x, mask: (x * mask).mean(1).mean())),
+    ("it is the mean of the responses' means.", reduced(means_of_rows)),
+    ("it is the sum over the tokens", reduced(lambda x, mask: x[mask == 1].sum())),
+    (
+        "the tokens of a response are summed",
+        reduced(lambda x, mask: torch.einsum("bt,bt->b", x, mask).mean()),
+    ),
+    (OVERWRITTEN, ratio_overwritten),
+    (f"{GRADIENT} logprobs", ratio_detached),
+    (f"{GRADIENT} logprobs", clipped_term_detached),
+    (f"{GRADIENT} logprobs", loss_without_grad),
+    (f"{GRADIENT} logprobs", lambda new, *others: right_loss(new.data, *others)),
+    (
+        f"{GRADIENT} logprobs",
+        lambda *arguments: torch.tensor(right_loss(*arguments).item()),
+    ),
+    (f"{GRADIENT} logprobs", nan_gradient),
+]
+
+
+def by_cases(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = torch.exp(logprobs - old_logprobs)
+    limit = torch.where(advantages > 0, rho.clamp(max=1 + clip), rho.clamp(min=1 - clip))
+    return -(limit * advantages)[response_mask.bool()].mean()
+
+
+def in_place_on_a_clone_of_logprobs(logprobs, old_logprobs, advantages, response_mask, clip):
+    rho = logprobs.clone()
+    rho -= old_logprobs
+    rho = rho.exp()
+    gains = torch.stack([rho, rho.clamp(1 - clip, 1 + clip)]).mul(advantages).amin(0)
+    gains = gains.masked_fill(response_mask == 0, 0)
+    return gains.sum().neg().div(response_mask.sum())
+
+
+def by_matmul_with_the_mask(logprobs, old_logprobs, advantages, response_mask, clip):
+    weights = response_mask.flatten().float() / response_mask.sum()
+    return losses(logprobs, old_logprobs, advantages, clip).flatten() @ weights
+
+
+def loss_in_float64(logprobs, old_logprobs, advantages, response_mask, clip):
+    new, old, a = (x.double() for x in (logprobs, old_logprobs, advantages))
+    return torch.masked_select(losses(new, old, a, clip), response_mask.bool()).mean()
+
+
+LOSS_RIGHT = [
+    right_loss,
+    reduced(lambda x, mask: (x * mask).sum() / mask.sum()),
+    by_cases,
+    in_place_on_a_clone_of_logprobs,
+    by_matmul_with_the_mask,
+    loss_in_float64,
+]
+
+MISTAKES = [
+    *(("token_logprobs", answer, message) for message, answer in TOKEN_MISTAKES),
+    *(("gae", answer, message) for message, answer in GAE_MISTAKES),
+    *(("policy_loss", answer, message) for message, answer in LOSS_MISTAKES),
+]
+RIGHT = [
+    *(("token_logprobs", answer) for answer in TOKEN_RIGHT),
+    *(("gae", answer) for answer in GAE_RIGHT),
+    *(("policy_loss", answer) for answer in LOSS_RIGHT),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
+def test_a_known_mistake_is_named(name, answer, message, capsys):
+    printed = run(name, answer, capsys)
+    assert printed.startswith(f"{name}: {message}")
+    if not message.startswith("the values are right"):
+        assert " yours " in printed
+        assert " expected " in printed
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_right_answer_passes(name, answer, capsys):
+    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_two_mistakes_with_different_messages_look_alike(exercise):
+    """Else the first of them would be named for both."""
+    right = [exercise.reference(*case) for case in exercise.cases]
+    for wrong, message in exercise.mistakes:
+        results = [wrong(*case) for case in exercise.cases]
+        assert name_mistake(exercise, results) == message
+        assert not all(same(got, want) for got, want in zip(results, right, strict=True))
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_every_message_has_a_test(exercise):
+    messages = {message for _, message in exercise.mistakes}
+    tested = {message for name, _, message in MISTAKES if name == exercise.name}
+    assert [m for m in messages if not any(m.startswith(start) for start in tested)] == []
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_message_begins_like_another(exercise):
+    """Else a test of one could pass on the other."""
+    messages = {message for _, message in exercise.mistakes}
+    for start in {message for name, _, message in MISTAKES if name == exercise.name}:
+        found = sum(message.startswith(start) for message in messages)
+        assert found == (not start.startswith("the values are right"))
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_messages_say_why_and_hold_no_code(exercise):
+    for _, message in exercise.mistakes:
+        assert len(message.split()) > 8
+        assert not any(code in message for code in ("[:", "clone(", ".T", "@", "==", "ceil("))
+
+
+# --- not attempted ---
+
+
+def stub(*arguments):
+    raise NotImplementedError
+
+
+def dots(*arguments):
+    return ...
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("answer", [stub, dots, ...])
+def test_unattempted_says_so(name, answer, capsys):
+    assert run(name, answer, capsys) == f"{name}: not attempted yet."
+
+
+# --- structural faults ---
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_none_is_named(name, capsys):
+    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_result_in_place_of_the_function_is_named(name, capsys):
+    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t)[:, 1:], "shape [1, 1]"),
+        (
+            "token_logprobs",
+            lambda z, ids, t: z.log_softmax(-1).gather(2, ids[..., None])[..., 0],
+            "shape [1, 4], expected is [1, 2]. It is one number for each token of the response",
+        ),
+        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t).mean(1), "shape [1]"),
+        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t)[..., None], "[1, 2, 1]"),
+        ("token_logprobs", lambda z, ids, t: [1, 2], "it returned list [1, 2]; return one tensor."),
+        (
+            "policy_loss",
+            lambda new, old, a, mask, clip: losses(new, old, a, clip),
+            "shape [1, 3], expected is []. Training differentiates one number",
+        ),
+        ("policy_loss", lambda *x: right_loss(*x).item(), "it returned float -0.06"),
+        ("policy_loss", lambda *x: (right_loss(*x), {}), "it returned tuple"),
+    ],
+)
+def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def only_a_pair_where_nothing_is_padded(*arguments):
+    pair = right_loop(*arguments)
+    return pair if arguments[2].all() else pair[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *x: right_loop(*x)[0], "it returned one tensor, of shape [1, 2]"),
+        (lambda *x: torch.stack(right_loop(*x)), "it returned one tensor, of shape [2, 1, 2]"),
+        (only_a_pair_where_nothing_is_padded, "it returned one tensor, of shape [2, 4]"),
+        (lambda *x: [1, 2, 3], "it returned list [1, 2, 3]"),
+        (lambda *x: (*right_loop(*x), 1), "it returned tuple (tensor([[0.48"),
+        (lambda *x: (right_loop(*x)[0], None), "the returns are NoneType None"),
+        (lambda *x: (0.5, right_loop(*x)[1]), "the advantages are float 0.5"),
+        (lambda *x: [y.mean(1) for y in right_loop(*x)], "the advantages have shape [1]"),
+        (lambda *x: (right_loop(*x)[0], right_loop(*x)[1].T), "the returns have shape [2, 1]"),
+        (lambda *x: None, "Does every path through the function end with a return?"),
+    ],
+)
+def test_what_is_no_pair_of_tensors_is_named(answer, message, capsys):
+    printed = run("gae", answer, capsys)
+    assert message in printed
+    assert printed.endswith("the advantages and the returns.")
+    assert "return two tensors of shape [" in printed
+
+
+def logits_in_place(logits, input_ids, response_length):
+    logits -= logits.logsumexp(-1, keepdim=True)
+    return looked_up(1)(logits, input_ids, response_length)
+
+
+def ids_in_place(logits, input_ids, response_length):
+    result = looked_up(1)(logits, input_ids, response_length)
+    input_ids[:, :-response_length] = -100
+    return result
+
+
+def values_in_place(rewards, values, response_mask, gamma, lam):
+    values *= response_mask
+    return right_loop(rewards, values, response_mask, gamma, lam)
+
+
+def rewards_in_place(rewards, values, response_mask, gamma, lam):
+    rewards += gamma * values
+    return right_loop(rewards - gamma * values, values, response_mask, gamma, lam)
+
+
+def logprobs_in_place(logprobs, old_logprobs, *others):
+    logprobs -= old_logprobs
+    return right_loss(logprobs, torch.zeros_like(logprobs), *others)
+
+
+def advantages_in_place(logprobs, old_logprobs, advantages, response_mask, clip):
+    advantages.masked_fill_(response_mask == 0, 0)
+    return right_loss(logprobs, old_logprobs, advantages, response_mask, clip)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "argument"),
+    [
+        ("token_logprobs", logits_in_place, "logits"),
+        ("token_logprobs", ids_in_place, "input_ids"),
+        ("gae", values_in_place, "values"),
+        ("gae", rewards_in_place, "rewards"),
+        ("policy_loss", logprobs_in_place, "logprobs"),
+        ("policy_loss", advantages_in_place, "advantages"),
+    ],
+)
+def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
+    printed = run(name, answer, capsys)
+    assert f"{name}: it changes its argument {argument} in place" in printed
+    right = next(answer for other, answer in RIGHT if other == name)
+    assert "correct" in run(name, right, capsys)
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
+    exercise = next(exercise for exercise in EXERCISES if exercise.name == name)
+    before = repr(exercise.cases)
+    run(name, answer, capsys)
+    assert repr(exercise.cases) == before
+
+
+# --- the unknown, NaN, and exceptions ---
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "case", "yours", "expected"),
+    [
+        (
+            "token_logprobs",
+            lambda z, ids, t: looked_up(1)(z, ids, t) * torch.nan,
+            "response_length 2",
+            "yours tensor([[nan, nan]])",
+            "expected tensor([[-0.69",
+        ),
+        (
+            "token_logprobs",
+            lambda z, ids, t: looked_up(1)(z, ids, t) - 7,
+            "input_ids tensor([[0, 2, 1, 2]])",
+            "yours tensor([[-7.69",
+            "expected tensor([[-0.69",
+        ),
+        (
+            "gae",
+            lambda r, v, mask, gamma, lam: (r * torch.nan, v * torch.nan),
+            "rewards tensor([[0., 1.]])",
+            "yours tensor([[[nan, nan]], [[nan, nan]]])",
+            "expected tensor([[[0.4800, 0.4000]], [[0.9800, 1.0000]]])",
+        ),
+        (
+            "policy_loss",
+            lambda new, old, a, mask, clip: new.sum() * torch.nan,
+            "advantages tensor([[ 1., 1., -1.]])",
+            "yours tensor(nan)",
+            "expected tensor(-0.06",
+        ),
+    ],
+)
+def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
+    printed = run(name, answer, capsys)
+    assert "not in a way that this check has a name for" in printed
+    assert all(text in printed for text in (case, yours, expected))
+
+
+def misspelt(rewards, values, response_mask, gamma, lam):
+    return rewards.clon(), values
+
+
+def fails_without_padding_only_at_first(rewards, values, response_mask, gamma, lam):
+    if len(rewards) > 1:
+        rewards = rewards @ values
+    return right_loop(rewards, values, response_mask, gamma, lam)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "line", "argument"),
+    [
+        (misspelt, AttributeError, "return rewards.clon(), values", "rewards tensor([[0., 1.]])"),
+        (
+            fails_without_padding_only_at_first,
+            RuntimeError,
+            "rewards = rewards @ values",
+            "gamma 0.9",
+        ),
+    ],
+)
+def test_an_exception_names_call_and_line_and_is_raised_again(
+    answer, error, line, argument, capsys
+):
+    with pytest.raises(error):
+        check_gae(answer)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"gae: {error.__name__} in your line ")
+    assert f": {line} on this call: " in printed
+    assert argument in printed
+
+
+def raised_by_a_helper(*arguments):
+    return stub()
+
+
+def test_a_not_implemented_error_from_elsewhere_is_an_exception(capsys):
+    with pytest.raises(NotImplementedError):
+        check_gae(raised_by_a_helper)
+    assert "not attempted" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss"])
+def test_gradients_are_checked_where_they_are_switched_off(name, capsys):
+    right = next(answer for other, answer in RIGHT if other == name)
+    wrong = {"token_logprobs": scores_without_grad, "policy_loss": loss_without_grad}[name]
+    with torch.no_grad():
+        assert "correct" in run(name, right, capsys)
+        assert "gradient" in run(name, wrong, capsys)
