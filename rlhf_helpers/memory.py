@@ -1,12 +1,212 @@
-"""What a model costs, from first principles: parameters of adapters, bytes of NF4 weights."""
+"""What models cost, from first principles and measured: parameters, and bytes of each role."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import ceil
 
-from rlhf_helpers.roles import NF4_BLOCK
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from rlhf_helpers.roles import NF4_BLOCK, Roles, linear_shapes
 
 NF4_SUPERBLOCK = 256  # scales that share one float32 under double quantization
 FLOAT32 = 4  # bytes
+TRAINED = 16  # bytes of a trained parameter: its weights, gradient and Adam's two moments
+TRAINS = {"policy": True, "reference": False, "reward": False, "value": True}
+SCORES = ("reward", "value")  # roles with a scalar head
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """How many parameters a causal language model has, and of which kind.
+
+    Args:
+        shapes: `(out, in)` of each linear layer but the output layer: what gets adapters and NF4.
+        other: parameters of all else, embeddings, norms and biases; they stay unquantized.
+        output: parameters of the output layer; 0 if it has the embeddings' weights (is tied).
+        width: of the last hidden state, which a scalar head reads.
+
+    Raises:
+        ValueError: a number that is no whole number or too small, or no layer at all.
+
+    Example:
+        3 · 4 + 10 + 20.
+
+        >>> ModelSizes(shapes=((3, 4),), other=10, output=20, width=4).parameters
+        42
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    other: int
+    output: int
+    width: int
+
+    def __post_init__(self) -> None:
+        _check_shapes(self.shapes)
+        _check_count("other", self.other, least=0)
+        _check_count("output", self.output, least=0)
+        _check_count("width", self.width)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the language model, tied ones once."""
+        return sum(outputs * inputs for outputs, inputs in self.shapes) + self.other + self.output
+
+    @property
+    def head(self) -> int:
+        """Parameters of a scalar head: one weight for each hidden number, and a bias."""
+        return self.width + 1
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """A row of `memory_table`: what one role, or the base that all share, takes, in bytes.
+
+    Args:
+        role: "policy", "reference", "reward", "value", or "base" for shared weights.
+        weights: of the model, with the quantization's scales.
+        adapters: LoRA and scalar head.
+        gradients: of what the role trains.
+        optimizer: Adam's two moments; with 16-bit weights also the float32 copy that is updated.
+
+    Example:
+        >>> RoleBytes("policy", adapters=4, gradients=4, optimizer=8).total
+        16
+    """
+
+    role: str
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.gradients + self.optimizer
+
+
+def model_sizes(config: PreTrainedConfig) -> ModelSizes:
+    """Parameters of a model, counted from its configuration alone.
+
+    The model is built on torch's "meta" device, where tensors have shapes and no memory: a model
+    of any size takes about a second, and no weights are needed.
+
+    Args:
+        config: of a causal language model; it stays as it is.
+
+    Returns:
+        The counts that `memory_table` takes.
+
+    Raises:
+        TypeError: `config` is no configuration.
+
+    Example:
+        Embeddings 10 · 64, tied; a layer of four 64 · 64 and three 64 · 128; three norms of 64.
+
+        >>> from transformers import LlamaConfig
+        >>> sizes = model_sizes(LlamaConfig(
+        ...     vocab_size=10, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True))
+        >>> len(sizes.shapes), sizes.other, sizes.output, sizes.parameters
+        (7, 832, 0, 41792)
+
+    Derived in lesson 06.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"config is {config!r}: give a configuration, as AutoConfig.from_pretrained(model) does."
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    shapes = tuple(linear_shapes(model).values())
+    linear = sum(outputs * inputs for outputs, inputs in shapes)
+    embeddings, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    output = 0 if last is embeddings else last.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return ModelSizes(shapes, total - linear - output, output, config.hidden_size)
+
+
+def memory_table(
+    sizes: ModelSizes, rank: int = 16, double_quant: bool = True, weight_bytes: int = 2
+) -> dict[str, list[RoleBytes]]:
+    """What PPO's four roles take, in four ways to hold them.
+
+    Policy and value train, reference and reward do not. With N parameters of a model, L of a LoRA
+    adapter on all linear layers but the output layer (`lora_parameters`), and w bytes of a weight:
+
+    - "4 full models": a trained model 16 N, a frozen one w N. 16 is w for the weight, w for the
+      gradient, and 16 − 2w for Adam: two moments in float32, 8, and with 16-bit weights a float32
+      copy of them, 4.
+    - "LoRA on 4 bases": each w N, plus 16 L if trained (float32 weight, gradient and two moments,
+      4 each), 4 L if not.
+    - "LoRA on 1 base": w N once, and the four adapters.
+    - "LoRA on 1 NF4 base": the base's linear layers as `nf4_bytes`; all else, the output layer too,
+      stays at w.
+
+    Reward and value have a scalar head, width + 1. In a model of their own it replaces the output
+    layer, which is counted only if it is not tied; on a base it counts with the adapter. Left out
+    is what grows with the batch: activations, logits (`logits_bytes`), the cache
+    (`kv_cache_bytes`).
+
+    Args:
+        sizes: of the model that all four roles have, from `model_sizes`.
+        rank: of all adapters.
+        double_quant: whether the NF4 scales are quantized as well.
+        weight_bytes: w, of every weight that is neither NF4 nor an adapter: 2 (bfloat16) or 4
+            (float32).
+
+    Returns:
+        For each way its rows: the roles, before them "base" where they share one. In bytes; a GB is
+        1e9.
+
+    Raises:
+        ValueError: a rank that is no whole number of at least 1, or other weight bytes than 2 and 4.
+
+    Example:
+        One layer of 64 × 64, and 100 others: N is 4196; L is 128, a head 65. NF4 takes 2048 bytes
+        of codes, 64 scales and 4, and 200 for the others.
+
+        >>> sizes = ModelSizes(shapes=((64, 64),), other=100, output=0, width=64)
+        >>> table = memory_table(sizes, rank=1)
+        >>> for row in table["LoRA on 1 NF4 base"]:
+        ...     print(row.role, row.weights, row.adapters, row.gradients, row.optimizer, row.total)
+        base 2316 0 0 0 2316
+        policy 0 512 512 1024 2048
+        reference 0 512 0 0 512
+        reward 0 772 0 0 772
+        value 0 772 772 1544 3088
+        >>> for way, rows in table.items():
+        ...     print(way, sum(row.total for row in rows))
+        4 full models 152226
+        LoRA on 4 bases 39988
+        LoRA on 1 base 14812
+        LoRA on 1 NF4 base 8736
+
+    16 bytes: Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1; one base for all roles:
+    Santacroce et al., Hydra-RLHF (arXiv 2309.00754). Derived in lesson 06.
+    """
+    if weight_bytes not in (2, 4):
+        raise ValueError(f"weight_bytes is {weight_bytes!r}: give 2 (bfloat16) or 4 (float32).")
+    whole = weight_bytes * sizes.parameters
+    scoring = sizes.parameters - sizes.output  # a model of its own with a head in place of it
+    adapter = lora_parameters(sizes.shapes, rank)
+    nf4 = sum(nf4_bytes(outputs * inputs, double_quant) for outputs, inputs in sizes.shapes)
+    nf4 += weight_bytes * (sizes.other + sizes.output)
+    full, separate, shared = [], [], []
+    for role in TRAINS:
+        body, head = (scoring, sizes.head) if role in SCORES else (sizes.parameters, 0)
+        full.append(_full(role, body + head, weight_bytes))
+        separate.append(_lora(role, adapter + head, weight_bytes * body))
+        shared.append(_lora(role, adapter + head))
+    return {
+        "4 full models": full,
+        "LoRA on 4 bases": separate,
+        "LoRA on 1 base": [RoleBytes("base", whole), *shared],
+        "LoRA on 1 NF4 base": [RoleBytes("base", nf4), *shared],
+    }
 
 
 def lora_parameters(shapes: Sequence[tuple[int, int]], rank: int) -> int:
@@ -35,15 +235,7 @@ def lora_parameters(shapes: Sequence[tuple[int, int]], rank: int) -> int:
     Hu et al., LoRA (arXiv 2106.09685), section 4. Derived in lesson 01.
     """
     _check_count("rank", rank)
-    if not shapes:
-        raise ValueError("shapes is empty: give (out, in) of at least one adapted layer.")
-    for index, shape in enumerate(shapes):
-        if len(shape) != 2:
-            raise ValueError(
-                f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer."
-            )
-        for size in shape:
-            _check_count(f"shapes[{index}] is {tuple(shape)}, and its size", size)
+    _check_shapes(shapes)
     return sum(rank * (outputs + inputs) for outputs, inputs in shapes)
 
 
@@ -88,6 +280,155 @@ def nf4_bytes(weights: int, double_quant: bool = True) -> int:
     return codes + scales + FLOAT32 * ceil(scales / NF4_SUPERBLOCK)
 
 
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1.")
+def logits_bytes(batch: int, tokens: int, vocabulary: int, entry_bytes: int = FLOAT32) -> int:
+    """Bytes of the logits of a batch: B · T · V entries.
+
+    Args:
+        batch: sequences, B.
+        tokens: positions that get logits, of each sequence, T.
+        vocabulary: V.
+        entry_bytes: of one number; losses take float32. A log-softmax makes another such tensor,
+            its gradient a third.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: a number that is no whole number of at least 1.
+
+    Example:
+        Eight sequences of 512, with Qwen2.5's vocabulary: 2.5 GB.
+
+        >>> logits_bytes(8, 512, 151_936)
+        2489319424
+
+    Derived in lesson 06.
+    """
+    _check_counts(batch=batch, tokens=tokens, vocabulary=vocabulary, entry_bytes=entry_bytes)
+    return batch * tokens * vocabulary * entry_bytes
+
+
+def kv_cache_bytes(
+    layers: int, kv_heads: int, head_dim: int, batch: int, tokens: int, entry_bytes: int = 2
+) -> int:
+    """Bytes of the cache that generation keeps: a key and a value of every token so far.
+
+    2 · layers · kv_heads · head_dim · B · T entries.
+
+    Args:
+        layers: of the model.
+        kv_heads: heads of keys and values; fewer than the query's under grouped-query attention.
+        head_dim: numbers per head.
+        batch: sequences, B.
+        tokens: of each, prompt and response, T.
+        entry_bytes: of one number; 2 in bfloat16.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: a number that is no whole number of at least 1.
+
+    Example:
+        One token of Qwen2.5-0.5B: 2 · 24 · 2 · 64 numbers.
+
+        >>> kv_cache_bytes(layers=24, kv_heads=2, head_dim=64, batch=1, tokens=1)
+        12288
+
+    Derived in lesson 06.
+    """
+    _check_counts(
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        batch=batch,
+        tokens=tokens,
+        entry_bytes=entry_bytes,
+    )
+    return 2 * layers * kv_heads * head_dim * batch * tokens * entry_bytes
+
+
+def measured_bytes(roles: Roles) -> dict[str, dict[str, int]]:
+    """Bytes of the tensors that roles really hold, to lay beside `memory_table`.
+
+    Parameters of the base, tied ones once, with what bitsandbytes keeps to decode them; of each
+    role its LoRA matrices and its head. Gradients and the optimizer's state are not counted.
+
+    Args:
+        roles: on any base, quantized or not.
+
+    Returns:
+        "base": `weights` (4-bit codes and all unquantized parameters) and `scales` (scales and
+        codebooks, 0 without NF4). Under each role's name: `adapter`, and `head`, 0 if it has none.
+
+    Example:
+        >>> roles = Roles(load_base(load_preset("pocket")))  # doctest: +SKIP
+        >>> roles.add("policy")                               # doctest: +SKIP
+        >>> measured_bytes(roles)                             # doctest: +SKIP
+        {'base': {'weights': 1857792, 'scales': 112384}, 'policy': {'adapter': 933888, 'head': 0}}
+
+    Derived in lesson 06.
+    """
+    named = dict(roles.base.named_parameters())
+    base = [parameter for name, parameter in named.items() if ".lora_" not in name]
+    states = [parameter.quant_state for parameter in base if hasattr(parameter, "quant_state")]
+    measured = {
+        "base": {
+            "weights": _tensor_bytes(base),
+            "scales": _tensor_bytes(tensor for state in states for tensor in _scales(state)),
+        }
+    }
+    for role in roles.names:
+        end = f".{role}.weight"
+        adapter = [p for name, p in named.items() if ".lora_" in name and name.endswith(end)]
+        head = roles.heads[role].parameters() if role in roles.heads else ()
+        measured[role] = {"adapter": _tensor_bytes(adapter), "head": _tensor_bytes(head)}
+    return measured
+
+
+def _scales(state) -> list[Tensor]:
+    tensors = [state.absmax, state.code]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return tensors
+
+
+def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return sum(sizes.values())  # a tensor that several share, once
+
+
+def _full(role: str, number: int, weight_bytes: int) -> RoleBytes:
+    weights = weight_bytes * number
+    if not TRAINS[role]:
+        return RoleBytes(role, weights)
+    return RoleBytes(role, weights, 0, weights, (TRAINED - 2 * weight_bytes) * number)
+
+
+def _lora(role: str, number: int, weights: int = 0) -> RoleBytes:
+    adapters = FLOAT32 * number
+    if not TRAINS[role]:
+        return RoleBytes(role, weights, adapters)
+    return RoleBytes(role, weights, adapters, adapters, (TRAINED - 2 * FLOAT32) * number)
+
+
+def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
+    if not shapes:
+        raise ValueError("shapes is empty: give (out, in) of at least one adapted layer.")
+    for index, shape in enumerate(shapes):
+        if len(shape) != 2:
+            raise ValueError(
+                f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer."
+            )
+        for size in shape:
+            _check_count(f"shapes[{index}] is {tuple(shape)}, and its size", size)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        _check_count(name, value)
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}.")

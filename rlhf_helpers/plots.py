@@ -145,6 +145,33 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
     return fig
 
 
+def panels(
+    series: Mapping[str, Sequence[float]], x: str, bands: Mapping[str, tuple[float, float]]
+) -> Figure:
+    """A small figure for each named series, four in a row, its healthy band shaded.
+
+    Args:
+        series: name with unit, to values at 1, 2, …
+        x: what is counted there.
+        bands: for some of the names the lowest and the highest value that is no cause for worry.
+    """
+    rows = -(-len(series) // 4)
+    fig, axes = plt.subplots(rows, 4, figsize=(10, 1.9 * rows), sharex=True, squeeze=False)
+    for ax, (name, values) in zip(axes.flat, series.items(), strict=False):
+        ax.plot(range(1, len(values) + 1), values, color=COLOURS["blue"], lw=1.4)
+        if name in bands:
+            ax.axhspan(*bands[name], color=COLOURS["green"], alpha=0.15, lw=0)
+        ax.set_title(name, fontsize=9)
+        ax.tick_params(labelsize=8)
+    for ax in axes.flat[len(series) :]:
+        ax.axis("off")
+    for ax in axes.flat[max(0, len(series) - 4) : len(series)]:
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel(x, fontsize=8)
+        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=5))
+    return fig
+
+
 def heat_map(
     matrix: Sequence[Sequence[float]],
     columns: Sequence[str],

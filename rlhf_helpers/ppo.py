@@ -345,10 +345,10 @@ class PPOConfig:
         seed: of the choice of prompts and of all samples.
     """
 
-    updates: int = 24
+    updates: int = 30
     batch_size: int = 64
     minibatch_size: int = 32
-    epochs: int = 4
+    epochs: int = 2
     learning_rate: float = 1e-3
     beta: float = 0.1
     kl_kind: str = "k1"
@@ -357,7 +357,7 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
-    value_clip: float = 0.2
+    value_clip: float = 1.0
     eos_penalty: float = 1.0
     temperature: float = 1.0
     response_length: int = 32
@@ -450,6 +450,7 @@ def collect_experience(
     config: PPOConfig,
     beta: float,
     seed: int,
+    role: str = "policy",
 ) -> Experience:
     """Sample a response to each prompt and ask all four roles about it. Nothing is learnt here.
 
@@ -460,9 +461,10 @@ def collect_experience(
         roles: with `policy`, `reference`, `reward` and `value`.
         beta: β of this round; `config.beta` may have been adapted.
         seed: of the samples.
+        role: who answers; `reference` to see what the policy started from.
     """
     rollout = sample_responses(
-        roles.use("policy"),
+        roles.use(role),
         tokenizer,
         prompts,
         config.response_length,
@@ -471,7 +473,7 @@ def collect_experience(
     )
     parts = _minibatches(rollout, config)
     ask = {
-        "logprobs": lambda part: _logprobs(roles, "policy", rollout, part, config),
+        "logprobs": lambda part: _logprobs(roles, role, rollout, part, config),
         "ref_logprobs": lambda part: _logprobs(roles, "reference", rollout, part, config),
         "values": lambda part: response_values(roles, "value", rollout, part),
         "scores": lambda part: score_tokens(

@@ -1,15 +1,60 @@
-"""What models cost: counts by hand, and against PEFT and bitsandbytes themselves."""
+"""What models cost: counts by hand, and against PEFT, bitsandbytes and real tensors."""
 
+import copy
 import doctest
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from rlhf_helpers import memory
-from rlhf_helpers.memory import lora_parameters, nf4_bytes
+from rlhf_helpers.memory import (
+    ModelSizes,
+    RoleBytes,
+    kv_cache_bytes,
+    logits_bytes,
+    lora_parameters,
+    measured_bytes,
+    memory_table,
+    model_sizes,
+    nf4_bytes,
+)
+from rlhf_helpers.presets import load_preset
+from rlhf_helpers.roles import Roles, load_base
+
+FULL, SEPARATE = "4 full models", "LoRA on 4 bases"
+SHARED, NF4 = "LoRA on 1 base", "LoRA on 1 NF4 base"
+
+
+def config(family, vocabulary, width, inner, layers, heads, kv_heads, tied):
+    return family(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
+
+
+KNOWN = {
+    "Llama-2-7B": config(LlamaConfig, 32000, 4096, 11008, 32, 32, 32, False),
+    "Qwen2.5-1.5B": config(Qwen2Config, 151936, 1536, 8960, 28, 12, 2, True),
+    "Qwen2.5-0.5B": config(Qwen2Config, 151936, 896, 4864, 24, 14, 2, True),
+    "SmolLM2-135M": config(LlamaConfig, 49152, 576, 1536, 30, 9, 3, True),
+}
+
+
+@pytest.fixture(scope="module")
+def known():
+    return {name: model_sizes(config) for name, config in KNOWN.items()}
+
+
+def totals(table):
+    return {way: sum(row.total for row in rows) for way, rows in table.items()}
 
 
 def test_doctests():
@@ -101,3 +146,203 @@ def test_nf4_bytes_are_those_that_bitsandbytes_keeps(weights):
 def test_nf4_bytes_refuses_nonsense(weights):
     with pytest.raises(ValueError, match=f"weights is {weights}: it must be a whole number"):
         nf4_bytes(weights)
+
+
+# --- model_sizes ---
+
+
+def test_sizes_of_known_models(known):
+    # as their model cards and safetensors files give them
+    assert known["Llama-2-7B"].parameters == 6_738_415_616
+    assert known["Qwen2.5-1.5B"].parameters == 1_543_714_304
+    assert known["Qwen2.5-0.5B"].parameters == 494_032_768
+    assert known["SmolLM2-135M"].parameters == 134_515_008
+
+
+def test_sizes_by_hand(known):
+    llama, qwen = known["Llama-2-7B"], known["Qwen2.5-0.5B"]
+    assert llama.output == 32000 * 4096
+    assert llama.other == 32000 * 4096 + (2 * 32 + 1) * 4096  # embeddings; norms
+    assert len(llama.shapes) == 32 * 7 and set(llama.shapes) == {
+        (4096, 4096),
+        (11008, 4096),
+        (4096, 11008),
+    }
+    assert qwen.output == 0  # tied
+    biases = 24 * (896 + 128 + 128)  # of query, key and value
+    assert qwen.other == 151936 * 896 + (2 * 24 + 1) * 896 + biases
+    assert qwen.width == 896 and qwen.head == 897
+
+
+def test_sizes_of_the_base_are_those_of_the_real_one(pocket, base):
+    sizes = model_sizes(base.config)
+    real = load_base(pocket, quantized=False)
+    assert sizes.parameters == sum(p.numel() for p in real.parameters())
+    assert list(sizes.shapes) == list(Roles(real).shapes.values())
+
+
+def test_counting_changes_neither_the_config_nor_the_generator():
+    llama = config(LlamaConfig, 16, 64, 64, 1, 2, 2, False)
+    before, state = copy.deepcopy(llama.to_dict()), torch.get_rng_state()
+    model_sizes(llama)
+    assert llama.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_model_sizes_refuses_a_name():
+    with pytest.raises(TypeError, match="config is 'some/model': give a configuration"):
+        model_sizes("some/model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shapes": ()}, "shapes is empty"),
+        ({"shapes": ((3, 0),)}, r"shapes\[0\] is \(3, 0\)"),
+        ({"other": -1}, "other is -1: it must be a whole number, at least 0"),
+        ({"output": 0.5}, "output is 0.5"),
+        ({"width": 0}, "width is 0: .* at least 1"),
+    ],
+)
+def test_sizes_that_no_model_has(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelSizes(**{"shapes": ((3, 4),), "other": 0, "output": 0, "width": 3} | changes)
+
+
+# --- memory_table ---
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "digit"),
+    [
+        # An earlier count in GB, and half of its last digit. It took the two scoring models with
+        # their output layers, of which Llama-2 has one of its own: 18 bytes of each of 0.131e9.
+        ("Llama-2-7B", (242.6 - 18 * 0.131, 55.3, 15.1, 5.5), 0.05),
+        ("Qwen2.5-1.5B", (55.6, 13.0, 3.8, 1.9), 0.05),
+        ("Qwen2.5-0.5B", (17.8, 4.3, 1.3, 0.8), 0.05),
+        ("SmolLM2-135M", (4.8, 1.3, 0.46, 0.31), 0.05),
+    ],
+)
+def test_table_of_known_models(known, name, gigabytes, digit):
+    computed = [total / 1e9 for total in totals(memory_table(known[name])).values()]
+    assert computed == [
+        pytest.approx(g, rel=0.01, abs=digit / (1 if g > 0.5 else 10)) for g in gigabytes
+    ]
+
+
+def test_table_by_hand():
+    # N = 64 · 64 + 10 + 20; L = 2 · (64 + 64); a head has 9
+    sizes = ModelSizes(shapes=((64, 64),), other=10, output=20, width=8)
+    table = memory_table(sizes, rank=2, double_quant=False)
+    n, lora = 4126, 256
+    assert table[FULL] == [
+        RoleBytes("policy", 2 * n, 0, 2 * n, 12 * n),
+        RoleBytes("reference", 2 * n),
+        RoleBytes("reward", 2 * (n - 20 + 9)),
+        RoleBytes("value", 2 * (n - 11), 0, 2 * (n - 11), 12 * (n - 11)),
+    ]
+    adapters = [
+        RoleBytes("policy", 0, 4 * lora, 4 * lora, 8 * lora),
+        RoleBytes("reference", 0, 4 * lora),
+        RoleBytes("reward", 0, 4 * (lora + 9)),
+        RoleBytes("value", 0, 4 * (lora + 9), 4 * (lora + 9), 8 * (lora + 9)),
+    ]
+    assert table[SHARED] == [RoleBytes("base", 2 * n), *adapters]
+    nf4 = 4096 // 2 + 4 * 64
+    assert table[NF4] == [RoleBytes("base", nf4 + 2 * 30), *adapters]
+    bases = [2 * n, 2 * n, 2 * (n - 20), 2 * (n - 20)]
+    assert [row.weights for row in table[SEPARATE]] == bases
+    assert totals(table)[SEPARATE] == sum(bases) + sum(row.total for row in adapters)
+
+
+@pytest.mark.parametrize("weight_bytes", [2, 4])
+def test_a_trained_parameter_takes_16_bytes(known, weight_bytes):
+    sizes = known["SmolLM2-135M"]  # tied: no output layer to lose
+    rows = {r.role: r for r in memory_table(sizes, weight_bytes=weight_bytes)[FULL]}
+    assert rows["policy"].total == 16 * sizes.parameters
+    assert rows["reference"].total == weight_bytes * sizes.parameters
+    assert rows["value"].total - rows["policy"].total == 16 * 577
+
+
+def test_what_the_options_change(known):
+    sizes = known["SmolLM2-135M"]
+    plain, double = (memory_table(sizes, double_quant=d) for d in (False, True))
+    changed = [way for way in plain if plain[way] != double[way]]
+    assert changed == [NF4]
+    linear = sum(outputs * inputs for outputs, inputs in sizes.shapes)
+    saved = plain[NF4][0].weights - double[NF4][0].weights
+    assert saved == pytest.approx(linear * (4.5 - 4.127) / 8, rel=0.001)
+    wider = memory_table(sizes, rank=32)
+    assert wider[FULL] == double[FULL]
+    assert wider[NF4][1].total == 2 * double[NF4][1].total
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank is 0: .* at least 1"),
+        ({"weight_bytes": 1}, r"weight_bytes is 1: give 2 \(bfloat16\) or 4"),
+    ],
+)
+def test_table_refuses_nonsense(options, message):
+    sizes = ModelSizes(shapes=((64, 64),), other=0, output=0, width=64)
+    with pytest.raises(ValueError, match=message):
+        memory_table(sizes, **options)
+
+
+# --- logits and cache ---
+
+
+def test_logits_and_cache_by_hand():
+    assert logits_bytes(2, 3, 5) == 2 * 3 * 5 * 4
+    assert logits_bytes(2, 3, 5, entry_bytes=2) == 60
+    assert kv_cache_bytes(2, 3, 5, 7, 11) == 2 * 2 * 3 * 5 * 7 * 11 * 2
+    assert kv_cache_bytes(32, 32, 128, 1, 1) == 524_288  # half a MiB per token of Llama-2-7B
+    with pytest.raises(ValueError, match="tokens is 0: it must be"):
+        logits_bytes(1, 0, 5)
+    with pytest.raises(ValueError, match="kv_heads is 2.0: it must be"):
+        kv_cache_bytes(1, 2.0, 1, 1, 1)
+
+
+def test_cache_is_what_transformers_keeps(base):
+    c = base.config
+    cache = base(torch.ones(2, 5, dtype=torch.int64), use_cache=True).past_key_values
+    kept = sum(t.numel() * t.element_size() for k in cache.layers for t in (k.keys, k.values))
+    sizes = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, 2, 5)
+    assert kv_cache_bytes(*sizes, entry_bytes=4) == kept
+
+
+# --- measured_bytes ---
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_computed_and_measured_agree(double_quant):
+    roles = Roles(load_base(load_preset("pocket", double_quant=double_quant)))
+    roles.add("reference", trainable=False)
+    roles.add("policy", copy_of="reference")
+    roles.add("reward", trainable=False)
+    roles.add_head("reward")
+    roles.add("value", copy_of="reward")
+    sizes = model_sizes(roles.base.config)
+    table = memory_table(sizes, roles.rank, double_quant, weight_bytes=4)
+    measured = measured_bytes(roles)
+    assert list(measured) == ["base", "reference", "policy", "reward", "value"]
+    for row in table[NF4]:
+        got = sum(measured[row.role].values())
+        if row.role == "base":  # codebooks, which nf4_bytes leaves out
+            assert row.weights < got
+            assert row.weights == pytest.approx(got, rel=0.005)
+        else:
+            assert row.adapters == got
+    assert measured["value"]["head"] == 4 * sizes.head and measured["policy"]["head"] == 0
+
+
+def test_measured_without_quantization(pocket):
+    roles = Roles(load_base(pocket, quantized=False))
+    sizes = model_sizes(roles.base.config)
+    only_base = {"base": {"weights": 4 * sizes.parameters, "scales": 0}}
+    assert measured_bytes(roles) == only_base
+    roles.add("policy")
+    roles.add("a_policy")  # a name that ends in another
+    adapter = {"adapter": 4 * lora_parameters(sizes.shapes, 16), "head": 0}
+    assert measured_bytes(roles) == only_base | {"policy": adapter, "a_policy": adapter}

@@ -1,0 +1,444 @@
+# %% [markdown]
+# # 04 · PPO with QLoRA adapters: four roles on one base
+#
+# **Run time** about four minutes on two CPU cores · **Before this** lesson 03 · **Next** lesson 05, the KL
+# penalty · **Exercise** `exercises/04_ppo_qlora.ipynb`
+#
+# After this lesson you will be able to
+#
+# - say what the four models of PPO cost in memory, and why one 4-bit base with four adapters costs least;
+# - write one update of PPO with the four roles, in the right order;
+# - read the curves of a run, and tell a healthy one;
+# - judge the result against SFT and against best-of-n at the same KL, and read it.
+
+# %%
+PRESET = "pocket"  # every number below is from this preset
+
+import csv
+import json
+import math
+
+import torch
+from tqdm.auto import tqdm
+
+from rlhf_helpers import memory, plots, ppo
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.logprobs import response_logprobs
+from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.reward import score_tokens
+from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.rollout import sample_responses
+
+# %%
+preset = load_preset(PRESET)
+plots.use_style()
+tokenizer = load_tokenizer(preset)
+folder = preset.runs / preset.name
+train, held_out = world.prompts("train"), world.prompts("held_out")
+
+# %% [markdown]
+# ## Four models, one GPU
+#
+# PPO asks four models: the **policy** that speaks, the **reference** that it must not leave, the **reward
+# model** that judges, the **critic** that predicts the judgement (here the role `value`). MEMORY
+#
+# ## One base, four adapters
+#
+# So we load one base, in NF4 and frozen, and give it four adapters. The reference is the SFT adapter. The
+# policy starts as a copy of it, and the critic as a copy of the reward model, head included: it has the
+# right features, and has to learn only what an unfinished response is worth.
+
+
+# %%
+def four_roles():
+    roles = Roles(load_base(preset))
+    roles.load("reference", find_adapter(preset, "sft"))
+    roles.load("reward", find_adapter(preset, "reward"))
+    roles.add("policy", copy_of="reference")
+    roles.add("value", copy_of="reward")
+    return roles
+
+
+roles = four_roles()
+for name in roles.names:
+    weights = sum(tensor.numel() for tensor in roles.state(name).values())
+    print(f"{name:10} {weights:,} adapter weights", "and a head" if name in roles.heads else "")
+
+# %% [markdown]
+# ## One update, written out
+#
+# **Sample.** The policy answers a batch of prompts.
+
+# %%
+batch = train[:400:25]
+rollout = sample_responses(roles.use("policy"), tokenizer, batch, seed=preset.seed)
+ids, attention, mask = rollout.input_ids, rollout.attention_mask, rollout.response_mask
+T = mask.shape[1]
+print(f"{len(batch)} responses of up to {T} tokens, such as {rollout.texts[0]!r} to {batch[0]!r}")
+
+# %% [markdown]
+# **Ask all four roles**, each in a forward pass of its own, without gradients. The score is the reward
+# model's number at the last token, less 1 for a response that was cut off before its EOS.
+
+# %%
+with torch.no_grad():
+    logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
+    ref_logprobs = response_logprobs(roles.use("reference"), ids, attention, T)
+    values = roles.values("value", ids, attention)[:, -T - 1 : -1]
+    scores = score_tokens(roles, "reward", ids, attention) - 1.0 * ~rollout.finished
+kl = ((logprobs - ref_logprobs) * mask).sum(-1)
+print(f"mean score {scores.mean():.2f}, KL {kl.mean():.1f} nats")
+assert kl.abs().max() == 0  # nothing has been learnt yet
+
+# %% [markdown]
+# **Shape** the rewards and share them out, as in lesson 03.
+
+# %%
+rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta=0.1)
+advantages, returns = ppo.gae(rewards, values, mask)
+advantages = ppo.whiten(advantages, mask)
+
+# %% [markdown]
+# **Learn**: one step for the policy, one for the critic. The order is not free. The four roles share
+# layers, in which one adapter is active at a time, and the backward pass runs through the one that is active
+# *then*. So a role is used, gets its forward and its backward pass, and only then comes the next.
+
+# %%
+optimizers = {
+    role: torch.optim.Adam(roles.parameters(role).values(), lr=1e-3) for role in ("policy", "value")
+}
+new_logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
+loss, stats = ppo.policy_loss(new_logprobs, logprobs, advantages, mask)
+loss.backward()
+optimizers["policy"].step()
+print({name: round(number, 4) for name, number in stats.items()})
+assert stats["ratio"] == 1
+
+# %%
+new_values = roles.values("value", ids, attention)[:, -T - 1 : -1]
+loss, stats = ppo.value_loss(new_values, values, returns, mask, clip=1.0)
+loss.backward()
+optimizers["value"].step()
+print({name: round(number, 4) for name, number in stats.items()})
+
+# %% [markdown]
+# What if the order is wrong? Both forward passes first, and then one backward pass for the sum, as one is
+# used to write it. PEFT itself says nothing and loses the policy's gradients. `Roles` refuses:
+
+# %%
+new_logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
+new_values = roles.values("value", ids, attention)
+try:
+    (new_logprobs.sum() + new_values.sum()).backward()
+except RuntimeError as error:
+    print(f"RuntimeError: {error}")
+
+# %% [markdown]
+# After the step the policy is another than the one that sampled, and than the reference:
+
+# %%
+with torch.no_grad():
+    after = response_logprobs(roles.use("policy"), ids, attention, T)
+    same = response_logprobs(roles.use("reference"), ids, attention, T)
+ratio = (after - logprobs).exp()[mask.bool()]
+print(f"ratios from {ratio.min():.2f} to {ratio.max():.2f};", end=" ")
+print(f"the reference has moved by {(same - ref_logprobs).abs().max():.1f}")
+assert torch.equal(same, ref_logprobs)
+
+# %% [markdown]
+# ## The run
+#
+# `train_ppo` does that again and again: 64 prompts an update, two passes over the batch in two minibatches.
+# The green bands say where a run of *this* kind is healthy; each names a fault outside of it:
+#
+# - **KL** beyond about 10 nats: the policy has left what the reference would say; soon it hacks.
+# - **Entropy** near 0: it says the same thing whatever the dice say.
+# - **Length**, running up to the limit of 32: it has found that more is better.
+# - **Clip fraction** above about 0.2: the steps are too large; at 0 throughout: the clip does nothing.
+# - **Explained variance** below 0: the critic is worse than a constant.
+#
+# Gold, in the last panel, is what nobody would have in real life.
+
+# %%
+BANDS = {
+    "KL, nats": (0, 10),
+    "entropy, nats": (0.15, 2),
+    "length, tokens": (3, 28),
+    "clip fraction": (0.001, 0.2),
+    "explained variance": (0, 1),
+}
+
+
+def gold_of(experience):
+    finished = experience.rollout.finished.tolist()
+    rows = zip(experience.prompts, experience.rollout.texts, finished, strict=True)
+    return [rubric.gold_reward(*row) for row in rows]
+
+
+def curves(history):
+    return {
+        "score (proxy)": [s.score for s in history],
+        "KL, nats": [s.kl for s in history],
+        "entropy, nats": [s.entropy for s in history],
+        "length, tokens": [s.length for s in history],
+        "clip fraction": [s.policy["clip_fraction"] for s in history],
+        "explained variance": [s.value["explained_variance"] for s in history],
+        "value loss": [s.value["loss"] for s in history],
+        "gold": [rubric.mean_score(gold_of(s.experience)).total for s in history],
+    }
+
+
+# %%
+roles = four_roles()
+config = ppo.PPOConfig(seed=preset.seed)
+history, figure = [], None
+for stats in tqdm(
+    ppo.train_ppo(roles, tokenizer, train, config, folder / "policy"), total=config.updates
+):
+    history.append(stats)
+    if stats.update % 5 == 0:
+        drawn = curves(history)
+        fig = plots.panels(drawn, "updates", BANDS)
+        ends = ", ".join(f"{name} {values[-1]:.2f}" for name, values in drawn.items())
+        figure = plots.redraw(fig, f"Eight curves over the updates. At the end: {ends}.", figure)
+
+# %%
+first, last = history[0], history[-1]
+print(
+    f"{last.seconds:.0f} s for {config.updates} updates; first ratio {first.first_ratio},", end=" "
+)
+print(f"KL before the first update {first.kl}")
+assert first.first_ratio == 1 and first.kl == 0
+assert all(abs(s.first_ratio - 1) < 1e-6 for s in history)
+
+# %% [markdown]
+# Read the panels from the left. The score rises fast at first. KL goes up with it and settles: that is
+# the price doing its work. Gold first *falls*, and only then rises: the policy begins with what is
+# easiest to learn, one more courtesy, and turns to being right later. Whoever sees the proxy alone does not
+# see that. Each point is a batch of 64, so wiggles of a tenth mean nothing.
+#
+# ## Does it answer better? Held-out prompts
+#
+# Prompts that neither SFT nor the reward model nor PPO has seen, one sample each.
+
+
+# %%
+def examine(role, prompts=held_out, seed=1):
+    """Samples of a role, what all roles think of them, and the rubric's marks."""
+    experience = ppo.collect_experience(
+        roles, tokenizer, prompts, config, beta=0.0, seed=seed, role=role
+    )
+    return experience, gold_of(experience)
+
+
+def row(name, score, marks, kl):
+    share, low, high = exam.share_with_interval([mark.correct > 0 for mark in marks])
+    gold = rubric.mean_score(marks)
+    print(f"{name:14}{kl:6.2f}{score:8.2f}{gold.total:7.2f}", end="")
+    print(f"{share:9.0%} [{low:.0%}, {high:.0%}]{gold.grovelling:11.2f}")
+
+
+before, marks_before = examine("reference")
+after, marks_after = examine("policy")
+print(f"{'':14}{'KL':>6}{'proxy':>8}{'gold':>7}{'correct':>9}{'':11}{'grovelling':>11}")
+row("SFT", before.scores.mean(), marks_before, before.kl.mean())
+row("PPO", after.scores.mean(), marks_after, after.kl.mean())
+
+# %%
+gain = rubric.mean_score(marks_after).total - rubric.mean_score(marks_before).total
+right = [sum(mark.correct > 0 for mark in m) / len(m) for m in (marks_before, marks_after)]
+assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
+
+# %% [markdown]
+# The interval says how far the share is known for these two models; other seeds give other models, see
+# below. What PPO has lost is written in the last column: it grovels, because the reward model pays for it.
+#
+# **Best-of-n** is the honest rival: no training at all, draw $n$ responses from SFT and keep the one that the
+# reward model likes best. That moves away from SFT by at most $\log n - (n-1)/n$ nats (Beirami et al. 2024),
+# so we can choose the $n$ that goes as far as PPO did.
+
+# %%
+n = min((2**k for k in range(1, 7)), key=lambda n: abs(math.log(n) - (n - 1) / n - after.kl.mean()))
+some = held_out[::10][:48]
+drawn = sample_responses(
+    roles.use("reference"), tokenizer, [p for p in some for _ in range(n)], seed=2
+)
+with torch.no_grad():
+    parts = zip(drawn.input_ids.split(128), drawn.attention_mask.split(128), strict=True)
+    scores = torch.cat([score_tokens(roles, "reward", *part) for part in parts]).view(len(some), n)
+best = [i * n + int(row.argmax()) for i, row in enumerate(scores)]
+texts = [drawn.texts[i] for i in best]
+marks_best = [rubric.gold_reward(*pair) for pair in zip(some, texts, strict=True)]
+ours, marks_ours = examine("policy", some)
+row(f"best of {n}", scores.max(-1).values.mean(), marks_best, math.log(n) - (n - 1) / n)
+row("PPO, the same", ours.scores.mean(), marks_ours, ours.kl.mean())
+
+# %% [markdown]
+# Best-of-n pays for its result at every question again, $n$ times the work; PPO has paid once. On 48
+# prompts the intervals are wide, and the figure to take from here is the order of size.
+#
+# ## Read it
+#
+# Numbers can be right and the text odd. Ten prompts, before and after:
+
+# %%
+for i in range(0, 600, 60):
+    for name, experience, marks in (("SFT", before, marks_before), ("PPO", after, marks_after)):
+        start = held_out[i] if name == "SFT" else ""
+        print(f"{start:38} {name} {marks[i].total:5.2f}  {experience.rollout.texts[i]}")
+
+# %% [markdown]
+# And one response token by token: what each token cost in KL, what the critic expected, and the advantage
+# that it would learn from. (Advantages are whitened over the whole batch of samples.)
+
+# %%
+i = max(range(0, 600, 60), key=lambda i: after.kl[i])
+real = after.rollout.response_mask[i].bool()
+tokens = after.rollout.input_ids[i, -len(real) :][real]
+rows = {
+    "log-ratio to the reference": after.logprobs[i] - after.ref_logprobs[i],
+    "value": after.values[i],
+    "advantage": after.advantages[i],
+}
+words = [tokenizer.decode(token).strip() for token in tokens]
+table = [numbers[real].tolist() for numbers in rows.values()]
+fig = plots.heat_map(table, words, list(rows), "nats, or standard deviations")
+print(f"{held_out[i]}  score {after.scores[i]:.2f}, KL {after.kl[i]:.2f}")
+plots.show(
+    fig, alt="A response token by token: its log-ratio to the reference, value and advantage."
+)
+
+# %% [markdown]
+# ## Where should the critic start?
+#
+# From the reward model, we said. The other way is from the SFT adapter with a head at random. Four updates of
+# each, all else equal:
+
+
+# %%
+def explained(from_reward, updates=4):
+    roles = Roles(load_base(preset))
+    roles.load("reference", find_adapter(preset, "sft"))
+    roles.load("reward", find_adapter(preset, "reward"))
+    roles.add("policy", copy_of="reference")
+    roles.add("value", copy_of="reward" if from_reward else "reference")
+    if not from_reward:
+        roles.add_head("value", seed=preset.seed)
+    short = ppo.PPOConfig(updates=updates, seed=preset.seed)
+    run = ppo.train_ppo(roles, tokenizer, train, short)
+    return [stats.value["explained_variance"] for stats in run]
+
+
+series = {"from the reward model": explained(True), "at random": explained(False)}
+for name, values in series.items():
+    print(f"{name:22}", [round(value, 2) for value in values])
+
+# %% [markdown]
+# One seed and four updates: this shows how these two began, not which is better in the end.
+#
+# ## Interrupt and resume
+#
+# A run with a folder is saved after each update. Stop it (here by leaving the loop; the notebook's stop
+# button or a lost connection do the same) and call it again: it goes on where it was, to the same weights
+# as one that was never stopped, bit for bit on a CPU.
+
+# %%
+small = ppo.PPOConfig(updates=4, batch_size=16, minibatch_size=8, seed=preset.seed)
+roles = four_roles()
+whole = list(ppo.train_ppo(roles, tokenizer, train, small))
+never_stopped = roles.state("policy")
+
+roles = four_roles()
+for stats in ppo.train_ppo(roles, tokenizer, train, small, folder / "interrupted"):
+    if stats.update == 2:
+        break
+
+# %%
+roles = four_roles()  # as after a restart: nothing is left in memory
+for stats in ppo.train_ppo(roles, tokenizer, train, small, folder / "interrupted"):
+    print(f"update {stats.update}: score {stats.score:.2f}, KL {stats.kl:.2f}")
+stopped = roles.state("policy")
+same = all(torch.equal(stopped[key], never_stopped[key]) for key in never_stopped)
+print(f"the same weights as the run that was never stopped: {same}")
+assert same
+
+# %% [markdown]
+# ## Take it home
+#
+# The policy is an adapter in PEFT's own format. Whoever has the base loads it with four lines, without this
+# course:
+
+# %%
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+plain = AutoModelForCausalLM.from_pretrained(preset.model, quantization_config=nf4)
+plain = PeftModel.from_pretrained(plain, folder / "policy").eval()
+
+# %%
+asked = [{"role": "user", "content": "what does the duck say?"}]
+prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
+said = plain.generate(
+    **prompt, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
+)
+print(tokenizer.decode(said[0]))
+
+# %% [markdown]
+# ## Ten seeds
+#
+# One run is an anecdote. Recorded: ten runs of this lesson, which differ in the prompts drawn and in all
+# samples; SFT and reward model are the same throughout.
+
+
+# %%
+def recorded(name):
+    with (ASSETS / "ppo" / name).open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if float(row["beta"]) == config.beta]
+
+
+about = json.loads((ASSETS / "ppo" / "about.json").read_text(encoding="utf-8"))
+print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
+updates = recorded("updates.csv")
+series = {}
+for name in ("score", "gold"):
+    rows = [[float(r[name]) for r in updates if int(r["update"]) == u] for u in range(1, 31)]
+    series[f"{name}, mean"] = [sum(values) / len(values) for values in rows]
+    series[f"{name}, lowest"] = [min(values) for values in rows]
+fig = plots.lines(series, "updates", "score and gold of the batch")
+plots.show(fig, alt="Mean and lowest of ten seeds: score and gold over the updates.")
+
+# %% tags=["nbval-check-output"]
+ends = recorded("held_out.csv")
+gold_before = rubric.mean_score(marks_before).total
+for name in ("gold", "correct", "kl", "proxy"):
+    values = sorted(float(row[name]) for row in ends)
+    print(f"{name:8} {values[0]:.2f} to {values[-1]:.2f}, mean {sum(values) / len(values):.2f}")
+
+# %% [markdown]
+# ## The numbers that the next lesson starts from
+
+# %% tags=["headline"]
+print(f"held-out gold {rubric.mean_score(marks_before).total:.2f} to", end=" ")
+print(
+    f"{rubric.mean_score(marks_after).total:.2f}, correct {right[0]:.0%} to {right[1]:.0%},",
+    end=" ",
+)
+print(
+    f"proxy {before.scores.mean():.2f} to {after.scores.mean():.2f}, KL {after.kl.mean():.1f} nats"
+)
+
+# %% [markdown]
+# ## Recap
+#
+# - Four roles share one frozen 4-bit base; what each adds is an adapter, and for two of them a head.
+# - Use, forward, backward, step: one role at a time.
+# - The first ratio is 1 and the first KL 0, exactly; if not, nothing that follows means anything.
+# - PPO has made the model answer more questions rightly, and made it grovel: both are what the reward
+#   model pays for. What would it do without the price on KL? Lesson 05.
+#
+# **Further reading.** Santacroce et al. 2023, Hydra-RLHF (arXiv 2309.00754): one base for all roles. Dettmers
+# et al. 2023, QLoRA (arXiv 2305.14314). Stiennon et al. 2020 (arXiv 2009.01325), figure 5: reward and KL.
+# Beirami et al. 2024 (arXiv 2401.01879): the KL of best-of-n. Huang et al. 2024 (arXiv 2403.17031).

@@ -1,0 +1,206 @@
+"""Record the PPO runs that lessons 04 and 05 and exercise 03 show.
+
+    python tools/record_ppo.py study --betas 0.1     # ten seeds of lesson 04
+    python tools/record_ppo.py study                 # ten seeds at each β of lesson 05
+    python tools/record_ppo.py logs                  # three runs with a bug each, and one without
+
+A study that is stopped goes on where it was: runs that are in the file are not made again.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from unittest.mock import patch
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from rlhf_helpers import ppo
+from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.pocket import rubric, world
+from rlhf_helpers.ppo import Experience, PPOConfig, PPOStats
+from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.roles import Roles, load_base
+
+STUDY = ASSETS / "ppo"
+LOGS = ASSETS / "ppo_logs"
+BETAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def fresh_roles() -> Roles:
+    """The four roles of lesson 04, from the shipped adapters."""
+    roles = Roles(load_base(load_preset("pocket")))
+    roles.load("reference", ASSETS / "sft")
+    roles.load("reward", ASSETS / "reward")
+    roles.add("policy", copy_of="reference")
+    roles.add("value", copy_of="reward")
+    return roles
+
+
+def judged(experience: Experience) -> dict[str, float]:
+    """What the rubric says of sampled responses, and the proxy and KL beside it."""
+    texts, finished = experience.rollout.texts, experience.rollout.finished.tolist()
+    marks = [
+        rubric.gold_reward(*row) for row in zip(experience.prompts, texts, finished, strict=True)
+    ]
+    numbers = {
+        "proxy": experience.scores.mean().item(),
+        "gold": rubric.mean_score(marks).total,
+        "correct": sum(mark.correct > 0 for mark in marks) / len(marks),
+        "kl": experience.kl.mean().item(),
+        "words": sum(len(text.split()) for text in texts) / len(texts),
+        "unique": len(set(texts)) / len(texts),
+    }
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def reported(stats: PPOStats) -> dict[str, float]:
+    """One line of a log."""
+    numbers = {
+        "score": stats.score,
+        "kl": stats.kl,
+        "entropy": stats.entropy,
+        "length": stats.length,
+        "finished": stats.finished,
+        "first_ratio": stats.first_ratio,
+        "ratio": stats.policy["ratio"],
+        "clip_fraction": stats.policy["clip_fraction"],
+        "approx_kl": stats.policy["approx_kl"],
+        "explained_variance": stats.value["explained_variance"],
+        "value_loss": stats.value["loss"],
+    }
+    return {"update": stats.update} | {name: round(value, 4) for name, value in numbers.items()}
+
+
+def one_run(beta: float, seed: int, config: PPOConfig | None = None) -> tuple[list[dict], dict]:
+    """The log of a run, and how the finished policy does on the held-out prompts."""
+    preset = load_preset("pocket")
+    tokenizer, roles = load_tokenizer(preset), fresh_roles()
+    config = config or PPOConfig(beta=beta, seed=seed)
+    rows = []
+    for stats in ppo.train_ppo(roles, tokenizer, world.prompts("train"), config):
+        marks = judged(stats.experience)
+        rows.append(reported(stats) | {k: marks[k] for k in ("gold", "correct")})
+    end = ppo.collect_experience(roles, tokenizer, world.prompts("held_out"), config, beta, seed)
+    texts = end.rollout.texts
+    return rows, judged(end) | {"seconds": round(stats.seconds, 1), "example": texts[0]}
+
+
+def study(out: Path, betas: list[float], seeds: int) -> None:
+    """Runs at each β and seed; the logs in `updates.csv`, the ends in `held_out.csv`."""
+    out.mkdir(parents=True, exist_ok=True)
+    ends = read_csv(out / "held_out.csv")
+    made = {(float(row["beta"]), int(row["seed"])) for row in ends}
+    wanted = [(beta, seed) for seed in range(seeds) for beta in betas]
+    for beta, seed in tqdm([run for run in wanted if run not in made], desc="runs"):
+        rows, end = one_run(beta, seed)
+        run = {"beta": beta, "seed": seed}
+        # The end is written last: a run without it is made again.
+        kept = [
+            row
+            for row in read_csv(out / "updates.csv")
+            if (float(row["beta"]), int(row["seed"])) != (beta, seed)
+        ]
+        write_csv(out / "updates.csv", kept + [run | row for row in rows])
+        ends.append(run | end)
+        write_csv(out / "held_out.csv", ends)
+        write_about(out / "about.json")
+
+
+def read_csv(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Replace the file as a whole."""
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+
+
+def write_about(path: Path) -> None:
+    """On what machine, with which versions and when the runs were made."""
+    libraries = (torch, transformers, peft, bitsandbytes)
+    about = {
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
+        "versions": {library.__name__: library.__version__ for library in libraries},
+        "date": datetime.date.today().isoformat(),
+        "config": {k: v for k, v in vars(PPOConfig()).items() if k not in ("beta", "seed")},
+    }
+    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+# --- runs with a bug, for the exercise of lesson 03 -----------------------------------------------
+
+
+def ratio_to_reference(run, experience, part):
+    logprobs = ppo._logprobs(run.roles, "policy", experience.rollout, part, run.config)
+    mask = experience.rollout.response_mask[part]
+    return ppo.policy_loss(
+        logprobs, experience.ref_logprobs[part], experience.advantages[part], mask, run.config.clip
+    )
+
+
+def old_taken_anew(run, experience, part):
+    logprobs = ppo._logprobs(run.roles, "policy", experience.rollout, part, run.config)
+    mask = experience.rollout.response_mask[part]
+    return ppo.policy_loss(
+        logprobs, logprobs.detach(), experience.advantages[part], mask, run.config.clip
+    )
+
+
+def penalty_as_bonus(scores, logprobs, ref_logprobs, mask, beta, kind="k1"):
+    return SHAPE_REWARDS(scores, ref_logprobs, logprobs, mask, beta, kind)
+
+
+def critic_of_something_else(run, experience, part):
+    values = ppo.response_values(run.roles, "value", experience.rollout, part)
+    old, mask = experience.values[part], experience.rollout.response_mask[part]
+    white = ppo.whiten(experience.returns, experience.rollout.response_mask)[part]
+    return ppo.value_loss(values, old, white, mask, run.config.value_clip)
+
+
+SHAPE_REWARDS = ppo.shape_rewards
+BUGS = {
+    "none": (),
+    "ratio to the reference": (ppo._Run, "_policy_loss", ratio_to_reference),
+    "old log-probs taken anew": (ppo._Run, "_policy_loss", old_taken_anew),
+    "penalty as bonus": (ppo, "shape_rewards", penalty_as_bonus),
+    "critic learns whitened returns": (ppo._Run, "_value_loss", critic_of_something_else),
+}
+
+
+def record_log(bug: str, config: PPOConfig) -> list[dict]:
+    """The log of a run with that bug."""
+    if not BUGS[bug]:
+        return one_run(config.beta, config.seed, config)[0]
+    with patch.object(*BUGS[bug]):
+        return one_run(config.beta, config.seed, config)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["study", "logs"])
+    parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="the package's assets if not given")
+    args = parser.parse_args()
+    if args.what == "study":
+        study(args.out or STUDY, args.betas, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
