@@ -137,7 +137,7 @@ class AdaptiveKL:
     Example:
         KL is twice the target, which counts as 0.2 too much.
 
-        >>> AdaptiveKL(beta=0.1, target=3.0, gain=0.5).update(6.0)
+        >>> round(AdaptiveKL(beta=0.1, target=3.0, gain=0.5).update(6.0), 6)
         0.11
 
     Ziegler et al. (arXiv 1909.08593), section 2.2. Derived in lesson 05.

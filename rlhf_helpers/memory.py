@@ -113,11 +113,11 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
         >>> len(sizes.shapes), sizes.other, sizes.output, sizes.parameters
         (7, 832, 0, 41792)
 
-    Derived in lesson 06.
+    Derived in lesson 04.
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(
-            f"config is {config!r}: give a configuration, as AutoConfig.from_pretrained(model) does."
+            f"config is {config!r}: give a configuration, from AutoConfig.from_pretrained(model)."
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -163,7 +163,7 @@ def memory_table(
         1e9.
 
     Raises:
-        ValueError: a rank that is no whole number of at least 1, or other weight bytes than 2 and 4.
+        ValueError: a rank that is no whole number of at least 1, or weight bytes other than 2, 4.
 
     Example:
         One layer of 64 × 64, and 100 others: N is 4196; L is 128, a head 65. NF4 takes 2048 bytes
@@ -186,7 +186,7 @@ def memory_table(
         LoRA on 1 NF4 base 8736
 
     16 bytes: Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1; one base for all roles:
-    Santacroce et al., Hydra-RLHF (arXiv 2309.00754). Derived in lesson 06.
+    Santacroce et al., Hydra-RLHF (arXiv 2309.00754). Derived in lesson 04.
     """
     if weight_bytes not in (2, 4):
         raise ValueError(f"weight_bytes is {weight_bytes!r}: give 2 (bfloat16) or 4 (float32).")
@@ -302,7 +302,7 @@ def logits_bytes(batch: int, tokens: int, vocabulary: int, entry_bytes: int = FL
         >>> logits_bytes(8, 512, 151_936)
         2489319424
 
-    Derived in lesson 06.
+    Derived in lesson 04.
     """
     _check_counts(batch=batch, tokens=tokens, vocabulary=vocabulary, entry_bytes=entry_bytes)
     return batch * tokens * vocabulary * entry_bytes
@@ -335,7 +335,7 @@ def kv_cache_bytes(
         >>> kv_cache_bytes(layers=24, kv_heads=2, head_dim=64, batch=1, tokens=1)
         12288
 
-    Derived in lesson 06.
+    Derived in lesson 04.
     """
     _check_counts(
         layers=layers,
@@ -367,7 +367,7 @@ def measured_bytes(roles: Roles) -> dict[str, dict[str, int]]:
         >>> measured_bytes(roles)                             # doctest: +SKIP
         {'base': {'weights': 1857792, 'scales': 112384}, 'policy': {'adapter': 933888, 'head': 0}}
 
-    Derived in lesson 06.
+    Derived in lesson 04.
     """
     named = dict(roles.base.named_parameters())
     base = [parameter for name, parameter in named.items() if ".lora_" not in name]

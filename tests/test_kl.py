@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl as module
-from rlhf_helpers.kl import exact_kl, kl_estimate
+from rlhf_helpers.kl import AdaptiveKL, exact_kl, kl_estimate
 from rlhf_helpers.logprobs import token_logprobs
 
 P = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -295,3 +295,28 @@ def test_rounding_above_zero_is_accepted():
 def test_unknown_kind_is_named(kind):
     with pytest.raises(ValueError, match=rf'kind is {kind!r}: it must be "k1", "k2" or "k3"'):
         kl_estimate(GOOD, GOOD, kind)
+
+
+# --- AdaptiveKL ---
+
+
+def test_the_controller_moves_beta_towards_the_target_and_not_too_fast():
+    controller = AdaptiveKL(beta=0.1, target=4.0, gain=0.5)
+    assert controller.update(4.0) == pytest.approx(0.1)  # on target: stays
+    assert controller.update(4.4) == pytest.approx(0.1 * 1.05)  # 0.1 too much, times the gain
+    assert controller.update(400.0) == pytest.approx(0.1 * 1.05 * 1.1)  # cut off at 0.2
+    assert controller.update(0.0) == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
+    assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
+
+
+@pytest.mark.parametrize("name", ["beta", "target", "gain"])
+@pytest.mark.parametrize("value", [0, -1.0, nan, inf])
+def test_the_controller_refuses_numbers_that_are_not_above_0(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        AdaptiveKL(**{"beta": 0.1, "target": 4.0} | {name: value})
+
+
+@pytest.mark.parametrize("kl", [nan, inf])
+def test_the_controller_refuses_a_kl_that_is_not_finite(kl):
+    with pytest.raises(ValueError, match=f"kl is {kl}"):
+        AdaptiveKL(0.1, 4.0).update(kl)

@@ -42,7 +42,43 @@ train, held_out = world.prompts("train"), world.prompts("held_out")
 # ## Four models, one GPU
 #
 # PPO asks four models: the **policy** that speaks, the **reference** that it must not leave, the **reward
-# model** that judges, the **critic** that predicts the judgement (here the role `value`). MEMORY
+# model** that judges, the **critic** that predicts the judgement (here the role `value`). Take them as
+# four full models, of which two are trained, and count: 2 bytes for a weight in bf16; for a trained one 16
+# with its gradient, Adam's two moments and the exact copy in float32. LoRA trains only the small A and B.
+# And since all four begin as the same base, one copy of it can serve all; in NF4 it takes a quarter again.
+
+# %% tags=["nbval-check-output"]
+from transformers import AutoConfig, LlamaConfig
+
+configs = {"pocket": AutoConfig.from_pretrained(preset.model), "7B": LlamaConfig()}  # Llama-2-7B's
+tables = {}
+for name, model_config in configs.items():
+    weight_bytes = 4 if name == "pocket" else 2  # the pocket base computes in float32
+    sizes = memory.model_sizes(model_config)
+    tables[name] = memory.memory_table(sizes, rank=16, weight_bytes=weight_bytes)
+    print(f"{name}: {sizes.parameters:,} parameters")
+    for way, rows in tables[name].items():
+        print(f"   {way:18} {sum(row.total for row in rows) / 1e6:12,.1f} MB")
+
+# %% [markdown]
+# From 240 GB, three of the largest GPUs, to less than 6. Where are the bytes of the last line?
+
+# %% tags=["nbval-check-output"]
+print(f"{'7B, in GB':12}{'weights':>9}{'adapters':>10}{'gradients':>11}{'optimizer':>11}")
+for row in tables["7B"]["LoRA on 1 NF4 base"]:
+    numbers = (row.weights, row.adapters, row.gradients, row.optimizer)
+    print(
+        f"{row.role:12}"
+        + "".join(f"{n / 1e9:{w}.2f}" for n, w in zip(numbers, (9, 10, 11, 11), strict=True))
+    )
+print(
+    f"float32 logits of 8 responses of 512 tokens: {memory.logits_bytes(8, 512, 32_000) / 1e9:.2f} GB"
+)
+
+# %% [markdown]
+# The base is most of it. Not in the table is what comes and goes with each batch: activations, the cache of
+# keys and values during sampling, and the logits, which for long responses and large vocabularies outgrow
+# everything; that is why we score the response positions only, in pieces.
 #
 # ## One base, four adapters
 #
@@ -62,9 +98,13 @@ def four_roles():
 
 
 roles = four_roles()
-for name in roles.names:
-    weights = sum(tensor.numel() for tensor in roles.state(name).values())
-    print(f"{name:10} {weights:,} adapter weights", "and a head" if name in roles.heads else "")
+measured = memory.measured_bytes(roles)
+for name, kinds in measured.items():
+    print(f"{name:10}", ", ".join(f"{kind} {number:,} bytes" for kind, number in kinds.items()))
+computed = sum(r.weights + r.adapters for r in tables["pocket"]["LoRA on 1 NF4 base"])
+there = sum(sum(kinds.values()) for kinds in measured.values())
+print(f"measured {there:,} bytes of weights, computed {computed:,}")
+assert abs(there / computed - 1) < 0.02
 
 # %% [markdown]
 # ## One update, written out

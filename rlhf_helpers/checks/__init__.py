@@ -1,5 +1,6 @@
 """The exercise checks: each runs the learner's function and names the likely mistake."""
 
+from rlhf_helpers.checks.diagnosis import FAULTS, check_diagnosis, training_log
 from rlhf_helpers.checks.lesson_01 import (
     check_lora_forward,
     check_lora_parameters,
@@ -14,6 +15,8 @@ from rlhf_helpers.checks.lesson_02 import (
 from rlhf_helpers.checks.lesson_03 import check_gae, check_policy_loss, check_token_logprobs
 
 __all__ = [
+    "FAULTS",
+    "check_diagnosis",
     "check_gae",
     "check_last_token_index",
     "check_lora_forward",
@@ -24,4 +27,5 @@ __all__ = [
     "check_pairwise_loss",
     "check_policy_loss",
     "check_token_logprobs",
+    "training_log",
 ]

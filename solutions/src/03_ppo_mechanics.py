@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 03 · Exercises: the mechanics of PPO
 #
-# **Run time** a few seconds on two CPU cores · **Your time** about 45 minutes · **Before this**
+# **Run time** a few seconds on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 03
 #
-# You write the three functions on which PPO rests. The check below each of them names the likely
+# You write the three functions on which PPO rests, and find the fault in three training logs. The check below each of them names the likely
 # mistake; the cells after it go on with a reference version, so that Run All works with nothing filled
 # in, or with a wrong answer; only an error in your code stops it. To compare with the solution, run
 # `nbdiff-web exercises/03_ppo_mechanics.ipynb solutions/03_ppo_mechanics.ipynb` in the course's folder.
@@ -347,3 +347,62 @@ for ratio in (0.5, 0.7, 0.79, 0.81, 0.9, 1.0, 1.1, 1.19, 1.21, 1.3, 1.5):
 # says nothing about how good the policy is. It starts near 0 with every fresh batch, falls a little during
 # the steps on it, and starts again. What tells of progress is the reward and the KL; the loss only
 # carries the gradient.
+
+# %% [markdown]
+# ## 4 · Three logs
+#
+# ●●● · 15 minutes
+#
+# Four short runs of PPO on the pocket world, ten updates each, all with β = 0.1 and the same seed. One is
+# healthy. In each of the three others one line of the code was wrong; the runs are real. The columns:
+#
+# - `score`: mean reward of the samples, from the reward model; `kl`: to the reference, nats per response;
+# - `length` in tokens, and `finished`, the share of responses that ended by themselves;
+# - `first_ratio`: mean ratio in the first step of the update; `clip_fraction`: share of tokens clipped, over
+#   all its steps; `approx_kl`: from the old to the new policy, nats per token;
+# - `explained_variance`: of the critic.
+
+
+# %%
+def show(log):
+    rows = checks.training_log(log)
+    names = ["score", "kl", "length", "finished", "first_ratio", "clip_fraction", "approx_kl"]
+    names.append("explained_variance")
+    print(f"{log}\nupdate " + " ".join(f"{name:>13.13}" for name in names))
+    for row in rows:
+        print(f"{row['update']:6.0f} " + " ".join(f"{row[name]:13.3f}" for name in names))
+
+
+for log in ("healthy", "A", "B", "C"):
+    show(log)
+
+# %% [markdown]
+# These are the faults to choose from. Three of them are in the logs, one in each.
+
+# %%
+for fault, what in checks.FAULTS.items():
+    print(f"{fault:17} {what}")
+
+# %% tags=["nbval-check-output"]
+answers = {"A": ..., "B": ..., "C": ...}
+### BEGIN SOLUTION
+answers = {"A": "penalty sign", "B": "reference ratio", "C": "fresh old"}
+### END SOLUTION
+checks.check_diagnosis(answers)
+
+# %% [markdown]
+# <details><summary><b>Hint</b></summary>
+#
+# Look at one column at a time, and ask what it has to be whatever the data are. Which ratio must there be
+# before anything has been learnt from a batch? Which number can only be 0 throughout if the new policy is
+# always compared with itself? And what would a penalty do to the column it is a price for?
+# </details>
+
+# %% [markdown]
+# **In words.** Which of the three would you have noticed from the score alone?
+
+# %% [markdown] tags=["solution"]
+# One of them, and not the worst. B does not learn: its score stays near where it began. But A has the
+# highest score of all four, while its responses run to the length limit and its KL runs away; and C looks
+# like the healthy run, because with few steps on each batch the clip has little to do. Its log only shows
+# that the safety belt is off. Hence the habit: look at the columns that must have a certain value.

@@ -1,0 +1,99 @@
+"""The check of exercise 03, part 4: which fault made which training log."""
+
+import csv
+from collections.abc import Mapping
+
+from rlhf_helpers.checks.exercise import NOT_ATTEMPTED
+from rlhf_helpers.presets import ASSETS
+
+FAULTS = {
+    "reference ratio": "the ratio is taken against the reference, not against the old policy",
+    "fresh old": "the old log-probabilities are computed anew before each step",
+    "penalty sign": "the KL penalty has the wrong sign: it pays for leaving the reference",
+    "whitened returns": "the critic is trained on whitened returns",
+    "idle critic": "the critic is never trained",
+    "no EOS": "EOS is left out of the response mask, so it is never learnt",
+}
+_ANSWERS = {"A": "penalty sign", "B": "reference ratio", "C": "fresh old"}
+_EVIDENCE = {
+    "reference ratio": (
+        "then the ratio in the first step would leave 1 as soon as the policy has left the "
+        "reference; in this log first_ratio is between {first_ratio} throughout"
+    ),
+    "fresh old": (
+        "then every ratio would be 1, and nothing would ever be clipped; in this log clip_fraction "
+        "is between {clip_fraction}"
+    ),
+    "penalty sign": (
+        "then the KL would be paid for and run away from update to update; in this log kl is "
+        "between {kl}"
+    ),
+    "whitened returns": (
+        "then the critic would predict numbers of another unit than the rewards, and its "
+        "explained_variance would stay low; in this log it ends at {end_explained_variance}"
+    ),
+    "idle critic": (
+        "then explained_variance would stay where it began; in this log it goes from "
+        "{start_explained_variance} to {end_explained_variance}"
+    ),
+    "no EOS": (
+        "then responses would forget to end, and finished would fall; in this log it is between "
+        "{finished}"
+    ),
+}
+
+
+def training_log(name: str) -> list[dict[str, float]]:
+    """A recorded training log of exercise 03, one row for each update.
+
+    Args:
+        name: "healthy", or "A", "B" or "C", which have a fault each.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in ("healthy", *_ANSWERS):
+        raise ValueError(f"there is no log {name!r}; choose healthy, A, B or C")
+    path = ASSETS / "ppo_logs" / f"{name}.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def check_diagnosis(answers: Mapping[str, str]) -> None:
+    """Check the learner's diagnosis of the three logs, and say what speaks against a wrong one.
+
+    Args:
+        answers: for each of the logs "A", "B" and "C" a key of `FAULTS`, or `...` for not yet.
+
+    Raises:
+        ValueError: for a log that is missing, or a fault that is not in `FAULTS`.
+
+    Example:
+        >>> check_diagnosis({"A": ..., "B": ..., "C": ...})
+        A: not attempted yet.
+        B: not attempted yet.
+        C: not attempted yet.
+    """
+    for log in _ANSWERS:
+        if log not in answers:
+            raise ValueError(f"there is no answer for log {log!r}, only for {list(answers)}")
+    for log, right in _ANSWERS.items():
+        answer = answers[log]
+        if answer is ...:
+            print(f"{log}: {NOT_ATTEMPTED}")
+        elif answer not in FAULTS:
+            raise ValueError(f"{answer!r} is no fault of the list; choose from {list(FAULTS)}")
+        elif answer == right:
+            print(f"{log}: correct, {FAULTS[right]}.")
+        else:
+            evidence = _EVIDENCE[answer].format_map(_facts(training_log(log)))
+            print(f"{log}: not {FAULTS[answer]}: {evidence}.")
+
+
+def _facts(rows: list[dict[str, float]]) -> dict[str, str]:
+    facts = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        facts[name] = f"{min(values):.3g} and {max(values):.3g}"
+        facts[f"start_{name}"], facts[f"end_{name}"] = f"{values[0]:.3g}", f"{values[-1]:.3g}"
+    return facts

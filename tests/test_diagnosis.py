@@ -1,0 +1,75 @@
+"""The recorded training logs of exercise 03, and the check of their diagnosis."""
+
+import doctest
+
+import pytest
+
+from rlhf_helpers import checks
+from rlhf_helpers.checks import diagnosis
+
+RIGHT = {"A": "penalty sign", "B": "reference ratio", "C": "fresh old"}
+
+
+def test_doctests():
+    results = doctest.testmod(diagnosis)
+    assert results.attempted > 0 and results.failed == 0
+
+
+def test_each_log_shows_its_fault_and_the_healthy_one_shows_none():
+    """What the exercise asks to see, asserted on the recorded numbers."""
+    logs = {name: checks.training_log(name) for name in ("healthy", "A", "B", "C")}
+    for name, rows in logs.items():
+        assert [row["update"] for row in rows] == list(range(1, 11))
+        exact = all(row["first_ratio"] == 1 for row in rows)
+        clipped = any(row["clip_fraction"] > 0 for row in rows)
+        assert exact == (name != "B")
+        assert clipped == (name != "C")
+        assert (rows[-1]["kl"] > 10) == (name == "A")
+        assert rows[0]["kl"] == 0
+    assert max(row["score"] for row in logs["A"]) > max(row["score"] for row in logs["healthy"])
+    assert logs["B"][-1]["score"] < logs["healthy"][-1]["score"] - 0.5
+
+
+def test_right_answers(capsys):
+    checks.check_diagnosis(RIGHT)
+    printed = capsys.readouterr().out
+    assert [line.split(",")[0] for line in printed.splitlines()] == [
+        f"{log}: correct" for log in "ABC"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "evidence"),
+    [
+        ("reference ratio", "first_ratio is between 1 and 1 throughout"),
+        ("fresh old", "clip_fraction is between 0.0065 and 0.0581"),
+        ("whitened returns", "it ends at 0.173"),
+        ("idle critic", "it goes from -0.469 to 0.173"),
+    ],
+)
+def test_a_wrong_answer_hears_what_speaks_against_it(fault, evidence, capsys):
+    checks.check_diagnosis(RIGHT | {"A": fault})
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"A: not {checks.FAULTS[fault]}")
+    assert evidence in printed
+
+
+def test_faults_that_are_in_no_log_are_refuted_too(capsys):
+    checks.check_diagnosis(RIGHT | {"B": "penalty sign", "C": "no EOS"})
+    printed = capsys.readouterr().out
+    assert "in this log kl is between 0 and 0.537" in printed
+    assert "finished would fall; in this log it is between 0.797 and 1" in printed
+
+
+def test_stubs_are_not_attempted(capsys):
+    checks.check_diagnosis(dict.fromkeys("ABC", ...))
+    assert capsys.readouterr().out.count("not attempted yet") == 3
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no answer for log 'C'"):
+        checks.check_diagnosis({"A": ..., "B": ...})
+    with pytest.raises(ValueError, match="'gremlins' is no fault of the list"):
+        checks.check_diagnosis(RIGHT | {"B": "gremlins"})
+    with pytest.raises(ValueError, match="there is no log 'D'"):
+        checks.training_log("D")
