@@ -7,12 +7,15 @@ import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlhf_helpers import checkpoints
 from rlhf_helpers.checkpoints import (
     adam_state,
     find_adapter,
     finish_first,
+    keep_two,
+    newest_readable,
     restore_adam,
     whole_folder,
 )
@@ -287,3 +290,144 @@ def test_moments_are_saved_by_name_and_put_back_by_name():
 def test_an_optimizer_that_never_stepped_has_no_state():
     weights = parameters()
     assert adam_state(weights, adam(weights)) == {}
+
+
+# --- keep_two and newest_readable ----------------------------------------------------------
+
+
+def writer(text, *errors):
+    def put(folder):
+        (folder / "a").write_text(text, encoding="utf-8")
+        for error in errors:
+            raise error
+        (folder / "b").write_text(text, encoding="utf-8")
+
+    return put
+
+
+def keep(folder, *numbers):
+    for number in numbers:
+        keep_two(folder, number, writer(str(number)))
+
+
+def reader(*damaged, error=OSError):
+    """Reads a save; of the damaged ones it raises."""
+
+    def get(folder):
+        if folder.name in damaged:
+            raise error(f"{folder.name} is damaged")
+        return read(folder)
+
+    return get
+
+
+def test_the_two_newest_saves_are_kept(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    kept = []
+    for number in (1, 2, 4, 9, 10, 99999):
+        keep(folder, number)
+        kept.append([int(name.removeprefix("update-")) for name in names(folder)])
+    assert kept == [[1], [1, 2], [2, 4], [4, 9], [9, 10], [10, 99999]]
+    assert names(folder) == ["update-00010", "update-99999"]
+    assert read(folder / "update-99999") == {"a": "99999", "b": "99999"}
+
+
+def test_a_save_is_there_when_all_is_written_and_the_old_ones_until_then(tmp_path):
+    keep(tmp_path, 1, 2)
+
+    def look(folder):
+        writer("3")(folder)
+        assert names(tmp_path) == ["update-00001", "update-00002", "update-00003.part"]
+
+    keep_two(tmp_path, 3, look)
+    assert names(tmp_path) == ["update-00002", "update-00003"]
+
+
+def test_a_save_that_is_made_again_replaces_the_first(tmp_path):
+    keep(tmp_path, 1, 2)
+    keep_two(tmp_path, 2, writer("again"))
+    assert names(tmp_path) == ["update-00001", "update-00002"]
+    assert read(tmp_path / "update-00002") == {"a": "again", "b": "again"}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error, os error 28")]
+)
+def test_a_save_that_fails_warns_and_keeps_the_earlier_ones(tmp_path, error):
+    folder = tmp_path / "run"
+    failing = writer("x", error)
+    text = str(error).replace("[", r"\[").replace("]", r"\]")
+    message = (
+        rf"update 1 could not be saved in '{folder}' \({text}\); the newest save is none; make"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        keep_two(folder, 1, failing)
+    assert caught[0].filename == __file__
+    assert names(folder) == []
+    keep(folder, 2, 3)
+    with pytest.warns(UserWarning, match="the newest save is update-00003; make room, the run"):
+        keep_two(folder, 4, failing)
+    assert names(folder) == ["update-00002", "update-00003"]
+    assert read(folder / "update-00003") == {"a": "3", "b": "3"}
+    keep(folder, 5)
+    assert names(folder) == ["update-00003", "update-00005"]
+
+
+def test_a_save_that_is_made_again_and_fails_leaves_the_first(tmp_path):
+    keep(tmp_path, 1, 2)
+    with pytest.warns(UserWarning, match="the newest save is update-00002"):
+        keep_two(tmp_path, 2, writer("x", OSError()))
+    assert read(tmp_path / "update-00002") == {"a": "2", "b": "2"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, ValueError])
+def test_other_errors_in_a_save_come_out(tmp_path, error):
+    keep(tmp_path, 1)
+    with pytest.raises(error):
+        keep_two(tmp_path, 2, writer("x", error))
+    assert newest_readable(tmp_path, read) == (tmp_path / "update-00001", {"a": "1", "b": "1"})
+    keep(tmp_path, 2, 3)
+    assert names(tmp_path) == ["update-00002", "update-00003"]
+
+
+def test_the_newest_save_is_read(tmp_path, capsys):
+    assert newest_readable(tmp_path / "none", read) is None
+    assert newest_readable(tmp_path, read) is None
+    keep(tmp_path, 9, 10)
+    assert newest_readable(tmp_path, read) == (tmp_path / "update-00010", {"a": "10", "b": "10"})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("left", ["update-00011.part", "update-00011.old", "notes.txt", "update-1"])
+def test_what_is_no_save_is_not_read(tmp_path, left):
+    keep(tmp_path, 9, 10)
+    (tmp_path / left).mkdir()
+    assert newest_readable(tmp_path, read)[0].name == "update-00010"
+    keep(tmp_path, 11)
+    assert newest_readable(tmp_path, read)[0].name == "update-00011"
+
+
+@pytest.mark.parametrize("error", [OSError, FileNotFoundError, SafetensorError])
+def test_a_save_that_cannot_be_read_is_passed_over_and_named(tmp_path, capsys, error):
+    keep(tmp_path, 1, 2)
+    found = newest_readable(tmp_path, reader("update-00002", error=error))
+    assert found == (tmp_path / "update-00001", {"a": "1", "b": "1"})
+    assert capsys.readouterr().out == (
+        f"'{tmp_path / 'update-00002'}' cannot be read (update-00002 is damaged); going on from "
+        "the save before it\n"
+    )
+    assert names(tmp_path) == ["update-00001", "update-00002"]
+
+
+def test_if_no_save_can_be_read_the_run_is_not_begun_anew_unasked(tmp_path):
+    keep(tmp_path, 1, 2)
+    message = f"no save in '{tmp_path}' can be read; delete the folder to begin anew"
+    with pytest.raises(ValueError, match=message):
+        newest_readable(tmp_path, reader("update-00001", "update-00002"))
+    assert names(tmp_path) == ["update-00001", "update-00002"]
+
+
+def test_other_errors_of_the_reader_come_out(tmp_path):
+    keep(tmp_path, 1, 2)
+    with pytest.raises(ValueError, match="update-00002 is damaged"):
+        newest_readable(tmp_path, reader("update-00002", error=ValueError))

@@ -636,6 +636,10 @@ LOSS_MISTAKES = [
     ),
     ("the probability stands where", token_by_token(smaller, lambda new, old: new.exp())),
     (
+        "the minimum is taken of the two ratios",
+        token_by_token(lambda rho, a, clip: min(rho, rho.clip(1 - clip, 1 + clip)) * a),
+    ),
+    (
         "only the clipped term is there.",
         token_by_token(lambda rho, a, clip: rho.clip(1 - clip, 1 + clip) * a),
     ),

@@ -45,13 +45,14 @@ roles.load("reward", find_adapter(preset, "reward"))
 # teach all tokens of a response, and everything below is about sharing it out well.
 
 # %%
-prompts = world.prompts("held_out")[::40][:16]
+prompts = world.prompts("held_out")[::38]
 rollout = sample_responses(roles.use("sft"), tokenizer, prompts, seed=3)
 mask, T = rollout.response_mask, rollout.response_mask.shape[1]
 P = rollout.input_ids.shape[1] - T
 with torch.no_grad():
     scores = score_tokens(roles, "reward", rollout.input_ids, rollout.attention_mask)
     logprobs = response_logprobs(roles.use("sft"), rollout.input_ids, rollout.attention_mask, T)
+print(f"{len(prompts)} prompts, responses of up to {T} tokens")
 for prompt, text, score in list(zip(prompts, rollout.texts, scores, strict=True))[:4]:
     print(f"score {score:+.2f}  {prompt} -> {text}")
 
@@ -98,27 +99,29 @@ assert logprobs[real].mean() > -1.5 and wrong[real].mean() < -5
 # take several steps on each batch; after the first, the samples are those of an older policy.
 #
 # A problem small enough to repeat often: one state, ten actions ("arms"), each with a mean reward between
-# 0 and 1 and noise of 1; batches of 32; eight steps, of a size chosen to be too large, on each batch.
+# 0 and 1 and noise of 1; batches of 32; eight steps, of a size chosen to be too large, on each batch. A
+# hundred runs at once, one in each row.
 
 
 # %%
-def play(loss_of, seed, steps, rate=4.0, batches=40):
-    """Mean reward of the policy after each batch, of arms whose best has mean 1."""
-    generator = torch.Generator().manual_seed(seed)
+def play(loss_of, steps=8, rate=4.0, batches=40, runs=100):
+    """Mean reward [runs, batches] of the policy after each batch, of arms with means from 0 to 1."""
+    generator = torch.Generator().manual_seed(0)
     means = torch.linspace(0, 1, 10)
-    preferences = torch.zeros(10, requires_grad=True)
-    curve = []
+    preferences, curves = torch.zeros(runs, 10), []
     for _ in range(batches):
-        old = log_softmax(preferences.detach(), 0)
+        old = log_softmax(preferences, 1)
         actions = old.exp().multinomial(32, replacement=True, generator=generator)
-        rewards = means[actions] + torch.randn(32, generator=generator)
+        rewards = means[actions] + torch.randn(runs, 32, generator=generator)
+        A = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
         for _ in range(steps):
-            new = log_softmax(preferences, 0)[actions]
-            loss = loss_of(new, old[actions], ppo.whiten(rewards, ones))
+            preferences.requires_grad_()
+            new = log_softmax(preferences, 1).gather(1, actions)
+            loss = runs * loss_of(new, old.gather(1, actions), A)  # a mean over all runs
             (gradient,) = torch.autograd.grad(loss, preferences)
-            preferences = (preferences - rate * gradient).detach().requires_grad_()
-        curve.append((preferences.softmax(0) @ means).item())
-    return curve
+            preferences = (preferences - rate * gradient).detach()
+        curves.append(preferences.softmax(1) @ means)
+    return torch.stack(curves, 1)
 
 
 # %% [markdown]
@@ -127,32 +130,37 @@ def play(loss_of, seed, steps, rate=4.0, batches=40):
 # clips that ratio.
 
 # %%
-ones = torch.ones(32)
 losses = {
     "REINFORCE": lambda new, old, A: -(A * new).mean(),
     "ratio": lambda new, old, A: -(A * (new - old).exp()).mean(),
-    "PPO": lambda new, old, A: ppo.policy_loss(new[None], old[None], A[None], ones[None])[0],
+    "PPO": lambda new, old, A: ppo.policy_loss(new, old, A, torch.ones_like(A))[0],
 }
-runs = {name: [play(loss, seed, 8) for seed in range(10)] for name, loss in losses.items()}
-series = {name: torch.tensor(curves).mean(0).tolist() for name, curves in runs.items()}
-fig = plots.lines(series, "batches", "mean reward, of 10 seeds")
+runs = {name: play(loss) for name, loss in losses.items()}
+series = {name: curves.mean(0).tolist() for name, curves in runs.items()}
+fig = plots.lines(series, "batches", "mean reward, of 100 runs")
 ends = ", ".join(f"{name} {curve[-1]:.2f}" for name, curve in series.items())
-plots.show(fig, alt=f"Mean reward against batches, mean of ten seeds. At the end: {ends}.")
+plots.show(fig, alt=f"Mean reward against batches, mean of 100 runs. At the end: {ends}.")
+
+# %%
+found = {name: int((curves[:, -1] > 0.95).sum()) for name, curves in runs.items()}
 for name, curves in runs.items():
-    last = sorted(curve[-1] for curve in curves)
-    found = sum(x > 0.95 for x in last)
-    spread = f"ends at {last[0]:.2f} to {last[-1]:.2f}"
-    print(f"{name:10} is above 0.95 on {found:2} of 10 seeds, {spread}")
-once = [play(losses["PPO"], seed, 1)[-1] for seed in range(10)]
-same = once == [play(losses["ratio"], seed, 1)[-1] for seed in range(10)]
-print(f"one step on each batch: above 0.95 on {sum(x > 0.95 for x in once)}; PPO as ratio: {same}")
-assert sum(c[-1] > 0.95 for c in runs["PPO"]) > sum(c[-1] > 0.95 for c in runs["ratio"])
+    print(
+        f"{name:10} above 0.95 in {found[name]:2} of 100 runs, the worst ends at {curves[:, -1].min():.2f}"
+    )
+small = [play(loss, rate=0.1)[:, -1].mean().item() for loss in losses.values()]
+print("steps of a fortieth of the size: mean", [round(x, 3) for x in small])
+once = play(losses["PPO"], steps=1)
+print(f"one step on each batch: {(once[:, -1] > 0.95).sum()};", end=" ")
+print(f"as the ratio without clip: {torch.equal(once, play(losses['ratio'], steps=1))}")
+assert found["PPO"] > found["REINFORCE"] > found["ratio"]
 
 # %% [markdown]
-# Without the clip the policy can throw itself, in eight steps on 32 lucky or unlucky samples, onto a poor
-# arm; then it samples nothing else, and never learns better. The clip costs speed at first and makes the
-# end safe. With a single step on each batch the ratio is 1 throughout and the clip does nothing. The
-# figure shows one step size, at which the difference is large; with small steps all three get there.
+# The second-best arm has a mean of 0.89, so above 0.95 is mostly the best one. Without the clip the policy
+# can throw itself, in eight steps on 32 lucky or unlucky samples, onto a poor arm; then it samples nothing
+# else and never learns better. The unclipped ratio is worst: it is right on average, but on a lucky arm it
+# can grow without bound. The clip costs speed at first and is safer, not safe: PPO too can settle on the
+# second-best arm. With steps a fortieth of the size the three hardly differ, and none has arrived yet; and
+# with a single step on each batch the ratio is 1 throughout, so that the clip does nothing.
 
 # %% [markdown]
 # ## The clip
@@ -163,11 +171,11 @@ assert sum(c[-1] > 0.95 for c in runs["PPO"]) > sum(c[-1] > 0.95 for c in runs["
 # The sum is over all response tokens of the batch, $\epsilon$ is 0.2 here. $\pi_{\text{old}}$ is the policy that
 # **sampled**; it moves on with every batch. (The reference, which never moves, comes in with the reward.)
 #
-# <details><summary><b>Predict before you run.</b> $A = 1$ and the ratio is 1.5. What is the gradient? And for
-# $A = -1$ at the same ratio?</summary>
+# <details><summary><b>Predict before you run.</b> $A = 1$ and the ratio is 1.5. Which way does gradient
+# descent push the token's log-probability? And for $A = -1$ at the same ratio?</summary>
 #
-# For $A = 1$ it is 0: the token is likelier by more than 20% already, enough for this batch. For $A = -1$ it
-# is not: the token is bad and has become likelier, so the min keeps the unclipped term, which pulls it back.
+# For $A = 1$ nowhere: the token is likelier by more than 20% already, enough for this batch. For $A = -1$
+# down: the token is bad and has become likelier, so the min keeps the unclipped term, which pulls it back.
 # </details>
 
 
@@ -177,7 +185,7 @@ def objective_and_slope(ratio, advantage):
     new = (old + torch.tensor(ratio).log()).requires_grad_()
     loss, _ = ppo.policy_loss(new, old, advantage * one, one)
     (slope,) = torch.autograd.grad(loss, new)
-    return -loss.item(), -slope.item() / ratio  # by the ratio, not by its logarithm
+    return -loss.item(), -slope.item() / ratio  # with respect to the ratio
 
 
 ratios = [0.505 + 0.01 * i for i in range(100)]
@@ -187,7 +195,9 @@ for advantage in (1, -1):
         dict(zip(ratios, column, strict=True)) for column in zip(*points, strict=True)
     )
     series = {"objective": objective, "its slope": slope}
-    fig = plots.lines(series, f"ratio ρ, for an advantage of {advantage}", "per token")
+    fig = plots.lines(
+        series, f"ratio ρ, for an advantage of {advantage}", "objective, and its slope by ρ"
+    )
     flat = "above 1.2" if advantage > 0 else "below 0.8"
     plots.show(fig, alt=f"Advantage {advantage}: the objective is flat, its slope 0, {flat}.")
 
@@ -210,8 +220,8 @@ print([round(x, 4) for x in rewards[0].tolist()], "= -0.1 log 2, 0, 2 + 0.1 log 
 # %% [markdown]
 # ## The critic, TD errors, GAE
 #
-# A second model, the **critic**, predicts at each state what reward is still to come: $V(s_t)$. A token that
-# changes the prediction is a good or a bad one: the **TD error** is
+# A second model, the **critic**, predicts at each state what reward is still to come: $V(s_t)$. If
+# the critic is right, a token that changes the prediction is a good or a bad one: the **TD error** is
 # $\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)$, and after EOS there is no state, so $V = 0$. A discount γ below 1
 # would make late rewards count less; here γ = 1. Four tokens by hand, with the reward 1 at the end:
 
@@ -225,7 +235,7 @@ print("TD errors", [round(x, 2) for x in deltas[0].tolist()])
 # %% [markdown]
 # The first token raised the hopes from 0.2 to 0.6, and the second lowered them a little. If the critic is
 # right, that is all one needs. If it is not, the errors that follow say more. GAE (generalised advantage
-# estimation, Schulman et al. 2016) mixes them, each further one counting λ times less:
+# estimation, Schulman et al. 2016) mixes them, each further one multiplied by λ once more:
 #
 # $$A_t = \delta_t + \gamma\lambda\,\delta_{t+1} + (\gamma\lambda)^2 \delta_{t+2} + \dots
 # \qquad R_t = A_t + V(s_t)$$
@@ -252,14 +262,14 @@ for lam in (0.5, 0.0, 1.0):
 weights = ppo.gae_weights(8, 0.7)
 columns, rows = [f"A at {t}" for t in range(8)], [f"δ at {t}" for t in range(8)]
 fig = plots.heat_map(weights.tolist(), columns, rows, "weight")
-alt = "A triangle: a TD error weighs 1 at its own token and 0.7 times less with each token before."
+alt = "A triangle: a TD error weighs 1 at its own token, and 0.7 of that with each token before."
 plots.show(fig, alt=alt)
 by_matrix = deltas @ ppo.gae_weights(4, 0.5).float()
 print("advantages as a product:", [round(x, 4) for x in by_matrix[0].tolist()])
 
 # %% [markdown]
-# Each column holds the weights of one advantage. No error is counted for tokens that came after it: a
-# token cannot be praised for what was written before.
+# Each column holds the weights of one advantage. An error never counts for a later token: a
+# token cannot be praised for what was written before it.
 #
 # The same on real responses. The critic is, for now, a copy of the reward model: it has never seen an
 # unfinished response, but it has an opinion.
@@ -270,7 +280,7 @@ with torch.no_grad():
     ids, attention = rollout.input_ids, rollout.attention_mask
     values = roles.values("reward", ids, attention)[:, P - 1 : -1]
 rewards = ppo.shape_rewards(scores, logprobs, logprobs, mask, beta)  # the policy is the reference
-advantages, returns = ppo.gae(rewards, values, mask)
+advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, lam=0.95)
 best = int(scores.argmax())
 words = tokenizer.convert_ids_to_tokens(ids[best, P:][real[best]].tolist())
 print(prompts[best])
@@ -285,7 +295,7 @@ names = ["log π(a)", "value V(s)", "reward r", "advantage A", "return R"]
 quantities = (logprobs, values, rewards, advantages, returns)
 table = [quantity[best][real[best]].tolist() for quantity in quantities]
 fig = plots.heat_map(
-    table, [word.replace("Ġ", "") for word in words], names, "nats, or standard deviations"
+    table, [word.replace("Ġ", "") for word in words], names, "nats; standard deviations"
 )
 alt = "One column for each token of a response; rows for log-probability, value, reward, advantage, return. "
 plots.show(fig, alt=alt + "The reward is 0 but for the last token; the advantages are not.")
@@ -293,42 +303,46 @@ plots.show(fig, alt=alt + "The reward is 0 but for the last token; the advantage
 # %% [markdown]
 # This is the map of all indices. In each column stand the numbers of one token $a_t$: its log-probability
 # and the value of the state *before* it, both read at the token before; its reward; its share of the
-# praise. The policy here is still the reference, so the only reward is the score. Before the critic has
-# been trained the shares mean little: it judges half a sentence as if it were a whole one.
+# praise. The first row is in nats, the others in standard deviations of the reward model. The policy here
+# is still the reference, so the only reward is the score. And the best response of the batch is blamed
+# nearly throughout: this critic has never judged half a sentence, and expects too much everywhere.
 #
 # ## The critic's loss, and whitening
 #
-# The critic minimises half the squared error to the returns, clipped in the same spirit: within a batch it
-# may move its prediction by at most 0.2 for credit. By hand: it said 0, the return is 1, and it says now 0.1,
-# 0.2 and 0.5.
+# The critic minimises half the squared error to the returns, clipped in the same spirit: where it has moved
+# by more than $\epsilon_V$ from what it said at the time of sampling, the larger of two errors counts,
+#
+# $$L_V = \frac1{2N} \sum_t \max\bigl((V_t - R_t)^2,\ (\operatorname{clip}(V_t, V_t^{\text{old}} \pm \epsilon_V) - R_t)^2\bigr)$$
+#
+# By hand, with $\epsilon_V = 0.2$: it said 0, the return is 1, and it says now 0.1, 0.2, 0.5 and −0.5. Beyond
+# 0.2 there is nothing more to gain; the wrong way there is no mercy.
 
 # %% tags=["nbval-check-output"]
 old, target, one = torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1)
-for value in (0.1, 0.2, 0.5):
-    loss, stats = ppo.value_loss(torch.tensor([[value]]), old, target, one)
-    print(f"says {value}: loss {loss:.3f}, clipped {stats['clip_fraction']:.0%}")
+for value in (0.1, 0.2, 0.5, -0.5):
+    loss, stats = ppo.value_loss(torch.tensor([[value]]), old, target, one, clip=0.2)
+    print(f"says {value:4}: loss {loss:.3f}, clipped {stats['clip_fraction']:.0%}")
 
 # %% [markdown]
 # **Whitening**: before they are used, the batch's advantages are shifted and scaled to mean 0 and standard
 # deviation 1, so that the size of a step does not depend on the unit of the reward. The *returns* are not:
 # the critic has to predict them as they are, or next time its values and the rewards have different units.
+#
+# How good is the critic? The **explained variance** is $1 - \operatorname{Var}(R - V)/\operatorname{Var}(R)$: 1 for a
+# perfect critic, 0 for one that says the same always, below 0 for one that is worse than that.
 
 # %%
 white = ppo.whiten(advantages, mask)
-print(
-    f"advantages: mean {advantages[real].mean():+.3f}, standard deviation {advantages[real].std():.3f}"
-)
-print(f"whitened:   mean {white[real].mean():+.3f}, standard deviation {white[real].std():.3f}")
-_, stats = ppo.value_loss(values, values, returns, mask)
-print(
-    f"the untrained critic explains {stats['explained_variance']:.0%} of the variance of the returns"
-)
+for name, numbers in (("advantages", advantages[real]), ("whitened", white[real])):
+    print(f"{name:10} mean {numbers.mean():+.3f}, standard deviation {numbers.std():.3f}")
+untrained = ppo.value_loss(values, values, returns, mask)[1]["explained_variance"]
+print(f"explained variance of the untrained critic {untrained:.2f}")
 
 # %% [markdown]
 # ## An audit
 #
-# Short `ppo_step` functions circulate in tutorials, and most of them look like this one, written here in
-# our own words. It runs and returns a loss. Five things are wrong with it.
+# A short `ppo_step` is easily written, and easily wrong. This one, in our own words, has five faults that
+# one meets in the wild. It runs and returns a loss.
 
 
 # %%
@@ -347,14 +361,12 @@ roles.add("base")  # a fresh adapter changes nothing
 with torch.no_grad():
     base_logprobs = response_logprobs(roles.use("base"), ids, attention, T)
 
-first = ppo_step(logprobs, base_logprobs, scores)
-print(
-    f"loss {first:.4f}; with all scores doubled {ppo_step(logprobs, base_logprobs, 2 * scores):.4f}"
-)
+loss, doubled = (ppo_step(logprobs, base_logprobs, s) for s in (scores, 2 * scores))
+print(f"loss {loss:.4f}; with all scores doubled {doubled:.4f}")
 
 # %% [markdown]
-# **Fault 1: the reward is not used.** The function takes it and forgets it; there is no advantage at all, and so
-# the loss only asks to become likelier than the reference, whatever was said. Mend: weigh with the score.
+# **Fault 1: the reward is not used.** The function takes it and forgets it, and so the loss only asks to become
+# likelier than the reference, whatever was said. Mend: weigh with the score.
 
 
 # %%
@@ -363,16 +375,16 @@ def with_reward(logprobs, ref_logprobs, score, epsilon=0.2):
     return -torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A).mean()
 
 
-print(f"loss {with_reward(logprobs, base_logprobs, scores):.4f},", end=" ")
-print(f"with all scores doubled {with_reward(logprobs, base_logprobs, 2 * scores):.4f}")
+loss, doubled = (with_reward(logprobs, base_logprobs, s) for s in (scores, 2 * scores))
+print(f"loss {loss:.4f}, with all scores doubled {doubled:.4f}")
 nudged = torch.where(real, logprobs, logprobs - 1)
 print(
-    f"with the log-probabilities at padding lowered by 1 {with_reward(nudged, base_logprobs, scores):.4f}"
+    f"with the padding's log-probabilities lowered by 1 {with_reward(nudged, base_logprobs, scores):.4f}"
 )
 
 # %% [markdown]
-# **Fault 2: padding counts.** What stands behind EOS changes the loss, though nobody wrote it: here
-# that is nearly half of the batch. Mend: the mean over the response mask.
+# **Fault 2: padding counts.** What stands behind EOS changes the loss, though nobody wrote it: here that is
+# nearly half of the batch. Mend: the mean over the response mask.
 
 
 # %%
@@ -382,80 +394,132 @@ def with_mask(logprobs, ref_logprobs, score, mask, epsilon=0.2):
     return -(objective * mask).sum() / mask.sum()
 
 
-print(f"{1 - mask.float().mean():.0%} of the positions are padding")
-for name, these in (("as it is", logprobs), ("padding lowered", nudged)):
-    print(f"loss {with_mask(these, base_logprobs, scores, mask):.4f}, {name}")
+loss, lowered = (with_mask(these, base_logprobs, scores, mask) for these in (logprobs, nudged))
+print(f"{1 - mask.float().mean():.0%} padding; loss {loss:.4f}, with padding lowered {lowered:.4f}")
 ratio = (logprobs - base_logprobs).exp()[real]
 outside = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
 print(f"mean ratio {ratio.mean():.2f}, outside of the clip {outside:.0%}, before the first step")
 
 # %% [markdown]
-# **Faults 3 and 4: the ratio is taken against the reference, and the old log-probabilities are not kept.** Nothing
-# has been learnt from this batch yet, so every ratio should be 1. Instead many lie outside of the clip, which
-# now decides by the distance to the *reference* what may be learnt from. Mend: keep the log-probabilities of
-# the policy that sampled, compare with those, and let the reference enter through the reward.
-
-
-# %%
-def with_old(logprobs, old_logprobs, rewards, mask):
-    return ppo.policy_loss(
-        logprobs, old_logprobs, rewards.sum(-1, keepdim=True) * mask.float(), mask
-    )
-
-
-rewards = ppo.shape_rewards(scores, logprobs, base_logprobs, mask, beta)
-loss, stats = with_old(logprobs, logprobs, rewards, mask)
-print(f"loss {loss:.4f}, mean ratio {stats['ratio']}, clipped {stats['clip_fraction']:.0%}")
-print(f"KL penalty {beta * (logprobs - base_logprobs)[real].sum() / len(scores):.3f} per response")
-blamed = (rewards.sum(-1) > 0).float().mean()
-print(f"{blamed:.0%} of the responses have all of their tokens praised, the others all blamed")
-
-# %% [markdown]
-# **Fault 5: no critic.** Each token of a response gets the same weight, its share in the outcome or not. Mend:
-# advantages by GAE, whitened.
+# **Fault 3: the ratio is taken against the reference.** Nothing has been learnt from this batch yet, so every
+# ratio should be 1. Instead many lie outside of the clip, which now decides by the distance to the *reference*
+# what may be learnt from. Mend: compare with the policy that sampled, and let the reference enter where it
+# belongs, through the reward.
 
 # %%
-advantages, returns = ppo.gae(rewards, values, mask)
-white = ppo.whiten(advantages, mask)
-loss, stats = ppo.policy_loss(logprobs, logprobs, white, mask)
-mixed = [(row[keep] > 0).float().mean().item() for row, keep in zip(white, real, strict=True)]
-both = sum(0 < share < 1 for share in mixed) / len(mixed)
-print(f"loss {loss:.4f}; {both:.0%} of the responses have praised and blamed tokens")
+A = scores[:, None] * mask.float()
+loss, stats = ppo.policy_loss(logprobs, logprobs, A, mask)
+print(f"mean ratio {stats['ratio']}, clipped {stats['clip_fraction']:.0%}, loss {loss:.4f}")
+priced = ppo.shape_rewards(scores, logprobs, base_logprobs, mask, beta=0.1)
+A = priced.sum(-1, keepdim=True) * mask.float()
+loss, _ = ppo.policy_loss(logprobs, logprobs, A, mask)
+print(f"with the price of KL in the reward: loss {loss:.4f}")
 
 # %% [markdown]
-# That is PPO as lesson 04 runs it, but for the steps. At the first step its loss is minus the mean of the
-# whitened advantages, so 0; what matters is the gradient.
+# **Fault 4: the old log-probabilities are not kept.** For the first step it makes no difference whether they were
+# kept when sampling or are computed anew. After one real step on a copy of the policy it does:
+
+# %%
+roles.add("policy", copy_of="sft")
+optimizer = torch.optim.Adam(roles.parameters("policy").values(), lr=1e-3)
+new = response_logprobs(roles.use("policy"), ids, attention, T)
+ppo.policy_loss(new, logprobs, A, mask)[0].backward()
+optimizer.step()
+with torch.no_grad():
+    new = response_logprobs(roles.use("policy"), ids, attention, T)
+for name, old in (("kept", logprobs), ("computed anew", new)):
+    _, stats = ppo.policy_loss(new, old, A, mask)
+    print(f"old {name:13}: mean ratio {stats['ratio']:.3f}, clipped {stats['clip_fraction']:.0%}")
+
+# %% [markdown]
+# Computed anew the ratio is 1 for ever, and the clip never does anything. Mend: keep them, once per batch.
+#
+# **Fault 5: no advantages.** Every token of a response gets the same weight, its whole outcome, and there is no
+# baseline: it is not wrong on average, as REINFORCE is not, but needlessly noisy. Mend: GAE with the critic,
+# whitened. How many responses have tokens of both signs?
+
+# %%
+shared, targets = ppo.gae(priced, values, mask, gamma=1.0, lam=0.95)
+versions = {"the outcome": A, "GAE": shared, "GAE, whitened": ppo.whiten(shared, mask)}
+for name, numbers in versions.items():
+    positive = [(row[keep] > 0).float().mean() for row, keep in zip(numbers, real, strict=True)]
+    both = sum(bool(0 < share < 1) for share in positive)
+    loss, _ = ppo.policy_loss(logprobs, logprobs, numbers, mask)
+    print(f"{name:14} loss {loss:+.4f}, tokens of both signs in {both} of {len(prompts)} responses")
+
+# %% [markdown]
+# Unwhitened, this critic blames nearly everybody, since it expects too much. And with an explained variance
+# below 0 its praise and blame *within* a response are little more than noise; the next lesson trains it. At the
+# first step the loss is minus the mean of the whitened advantages, 0: what matters is its gradient.
+#
+# ## The whole update
+#
+# ```
+# sample a response to each prompt of the batch                      policy
+# once per batch, without gradients:
+#     scores, at the last token                                      reward model
+#     old log-probs, reference log-probs, old values                 policy, reference, critic
+#     rewards     = -beta * (old - reference), + score at the end
+#     advantages, returns = GAE(rewards, old values);  advantages whitened
+# for each of a few epochs, for each minibatch:
+#     new log-probs -> policy loss (ratio to old)   -> backward, step   policy
+#     new values    -> value loss (to the returns)  -> backward, step   critic
+# sample again: the old policy is now the one just trained
+# ```
+#
+# Usual numbers: β 0.1 here (0.01 to 0.1 elsewhere), γ = 1, λ = 0.95, ε = 0.2, two to four epochs. Reference and
+# reward model never change. The two losses share no weight in our set-up, so each has an optimizer of its own
+# and there is no coefficient between them. The entropy in `policy_loss`'s report is for looking at, not a bonus.
 #
 # ## Sanity first
 #
 # Before any run, look at the first step. The policy is a copy of the reference and nothing has been learnt
-# from the batch, so two numbers must be *exactly* right: every ratio 1, the KL 0. A sampling setting that
-# the scoring does not share, a shift in one of two places, dropout: each shows here, before it costs an hour.
+# from the batch, so two numbers must be *exactly* right: every ratio 1, the KL 0. (KL here: the mean over
+# responses of $\sum_t \log \pi/\pi_{\text{ref}}$; `approx_kl`: the mean over tokens of $\rho - 1 - \log \rho$, an
+# estimate of how far the new policy is from the old.)
 
 # %%
-roles.add("policy", copy_of="sft")
+roles.add("fresh", copy_of="sft")
 with torch.no_grad():
-    new = response_logprobs(roles.use("policy"), ids, attention, T)
-_, stats = ppo.policy_loss(new, logprobs, white, mask)
-kl = (new - logprobs)[real].sum().item()
-print(f"ratio {stats['ratio']}, KL {kl}, approximate KL {stats['approx_kl']}")
-assert stats["ratio"] == 1 and kl == 0
-hot = response_logprobs(roles.use("policy"), ids, attention, T, temperature=0.7).detach()
-_, stats = ppo.policy_loss(hot, logprobs, white, mask)
-print(
-    f"scored at another temperature than sampled: ratio {stats['ratio']:.3f}, clipped {stats['clip_fraction']:.0%}"
-)
+    new = response_logprobs(roles.use("fresh"), ids, attention, T)
+    hot = response_logprobs(roles.use("fresh"), ids, attention, T, temperature=0.7)
+for name, scored in (("as it should be", new), ("the new one scored at temperature 0.7", hot)):
+    _, stats = ppo.policy_loss(scored, logprobs, ppo.whiten(shared, mask), mask)
+    kl = (scored - logprobs)[real].sum().item() / len(prompts)
+    print(f"{name}: ratio {stats['ratio']:.4f}, clipped {stats['clip_fraction']:.0%}, KL {kl:.4f}")
+assert torch.equal(new, logprobs)
 
 # %% [markdown]
-# The last line is a failure on purpose: nothing crashes, and the clip silently switches off part of the batch.
+# What differs between the two scorings shows here: a temperature, a shift, dropout. What both share does not:
+# a shift missing in both, or a *sampler* with other settings than the scorer. For that, compare the mean
+# surprise at the samples with the mean entropy of the distributions they came from; on average they are equal.
+
+# %%
+from rlhf_helpers.logprobs import token_entropy
+
+for temperature in (1.0, 0.5):
+    drawn = sample_responses(
+        roles.use("fresh"), tokenizer, prompts, seed=1, temperature=temperature
+    )
+    tokens, counted = drawn.input_ids, drawn.response_mask.bool()
+    width = counted.shape[1]
+    with torch.no_grad():
+        scored = response_logprobs(roles.use("fresh"), tokens, drawn.attention_mask, width)
+        logits = roles.model(tokens, attention_mask=drawn.attention_mask).logits[:, -width - 1 : -1]
+    entropy = token_entropy(logits)[counted].mean()
+    print(
+        f"sampled at {temperature}: surprise {-scored[counted].mean():.2f}, entropy {entropy:.2f}"
+    )
+
+# %% [markdown]
+# The last line is a failure on purpose: nothing crashes, all ratios are 1, and the samples are not those of
+# the policy that is being trained.
 #
 # ## The numbers that the next lesson starts from
 
 # %% tags=["headline"]
-untrained = ppo.value_loss(values, values, returns, mask)[1]["explained_variance"]
-print(f"explained variance of an untrained critic {untrained:.2f}; bandit above 0.95:", end=" ")
-print(f"PPO {sum(c[-1] > 0.95 for c in runs['PPO'])},", end=" ")
-print(f"unclipped {sum(c[-1] > 0.95 for c in runs['ratio'])} of 10 seeds")
+print(f"explained variance of an untrained critic {untrained:.2f}; arms above 0.95:", end=" ")
+print(", ".join(f"{name} {count}" for name, count in found.items()), "of 100 runs")
 
 # %% [markdown]
 # ## Recap

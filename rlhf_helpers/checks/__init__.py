@@ -13,6 +13,11 @@ from rlhf_helpers.checks.lesson_02 import (
     check_pairwise_loss,
 )
 from rlhf_helpers.checks.lesson_03 import check_gae, check_policy_loss, check_token_logprobs
+from rlhf_helpers.checks.lesson_04 import (
+    check_predict_bytes,
+    check_shape_rewards,
+    check_train_step,
+)
 
 __all__ = [
     "FAULTS",
@@ -26,6 +31,9 @@ __all__ = [
     "check_pair_accuracy",
     "check_pairwise_loss",
     "check_policy_loss",
+    "check_predict_bytes",
+    "check_shape_rewards",
     "check_token_logprobs",
+    "check_train_step",
     "training_log",
 ]

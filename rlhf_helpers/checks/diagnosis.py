@@ -17,28 +17,29 @@ FAULTS = {
 _ANSWERS = {"A": "penalty sign", "B": "reference ratio", "C": "fresh old"}
 _EVIDENCE = {
     "reference ratio": (
-        "then the ratio in the first step would leave 1 as soon as the policy has left the "
-        "reference; in this log first_ratio is between {first_ratio} throughout"
+        "the ratio in the first step would leave 1 as soon as the policy has left the reference; "
+        "in this log first_ratio is {first_ratio}"
     ),
     "fresh old": (
-        "then every ratio would be 1, and nothing would ever be clipped; in this log clip_fraction "
-        "is between {clip_fraction}"
+        "every ratio would be 1, and nothing would ever be clipped; in this log clip_fraction is "
+        "{clip_fraction}"
     ),
     "penalty sign": (
-        "then the KL would be paid for and run away from update to update; in this log kl is "
-        "between {kl}"
+        "KL would be paid for, and grow to the end; in this log kl is at most {max_kl}, and "
+        "{end_kl} at the end"
     ),
     "whitened returns": (
-        "then the critic would predict numbers of another unit than the rewards, and its "
-        "explained_variance would stay low; in this log it ends at {end_explained_variance}"
+        "the critic would learn other numbers from the first update on; in this log the first row "
+        "is that of the healthy run, explained_variance included"
     ),
     "idle critic": (
-        "then explained_variance would stay where it began; in this log it goes from "
+        "explained_variance would stay near where it began; in this log it goes from "
         "{start_explained_variance} to {end_explained_variance}"
     ),
     "no EOS": (
-        "then responses would forget to end, and finished would fall; in this log it is between "
-        "{finished}"
+        "one token of each response would be missing from the first update on; in this log the "
+        "first row's length and explained_variance are those of the healthy run. Which fault does "
+        "nothing while the policy is still the reference?"
     ),
 }
 
@@ -76,7 +77,7 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
     """
     for log in _ANSWERS:
         if log not in answers:
-            raise ValueError(f"there is no answer for log {log!r}, only for {list(answers)}")
+            raise ValueError(f"there is no answer for log {log!r}, only for {list(answers)}; give ...")
     for log, right in _ANSWERS.items():
         answer = answers[log]
         if answer is ...:
@@ -87,13 +88,15 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
             print(f"{log}: correct, {FAULTS[right]}.")
         else:
             evidence = _EVIDENCE[answer].format_map(_facts(training_log(log)))
-            print(f"{log}: not {FAULTS[answer]}: {evidence}.")
+            print(f"{log}: it is not that {FAULTS[answer]}. Then {evidence}.")
 
 
 def _facts(rows: list[dict[str, float]]) -> dict[str, str]:
     facts = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        facts[name] = f"{min(values):.3g} and {max(values):.3g}"
+        low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+        facts[name] = f"{low} throughout" if low == high else f"between {low} and {high}"
+        facts[f"max_{name}"] = high
         facts[f"start_{name}"], facts[f"end_{name}"] = f"{values[0]:.3g}", f"{values[-1]:.3g}"
     return facts

@@ -837,6 +837,11 @@ _POLICY_MISTAKES = (
         "policy that sampled, else likely tokens would weigh more than rare ones.",
     ),
     (
+        partial(_other_objective, lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a),
+        "the minimum is taken of the two ratios, before the advantage comes in. For a negative "
+        "advantage the smaller ratio is the larger product: multiply first, then take the minimum.",
+    ),
+    (
         partial(_other_objective, lambda p, a, e: p.clamp(1 - e, 1 + e) * a),
         "only the clipped term is there. A token that went too far the wrong way then has no "
         "gradient to come back on; the minimum with the unclipped term gives it one.",

@@ -395,14 +395,18 @@ checks.check_diagnosis(answers)
 #
 # Look at one column at a time, and ask what it has to be whatever the data are. Which ratio must there be
 # before anything has been learnt from a batch? Which number can only be 0 throughout if the new policy is
-# always compared with itself? And what would a penalty do to the column it is a price for?
+# always compared with itself? What would a penalty do to the column it is a price for? And compare the first
+# row with that of the healthy run: a fault that leaves it as it is does nothing while the KL is 0.
 # </details>
 
 # %% [markdown]
-# **In words.** Which of the three would you have noticed from the score alone?
+# (In the healthy run one number stands out: `approx_kl` of 0.13 in update 5. A few tokens moved far in one step;
+# the clip stops them from earning by it, and it does not come again.)
+#
+# **In words.** Which of the three would you have noticed from the score alone, with no healthy log beside it?
 
 # %% [markdown] tags=["solution"]
-# One of them, and not the worst. B does not learn: its score stays near where it began. But A has the
+# One of them at most, and not the worst. B does not learn: its score stays near where it began. But A has the
 # highest score of all four, while its responses run to the length limit and its KL runs away; and C looks
 # like the healthy run, because with few steps on each batch the clip has little to do. Its log only shows
 # that the safety belt is off. Hence the habit: look at the columns that must have a certain value.

@@ -1,0 +1,982 @@
+"""The checks of lesson 04: one role after the other, shaped rewards, the bytes of four roles."""
+
+import copy
+import functools
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+from rlhf_helpers import ppo
+from rlhf_helpers.checks.exercise import (
+    NOT_ATTEMPTED,
+    UNKNOWN,
+    Exercise,
+    _show,
+    _structural_fault,
+    _wrapped,
+    call,
+    check,
+    same,
+)
+from rlhf_helpers.checks.lesson_03 import _drawn
+from rlhf_helpers.memory import NF4_SUPERBLOCK
+from rlhf_helpers.roles import NF4_BLOCK, Roles
+
+# --- lesson 04: one role after the other -----------------------------------------------------
+
+_TRAINED = ("policy", "value")
+_ROLES = (*_TRAINED, "reference", "reward")
+_CALLS = 3  # so that gradients can pile up
+
+
+def train_step(
+    roles: Roles,
+    losses: Mapping[str, Callable[[nn.Module], Tensor]],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> None:
+    """One step of every trained role on its own loss, one role after the other.
+
+    Args:
+        roles: one base with an adapter for each role.
+        losses: for each role that learns, a function of the model that acts as it.
+        optimizers: for the same roles.
+
+    Derived in lesson 04.
+    """
+    for role, loss_of in losses.items():
+        optimizers[role].zero_grad()
+        loss_of(roles.use(role)).backward()
+        optimizers[role].step()
+
+
+def check_train_step(fn: Callable[[Roles, Mapping, Mapping], None]) -> None:
+    """Check the learner's `train_step(roles, losses, optimizers)`.
+
+    It runs on a small imitation of `Roles` that notes each use, loss, backward pass, zero_grad and
+    step, and loses gradients as PEFT does. Right is what moves every role as if it were alone; the
+    notes serve to name what went wrong.
+
+    Args:
+        fn: takes roles, and for each trained role a loss, a function of the model, and an
+            optimizer; what it returns does not count.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_train_step(train_step)
+        train_step: correct. Tested: 3 steps of two roles, one with a head; gradients left over.
+    """
+    print(_wrapped(f"{_TRAIN_STEP.name}: {_step_verdict(fn)}"))
+
+
+def _step_verdict(fn: Callable) -> str:
+    if fn is ...:
+        return NOT_ATTEMPTED
+    if not callable(fn):
+        return f"give the check the function itself, not a result; it got {fn!r}."
+    recorder = _Recorder()
+    fault = _run(recorder, fn)
+    if not fault and not same(recorder.weights(), _expected_weights()):
+        fault = _order_fault(recorder.calls[0]) or _UNKNOWN_ORDER
+    if fault in ("", NOT_ATTEMPTED):
+        return fault or f"correct. Tested: {_TRAIN_STEP.tested}."
+    return f"{fault}\n{_sequence('yours', recorder.calls[0])}\n{_sequence('expected', _steps())}"
+
+
+def _run(recorder: "_Recorder", fn: Callable) -> str:
+    """Call `fn` a few times; the fault that an exception shows, "" if nothing was raised."""
+    named = []
+
+    @functools.wraps(fn)  # so that the check finds the learner's code
+    def guarded(*arguments):
+        try:
+            return fn(*arguments)
+        except Exception as error:
+            named.append(_raised_fault(recorder.log, error))
+            if not named[-1]:
+                raise
+
+    for _ in range(_CALLS):
+        recorder.calls.append([])
+        with _Passes(recorder):
+            result = call(_TRAIN_STEP, guarded, recorder.arguments())
+        if result is ... or named:
+            return NOT_ATTEMPTED if result is ... else named[0]
+    return ""
+
+
+class _Event(NamedTuple):
+    what: str
+    role: str
+    active: str
+
+
+class _Recorder:
+    """An imitation of `Roles` with two weights for each role; it notes what is done with it."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[_Event]] = []
+        self.active = "reward"  # the role that scored the responses acted last
+        self.model = _Model(self)
+        self.heads = {"value": Parameter(torch.tensor([0.25, 0.5]))}
+        self.losses = _OfTrained(self, {role: _Loss(self, role) for role in _TRAINED})
+        self.optimizers = _OfTrained(self, {role: _SGD(self, role) for role in _TRAINED})
+        for parameter in (*self.parameters("policy").values(), *self.parameters("value").values()):
+            parameter.grad = torch.full_like(parameter, 3.0)  # left over from elsewhere
+
+    def __repr__(self) -> str:
+        return f"Roles({', '.join(_ROLES)})"
+
+    @property
+    def log(self) -> list[_Event]:
+        return self.calls[-1]
+
+    @property
+    def names(self) -> list[str]:
+        return list(_ROLES)
+
+    def note(self, what: str, role: str = "") -> None:
+        if self.calls:
+            self.log.append(_Event(what, role, self.active))
+
+    def use(self, name: str) -> nn.Module:
+        if name not in _ROLES:
+            raise ValueError(f"there is no role {name!r}; there are {self.names}; add it first")
+        self.active = name
+        self.note("use", name)
+        return self.model
+
+    def parameters(self, name: str) -> dict[str, Parameter]:
+        if name not in _TRAINED:
+            self.note("frozen", name)
+            raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
+        head = {"head": self.heads[name]} if name in self.heads else {}
+        return {"adapter": self.model.adapters[name], **head}
+
+    def arguments(self) -> tuple:
+        return self, self.losses, self.optimizers
+
+    def weights(self) -> Tensor:
+        adapters = [self.model.adapters[role] for role in _ROLES]
+        return torch.stack([*adapters, *self.heads.values()])
+
+    def backward(self, role: str, gradient: Tensor) -> Tensor:
+        self.note("backward", role)
+        return gradient if role == self.active else torch.zeros_like(gradient)
+
+
+class _Model(nn.Module):
+    """What `use` returns: it answers with the weights of the active role."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        starts = torch.tensor([[0.5, -0.25], [0.75, 0.5], [0.5, -0.25], [0.75, 0.5]])
+        self.adapters = nn.ParameterDict(
+            {
+                role: Parameter(start, requires_grad=role in _TRAINED)
+                for role, start in zip(_ROLES, starts, strict=True)
+            }
+        )
+        self.recorder = recorder
+
+    def forward(self) -> Tensor:
+        role = self.recorder.active
+        output = self.adapters[role] * 1
+        if output.requires_grad:
+            output.register_hook(partial(self.recorder.backward, role))
+        return output
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.recorder.note("model.zero_grad")
+        super().zero_grad(set_to_none)
+
+
+class _Loss:
+    """Half the squared distance of the role's weights, and its head's, from a target."""
+
+    def __init__(self, recorder: _Recorder, role: str) -> None:
+        self.recorder, self.role = recorder, role
+
+    def __repr__(self) -> str:
+        return f"<loss of {self.role}>"
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        self.recorder.note("loss", self.role)
+        target = 0.25 if self.role == "policy" else 0.5
+        return 0.5 * (model() + self.recorder.heads.get(self.role, 0) - target).square().sum()
+
+
+class _SGD:
+    def __init__(self, recorder: _Recorder, role: str) -> None:
+        self.recorder, self.role = recorder, role
+        self.param_groups = [{"params": list(recorder.parameters(role).values()), "lr": 0.2}]
+
+    def __repr__(self) -> str:
+        return f"<optimizer of {self.role}>"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.recorder.note("zero_grad", self.role)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    def step(self, closure: Any = None) -> None:
+        self.recorder.note("step", self.role)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.data -= self.param_groups[0]["lr"] * parameter.grad
+
+
+class _OfTrained(dict):
+    """Something for each trained role; it notes a question for that of a frozen one."""
+
+    def __init__(self, recorder: _Recorder, items: dict) -> None:
+        super().__init__(items)
+        self.recorder = recorder
+
+    def __missing__(self, role: str) -> None:
+        if role in _ROLES:
+            self.recorder.note("frozen", role)
+        raise KeyError(role)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.recorder, dict(self))
+
+
+class _Passes(TorchFunctionMode):
+    """Notes each call of `backward`, which may go through several roles."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.backward:
+            self.recorder.note("pass")
+        return func(*args, **(kwargs or {}))
+
+
+def _expected_weights() -> Tensor:
+    recorder = _Recorder()
+    for _ in range(_CALLS):
+        train_step(*recorder.arguments())
+    return recorder.weights()
+
+
+def _steps() -> list[_Event]:
+    recorder = _Recorder()
+    recorder.calls.append([])
+    train_step(*recorder.arguments())
+    return recorder.log
+
+
+def _sequence(whose: str, events: Sequence[_Event]) -> str:
+    """The events of one call on a few lines."""
+    phrases = [_phrase(event) for event in events if event.what not in ("pass", "frozen")]
+    text = ", ".join(phrase.replace(" ", "~") for phrase in phrases) or "nothing"
+    first, other = f"  {whose:10}", " " * 12
+    filled = textwrap.fill(text, 100, initial_indent=first, subsequent_indent=other)
+    return filled.replace("~", " ")  # so that a phrase stays on one line
+
+
+def _phrase(event: _Event) -> str:
+    if event.what == "loss" and event.role != event.active:
+        return f"loss {event.role} computed as {event.active}"
+    if event.what == "backward" and event.role != event.active:
+        return f"backward {event.role} while {event.active} is active"
+    return f"{event.what} {event.role}".rstrip()
+
+
+def _raised_fault(log: Sequence[_Event], error: Exception) -> str:
+    """The mistake that led to the exception, "" if it has no name."""
+    for event in log:
+        if event.what == "frozen":
+            return _FROZEN_ROLE.format(role=event.role)
+    if isinstance(error, RuntimeError):
+        if "second time" in str(error):
+            return _CARRIED
+        return next(_not_used(log), "")
+    return ""
+
+
+def _not_used(log: Sequence[_Event]) -> Iterator[str]:
+    for event in log:
+        if event.what == "loss" and event.role != event.active:
+            yield _NOT_USED.format(role=event.role, active=event.active)
+
+
+def _order_fault(log: Sequence[_Event]) -> str:
+    """What is wrong with one call, "" if nothing has a name."""
+    for role in _TRAINED:
+        if not _places(log, "loss", role):
+            return _LEFT_OUT.format(role=role)
+    if fault := next(_not_used(log), ""):
+        return fault
+    if any(event.what == "backward" and event.role != event.active for event in log):
+        return _SUMMED if len(_places(log, "pass", "")) == 1 else _FORWARDS_FIRST
+    cleared = {event.role for event in log if event.what == "zero_grad"}
+    if _places(log, "model.zero_grad", "") and cleared != set(_TRAINED):
+        return _MODEL_CLEARED
+    return next(filter(None, (_role_fault(log, role) for role in _TRAINED)), "")
+
+
+def _role_fault(log: Sequence[_Event], role: str) -> str:
+    backward, steps = _places(log, "backward", role), _places(log, "step", role)
+    cleared = _places(log, "zero_grad", role)
+    if not backward:
+        return _NO_BACKWARD.format(role=role)
+    if len(backward) > 1:
+        return _BACKWARD_TWICE.format(role=role)
+    if not steps:
+        return _NO_STEP.format(role=role)
+    if len(steps) > 1:
+        return _STEPS_TWICE.format(role=role)
+    if steps[0] < backward[0]:
+        return _STEP_FIRST.format(role=role)
+    if any(backward[0] < place < steps[0] for place in cleared):
+        return _CLEARED_BETWEEN.format(role=role)
+    if not cleared:
+        return _NOT_CLEARED.format(role=role)
+    return _CLEARED_LAST.format(role=role) if min(cleared) > steps[0] else ""
+
+
+def _places(log: Sequence[_Event], what: str, role: str) -> list[int]:
+    return [place for place, e in enumerate(log) if e.what == what and e.role == role]
+
+
+_SUMMED = (
+    "the losses are added up, and one backward pass runs through both roles. Only one of them can "
+    "be active then; PEFT loses the gradients of the other without a word, and Roles raises an "
+    "error. Each role needs a backward pass of its own, before the next is used."
+)
+_FORWARDS_FIRST = (
+    "both forward passes come before the first backward pass. When it runs, another role is active "
+    "already: PEFT loses the gradients without a word, and Roles raises an error. Be done with one "
+    "role's backward pass before you use the next."
+)
+_NOT_USED = (
+    "the loss of {role} is computed as {active}. Whichever role was used last acts, whatever the "
+    "loss is called; roles.use has to come before the loss, and it returns the model."
+)
+_CARRIED = (
+    "the second backward pass runs through the first role's graph again, which is freed already. A "
+    "total that is added to from role to role does that: call backward on each role's own loss."
+)
+_FROZEN_ROLE = (
+    "{role} is asked for a loss, an optimizer or parameters, but it is frozen and has none. Go "
+    "through the roles that have a loss, not through all that there are."
+)
+_LEFT_OUT = (
+    "{role} learns nothing: its loss is not computed. Every role that has a loss gets a step."
+)
+_NO_BACKWARD = (
+    "the loss of {role} gets no backward pass. Without it there are no gradients, and the step is "
+    "taken on what was left over from elsewhere, or on nothing."
+)
+_BACKWARD_TWICE = (
+    "there are two backward passes through {role} in one step. Gradients add up, so that it moves "
+    "further than its loss asks for."
+)
+_NO_STEP = (
+    "the optimizer of {role} takes no step. Its gradients are there, and nothing is done with "
+    "them; each role has an optimizer of its own."
+)
+_STEPS_TWICE = (
+    "the optimizer of {role} steps more than once in a call. Is there a loop over all optimizers "
+    "inside the loop over the roles? One gradient is good for one step."
+)
+_STEP_FIRST = (
+    "{role} steps before its backward pass. The step is taken on gradients from before, or on "
+    "none, and those of this loss come too late."
+)
+_CLEARED_BETWEEN = (
+    "the gradients of {role} are cleared between its backward pass and its step: nothing is left "
+    "to step on. Clear them before the backward pass."
+)
+_NOT_CLEARED = (
+    "the gradients of {role} are never cleared. A backward pass adds to what is there, so that "
+    "every step repeats all those before it."
+)
+_CLEARED_LAST = (
+    "the gradients of {role} are cleared after the step only. What is left over from elsewhere, as "
+    "from a call that was interrupted, goes into the first step; clear them before the backward "
+    "pass."
+)
+_MODEL_CLEARED = (
+    "it is the model's zero_grad. That clears the adapters of all roles at once, also gradients "
+    "that a step still needs, and never the heads, which lie outside the model. Each role's "
+    "optimizer knows what is its own."
+)
+_UNKNOWN_ORDER = (
+    "the weights after three steps are not those of roles trained alone, and not in a way that "
+    "this check has a name for. Compare what was done, in order, and look for anything that "
+    "changes a loss or a gradient:"
+)
+_TRAIN_STEP = Exercise(
+    "train_step",
+    train_step,
+    (),
+    (),
+    tested="3 steps of two roles, one with a head; gradients left over",
+)
+
+
+# --- lesson 04: the reward of each token -----------------------------------------------------
+
+
+def check_shape_rewards(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Check the learner's `shape_rewards(scores, logprobs, ref_logprobs, response_mask, beta)`.
+
+    Args:
+        fn: returns `[B, T]`, as `rlhf_helpers.ppo.shape_rewards` with k1 does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_shape_rewards(ppo.shape_rewards)
+        shape_rewards: correct. Tested: padding, full rows, a response of EOS alone, β of 0 to 0.5.
+    """
+    check(_SHAPE_REWARDS, fn)
+
+
+def _shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float
+) -> Tensor:
+    return ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """1 at the last real token of each row."""
+    return mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
+
+
+def _at(mask: Tensor, step: int, stays: bool) -> Tensor:
+    """1 `step` columns behind the last real token; at a row's end it stays or is dropped."""
+    places = mask.sum(1) - 1 + step
+    length = mask.shape[1]
+    kept = torch.ones_like(places) if stays else ((places >= 0) & (places < length)).long()
+    one = torch.zeros_like(mask)
+    one[torch.arange(len(mask)), places.clamp(0, length - 1)] = kept
+    return one
+
+
+def _no_room_before(mask: Tensor) -> Tensor:
+    """1 in the last column of responses of EOS alone: where the index -1 leads."""
+    return _column(-1, mask) * (mask.sum(1, keepdim=True) == 1)
+
+
+def _column(number: int, mask: Tensor) -> Tensor:
+    one = torch.zeros_like(mask)
+    one[:, number] = 1
+    return one
+
+
+def _other_penalty(of: Callable, scores, new, ref, mask, beta) -> Tensor:
+    """The score at the right place, with another penalty of log-probabilities, mask and β."""
+    return scores[:, None] * _last(mask) - of(new, ref, mask, beta)
+
+
+def _other_place(place: Callable, scores, new, ref, mask, beta) -> Tensor:
+    """The right penalty, with the score where `place(mask)` says, and so often."""
+    return scores[:, None] * place(mask) - beta * (new - ref) * mask
+
+
+def _unmasked(place: Callable, sign: int, scores, new, ref, mask, beta) -> Tensor:
+    """The penalty at padding too."""
+    return scores[:, None] * place(mask) - sign * beta * (new - ref)
+
+
+def _in_place_of_penalty(place: Callable, scores, new, ref, mask, beta) -> Tensor:
+    """The score instead of the penalty at its token."""
+    one = place(mask)
+    return torch.where(one.bool(), scores[:, None], -beta * (new - ref) * mask)
+
+
+def _mean_of_row(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+
+
+def _case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
+    """A case of given ratios π/π_ref."""
+    ratio = torch.tensor(ratios)
+    ref = torch.linspace(0.05, 0.2, ratio.numel()).reshape(ratio.shape)
+    return torch.tensor(scores), (ref * ratio).log(), ref.log(), torch.tensor(mask), beta
+
+
+_REWARD_CASES = (
+    (
+        torch.tensor([2.0]),
+        torch.tensor([[0.5, 0.2, 0.9]]).log(),  # 0.9 is padding
+        torch.tensor([[0.25, 0.4, 0.3]]).log(),
+        torch.tensor([[1, 1, 0]]),
+        0.1,
+    ),
+    _case_of_odds(
+        [1.5, -2.0, 0.5],
+        [[3.0, 0.5, 1.5, 2.0], [0.25, 2.0, 4.0, 0.4], [1.25, 3.0, 0.2, 0.7]],
+        [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]],
+        0.5,
+    ),
+    (
+        torch.tensor([-1.0, 3.0]),
+        -_drawn(2, 6, seed=4).abs(),
+        -_drawn(2, 6, seed=5).abs(),
+        torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]),
+        0.2,
+    ),
+    _case_of_odds([0.7], [[2.0, 0.5, 3.0]], [[1, 1, 0]], 0.0),
+)
+
+_WRONG_SIGN = (
+    "the penalty is paid out. A token that the policy likes better than the reference does must "
+    "cost something: check the minus, and which of the two is subtracted from which."
+)
+_EVERYWHERE = (
+    "the score stands at every token. The reward model judges a response once; so a long response "
+    "would collect its score many times."
+)
+_LAST_COLUMN = (
+    "the score stands in the last column. Of a shorter response that is padding, which is no part "
+    "of it, and gae sets it to 0: look for the last token where the mask is 1."
+)
+_LATE = (
+    "the score stands one column too late, behind the last real token. There the response has "
+    "ended, and what stands at padding reaches nobody. Count from 0: of n tokens the last has the "
+    "index n - 1."
+)
+_EARLY = (
+    "the score stands one token too early. The response is complete with its EOS, and the reward "
+    "is for ending there too."
+)
+_PADDING = (
+    "padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so "
+    "that their reward is 0."
+)
+_NO_MASK = (
+    "the mask is not used: padding is charged, and the score stands in the last column, whether "
+    "that is a token or not. The mask says where each response ends."
+)
+_NO_BETA = (
+    "the penalty is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the "
+    "score may remain."
+)
+_PROBABILITIES = (
+    "the penalty takes probabilities. It is the difference of the logarithms that sums over the "
+    "tokens to the log-ratio of the whole response, and whose mean is the KL."
+)
+_RATIO = (
+    "the penalty takes the ratio of the probabilities, not its logarithm. Where the two policies "
+    "agree the ratio is 1, and they would pay for nothing."
+)
+_MEAN = (
+    "every token pays the mean of its response. In total that is the same, but a token that left "
+    "the reference has to pay for itself, not its neighbours."
+)
+_SUM = (
+    "every token pays the sum over its response. So the whole KL is charged as often as there are "
+    "tokens, and to the innocent too."
+)
+_AT_THE_END = (
+    "the whole penalty is charged at the last token. The sum is right, but no token can see what "
+    "it cost; each pays its own part, where it arises."
+)
+_SCALED_SCORE = (
+    "the score is multiplied by β. β is the price of a nat; the score counts in full, else a "
+    "smaller price would make the goal smaller with it."
+)
+_ABSOLUTE = (
+    "it is the absolute value of the log-ratio. A token that the policy likes less than the "
+    "reference does gets something back; only with both signs is the mean over samples the KL."
+)
+_SQUARED = (
+    "the log-ratio is squared. That is the estimate k2 or twice it; here k1 is asked for, the "
+    "log-ratio itself."
+)
+_THIRD = (
+    "it is the estimate k3, which is never negative. A fine one to look at; here k1 is asked for, "
+    "the log-ratio itself."
+)
+_REPLACED = (
+    "at the last token the score replaces the penalty. EOS is a token like the others and pays "
+    "like them: add the score to what is there."
+)
+_NO_PENALTY = (
+    "there is no penalty at all, only the score. What keeps the policy near the reference then, "
+    "where the reward model knows its way?"
+)
+_NO_SCORE = (
+    "there is no score, only the penalty. The best that the policy could do is to stay where it "
+    "is; the last real token has to get what the reward model says."
+)
+_FIRST = (
+    "the score stands at the first token. The reward model has read the whole response, and what "
+    "it says is known at its end."
+)
+_SHARED_OUT = (
+    "the score is divided among the tokens. It is paid once, at the last token; to share it out is "
+    "what advantages are for."
+)
+_REWARD_MISTAKES = (
+    (partial(_other_penalty, lambda new, ref, mask, beta: beta * (ref - new) * mask), _WRONG_SIGN),
+    (partial(_other_place, lambda mask: mask), _EVERYWHERE),
+    (partial(_other_place, torch.ones_like), _EVERYWHERE),
+    (partial(_other_place, lambda mask: _column(-1, mask)), _LAST_COLUMN),
+    (partial(_other_place, lambda mask: _column(-1, mask) * mask), _LAST_COLUMN),
+    *(
+        (partial(other, lambda mask, step=step, stays=stays: _at(mask, step, stays)), message)
+        for other in (_other_place, _in_place_of_penalty)
+        for step, message in ((1, _LATE), (-1, _EARLY))
+        for stays in (True, False)
+    ),
+    (partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)), _EARLY),
+    (partial(_unmasked, _last, 1), _PADDING),
+    (partial(_unmasked, lambda mask: _column(-1, mask), 1), _NO_MASK),
+    (partial(_unmasked, torch.ones_like, 1), _EVERYWHERE),
+    (partial(_unmasked, _last, -1), _WRONG_SIGN),
+    (partial(_unmasked, lambda mask: _column(-1, mask), -1), _WRONG_SIGN),
+    (partial(_other_penalty, lambda new, ref, mask, beta: (new - ref) * mask), _NO_BETA),
+    *(
+        (partial(_other_penalty, lambda *x, of=of: x[3] * of(*x[:3]) * x[2]), message)
+        for of, message in (
+            (lambda new, ref, mask: new.exp() - ref.exp(), _PROBABILITIES),
+            (lambda new, ref, mask: new.exp() * (new - ref), _PROBABILITIES),
+            (lambda new, ref, mask: (new - ref).exp(), _RATIO),
+            (lambda new, ref, mask: _mean_of_row(new - ref, mask), _MEAN),
+            (lambda new, ref, mask: (new - ref).mean(1, keepdim=True), _MEAN),
+            (lambda new, ref, mask: ((new - ref) * mask).sum() / mask.sum(), _MEAN),
+            (lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True), _SUM),
+            (
+                lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True) * _last(mask),
+                _AT_THE_END,
+            ),
+            (lambda new, ref, mask: (new - ref).abs(), _ABSOLUTE),
+            (lambda new, ref, mask: (new - ref).square(), _SQUARED),
+            (lambda new, ref, mask: (new - ref).square() / 2, _SQUARED),
+            (lambda new, ref, mask: (ref - new).exp() - 1 - (ref - new), _THIRD),
+            (lambda new, ref, mask: 0 * new, _NO_PENALTY),
+        )
+    ),
+    (
+        lambda scores, new, ref, mask, beta: _shape_rewards(beta * scores, new, ref, mask, beta),
+        _SCALED_SCORE,
+    ),
+    (
+        lambda scores, new, ref, mask, beta: _shape_rewards(beta * scores, new, ref, mask, 1.0),
+        "β has changed sides: it multiplies the score, and the penalty is left without it. β is "
+        "the price of a nat.",
+    ),
+    (partial(_in_place_of_penalty, _last), _REPLACED),
+    (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), _LAST_COLUMN),
+    (partial(_other_place, torch.zeros_like), _NO_SCORE),
+    (partial(_other_place, lambda mask: _column(0, mask)), _FIRST),
+    (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), _SHARED_OUT),
+)
+_SHAPE_REWARDS = Exercise(
+    "shape_rewards",
+    _shape_rewards,
+    _REWARD_CASES,
+    _REWARD_MISTAKES,
+    tested="padding, full rows, a response of EOS alone, β of 0 to 0.5",
+    shape_hint="It is one number for each token of each response.",
+)
+
+
+# --- lesson 04: the bytes of four roles ------------------------------------------------------
+
+_TOLERANCE = 0.05
+_NF4_BITS = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_SUPERBLOCK)
+
+
+def predict_bytes(
+    shapes: Sequence[tuple[int, int]], layers: int, other: int, rank: int, trains: dict[str, bool]
+) -> float:
+    """Bytes of adapters on one NF4 base, from a model's sizes.
+
+    Args:
+        shapes: (out, in) of the linear layers of one block.
+        layers: blocks of the model.
+        other: weights outside of them, embeddings, norms and biases.
+        rank: of the adapters on all of these linear layers.
+        trains: for each role whether it is trained.
+
+    Returns:
+        The bytes, without scalar heads and what grows with the batch; `memory.memory_table` has it
+        exactly.
+
+    Derived in lesson 04.
+    """
+    linear = layers * sum(outputs * inputs for outputs, inputs in shapes)
+    adapter = layers * rank * sum(outputs + inputs for outputs, inputs in shapes)
+    adapters = sum(16 if trained else 4 for trained in trains.values()) * adapter
+    return _NF4_BITS / 8 * linear + 2 * other + adapters
+
+
+def check_predict_bytes(fn: Callable[[Sequence, int, int, int, dict], float]) -> None:
+    """Check the learner's `predict_bytes(shapes, layers, other, rank, trains)`.
+
+    A prediction within 5% passes, so scales may be forgotten (3%), and rounding does not matter.
+
+    Args:
+        fn: returns a number of bytes, as `predict_bytes` of this module.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_predict_bytes(predict_bytes)
+        predict_bytes: correct within 0.0%. Tested: 1.5B, ranks 1 to 256, 1 to 3 trained roles.
+    """
+    print(_wrapped(f"{_PREDICT_BYTES.name}: {_bytes_verdict(fn)}"))
+
+
+def _bytes_verdict(fn: Callable) -> str:
+    if fn is ...:
+        return NOT_ATTEMPTED
+    if not callable(fn):
+        return f"give the check the function itself, not a result; it got {fn!r}."
+    results = []
+    for case in _PREDICT_BYTES.cases:
+        arguments = copy.deepcopy(case)
+        result = call(_PREDICT_BYTES, fn, arguments)
+        if fault := _structural_fault(_PREDICT_BYTES, case, arguments, result):
+            return fault
+        results.append(float(result))
+    off = _furthest_off(results, predict_bytes)
+    if off <= _TOLERANCE:
+        return f"correct within {off:.1%}. Tested: {_PREDICT_BYTES.tested}."
+    case, result = next(
+        (case, result)
+        for case, result in zip(_PREDICT_BYTES.cases, results, strict=True)
+        if not _relative(result, predict_bytes(*case)) <= _TOLERANCE
+    )
+    return f"{_nearest_mistake(results)}\n{_show(_PREDICT_BYTES, case, result)}"
+
+
+def _relative(result: float, expected: float) -> float:
+    return abs(result / expected - 1)
+
+
+def _furthest_off(results: Sequence[float], of: Callable) -> float:
+    """The largest relative difference; infinite if any result is not a number."""
+    pairs = zip(results, _PREDICT_BYTES.cases, strict=True)
+    off = [_relative(result, of(*case)) for result, case in pairs]
+    return max(off) if all(value == value for value in off) else float("inf")
+
+
+def _nearest_mistake(results: Sequence[float]) -> str:
+    """The message of the mistake whose results are nearest, if they are near enough."""
+    off = [_furthest_off(results, wrong) for wrong, _ in _PREDICT_BYTES.mistakes]
+    nearest = min(range(len(off)), key=off.__getitem__)
+    return _PREDICT_BYTES.mistakes[nearest][1] if off[nearest] < 0.04 else UNKNOWN
+
+
+def _a_and_b(shapes, rank: int) -> float:
+    return rank * sum(outputs + inputs for outputs, inputs in shapes)
+
+
+def _other_count(
+    shapes,
+    layers,
+    other,
+    rank,
+    trains,
+    *,
+    bits: float = _NF4_BITS,
+    other_bytes: float = 2,
+    trained: float = 16,
+    frozen: float = 4,
+    of_adapter: Callable = _a_and_b,
+    base_times: Callable = lambda trains: 1,
+    of_roles: Callable | None = None,
+    blocks: tuple[bool, bool] = (True, True),
+) -> float:
+    """The prediction with one thing counted otherwise."""
+    in_base, in_adapters = (layers if counted else 1 for counted in blocks)
+    base = bits / 8 * in_base * sum(outputs * inputs for outputs, inputs in shapes)
+    base += other_bytes * other
+    if of_roles is None:
+        number = sum(trained if trains[role] else frozen for role in trains)
+    else:
+        number = of_roles(trains)
+    return base_times(trains) * base + number * in_adapters * of_adapter(shapes, rank)
+
+
+_FOUR = {"policy": True, "reference": False, "reward": False, "value": True}
+_ATTENTION = ((1536, 1536), (256, 1536), (256, 1536), (1536, 1536))  # Qwen2.5-1.5B's
+_MLP = ((8960, 1536), (8960, 1536), (1536, 8960))
+_BYTES_CASES = (
+    ([(64, 64)], 1, 100, 1, {"policy": True, "reference": False}),
+    (
+        [*_ATTENTION, *_MLP],
+        28,
+        233_518_592,
+        16,
+        _FOUR,
+    ),
+    ([(4096, 4096), (11008, 4096)], 32, 1_000_000, 1, _FOUR),  # nearly all of it is the base
+    (
+        [(1024, 512), (2048, 512)],
+        4,
+        10_000,
+        256,
+        {"policy": True, "value": True, "reward": True, "reference": False},
+    ),
+    ([(512, 1024)], 2, 10_000, 128, {"policy": True, "reference": False, "reward": False}),
+    ([(256, 256), (256, 1024)], 2, 50_000_000, 8, _FOUR),  # nearly all of it is embeddings
+)
+
+_BITS = (
+    "bits are taken for bytes. 4.127 is a number of bits, the 16 and the 2 are bytes already; "
+    "eight bits are a byte."
+)
+_NOT_QUANTIZED = (
+    "the linear layers of the base are not in NF4. They are frozen, so four bits and a little for "
+    "the scales do for a weight."
+)
+_FLOAT_SCALES = (
+    "it is 4.5 bits for a weight: a whole float32 for every 64 weights. With double quantization "
+    "the scales have 8 bits themselves, and 4.127 remain."
+)
+_EMBEDDINGS = (
+    "embeddings and all else are quantized too. NF4 is for the linear layers; what lies outside of "
+    "them stays at 16 bits, and in a small model with a large vocabulary that is much."
+)
+_NO_OTHER = (
+    "the weights outside of the linear layers are missing. The embedding alone has a row for each "
+    "token of the vocabulary."
+)
+_OTHER_FLOAT = (
+    "the weights outside of the linear layers are counted as float32. They are held in 16 bits, 2 "
+    "bytes each."
+)
+_OWN_BASES = (
+    "every role has a base of its own. That is what sharing saves: the base is frozen, equal for "
+    "all of them, and there once."
+)
+_FROZEN_TRAINED = (
+    "the frozen roles are charged with more than their weights. Nothing is learnt there, so they "
+    "need no gradients and no moments: 4 bytes for a parameter."
+)
+_NO_MOMENTS = (
+    "the optimizer is missing, or counted for nothing. Adam keeps two moments in float32 for each "
+    "parameter that is trained, as much as weight and gradient together."
+)
+_TWELVE = (
+    "a trained parameter is counted with 12 bytes. It has four float32 numbers: weight, gradient "
+    "and two moments. Which is missing?"
+)
+_ONLY_WEIGHTS = (
+    "trained roles cost no more than frozen ones. Training needs a gradient and Adam's two "
+    "moments for each parameter, beside the weight."
+)
+_HALF_ADAPTERS = (
+    "the adapters are counted with 2 bytes for a weight. They are trained, and held in float32; a "
+    "small step would be lost in 16 bits."
+)
+_FROZEN_FREE = (
+    "frozen roles cost nothing. They need no gradients and no moments, but their adapters have to "
+    "be there: 4 bytes for a parameter."
+)
+_ONE_ADAPTER = (
+    "there is one adapter for all roles. The base is shared, the adapters are what tells the roles "
+    "apart: each has its own."
+)
+_TRAINS_IGNORED = (
+    "it always counts two trained roles and two frozen ones. The argument trains says how many "
+    "there are of each."
+)
+_UPSIDE_DOWN = (
+    "trained and frozen are exchanged. It is the trained roles that have gradients and moments, "
+    "and cost 16 bytes."
+)
+_ONE_MATRIX = (
+    "one of an adapter's two matrices is missing. A takes the inputs down to the rank, B goes from "
+    "there up to the outputs."
+)
+_NO_RANK = (
+    "the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and B "
+    "as many columns."
+)
+_FULL_MATRIX = (
+    "an adapter has as many parameters as its layer, or more. A is rank × inputs and B outputs × "
+    "rank: sizes are added, not multiplied."
+)
+_ONE_BLOCK = (
+    "base or adapters are counted for one block. The shapes are those of one block, and the model "
+    "has as many of these as layers says."
+)
+_THOUSANDS = (
+    "it is not in bytes, but in MB or GB. Return bytes, and divide where you print; a GB is "
+    "10⁹ bytes."
+)
+_POWERS_OF_TWO = (
+    "it is not in bytes, but in MiB or GiB. Return bytes, and divide where you print. Mind "
+    "that a GiB is 2³⁰ bytes, 7% more than a GB."
+)
+_BYTES_MISTAKES = (
+    (partial(_other_count, bits=8 * _NF4_BITS), _BITS),
+    (partial(_other_count, bits=8 * _NF4_BITS, other_bytes=16), _BITS),
+    (lambda *case: 8 * predict_bytes(*case), _BITS),
+    (partial(_other_count, bits=16), _NOT_QUANTIZED),
+    (partial(_other_count, bits=8), _NOT_QUANTIZED),
+    (partial(_other_count, bits=4.5), _FLOAT_SCALES),
+    (partial(_other_count, other_bytes=_NF4_BITS / 8), _EMBEDDINGS),
+    (partial(_other_count, other_bytes=0), _NO_OTHER),
+    (partial(_other_count, other_bytes=4), _OTHER_FLOAT),
+    (partial(_other_count, base_times=len), _OWN_BASES),
+    *((partial(_other_count, frozen=number), _FROZEN_TRAINED) for number in (16, 12, 8)),
+    (partial(_other_count, trained=8), _NO_MOMENTS),
+    (partial(_other_count, trained=12), _TWELVE),
+    (partial(_other_count, trained=4), _ONLY_WEIGHTS),
+    *(
+        (partial(_other_count, trained=number, frozen=2), _HALF_ADAPTERS)
+        for number in (8, 12, 14, 16)
+    ),
+    (partial(_other_count, frozen=0), _FROZEN_FREE),
+    (partial(_other_count, of_roles=lambda trains: 16), _ONE_ADAPTER),
+    (partial(_other_count, of_roles=lambda trains: 40), _TRAINS_IGNORED),
+    (partial(_other_count, trained=4, frozen=16), _UPSIDE_DOWN),
+    *(
+        (
+            partial(
+                _other_count, of_adapter=lambda shapes, rank, i=i: rank * sum(s[i] for s in shapes)
+            ),
+            _ONE_MATRIX,
+        )
+        for i in (0, 1)
+    ),
+    (partial(_other_count, of_adapter=lambda shapes, rank: _a_and_b(shapes, 1)), _NO_RANK),
+    *(
+        (
+            partial(
+                _other_count,
+                of_adapter=lambda shapes, rank, of=of: sum(of(o * i, rank) for o, i in shapes),
+            ),
+            _FULL_MATRIX,
+        )
+        for of in (lambda size, rank: size, lambda size, rank: size * rank)
+    ),
+    *(
+        (partial(_other_count, blocks=blocks), _ONE_BLOCK)
+        for blocks in ((False, True), (True, False), (False, False))
+    ),
+    *(
+        (lambda *case, unit=unit: predict_bytes(*case) / unit, message)
+        for power in (2, 3)
+        for unit, message in ((1000**power, _THOUSANDS), (1024**power, _POWERS_OF_TWO))
+    ),
+)
+_PREDICT_BYTES = Exercise(
+    "predict_bytes",
+    predict_bytes,
+    _BYTES_CASES,
+    _BYTES_MISTAKES,
+    tested="1.5B, ranks 1 to 256, 1 to 3 trained roles",
+)
