@@ -48,13 +48,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> None:
+def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> bool:
     """Save `write`'s files as `folder/update-<number>`, and delete all but the two newest saves.
 
     A save that fails, on a full disk for example, warns and leaves the earlier ones as they were.
 
     Args:
         write: puts its files into the folder that it is given.
+
+    Returns:
+        Whether it was saved.
     """
     try:
         with whole_folder(folder / f"update-{number:05}") as new:
@@ -67,9 +70,10 @@ def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> None:
             f"{kept}; make room, the run goes on",
             stacklevel=2,
         )
-        return
+        return False
     for old in _saves(folder)[2:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+    return True
 
 
 def newest_readable(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
@@ -80,14 +84,17 @@ def newest_readable(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] |
     Raises:
         ValueError: if there are saves and none can be read.
     """
-    saves = _saves(folder)
-    for path in saves:
+    last = None
+    for path in _saves(folder):
         try:
             return path, read(path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             print(f"'{path}' cannot be read ({error}); going on from the save before it")
-    if saves:
-        raise ValueError(f"no save in '{folder}' can be read; delete the folder to begin anew")
+            last = error
+    if last:
+        raise ValueError(
+            f"no save in '{folder}' can be read; delete the folder to begin anew ({last})"
+        ) from last
     return None
 
 

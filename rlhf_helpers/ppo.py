@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 import random
 import shutil
 import time
@@ -23,10 +25,11 @@ from rlhf_helpers.checkpoints import (
     newest_readable,
     restore_adam,
 )
+from rlhf_helpers.data import encode_prompts
 from rlhf_helpers.kl import AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.reward import require_reference, score_tokens
-from rlhf_helpers.roles import WEIGHTS, Roles
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.validation import check_floating, check_logprobs, first_index, upcast
 
@@ -366,18 +369,37 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "minibatch_size", "epochs", "save_every"):
-            if not (isinstance(value := getattr(self, name), int) and value >= 1):
+        counts = ("updates", "batch_size", "minibatch_size", "epochs", "response_length")
+        for name in (*counts, "save_every"):
+            if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; give a whole number, at least 1")
-        for name in ("learning_rate", "max_grad_norm", "target_kl", "stop_kl"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value}; give a finite number above 0")
+        above_0 = ("learning_rate", "max_grad_norm", "temperature", "clip", "value_clip")
+        optional = [name for name in ("target_kl", "stop_kl") if getattr(self, name) is not None]
+        for name in (*above_0, *optional):
+            self._check_range(name, 0, math.inf, "a finite number above 0", open_below=True)
+        for name in ("beta", "eos_penalty"):
+            self._check_range(name, 0, math.inf, "a finite number, 0 or above")
+        for name in ("gamma", "lam"):
+            self._check_range(name, 0, 1, "a number between 0 and 1")
+        if self.kl_kind not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_kind is {self.kl_kind!r}; choose k1, k2 or k3")
+        if self.target_kl is not None and self.beta == 0:
+            raise ValueError("beta is 0, which no factor can move to a target_kl; begin above 0")
         if self.batch_size % self.minibatch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be divided by minibatch_size "
                 f"{self.minibatch_size}; give one that divides it"
             )
+
+    def _check_range(
+        self, name: str, low: float, high: float, what: str, open_below: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and low <= value <= high and value < math.inf) or (
+            open_below and value == low
+        ):
+            raise ValueError(f"{name} is {value!r}; give {what}")
 
 
 @dataclass(frozen=True)
@@ -546,8 +568,10 @@ def train_ppo(
     Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2.
     Lesson 04 writes an update out.
     """
-    config = config or PPOConfig()
+    config, prompts = config or PPOConfig(), list(prompts)
     _check_roles(roles)
+    room = roles.base.config.max_position_embeddings - config.response_length
+    encode_prompts(tokenizer, prompts, room)  # raises for what cannot be a prompt, or is too long
     if len(prompts) < config.batch_size:
         raise ValueError(
             f"there are {len(prompts)} prompts for a batch of {config.batch_size}; give more, or a "
@@ -568,6 +592,7 @@ class _Run:
         self.settings = {**asdict(config), "prompts": f"{len(prompts)} prompts, digest {digest}"}
         self.controller = AdaptiveKL(config.beta, config.target_kl) if config.target_kl else None
         self.beta, self.update, self.seconds = config.beta, 0, 0.0
+        self.kept: int | None = None  # the update of the last save
         moments = {}
         if self.folder is not None:
             self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
@@ -582,11 +607,18 @@ class _Run:
 
     def updates(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[PPOStats]:
         config, begun = self.config, time.perf_counter() - self.seconds
+        if self.kept is None:
+            self._save()  # the start, in case the first update is stopped half-way
         while self.update < config.updates:
             rng = random.Random(f"{config.seed}-{self.update}")
             prompts = rng.sample(self.prompts, config.batch_size)
             seed = rng.randrange(2**31)
-            experience = collect_experience(self.roles, tokenizer, prompts, config, self.beta, seed)
+            try:
+                experience = collect_experience(
+                    self.roles, tokenizer, prompts, config, self.beta, seed
+                )
+            except (ValueError, RuntimeError) as error:  # the arguments were checked at the start
+                raise FloatingPointError(f"{self._where('policy')}: {error}") from error
             learnt = self._learn(experience)
             stats = _report(self.update + 1, experience, self.beta, learnt)
             with finish_first():
@@ -595,7 +627,10 @@ class _Run:
                 if self.controller:
                     self.beta = self.controller.update(stats.kl)
                 stop = config.stop_kl is not None and stats.kl > config.stop_kl
-                self._save(done=stop or self.update == config.updates)
+                if stop or self.update == config.updates:
+                    self._finish()
+                elif self.update % config.save_every == 0:
+                    self._save()
             yield replace(stats, seconds=self.seconds)
             if stop:
                 return
@@ -646,20 +681,27 @@ class _Run:
             raise FloatingPointError(f"{self._where(role)}: the {name} is {value.item()}")
 
     def _where(self, role: str) -> str:
-        kept = f"; update {self.update} is kept in '{self.unfinished}'" if self.folder else ""
+        kept = ""
+        if self.kept is not None:
+            kept = f"; update {self.kept} is kept in '{self.unfinished}'"
         return (
             f"update {self.update + 1} broke off at role {role!r}, with a learning_rate of "
             f"{self.config.learning_rate}, which may be too high{kept}"
         )
 
-    def _save(self, done: bool) -> None:
+    def _save(self) -> None:
+        if self.folder is not None and keep_two(self.unfinished, self.update, self._write):
+            self.kept = self.update
+
+    def _finish(self) -> None:
         if self.folder is None:
             return
-        if done:
-            self.roles.save("policy", self.folder)
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        elif self.update % self.config.save_every == 0:
-            keep_two(self.unfinished, self.update, self._write)
+        self.roles.save("policy", self.folder)
+        if self.unfinished.exists():  # renamed first: a kill must not leave half of it
+            done = self.unfinished.with_name(f"{self.folder.name}.done")
+            shutil.rmtree(done, ignore_errors=True)
+            os.replace(self.unfinished, done)
+            shutil.rmtree(done, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
         moments = {}
@@ -675,16 +717,25 @@ class _Run:
 
     def _resume(self) -> dict[str, Tensor]:
         """Load what the newest whole save holds; return the optimizers' moments."""
-        found = newest_readable(self.unfinished, _read)
+        found = newest_readable(self.unfinished, self._read)
         if found is None:
             return {}
         folder, (facts, moments) = found
         _check_same_settings(folder, json.loads(facts["settings"]), self.settings)
         for role in TRAINED:
             self.roles.load(role, folder / role, trainable=True)
-        self.update, self.beta = int(facts["update"]), float(facts["beta"])
-        self.seconds = float(facts["seconds"])
+        self.update = self.kept = int(facts["update"])
+        self.beta, self.seconds = float(facts["beta"]), float(facts["seconds"])
+        if self.controller:
+            self.controller.beta = self.beta
         return moments
+
+    def _read(self, folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """Facts and moments of a save; raises if any of its files is missing or damaged."""
+        for role in TRAINED:
+            self.roles.check_folder(folder / role, head=role == "value")
+        with safe_open(folder / OPTIMIZER, "pt") as file:
+            return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
 
     def _restore(self, moments: dict[str, Tensor]) -> None:
         steps = self.config.batch_size // self.config.minibatch_size * self.config.epochs
@@ -693,15 +744,6 @@ class _Run:
             own = {k.removeprefix(prefix): t for k, t in moments.items() if k.startswith(prefix)}
             parameters = self.roles.parameters(role)
             restore_adam(parameters, self.optimizers[role], own, self.update * steps)
-
-
-def _read(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Facts and moments of a save; raises if any of its files is missing or damaged."""
-    for role in TRAINED:
-        with safe_open(folder / role / WEIGHTS, "pt"):
-            pass
-    with safe_open(folder / OPTIMIZER, "pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
 
 
 def _check_same_settings(folder: Path, saved: dict, ours: dict) -> None:
@@ -722,9 +764,13 @@ def _check_roles(roles: Roles) -> None:
             )
     for role in TRAINED:
         roles.parameters(role)  # raises for a frozen one
-    for role in ("value", "reward"):
-        roles.require_head(role)
+    for role in ("reference", "reward"):
+        if roles.trainable(role):
+            raise ValueError(f"role {role!r} is trainable; PPO needs it frozen: trainable=False")
+    roles.require_head("value")
     require_reference(roles, "reward")
+    if "policy" in roles.heads:
+        raise ValueError("role 'policy' has a head, which PPO would not train; add one without")
 
 
 def _logprobs(roles: Roles, role: str, rollout: Rollout, part: slice, config: PPOConfig) -> Tensor:

@@ -291,6 +291,11 @@ class Roles:
         head = self.heads[name].named_parameters() if name in self.heads else ()
         return self._adapter(name) | {f"head.{n}": p for n, p in head}
 
+    def trainable(self, name: str) -> bool:
+        """Whether a role was added as one that learns."""
+        self._require(name)
+        return self._trainable[name]
+
     def state(self, name: str) -> dict[str, Tensor]:
         """A copy of a role's weights under the names that PEFT gives them in a file."""
         self._require(name)
@@ -340,6 +345,12 @@ class Roles:
         set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self._trainable[name] = trainable
         self._activate(self.active)
+
+    def check_folder(self, folder: Path, head: bool = False) -> None:
+        """Raise what `load` would raise for a saved role, and if a head is wanted and missing."""
+        self._read(folder)
+        if head or (folder / HEAD).is_file():
+            ScalarHead.read(folder / HEAD, self.base.config.hidden_size)
 
     def _put_head(self, name: str, head: "ScalarHead | None", trainable: bool) -> None:
         if head is None:

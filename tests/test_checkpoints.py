@@ -380,7 +380,7 @@ def test_a_save_that_is_made_again_and_fails_leaves_the_first(tmp_path):
     assert read(tmp_path / "update-00002") == {"a": "2", "b": "2"}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_other_errors_in_a_save_come_out(tmp_path, error):
     keep(tmp_path, 1)
     with pytest.raises(error):
@@ -407,7 +407,7 @@ def test_what_is_no_save_is_not_read(tmp_path, left):
     assert newest_readable(tmp_path, read)[0].name == "update-00011"
 
 
-@pytest.mark.parametrize("error", [OSError, FileNotFoundError, SafetensorError])
+@pytest.mark.parametrize("error", [OSError, FileNotFoundError, SafetensorError, ValueError])
 def test_a_save_that_cannot_be_read_is_passed_over_and_named(tmp_path, capsys, error):
     keep(tmp_path, 1, 2)
     found = newest_readable(tmp_path, reader("update-00002", error=error))
@@ -429,5 +429,5 @@ def test_if_no_save_can_be_read_the_run_is_not_begun_anew_unasked(tmp_path):
 
 def test_other_errors_of_the_reader_come_out(tmp_path):
     keep(tmp_path, 1, 2)
-    with pytest.raises(ValueError, match="update-00002 is damaged"):
-        newest_readable(tmp_path, reader("update-00002", error=ValueError))
+    with pytest.raises(ZeroDivisionError, match="update-00002 is damaged"):
+        newest_readable(tmp_path, reader("update-00002", error=ZeroDivisionError))

@@ -77,7 +77,9 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
     """
     for log in _ANSWERS:
         if log not in answers:
-            raise ValueError(f"there is no answer for log {log!r}, only for {list(answers)}; give ...")
+            raise ValueError(
+                f"there is no answer for log {log!r}, only for {list(answers)}; give ..."
+            )
     for log, right in _ANSWERS.items():
         answer = answers[log]
         if answer is ...:
