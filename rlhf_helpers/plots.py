@@ -210,7 +210,7 @@ def heat_map(
             if np.isfinite(value):
                 text = f"{value:.{digits}f}"
                 ax.text(column, row, text, ha="center", va="center", fontsize=8)
-    fig.colorbar(image, label=quantity)
+    fig.colorbar(image).set_label(quantity, fontsize=8)
     return fig
 
 

@@ -36,6 +36,7 @@ preset = load_preset(PRESET)
 plots.use_style()
 tokenizer = load_tokenizer(preset)
 folder = preset.runs / preset.name
+adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
 train, held_out = world.prompts("train"), world.prompts("held_out")
 
 # %% [markdown]
@@ -90,8 +91,8 @@ print(
 # %%
 def four_roles():
     roles = Roles(load_base(preset))
-    roles.load("reference", find_adapter(preset, "sft"))
-    roles.load("reward", find_adapter(preset, "reward"))
+    roles.load("reference", adapters["sft"])
+    roles.load("reward", adapters["reward"])
     roles.add("policy", copy_of="reference")
     roles.add("value", copy_of="reward")
     return roles
@@ -316,8 +317,9 @@ row(f"best of {n}", scores.max(-1).values.mean(), marks_best, math.log(n) - (n -
 row("PPO, the same", ours.scores.mean(), marks_ours, ours.kl.mean())
 
 # %% [markdown]
-# Best-of-n pays for its result at every question again, $n$ times the work; PPO has paid once. On 48
-# prompts the intervals are wide, and the figure to take from here is the order of size.
+# At about the same KL best-of-n does better here, as it often does (Gao et al. 2023): it chooses among whole
+# responses, and PPO has to learn how to write them. But it pays at every question again, $n$ times the work;
+# PPO has paid once. And on 48 prompts the intervals are wide.
 #
 # ## Read it
 #
@@ -360,8 +362,8 @@ plots.show(
 # %%
 def explained(from_reward, updates=4):
     roles = Roles(load_base(preset))
-    roles.load("reference", find_adapter(preset, "sft"))
-    roles.load("reward", find_adapter(preset, "reward"))
+    roles.load("reference", adapters["sft"])
+    roles.load("reward", adapters["reward"])
     roles.add("policy", copy_of="reference")
     roles.add("value", copy_of="reward" if from_reward else "reference")
     if not from_reward:
@@ -411,8 +413,12 @@ assert same
 # course:
 
 # %%
+import warnings
+
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks so
 
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 plain = AutoModelForCausalLM.from_pretrained(preset.model, quantization_config=nf4)
@@ -452,10 +458,14 @@ plots.show(fig, alt="Mean and lowest of ten seeds: score and gold over the updat
 
 # %% tags=["nbval-check-output"]
 ends = recorded("held_out.csv")
-gold_before = rubric.mean_score(marks_before).total
 for name in ("gold", "correct", "kl", "proxy"):
     values = sorted(float(row[name]) for row in ends)
     print(f"{name:8} {values[0]:.2f} to {values[-1]:.2f}, mean {sum(values) / len(values):.2f}")
+
+# %% [markdown]
+# On all ten seeds the share of right answers is up by more than 20 points from SFT's 57%, and gold from 1.05, at
+# a KL of about three nats. Most of the score's rise comes in the first five updates, while gold falls a little;
+# most of gold's rise comes after. Who stops when the score has flattened stops too early here.
 
 # %% [markdown]
 # ## The numbers that the next lesson starts from
