@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import record_ppo
 import train_assets
 
 from rlhf_helpers import reward
@@ -21,7 +22,13 @@ SFT_RUNS = json.loads((ASSETS / "sft" / "runs.json").read_text(encoding="utf-8")
 def test_the_assets_are_small_and_hold_no_pickle():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8e6
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
+    assert {path.suffix for path in files} <= {
+        ".safetensors",
+        ".json",
+        ".jinja",
+        ".md",
+        ".csv",
+    }
 
 
 def test_the_base_is_fluent(base, tokenizer):
@@ -201,3 +208,33 @@ def test_few_pairs_are_learnt_by_heart():
 def test_the_card_of_the_reward_model_says_what_its_record_says():
     card = (ASSETS / "reward" / "README.md").read_text(encoding="utf-8")
     assert card == train_assets.reward_card(REWARD_RUNS)
+
+
+# --- the recorded PPO runs ----------------------------------------------------------------------
+
+
+def test_ppo_at_the_usual_price_answers_better_on_every_recorded_seed():
+    ends = [row for row in record_ppo.read_csv(ASSETS / "ppo" / "held_out.csv")]
+    ends = [row for row in ends if float(row["beta"]) == 0.1]
+    sft = next(row for row in SFT_RUNS if (row["run"], row["seed"]) == ("sft", 0))
+    assert [int(row["seed"]) for row in ends] == list(range(10))
+    for row in ends:
+        assert float(row["correct"]) > sft["right"] + 0.15
+        assert float(row["gold"]) > sft["gold"] + 0.25
+        assert float(row["kl"]) < 10
+
+
+def test_every_recorded_ppo_run_is_whole_and_began_at_the_reference():
+    updates = record_ppo.read_csv(ASSETS / "ppo" / "updates.csv")
+    about = json.loads((ASSETS / "ppo" / "about.json").read_text(encoding="utf-8"))
+    runs = {}
+    for row in updates:
+        runs.setdefault((row["beta"], row["seed"]), []).append(row)
+    ends = record_ppo.read_csv(ASSETS / "ppo" / "held_out.csv")
+    assert runs.keys() == {(row["beta"], row["seed"]) for row in ends}
+    for rows in runs.values():
+        assert [int(row["update"]) for row in rows] == list(
+            range(1, about["config"]["updates"] + 1)
+        )
+        assert float(rows[0]["kl"]) == 0
+        assert all(float(row["first_ratio"]) == 1 for row in rows)

@@ -289,7 +289,7 @@ print(f"mean {scores.mean():.4f}, standard deviation {scores.std():.4f}")
 # The same right answers to 200 held-out prompts, with 0 to 4 polite phrases around them. Gold rises with
 # the first phrase and falls with each that follows (and by 0.2 more beyond 20 words, as no longer concise).
 #
-# <details><summary><b>Predict before you run.</b> What will the learned reward (the *proxy*) do?</summary>
+# <details><summary><b>Predict before you run.</b> What will the learned reward (the <em>proxy</em>) do?</summary>
 #
 # It follows the people up, to whom a phrase is worth 0.6 points while the rubric takes off 0.3: as far as
 # the pairs show it phrases. How far is that?

@@ -62,7 +62,15 @@ for name, model_config in configs.items():
         print(f"   {way:18} {sum(row.total for row in rows) / 1e6:12,.1f} MB")
 
 # %% [markdown]
-# From 240 GB, three of the largest GPUs, to less than 6. Where are the bytes of the last line?
+# The four ways from top to bottom: four full models; LoRA on four bases of their own; LoRA on one shared base;
+# the same with the base in NF4. From 240 GB, which no single GPU holds, to less than 6.
+#
+# <details><summary><b>Predict before you run.</b> What takes most of these 6 GB: the base, the four adapters, or
+# the optimizer?</summary>
+#
+# The base still does, at little more than half a byte for a weight. All four adapters together are smaller than one tenth of it
+# in the number of weights; what is trained costs more than its size, since Adam keeps two numbers for each.
+# </details>
 
 # %% tags=["nbval-check-output"]
 print(f"{'7B, in GB':12}{'weights':>9}{'adapters':>10}{'gradients':>11}{'optimizer':>11}")
@@ -157,6 +165,9 @@ optimizers["policy"].step()
 print({name: round(number, 4) for name, number in stats.items()})
 assert stats["ratio"] == 1
 
+# %% [markdown]
+# The ratio is exactly 1, as it must be before the first step. Now the critic:
+
 # %%
 new_values = roles.values("value", ids, attention)[:, -T - 1 : -1]
 loss, stats = ppo.value_loss(new_values, values, returns, mask, clip=1.0)
@@ -231,6 +242,13 @@ def curves(history):
     }
 
 
+# %% [markdown]
+# <details><summary><b>Predict before you run.</b> Which does the policy learn first, to be right or to be polite?
+# What will gold do meanwhile?</summary>
+#
+# See the reading below the figure; then come back to what you thought.
+# </details>
+
 # %%
 roles = four_roles()
 config = ppo.PPOConfig(seed=preset.seed)
@@ -244,6 +262,9 @@ for stats in tqdm(
         fig = plots.panels(drawn, "updates", BANDS)
         ends = ", ".join(f"{name} {values[-1]:.2f}" for name, values in drawn.items())
         figure = plots.redraw(fig, f"Eight curves over the updates. At the end: {ends}.", figure)
+
+# %% [markdown]
+# Before the curves are read, the two numbers that must be exact:
 
 # %%
 first, last = history[0], history[-1]
@@ -286,6 +307,9 @@ after, marks_after = examine("policy")
 print(f"{'':14}{'KL':>6}{'proxy':>8}{'gold':>7}{'correct':>9}{'':11}{'grovelling':>11}")
 row("SFT", before.scores.mean(), marks_before, before.kl.mean())
 row("PPO", after.scores.mean(), marks_after, after.kl.mean())
+
+# %% [markdown]
+# The claims of this lesson, asserted on the numbers behind the table:
 
 # %%
 gain = rubric.mean_score(marks_after).total - rubric.mean_score(marks_before).total
@@ -397,6 +421,9 @@ for stats in ppo.train_ppo(roles, tokenizer, train, small, folder / "interrupted
     if stats.update == 2:
         break
 
+# %% [markdown]
+# Two updates are done and kept. Now as after a restart, with nothing left in memory:
+
 # %%
 roles = four_roles()  # as after a restart: nothing is left in memory
 for stats in ppo.train_ppo(roles, tokenizer, train, small, folder / "interrupted"):
@@ -423,6 +450,9 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning) 
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 plain = AutoModelForCausalLM.from_pretrained(preset.model, quantization_config=nf4)
 plain = PeftModel.from_pretrained(plain, folder / "policy").eval()
+
+# %% [markdown]
+# It answers, greedily, as the policy that we trained:
 
 # %%
 asked = [{"role": "user", "content": "what does the duck say?"}]
@@ -491,4 +521,5 @@ print(
 #
 # **Further reading.** Santacroce et al. 2023, Hydra-RLHF (arXiv 2309.00754): one base for all roles. Dettmers
 # et al. 2023, QLoRA (arXiv 2305.14314). Stiennon et al. 2020 (arXiv 2009.01325), figure 5: reward and KL.
-# Beirami et al. 2024 (arXiv 2401.01879): the KL of best-of-n. Huang et al. 2024 (arXiv 2403.17031).
+# Gao et al. 2023 (arXiv 2210.10760): PPO and best-of-n against KL. Beirami et al. 2024 (arXiv 2401.01879): the KL
+# of best-of-n. Huang et al. 2024 (arXiv 2403.17031).
