@@ -936,3 +936,63 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_its_update(
     with pytest.raises(FloatingPointError, match="the gradient norm of step 8 is nan"):
         train(tmp_path / "reward")
     assert same(saved_weights(tmp_path / "reward.unfinished"), history[7][1])
+
+
+# --- pairs that cannot be meant -------------------------------------------------------------
+
+
+def as_dataset(pairs, **columns):
+    rows = {side: [pair[side] for pair in pairs] for side in ("prompt", "chosen", "rejected")}
+    return Dataset.from_dict(rows | columns)
+
+
+PAIR = {"prompt": PROMPTS[0], "chosen": "it says quack.", "rejected": "it says moo."}
+
+
+def test_swapped_columns_show_in_the_annotators_probabilities(tokenizer):
+    pairs = [PAIR] * 120
+    likely = [0.9, 0.6, 0.3] * 40  # some choices go against the odds
+    encode_pairs(tokenizer, as_dataset(pairs, probability=likely), 24, 32)
+    unlikely = [1 - p for p in likely]
+    with pytest.raises(
+        ValueError, match="'chosen' wins with 0.40 on average; swap the two columns"
+    ):
+        encode_pairs(tokenizer, as_dataset(pairs, probability=unlikely), 24, 32)
+
+
+def test_a_few_unlikely_choices_are_no_proof(tokenizer):
+    encode_pairs(tokenizer, as_dataset([PAIR] * 4, probability=[0.4, 0.2, 0.9, 0.3]), 24, 32)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_bad_text_is_named_with_its_column(tokenizer, side):
+    with pytest.raises(ValueError, match=f"in column '{side}', completion 1 is ''"):
+        encode_pairs(tokenizer, as_dataset([PAIR, PAIR | {side: ""}]), 24, 32)
+
+
+def test_responses_that_differ_in_spaces_alone_are_equal(tokenizer):
+    with pytest.raises(ValueError, match="pair 0: chosen and rejected are both"):
+        encode_pairs(tokenizer, as_dataset([PAIR | {"rejected": "it says quack. "}]), 24, 32)
+
+
+def test_pairs_longer_than_the_context_are_refused_at_the_call(train, tokenizer):
+    long = {"prompt": [5] * 20, "response": [5] * 20 + [tokenizer.eos_token_id]}
+    with pytest.raises(ValueError, match=r"rejected of pairs\[0\] has 41 tokens, more than"):
+        train(pairs=[{"chosen": TRAIN[0]["chosen"], "rejected": long}, *TRAIN])
+
+
+@pytest.mark.parametrize("rewards", [[NAN, 0.0], [INF, 0.0]])
+def test_accuracy_of_rewards_that_are_not_finite_is_refused(rewards):
+    with pytest.raises(ValueError, match=r"chosen\[0\] is (nan|inf)"):
+        pair_accuracy(torch.tensor(rewards), torch.zeros(2))
+
+
+def test_accuracy_needs_a_pair():
+    with pytest.raises(ValueError, match="give one reward of each for every pair"):
+        pair_accuracy(torch.zeros(0), torch.zeros(0))
+
+
+def test_the_last_token_of_a_long_row_in_low_precision():
+    mask = torch.zeros(1, 600, dtype=torch.bfloat16)
+    mask[0, :513] = 1  # bfloat16 cannot tell 512 from 513
+    assert last_token_index(mask).item() == 512
