@@ -46,7 +46,8 @@ train, held_out = world.prompts("train"), world.prompts("held_out")
 # model** that judges, the **critic** that predicts the judgement (here the role `value`). Take them as
 # four full models, of which two are trained, and count: 2 bytes for a weight in bf16; for a trained one 16
 # with its gradient, Adam's two moments and the exact copy in float32. LoRA trains only the small A and B.
-# And since all four begin as the same base, one copy of it can serve all; in NF4 it takes a quarter again.
+# And since all four begin as the same base, one copy of it can serve all; in NF4 that copy shrinks to
+# less than a third.
 
 # %% tags=["nbval-check-output"]
 from transformers import AutoConfig, LlamaConfig
@@ -63,13 +64,14 @@ for name, model_config in configs.items():
 
 # %% [markdown]
 # The four ways from top to bottom: four full models; LoRA on four bases of their own; LoRA on one shared base;
-# the same with the base in NF4. From 240 GB, which no single GPU holds, to less than 6.
+# the same with the base in NF4. At 7B that leads from 240 GB, as much as three GPUs of 80 GB have in all, to
+# less than 6.
 #
 # <details><summary><b>Predict before you run.</b> What takes most of these 6 GB: the base, the four adapters, or
 # the optimizer?</summary>
 #
-# The base still does, at little more than half a byte for a weight. All four adapters together are smaller than one tenth of it
-# in the number of weights; what is trained costs more than its size, since Adam keeps two numbers for each.
+# The base still does: 3.9 of 5.5 GB, at little more than half a byte for a weight. All four adapters together
+# have less than 3% as many weights, but in float32, and two of them with gradient and Adam's two moments: 1.6 GB.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -85,15 +87,18 @@ print(
 )
 
 # %% [markdown]
-# The base is most of it. Not in the table is what comes and goes with each batch: activations, the cache of
-# keys and values during sampling, and the logits, which for long responses and large vocabularies outgrow
-# everything; that is why we score the response positions only, in pieces.
+# At 7B the base is most of it; in the pocket model, whose layers are narrow, the adapters are, as the next cell
+# shows. Not in the table is what comes and goes with each batch: activations, the cache of keys and values during
+# sampling, and the logits: half a GB here for one copy, in a vocabulary of 32,000. With 152,000 tokens and
+# responses four times as long it would be ten, more than everything in the table; that is why we score the
+# response positions only, in pieces.
 #
 # ## One base, four adapters
 #
 # So we load one base, in NF4 and frozen, and give it four adapters. The reference is the SFT adapter. The
-# policy starts as a copy of it, and the critic as a copy of the reward model, head included: it has the
-# right features, and has to learn only what an unfinished response is worth.
+# policy starts as a copy of it, and the critic as a copy of the reward model, head included: from features that
+# tell good answers from bad, we hope; it has to learn what an unfinished response is worth. A section below
+# compares.
 
 
 # %%
@@ -116,6 +121,8 @@ print(f"measured {there:,} bytes of weights, computed {computed:,}")
 assert abs(there / computed - 1) < 0.02
 
 # %% [markdown]
+# Measured and computed agree within 2%.
+#
 # ## One update, written out
 #
 # **Sample.** The policy answers a batch of prompts.
@@ -129,7 +136,8 @@ print(f"{len(batch)} responses of up to {T} tokens, such as {rollout.texts[0]!r}
 
 # %% [markdown]
 # **Ask all four roles**, each in a forward pass of its own, without gradients. The score is the reward
-# model's number at the last token, less 1 for a response that was cut off before its EOS.
+# model's number at the last token, less 1 for a response that was cut off before its EOS. The value before a token
+# is read at the position before it, hence the slice shifted by one.
 
 # %%
 with torch.no_grad():
@@ -176,8 +184,8 @@ optimizers["value"].step()
 print({name: round(number, 4) for name, number in stats.items()})
 
 # %% [markdown]
-# What if the order is wrong? Both forward passes first, and then one backward pass for the sum, as one is
-# used to write it. PEFT itself says nothing and loses the policy's gradients. `Roles` refuses:
+# What if the order is wrong? Both forward passes first, and then one backward pass for the sum, as one usually
+# writes it. PEFT itself says nothing and loses the policy's gradients. `Roles` refuses:
 
 # %%
 new_logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
@@ -188,7 +196,7 @@ except RuntimeError as error:
     print(f"RuntimeError: {error}")
 
 # %% [markdown]
-# After the step the policy is another than the one that sampled, and than the reference:
+# After the step the policy differs from the one that sampled, and from the reference:
 
 # %%
 with torch.no_grad():
@@ -203,13 +211,14 @@ assert torch.equal(same, ref_logprobs)
 # ## The run
 #
 # `train_ppo` does that again and again: 64 prompts an update, two passes over the batch in two minibatches.
-# The green bands say where a run of *this* kind is healthy; each names a fault outside of it:
+# The green bands are rules of thumb for a run of *this* kind; outside of one, look for the fault named:
 #
-# - **KL** beyond about 10 nats: the policy has left what the reference would say; soon it hacks.
+# - **KL** beyond about 10 nats: the policy has gone far from the reference; look whether it hacks (lesson 05).
 # - **Entropy** near 0: it says the same thing whatever the dice say.
 # - **Length**, running up to the limit of 32: it has found that more is better.
 # - **Clip fraction** above about 0.2: the steps are too large; at 0 throughout: the clip does nothing.
-# - **Explained variance** below 0: the critic is worse than a constant.
+# - **Explained variance** below 0: the critic is worse than a constant. In the first updates it may be, since it has
+#   only seen finished responses; it must not stay there.
 #
 # Gold, in the last panel, is what nobody would have in real life.
 
@@ -243,8 +252,8 @@ def curves(history):
 
 
 # %% [markdown]
-# <details><summary><b>Predict before you run.</b> Which does the policy learn first, to be right or to be polite?
-# What will gold do meanwhile?</summary>
+# <details><summary><b>Predict before you run.</b> The score will rise. Will gold rise with it from the first
+# update on?</summary>
 #
 # See the reading below the figure; then come back to what you thought.
 # </details>
@@ -276,10 +285,14 @@ assert first.first_ratio == 1 and first.kl == 0
 assert all(abs(s.first_ratio - 1) < 1e-6 for s in history)
 
 # %% [markdown]
-# Read the panels from the left. The score rises fast at first. KL goes up with it and settles: that is
-# the price doing its work. Gold first *falls*, and only then rises: the policy begins with what is
-# easiest to learn, one more courtesy, and turns to being right later. Whoever sees the proxy alone does not
-# see that. Each point is a batch of 64, so wiggles of a tenth mean nothing.
+# The score rises fast at first and slowly later. KL goes up with it and settles near three nats; is it the price that
+# holds it there? Lesson 05 takes the price away and looks. Length doubles to 17 tokens and comes back to 14;
+# entropy falls slowly and stays inside its band; the clip is rarely touched, about 1% after the first updates.
+#
+# Gold *falls* from 1.2 to 0.9 while the score rises fastest and the length doubles, and only then does it rise.
+# What the added words are the panels do not show: length says that there are more of them, gold that the rubric
+# does not like them. Whoever sees the proxy alone does not see that. Each point is a batch of 64 other prompts, so
+# do not read much into a wiggle of a tenth.
 #
 # ## Does it answer better? Held-out prompts
 #
@@ -317,8 +330,9 @@ right = [sum(mark.correct > 0 for mark in m) / len(m) for m in (marks_before, ma
 assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
 
 # %% [markdown]
-# The interval says how far the share is known for these two models; other seeds give other models, see
-# below. What PPO has lost is written in the last column: it grovels, because the reward model pays for it.
+# The interval says how far the share is known for these two models; other seeds give other models, see below. The
+# last column is what PPO has lost: −0.3 for each courtesy after the first, so about one too many in every four
+# answers, before in fifteen. That fits a reward model that likes courtesies (lesson 02).
 #
 # **Best-of-n** is the honest rival: no training at all, draw $n$ responses from SFT and keep the one that the
 # reward model likes best. That moves away from SFT by at most $\log n - (n-1)/n$ nats (Beirami et al. 2024),
@@ -341,9 +355,10 @@ row(f"best of {n}", scores.max(-1).values.mean(), marks_best, math.log(n) - (n -
 row("PPO, the same", ours.scores.mean(), marks_ours, ours.kl.mean())
 
 # %% [markdown]
-# At about the same KL best-of-n does better here, as it often does (Gao et al. 2023): it chooses among whole
-# responses, and PPO has to learn how to write them. But it pays at every question again, $n$ times the work;
-# PPO has paid once. And on 48 prompts the intervals are wide.
+# The KL of best-of-n is the bound, that of PPO is measured. With no more of it best-of-n has the higher proxy, gold
+# and share of right answers here, as it often has (Gao et al. 2023); but on 48 prompts the intervals overlap, so that
+# these two alone settle nothing. It is chosen by the same reward model, and grovels too. And it pays at every question
+# again, $n$ times the sampling; PPO has paid once.
 #
 # ## Read it
 #
@@ -356,8 +371,13 @@ for i in range(0, 600, 60):
         print(f"{start:38} {name} {marks[i].total:5.2f}  {experience.rollout.texts[i]}")
 
 # %% [markdown]
-# And one response token by token: what each token cost in KL, what the critic expected, and the advantage
-# that it would learn from. (Advantages are whitened over the whole batch of samples.)
+# Look at the last pair: "it nine." is no sentence, and gold gives both answers the same. Even the rubric misses
+# things. All ten answers of PPO end in a courtesy; in one, the opposite of weak, gold is lower than before.
+#
+# And one response token by token, of the ten the one with the largest KL, so not a typical one: its log-ratio to the
+# reference, what the critic expected before each token, and the advantage. (`examine` leaves out the price of KL,
+# β = 0, so the advantage is that of the score alone; in training each token would pay 0.1 of its log-ratio besides.
+# Advantages are whitened over all held-out samples.)
 
 # %%
 i = max(range(0, 600, 60), key=lambda i: after.kl[i])
@@ -377,6 +397,11 @@ plots.show(
 )
 
 # %% [markdown]
+# The first row is in nats, the second in units of the score, the third in standard deviations. A value stands
+# *before* its token: 1.54 is what the critic expects before "nine", 1.06 once it is said, and 0.09 after the full
+# stop that follows; the score is 0.44. So it sees the fault, a token late. The KL is nearly all in two tokens: to end
+# that sentence there, and to begin a courtesy.
+#
 # ## Where should the critic start?
 #
 # From the reward model, we said. The other way is from the SFT adapter with a head at random. Four updates of
@@ -493,9 +518,10 @@ for name in ("gold", "correct", "kl", "proxy"):
     print(f"{name:8} {values[0]:.2f} to {values[-1]:.2f}, mean {sum(values) / len(values):.2f}")
 
 # %% [markdown]
-# On all ten seeds the share of right answers is up by more than 20 points from SFT's 57%, and gold from 1.05, at
-# a KL of about three nats. Most of the score's rise comes in the first five updates, while gold falls a little;
-# most of gold's rise comes after. Who stops when the score has flattened stops too early here.
+# (The axis of the figure counts from 0: there is the first update's batch, sampled before any step.) On all ten
+# seeds the share of right answers is up by more than 20 points from SFT's 57%, and gold from 1.05, at a KL of about
+# three nats. In the mean gold has dipped below its start by the fifth update, when the score has made most of its
+# way. Whoever stops there, at the end of the steep part, gets nothing of the gain in gold.
 
 # %% [markdown]
 # ## The numbers that the next lesson starts from
@@ -516,8 +542,8 @@ print(
 # - Four roles share one frozen 4-bit base; what each adds is an adapter, and for two of them a head.
 # - Use, forward, backward, step: one role at a time.
 # - The first ratio is 1 and the first KL 0, exactly; if not, nothing that follows means anything.
-# - PPO has made the model answer more questions rightly, and made it grovel: both are what the reward
-#   model pays for. What would it do without the price on KL? Lesson 05.
+# - PPO has made the model answer more questions rightly, and grovel more. What would it do without the price on KL?
+#   Lesson 05.
 #
 # **Further reading.** Santacroce et al. 2023, Hydra-RLHF (arXiv 2309.00754): one base for all roles. Dettmers
 # et al. 2023, QLoRA (arXiv 2305.14314). Stiennon et al. 2020 (arXiv 2009.01325), figure 5: reward and KL.

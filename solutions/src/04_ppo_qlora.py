@@ -119,7 +119,7 @@ checks.check_train_step(train_step)
 # <details><summary><b>Hint</b></summary>
 #
 # One loop over the roles that have a loss. A backward pass *adds* to the gradients that are there, so
-# clear them before it, not after, and nothing must come between it and the step that takes them away.
+# clear a role's gradients before its backward pass, and never between that pass and its step.
 # </details>
 
 # %% [markdown]
