@@ -181,8 +181,8 @@ except RuntimeError as error:
 # Because of `requires_grad`. PEFT makes the adapter that it switches to trainable, and freezes all others.
 # The graph of the policy's forward pass is still there, and gradients flow through it; but at its leaves,
 # the policy's A and B, autograd asks *then* whether they require a gradient, and by then they do not. With
-# activation checkpointing it is worse: the backward pass computes parts of the forward pass anew, with the
-# adapter that is active by then, so that the numbers are of another role.
+# PyTorch's older, reentrant activation checkpointing it is worse: the backward pass computes parts of the
+# forward pass anew, with the adapter that is active by then, so that gradients arrive in another role.
 
 # %% [markdown]
 # ## 2 · The reward of each token
