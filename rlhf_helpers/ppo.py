@@ -617,6 +617,8 @@ class _Run:
                 experience = collect_experience(
                     self.roles, tokenizer, prompts, config, self.beta, seed
                 )
+            except torch.cuda.OutOfMemoryError:  # a RuntimeError too, with a message of its own
+                raise
             except (ValueError, RuntimeError) as error:  # the arguments were checked at the start
                 raise FloatingPointError(f"{self._where('policy')}: {error}") from error
             learnt = self._learn(experience)
