@@ -227,8 +227,8 @@ print(
 assert share > 0.9 * best
 
 # %% [markdown]
-# Before the first update a head with random weights is not quite at one half: by luck it reads something
-# of use in what SFT left in the hidden state. The ceiling is an expectation: on few pairs the labels may
+# Before the first update the head's weights are random, and yet it ranks a little more than half of the pairs
+# rightly here; another seed begins elsewhere. The ceiling is an expectation: on few pairs the labels may
 # by luck agree with a good model more often. The interval says how much 500 pairs can tell.
 #
 # Does the model rank as *gold* does? That is another question: the people it learnt from do not always.

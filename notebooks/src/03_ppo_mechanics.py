@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03 · PPO, the mechanics
 #
-# **Run time** about one minute on two CPU cores · **Before this** lesson 02 · **Next** lesson 04, PPO with
+# **Run time** under half a minute on two CPU cores · **Before this** lesson 02 · **Next** lesson 04, PPO with
 # QLoRA adapters · **Exercise** `exercises/03_ppo_mechanics.ipynb`
 #
 # After this lesson you will be able to
@@ -305,8 +305,8 @@ plots.show(fig, alt=alt + "The reward is 0 but for the last token; the advantage
 # This is the map of all indices. In each column stand the numbers of one token $a_t$: its log-probability
 # and the value of the state *before* it, both read at the token before; its reward; its share of the
 # praise. The first row is in nats, the others in standard deviations of the reward model. The policy here
-# is still the reference, so the only reward is the score. And the best response of the batch is blamed
-# nearly throughout: this critic has never judged half a sentence, and expects too much everywhere.
+# is still the reference, so the only reward is the score. And even the best response of the batch
+# is blamed for most of its tokens: this critic has never judged half a sentence, and expects too much of many.
 #
 # ## The critic's loss, and whitening
 #
