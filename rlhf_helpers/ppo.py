@@ -336,6 +336,10 @@ class PPOConfig:
         learning_rate: of Adam, for policy and critic alike; constant.
         beta: β, the price of a nat of KL, in units of the normalised reward.
         kl_kind: the estimate that is the penalty, `k1`, `k2` or `k3`.
+        kl_in: where the penalty stands. `reward`: it is part of each token's reward, so the critic
+            and the advantages know of it. `loss`: β times its mean is added to the policy's loss,
+            and the reward is the score alone; for `k2` and `k3`, since the gradient of `k1` is 0 on
+            average.
         target_kl: if given, β is adapted so that KL, in nats per response, comes near it.
         stop_kl: if given, the run ends after an update whose KL exceeds it.
         gamma, lam: see `gae`.
@@ -355,6 +359,7 @@ class PPOConfig:
     learning_rate: float = 1e-3
     beta: float = 0.1
     kl_kind: str = "k1"
+    kl_in: str = "reward"
     target_kl: float | None = None
     stop_kl: float | None = None
     gamma: float = 1.0
@@ -383,6 +388,13 @@ class PPOConfig:
             self._check_range(name, 0, 1, "a number between 0 and 1")
         if self.kl_kind not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_kind is {self.kl_kind!r}; choose k1, k2 or k3")
+        if self.kl_in not in ("reward", "loss"):
+            raise ValueError(f"kl_in is {self.kl_in!r}; choose reward or loss")
+        if self.kl_in == "loss" and self.kl_kind == "k1":
+            raise ValueError(
+                "kl_kind is 'k1' with kl_in='loss': its gradient is 0 on average, so it would hold "
+                "nothing back; choose k2 or k3"
+            )
         if self.target_kl is not None and self.beta == 0:
             raise ValueError("beta is 0, which no factor can move to a target_kl; begin above 0")
         if self.batch_size % self.minibatch_size:
@@ -506,8 +518,9 @@ def collect_experience(
         known = {name: torch.cat([of(part) for part in parts]) for name, of in ask.items()}
     known["scores"] = known["scores"] - config.eos_penalty * (~rollout.finished)
     mask = rollout.response_mask
+    price = beta if config.kl_in == "reward" else 0.0
     rewards = shape_rewards(
-        known["scores"], known["logprobs"], known["ref_logprobs"], mask, beta, config.kl_kind
+        known["scores"], known["logprobs"], known["ref_logprobs"], mask, price, config.kl_kind
     )
     advantages, returns = gae(rewards, known["values"], mask, config.gamma, config.lam)
     return Experience(
@@ -650,7 +663,12 @@ class _Run:
         logprobs = _logprobs(self.roles, "policy", experience.rollout, part, self.config)
         old, advantages = experience.logprobs[part], experience.advantages[part]
         mask = experience.rollout.response_mask[part]
-        return policy_loss(logprobs, old, advantages, mask, self.config.clip)
+        loss, report = policy_loss(logprobs, old, advantages, mask, self.config.clip)
+        if self.config.kl_in == "loss":
+            padding, ref_logprobs = mask == 0, experience.ref_logprobs[part]
+            pair = (x.masked_fill(padding, 0) for x in (logprobs, ref_logprobs))
+            loss = loss + self.beta * _mean(kl_estimate(*pair, self.config.kl_kind), ~padding)
+        return loss, report
 
     def _value_loss(self, experience: Experience, part: slice) -> tuple[Tensor, dict]:
         values = response_values(self.roles, "value", experience.rollout, part)

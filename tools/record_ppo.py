@@ -2,6 +2,7 @@
 
     python tools/record_ppo.py study --betas 0.1     # ten seeds of lesson 04
     python tools/record_ppo.py study                 # ten seeds at each β of lesson 05
+    python tools/record_ppo.py control               # the same at β = 0, an annotator without bias
     python tools/record_ppo.py logs                  # three runs with a bug each, and one without
 
 A study that is stopped goes on where it was: runs that are in the file are not made again.
@@ -24,21 +25,23 @@ from tqdm.auto import tqdm
 
 from rlhf_helpers import ppo
 from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.diversity import diversity
 from rlhf_helpers.pocket import rubric, world
 from rlhf_helpers.ppo import Experience, PPOConfig, PPOStats
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles, load_base
 
 STUDY = ASSETS / "ppo"
+CONTROL = ASSETS / "ppo_unbiased"
 LOGS = ASSETS / "ppo_logs"
 BETAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def fresh_roles() -> Roles:
+def fresh_roles(reward: Path = ASSETS / "reward") -> Roles:
     """The four roles of lesson 04, from the shipped adapters."""
     roles = Roles(load_base(load_preset("pocket")))
     roles.load("reference", ASSETS / "sft")
-    roles.load("reward", ASSETS / "reward")
+    roles.load("reward", reward)
     roles.add("policy", copy_of="reference")
     roles.add("value", copy_of="reward")
     return roles
@@ -55,10 +58,14 @@ def judged(experience: Experience) -> dict[str, float]:
         "gold": rubric.mean_score(marks).total,
         "correct": sum(mark.correct > 0 for mark in marks) / len(marks),
         "kl": experience.kl.mean().item(),
-        "words": sum(len(text.split()) for text in texts) / len(texts),
-        "unique": len(set(texts)) / len(texts),
+        "entropy": -_mean(experience.logprobs, experience.rollout.response_mask),
+        **diversity(texts),
     }
     return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def _mean(x: torch.Tensor, mask: torch.Tensor) -> float:
+    return ((x * mask).sum() / mask.sum()).item()
 
 
 def reported(stats: PPOStats) -> dict[str, float]:
@@ -79,28 +86,46 @@ def reported(stats: PPOStats) -> dict[str, float]:
     return {"update": stats.update} | {name: round(value, 4) for name, value in numbers.items()}
 
 
-def one_run(config: PPOConfig) -> tuple[list[dict], dict]:
+def one_run(config: PPOConfig, reward: Path) -> tuple[list[dict], dict]:
     """The log of a run, and how the finished policy does on the held-out prompts."""
-    preset = load_preset("pocket")
-    tokenizer, roles = load_tokenizer(preset), fresh_roles()
+    roles, tokenizer = fresh_roles(reward), load_tokenizer(load_preset("pocket"))
     rows = []
     for stats in ppo.train_ppo(roles, tokenizer, world.prompts("train"), config):
         marks = judged(stats.experience)
-        rows.append(reported(stats) | {k: marks[k] for k in ("gold", "correct")})
-    prompts, beta, seed = world.prompts("held_out"), config.beta, config.seed
-    end = ppo.collect_experience(roles, tokenizer, prompts, config, beta, seed)
-    texts = end.rollout.texts
-    return rows, judged(end) | {"seconds": round(stats.seconds, 1), "example": texts[0]}
+        rows.append(reported(stats) | {k: marks[k] for k in ("gold", "correct", "distinct_2")})
+    end = held_out(roles, config, "policy")
+    return rows, end | {"seconds": round(stats.seconds, 1)}
 
 
-def study(out: Path, betas: list[float], seeds: int) -> None:
+def held_out(roles: Roles, config: PPOConfig, role: str) -> dict:
+    """How a role does on the held-out prompts, and its answer to the first."""
+    prompts, tokenizer = world.prompts("held_out"), load_tokenizer(load_preset("pocket"))
+    experience = ppo.collect_experience(
+        roles, tokenizer, prompts, config, config.beta, config.seed, role
+    )
+    return judged(experience) | {"example": experience.rollout.texts[0]}
+
+
+def record_reference(out: Path, reward: Path, seeds: int) -> None:
+    """What every run began from, on the held-out prompts, in `reference.csv`."""
+    if len(read_csv(out / "reference.csv")) >= seeds:
+        return
+    roles = fresh_roles(reward)
+    rows = [
+        {"seed": seed} | held_out(roles, PPOConfig(seed=seed), "reference") for seed in range(seeds)
+    ]
+    write_csv(out / "reference.csv", rows)
+
+
+def study(out: Path, betas: list[float], seeds: int, reward: Path = ASSETS / "reward") -> None:
     """Runs at each β and seed; the logs in `updates.csv`, the ends in `held_out.csv`."""
     out.mkdir(parents=True, exist_ok=True)
+    record_reference(out, reward, seeds)
     ends = read_csv(out / "held_out.csv")
     made = {(float(row["beta"]), int(row["seed"])) for row in ends}
     wanted = [(beta, seed) for seed in range(seeds) for beta in betas]
     for beta, seed in tqdm([run for run in wanted if run not in made], desc="runs"):
-        rows, end = one_run(PPOConfig(beta=beta, seed=seed))
+        rows, end = one_run(PPOConfig(beta=beta, seed=seed), reward)
         run = {"beta": beta, "seed": seed}
         # The end is written last: a run without it is made again.
         kept = [
@@ -136,6 +161,7 @@ def write_about(path: Path) -> None:
     libraries = (torch, transformers, peft, bitsandbytes)
     about = {
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
+        "threads": torch.get_num_threads(),
         "versions": {library.__name__: library.__version__ for library in libraries},
         "date": datetime.date.today().isoformat(),
         "config": {k: v for k, v in vars(PPOConfig()).items() if k not in ("beta", "seed")},
@@ -180,8 +206,8 @@ def record_logs(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, bug in tqdm(BUGS.items(), desc="logs"):
         with patch.object(*bug):
-            rows, _ = one_run(PPOConfig(updates=10))
-        hidden = ("gold", "correct")  # in real life nobody has them
+            rows, _ = one_run(PPOConfig(updates=10), ASSETS / "reward")
+        hidden = ("gold", "correct", "distinct_2")  # in real life nobody has them
         write_csv(
             out / f"{name}.csv", [{k: v for k, v in row.items() if k not in hidden} for row in rows]
         )
@@ -189,13 +215,15 @@ def record_logs(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["study", "logs"])
+    parser.add_argument("what", choices=["study", "control", "logs"])
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="the package's assets if not given")
     args = parser.parse_args()
     if args.what == "study":
         study(args.out or STUDY, args.betas, args.seeds)
+    elif args.what == "control":
+        study(args.out or CONTROL, [0.0], args.seeds, ASSETS / "reward_unbiased")
     else:
         record_logs(args.out or LOGS)
 

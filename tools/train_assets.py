@@ -4,6 +4,7 @@
     python tools/train_assets.py card       # measure the shipped base and write its model card
     python tools/train_assets.py sft        # the SFT adapter, and ten seeds of lesson 01 (minutes)
     python tools/train_assets.py reward     # the reward adapter and head, ten seeds of lesson 02
+    python tools/train_assets.py unbiased   # the same from an annotator without bias, for lesson 05
 
 Everything is deterministic from the seed: the text, its order, the initial weights.
 """
@@ -506,6 +507,26 @@ it is chance, because the pairs hardly hold any.
 """
 
 
+def make_unbiased(out: Path, _: int) -> None:
+    """The reward adapter and head that an annotator without bias gives, of seed 0."""
+    with whole_folder(out) as new:
+        row = record_reward(Annotator().unbiased(), 0, new)
+        card = UNBIASED_CARD.format(**row, rise=row["polite_proxy"][4] - row["polite_proxy"][1])
+        (new / "README.md").write_text(card, encoding="utf-8")
+
+
+UNBIASED_CARD = """\
+# The reward model of an annotator without bias
+
+As the reference reward model in `../reward`, but the annotator leans neither to politeness nor to
+length: the control of lesson 05. Made by `python tools/train_assets.py unbiased`, seed 0. Licence:
+Apache-2.0.
+
+Held-out accuracy {accuracy:.3f}, where {ceiling:.3f} is the most there is; {gold_agreement:.1%} of
+pairs in gold's order. The same right answers with four polite phrases earn {rise:+.2f} against one.
+"""
+
+
 def json_lines(rows: list[dict]) -> str:
     """A JSON list with one row on each line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -514,7 +535,7 @@ def json_lines(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("asset", choices=["base", "card", "sft", "reward"])
+    parser.add_argument("asset", choices=["base", "card", "sft", "reward", "unbiased"])
     parser.add_argument("--steps", type=int, default=STEPS, help="of the base's pretraining")
     parser.add_argument("--seeds", type=int, default=10, help="runs to record beside an adapter")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "assets" / "base")
@@ -522,9 +543,10 @@ def main() -> None:
         "--out", type=Path, help="where to write; the package's assets if not given"
     )
     args = parser.parse_args()
-    makers = {"sft": make_sft, "reward": make_reward}
+    folders = {"unbiased": "reward_unbiased"}
+    makers = {"sft": make_sft, "reward": make_reward, "unbiased": make_unbiased}
     if make := makers.get(args.asset):
-        make(args.out or ASSETS / args.asset, args.seeds)
+        make(args.out or ASSETS / folders.get(args.asset, args.asset), args.seeds)
         return
     if args.asset == "base":
         make_base(args.work, args.out or ASSETS / "base", args.steps)
