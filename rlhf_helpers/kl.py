@@ -8,6 +8,7 @@ from torch import Tensor
 from rlhf_helpers.validation import (
     check_logits,
     check_logprobs,
+    check_normalised,
     check_softmax,
     first_index,
     upcast,
@@ -75,7 +76,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     Args:
         logprobs: `[...]`, log-probabilities of the tokens under the policy that sampled them, in
             nats, floating point; float16 and bfloat16 are computed in float32.
-        ref_logprobs: `[...]`, those of the same tokens under the reference.
+        ref_logprobs: `[...]`, those of the same tokens under the reference, without gradient.
         kind: "k1", "k2" or "k3".
 
     Returns:
@@ -85,7 +86,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     Raises:
         TypeError: inputs not floating point.
         ValueError: shapes that differ, an unknown `kind`, NaN, a log-probability above 0 (more
-            than rounding explains), or one of −inf under the policy, which cannot have sampled it.
+            than rounding explains), one of −inf under the policy, which cannot have sampled it, or
+            a reference that requires a gradient.
 
     Example:
         The policy gave 1/2 to both tokens, the reference 1/4 and 3/4: eʳ is 1/2 and 3/2. The
@@ -109,12 +111,59 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     check_logprobs("logprobs", logprobs)
     check_logprobs("ref_logprobs", ref_logprobs)
     _check_sampled(logprobs)
+    if ref_logprobs.requires_grad:
+        raise ValueError(
+            "ref_logprobs requires a gradient: the reference is frozen, or it would come to the "
+            "policy. Compute it under torch.no_grad(), or pass ref_logprobs.detach()."
+        )
     r = upcast(ref_logprobs) - upcast(logprobs)
     if kind == "k1":
         return -r
     if kind == "k2":
         return r.square() / 2
     return torch.expm1(r) - r  # exp(r) - 1 would lose a small r to rounding
+
+
+def estimator_moments(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1"
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of an estimate over all tokens that the policy could sample.
+
+    μ = Σ_a π(a) k(a), σ² = Σ_a π(a) (k(a) − μ)²
+
+    The mean is exact, so μ − KL(π‖π_ref) is the estimate's bias, and n samples have a standard
+    error of σ/√n.
+
+    Args:
+        logprobs: `[..., V]`, of *every* token of the vocabulary under the policy, in nats.
+        ref_logprobs: `[..., V]`, under the reference.
+        kind: "k1", "k2" or "k3", see `kl_estimate`.
+
+    Returns:
+        Two tensors `[...]` in nats, float32 (float64 if either input is).
+
+    Raises:
+        TypeError, ValueError: as `kl_estimate`; and for log-probabilities whose probabilities do
+            not sum to 1, as logits would.
+
+    Example:
+        k1 is log 2 or log 2/3, each with probability 1/2: around 0.1438, half of log 3 each way.
+
+        >>> logprobs = torch.tensor([0.5, 0.5]).log()
+        >>> ref_logprobs = torch.tensor([0.25, 0.75]).log()
+        >>> mean, std = estimator_moments(logprobs, ref_logprobs)
+        >>> round(mean.item(), 4), round(std.item(), 4)
+        (0.1438, 0.5493)
+
+    Derived in lesson 05.
+    """
+    check_normalised("logprobs", logprobs)
+    check_normalised("ref_logprobs", ref_logprobs)
+    values = kl_estimate(logprobs, ref_logprobs, kind)
+    probabilities = upcast(logprobs).exp()
+    mean = (probabilities * values).sum(-1)
+    variance = (probabilities * (values - mean[..., None]).square()).sum(-1)
+    return mean, variance.sqrt()
 
 
 class AdaptiveKL:

@@ -146,29 +146,89 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
 
 
 def panels(
-    series: Mapping[str, Sequence[float]], x: str, bands: Mapping[str, tuple[float, float]]
+    series: Mapping[str, Sequence[float] | Mapping[str, Sequence[float]]],
+    x: str,
+    bands: Mapping[str, tuple[float, float]],
 ) -> Figure:
     """A small figure for each named series, four in a row, its healthy band shaded.
 
     Args:
-        series: name with unit, to values at 1, 2, …
+        series: name with unit, to values at 1, 2, …; or to several named lines of such values,
+            whose legend stands in the first panel.
         x: what is counted there.
         bands: for some of the names the lowest and the highest value that is no cause for worry.
     """
     rows = -(-len(series) // 4)
-    fig, axes = plt.subplots(rows, 4, figsize=(10, 1.9 * rows), sharex=True, squeeze=False)
+    height = 1.9 if rows > 1 else 2.5
+    fig, axes = plt.subplots(rows, 4, figsize=(10, height * rows), sharex=True, squeeze=False)
     for ax, (name, values) in zip(axes.flat, series.items(), strict=False):
-        ax.plot(range(1, len(values) + 1), values, color=COLOURS["blue"], lw=1.4)
+        curves = values if isinstance(values, Mapping) else {"": values}
+        for label, curve in curves.items():
+            ax.plot(range(1, len(curve) + 1), curve, label=label or None, lw=1.4)
         if name in bands:
             ax.axhspan(*bands[name], color=COLOURS["green"], alpha=0.15, lw=0)
         ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=8)
+    if axes.flat[0].get_legend_handles_labels()[0]:
+        axes.flat[0].legend(fontsize=8)
     for ax in axes.flat[len(series) :]:
         ax.axis("off")
     for ax in axes.flat[max(0, len(series) - 4) : len(series)]:
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(x, fontsize=8)
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=5))
+    return fig
+
+
+Points = Sequence[tuple[float, float]]
+
+
+def trajectories(groups: Mapping[str, Sequence[Points]], x: str, y: str) -> Figure:
+    """Thin curves of several runs in each group, one look for a group: the spread is the message.
+
+    Args:
+        groups: name to curves, each a list of points (x, y) in the order of the run.
+        x, y: axis labels, with units.
+    """
+    fig, ax = plt.subplots(figsize=(7, 3.2))
+    for (name, curves), look in zip(groups.items(), mpl.rcParams["axes.prop_cycle"], strict=False):
+        for i, curve in enumerate(curves):
+            ax.plot(*zip(*curve, strict=True), lw=1, label=None if i else name, **look)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend()
+    return fig
+
+
+def scatter(groups: Mapping[str, Points], x: str, y: str, joined: Sequence[str] = ()) -> Figure:
+    """Points of up to eight groups, told apart by colour and by shape.
+
+    Args:
+        groups: name to points (x, y).
+        x, y: axis labels, with units.
+        joined: the groups whose points are one curve.
+
+    Raises:
+        ValueError: for more than eight groups.
+    """
+    colours, shapes = [c for c in COLOURS if c != "yellow"], "osD^v<>P"
+    if len(groups) > len(shapes):
+        raise ValueError(f"{len(groups)} groups; only {len(shapes)} can be told apart")
+    fig, ax = plt.subplots(figsize=(7, 3.4))
+    for i, (name, points) in enumerate(groups.items()):
+        colour = COLOURS[colours[i % len(colours)]]
+        line = "-" if name in joined else "none"
+        face = "none" if i >= len(colours) else colour
+        ax.plot(
+            *zip(*points, strict=True),
+            ls=line,
+            marker=shapes[i],
+            ms=5,
+            color=colour,
+            mfc=face,
+            label=name,
+        )
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
+SUM_TOLERANCE = 1e-3  # how far from 1 it may push the sum of a row of probabilities
 
 
 def upcast(values: Tensor) -> Tensor:
@@ -47,4 +48,15 @@ def check_logprobs(name: str, logprobs: Tensor) -> None:
         raise ValueError(
             f"{name} is {logprobs[tuple(index)].item():.4g} at {index}: a log-probability is never "
             "above 0. Pass log-probabilities, not probabilities or logits."
+        )
+
+
+def check_normalised(name: str, logprobs: Tensor) -> None:
+    """Raise unless each row `[..., V]` of log-probabilities holds probabilities that sum to 1."""
+    check_floating(name, logprobs)
+    sums = upcast(logprobs.detach()).exp().sum(-1)
+    if (index := first_index(~((sums - 1).abs() <= SUM_TOLERANCE))) is not None:
+        raise ValueError(
+            f"the probabilities of {name} sum to {sums[tuple(index)].item():.4g} at {index}, not "
+            "to 1: take torch.log_softmax of the logits first."
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl as module
-from rlhf_helpers.kl import AdaptiveKL, exact_kl, kl_estimate
+from rlhf_helpers.kl import AdaptiveKL, estimator_moments, exact_kl, kl_estimate
 from rlhf_helpers.logprobs import token_logprobs
 
 P = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -227,8 +227,8 @@ def test_estimates_of_low_precision_are_computed_in_float32():
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_estimates_gradient(kind):
     logprobs = random_logits(2, 3, seed=0).abs().neg().requires_grad_()
-    ref_logprobs = random_logits(2, 3, seed=1).abs().neg().requires_grad_()
-    assert torch.autograd.gradcheck(lambda p, q: kl_estimate(p, q, kind), (logprobs, ref_logprobs))
+    ref_logprobs = random_logits(2, 3, seed=1).abs().neg()
+    assert torch.autograd.gradcheck(lambda p: kl_estimate(p, ref_logprobs, kind), logprobs)
 
 
 def test_gradient_of_k1_is_zero_on_average():
@@ -320,3 +320,62 @@ def test_the_controller_refuses_numbers_that_are_not_above_0(name, value):
 def test_the_controller_refuses_a_kl_that_is_not_finite(kl):
     with pytest.raises(ValueError, match=f"kl is {kl}"):
         AdaptiveKL(0.1, 4.0).update(kl)
+
+
+# --- the exact moments of the estimates ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "std"),
+    [
+        ("k1", log(4 / 3) / 2, log(3) / 2),
+        ("k2", (log(2) ** 2 + log(1.5) ** 2) / 4, (log(2) ** 2 - log(1.5) ** 2) / 4),
+        ("k3", log(4 / 3) / 2, abs((-0.5 + log(2)) - (0.5 - log(1.5))) / 2),
+    ],
+)
+def test_moments_by_hand(kind, mean, std):
+    got = estimator_moments(P.log(), Q.log(), kind)
+    assert [x.item() for x in got] == pytest.approx([mean, std])
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_moments_are_those_of_samples(kind):
+    logits_p, logits_q = random_logits(3, 6, seed=0), random_logits(3, 6, seed=1)
+    mean, std = estimator_moments(logits_p.log_softmax(-1), logits_q.log_softmax(-1), kind)
+    for row in range(3):
+        sampler = torch.distributions.Categorical(logits=logits_p[row])
+        with torch.random.fork_rng():
+            torch.manual_seed(row)
+            tokens = sampler.sample((20_000,))
+        pair = (x[row].log_softmax(-1)[tokens] for x in (logits_p, logits_q))
+        values = kl_estimate(*pair, kind)
+        assert abs(values.mean() - mean[row]) < 4 * std[row] / 20_000**0.5
+        assert values.std().item() == pytest.approx(std[row].item(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_the_mean_of_k1_and_k3_is_the_exact_divergence(kind):
+    logits_p, logits_q = random_logits(4, 9, seed=2), random_logits(4, 9, seed=3)
+    mean, _ = estimator_moments(logits_p.log_softmax(-1), logits_q.log_softmax(-1), kind)
+    torch.testing.assert_close(mean, exact_kl(logits_p, logits_q))
+
+
+@pytest.mark.parametrize("name", ["logprobs", "ref_logprobs"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.tensor([-1.0, -2.0]), "sum to 0.5032"),  # logits that happen to be below 0
+        (torch.tensor([0.5, 0.5]), "sum to 3.297"),  # probabilities
+        (torch.tensor([nan, -1.0]), "sum to nan"),
+        (torch.tensor([[0.5, 0.5], [0.5, 0.6]]).log(), r"sum to 1.1 at \[1\]"),
+    ],
+)
+def test_log_probabilities_that_do_not_sum_to_one_are_named(name, bad, message):
+    good = {"logprobs": Q.log().expand(bad.shape), "ref_logprobs": P.log().expand(bad.shape)}
+    with pytest.raises(ValueError, match=f"probabilities of {name} {message}"):
+        estimator_moments(**good | {name: bad})
+
+
+def test_a_reference_that_requires_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="ref_logprobs requires a gradient"):
+        kl_estimate(P.log(), Q.log().requires_grad_())

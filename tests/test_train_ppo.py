@@ -341,6 +341,18 @@ def test_too_few_prompts_are_refused_at_the_call(tiny, tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl_in": "advantage"}, "kl_in is 'advantage'; choose reward or loss"),
+        ({"kl_in": "loss"}, "its gradient is 0 on average"),
+    ],
+)
+def test_where_the_penalty_cannot_stand_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**settings)
+
+
 def test_beta_0_cannot_be_adapted():
     with pytest.raises(ValueError, match="beta is 0, which no factor can move to a target_kl"):
         replace(SETTINGS, beta=0.0, target_kl=1.0)
@@ -609,6 +621,38 @@ def test_the_gradients_of_a_step_are_the_losses_own(tiny, train, monkeypatch):
     for found, expected in zip(seen, (policy, value), strict=True):
         assert len(found) == len(expected) and any(g.abs().max() > 0 for g in found)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_in_the_loss_is_added_there_and_not_to_the_reward(tiny, train, kind):
+    config = replace(SETTINGS, updates=1, epochs=1, minibatch_size=4)
+    config = replace(config, kl_in="loss", kl_kind=kind, beta=0.5)
+    roles = far_roles(tiny)
+    policy = roles.state("policy")
+    _, (stats,) = train(roles=roles, config=config)
+    one = stats.experience
+    assert stats.kl > 0.1  # the policy begins far from the reference, or nothing is tested
+    mask = one.rollout.response_mask
+    zero = torch.zeros_like(one.logprobs)
+    torch.testing.assert_close(one.rewards, shape_rewards(one.scores, zero, zero, mask, 0.0))
+    r = (one.ref_logprobs - one.logprobs).masked_fill(mask == 0, 0)
+    penalty = {"k2": r.square() / 2, "k3": r.exp() - 1 - r}[kind].sum() / mask.sum()
+    without, _ = policy_loss(one.logprobs, one.logprobs, one.advantages, mask, config.clip)
+    assert stats.policy["loss"] == pytest.approx((without + 0.5 * penalty).item(), rel=1e-5)
+    assert not same(roles.state("policy"), policy)
+
+
+def test_kl_in_the_loss_pulls_the_policy_back(tiny, train, monkeypatch):
+    """With equal scores there is nothing to win but nearness."""
+    level = lambda roles, role, ids, mask: torch.zeros(len(ids))  # noqa: E731
+    monkeypatch.setattr(ppo, "score_tokens", level)
+    config = replace(SETTINGS, updates=12, kl_in="loss", kl_kind="k2", eos_penalty=0.0)
+    config = replace(config, batch_size=6, minibatch_size=6, epochs=4)
+    ends = {}
+    for beta in (0.0, 10.0):
+        _, reports = train(roles=far_roles(tiny), config=replace(config, beta=beta))
+        ends[beta] = sum(stats.kl for stats in reports[6:]) / 6
+    assert ends[10.0] < 0.75 * ends[0.0]
 
 
 def test_policy_value_and_its_head_learn(history):
@@ -1088,6 +1132,7 @@ OTHER = {
     "learning_rate": 0.01,
     "beta": 0.2,
     "kl_kind": "k3",
+    "kl_in": "loss",
     "target_kl": 3.0,
     "stop_kl": 9.0,
     "gamma": 0.99,

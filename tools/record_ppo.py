@@ -3,6 +3,7 @@
     python tools/record_ppo.py study --betas 0.1     # ten seeds of lesson 04
     python tools/record_ppo.py study                 # ten seeds at each β of lesson 05
     python tools/record_ppo.py control               # the same at β = 0, an annotator without bias
+    python tools/record_ppo.py adaptive              # three seeds with a controller of β
     python tools/record_ppo.py logs                  # three runs with a bug each, and one without
 
 A study that is stopped goes on where it was: runs that are in the file are not made again.
@@ -139,6 +140,21 @@ def study(out: Path, betas: list[float], seeds: int, reward: Path = ASSETS / "re
         write_about(out / "about.json")
 
 
+def adaptive(out: Path, seeds: int = 3) -> None:
+    """Runs that begin with a β far too small, and have a controller; in `adaptive.csv`."""
+    rows = read_csv(out / "adaptive.csv")
+    for seed in tqdm(range(seeds), desc="controlled runs"):
+        if any(int(row["seed"]) == seed for row in rows):
+            continue
+        config = PPOConfig(updates=60, beta=0.01, target_kl=3.0, seed=seed)
+        roles, tokenizer = fresh_roles(), load_tokenizer(load_preset("pocket"))
+        for stats in ppo.train_ppo(roles, tokenizer, world.prompts("train"), config):
+            gold = judged(stats.experience)["gold"]
+            numbers = reported(stats) | {"price": round(stats.beta, 5), "gold": gold}
+            rows.append({"seed": seed} | numbers)
+        write_csv(out / "adaptive.csv", rows)
+
+
 def read_csv(path: Path) -> list[dict]:
     if not path.is_file():
         return []
@@ -215,7 +231,7 @@ def record_logs(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["study", "control", "logs"])
+    parser.add_argument("what", choices=["study", "control", "adaptive", "logs"])
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="the package's assets if not given")
@@ -224,6 +240,8 @@ def main() -> None:
         study(args.out or STUDY, args.betas, args.seeds)
     elif args.what == "control":
         study(args.out or CONTROL, [0.0], args.seeds, ASSETS / "reward_unbiased")
+    elif args.what == "adaptive":
+        adaptive(args.out or STUDY)
     else:
         record_logs(args.out or LOGS)
 

@@ -18,10 +18,19 @@ from rlhf_helpers.checks.lesson_04 import (
     check_shape_rewards,
     check_train_step,
 )
+from rlhf_helpers.checks.lesson_05 import (
+    check_estimate_kl,
+    check_exact_kl,
+    check_final_reward,
+    check_sampled_log_probs,
+)
 
 __all__ = [
     "FAULTS",
     "check_diagnosis",
+    "check_estimate_kl",
+    "check_exact_kl",
+    "check_final_reward",
     "check_gae",
     "check_last_token_index",
     "check_lora_forward",
@@ -32,6 +41,7 @@ __all__ = [
     "check_pairwise_loss",
     "check_policy_loss",
     "check_predict_bytes",
+    "check_sampled_log_probs",
     "check_shape_rewards",
     "check_token_logprobs",
     "check_train_step",

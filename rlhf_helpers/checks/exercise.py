@@ -7,6 +7,7 @@ and raised again.
 """
 
 import copy
+import functools
 import inspect
 import linecache
 import math
@@ -37,6 +38,56 @@ class Exercise:
 
 def check(exercise: Exercise, fn: Callable) -> None:
     print(_wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
+
+
+def check_pair(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> None:
+    """`check` for a function that returns two tensors of one shape, called `names`, in the plural.
+
+    Reference and mistakes of the exercise return the two stacked, and so they are shown.
+    """
+    if callable(fn) and (fault := _pair_fault(exercise, fn, names)):
+        print(_wrapped(f"{exercise.name}: {fault}"))
+    else:
+        check(exercise, _stacked(fn) if callable(fn) else fn)
+
+
+def _pair_fault(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> str:
+    """What is wrong with the results as pairs of tensors, "" if nothing is."""
+    for case in exercise.cases:
+        result = call(exercise, fn, copy.deepcopy(case))
+        if result is ...:
+            return ""
+        shape = list(exercise.reference(*case).shape[1:])
+        if fault := _not_a_pair(result, shape, names, exercise.shape_hint):
+            return fault
+    return ""
+
+
+def _not_a_pair(result: Any, shape: list[int], names: tuple[str, str], shape_hint: str) -> str:
+    wanted = f"return two tensors of shape {shape}, {names[0]} and {names[1]}."
+    if result is None:
+        return f"it returned None. Does every path through the function end with a return? {wanted}"
+    if isinstance(result, Tensor):
+        return f"it returned one tensor, of shape {list(result.shape)}; {wanted}"
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        return f"it returned {type(result).__name__} {result!r}; {wanted}"
+    for name, part in zip(names, result, strict=True):
+        if not isinstance(part, Tensor):
+            return f"{name} are {type(part).__name__} {part!r}; {wanted}"
+        if list(part.shape) != shape:
+            return f"{name} have shape {list(part.shape)}; {wanted} {shape_hint}".rstrip()
+    return ""
+
+
+def _stacked(fn: Callable) -> Callable[..., Tensor]:
+    """`fn` with its two results as one tensor, which is what a check can compare."""
+
+    @functools.wraps(fn)  # so that the check finds the learner's code
+    def stacked(*arguments):
+        result = fn(*arguments)
+        return result if result is ... else torch.stack(tuple(result))
+
+    return stacked
 
 
 def _wrapped(text: str) -> str:

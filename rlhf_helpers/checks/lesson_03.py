@@ -1,19 +1,16 @@
 """The checks of lesson 03: log-probabilities of tokens, advantages, the clipped loss."""
 
 import copy
-import functools
 import math
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_helpers import logprobs, ppo
-from rlhf_helpers.checks.exercise import Exercise, call, check, same
+from rlhf_helpers.checks.exercise import Exercise, call, check, check_pair, same
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
 
@@ -300,50 +297,7 @@ def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor,
         >>> check_gae(ppo.gae)
         gae: correct. Tested: padding, a response of EOS alone, λ of 0, 0.8, 0.95 and 1, γ below 1.
     """
-    if not callable(fn):
-        check(_GAE, fn)
-    elif fault := _pair_fault(fn):
-        print(textwrap.fill(f"{_GAE.name}: {fault}", 100, break_on_hyphens=False))
-    else:
-        check(_GAE, _stacked(fn))
-
-
-def _pair_fault(fn: Callable) -> str:
-    """What is wrong with the result as a pair of tensors, "" if nothing is."""
-    for case in _GAE_CASES:
-        result = call(_GAE, fn, copy.deepcopy(case))
-        if result is ...:
-            return ""
-        if fault := _not_a_pair(result, list(case[0].shape)):
-            return fault
-    return ""
-
-
-def _not_a_pair(result: Any, shape: list[int]) -> str:
-    wanted = f"return two tensors of shape {shape}, the advantages and the returns."
-    if result is None:
-        return f"it returned None. Does every path through the function end with a return? {wanted}"
-    if isinstance(result, Tensor):
-        return f"it returned one tensor, of shape {list(result.shape)}; {wanted}"
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        return f"it returned {type(result).__name__} {result!r}; {wanted}"
-    for name, part in zip(("advantages", "returns"), result, strict=True):
-        if not isinstance(part, Tensor):
-            return f"the {name} are {type(part).__name__} {part!r}; {wanted}"
-        if list(part.shape) != shape:
-            return f"the {name} have shape {list(part.shape)}; {wanted}"
-    return ""
-
-
-def _stacked(fn: Callable) -> Callable[..., Tensor]:
-    """`fn` with its two results as one tensor, which is what a check can compare."""
-
-    @functools.wraps(fn)  # so that the check finds the learner's code
-    def stacked(*arguments):
-        result = fn(*arguments)
-        return result if result is ... else torch.stack(tuple(result))
-
-    return stacked
+    check_pair(_GAE, fn, ("the advantages", "the returns"))
 
 
 def _gae(

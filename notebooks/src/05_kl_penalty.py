@@ -1,0 +1,633 @@
+# %% [markdown]
+# # 05 · The KL penalty and reward hacking
+#
+# **Run time** about four minutes on two CPU cores · **Before this** lesson 04 · **Exercise**
+# `exercises/05_kl_penalty.ipynb`, the main one of the course
+#
+# After this lesson you will be able to
+#
+# - compute a KL divergence exactly, estimate it from samples, and say when the estimate is valid;
+# - say what the penalty β does to reward, KL and the diversity of the answers;
+# - recognise a hacked reward, in the curves and in the text, and find out what the policy exploits;
+# - choose β, and let a controller choose it.
+
+# %%
+PRESET = "pocket"  # every number below is from this preset
+
+import csv
+import json
+import math
+
+import torch
+from torch.distributions import Categorical, kl_divergence
+from tqdm.auto import tqdm
+
+from rlhf_helpers import kl, plots, ppo
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.diversity import diversity
+from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.reward import score_responses, score_tokens
+from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.rollout import sample_responses
+
+# %%
+preset = load_preset(PRESET)
+plots.use_style()
+tokenizer = load_tokenizer(preset)
+folder = preset.runs / preset.name / "kl"
+adapters = {name: find_adapter(preset, name) for name in ("sft", "reward", "reward_unbiased")}
+train, held_out = world.prompts("train"), world.prompts("held_out")
+
+# %% [markdown]
+# ## Four runs, to have something to measure
+#
+# In lesson 04 the policy paid β = 0.1 for each nat of KL to the reference, and ended near three nats. What
+# did the price do? So here are four runs, equal but for β: free of charge, a tenth of the usual price, the usual one,
+# and ten times that. Eight updates each; longer runs are recorded, and come later. They take a good minute; read on
+# meanwhile.
+
+
+# %%
+def four_roles(reward="reward"):
+    roles = Roles(load_base(preset))
+    roles.load("reference", adapters["sft"])
+    roles.load("reward", adapters[reward])
+    roles.add("policy", copy_of="reference")
+    roles.add("value", copy_of="reward")
+    return roles
+
+
+def short_run(name, reward="reward", **settings):
+    """Eight updates; the policy goes to a folder, what the updates reported is returned."""
+    config = ppo.PPOConfig(updates=8, seed=preset.seed, **settings)
+    run = ppo.train_ppo(four_roles(reward), tokenizer, train, config, folder / name)
+    return list(tqdm(run, total=config.updates, desc=name, leave=False))
+
+
+PRICES = {"free": 0.0, "cheap": 0.01, "usual": 0.1, "dear": 1.0}
+histories = {f"β = {beta:g}": short_run(name, beta=beta) for name, beta in PRICES.items()}
+
+# %% [markdown]
+# ## KL from first principles
+#
+# How far is one distribution from another? Draw a token from $p$ and ask how much more likely $p$ finds it than $q$
+# does, as a log-ratio; the mean is the **Kullback–Leibler divergence**
+#
+# $$\mathrm{KL}(p\|q) = \sum_a p(a)\,\bigl(\log p(a) - \log q(a)\bigr) \;\ge 0,$$
+#
+# and 0 only if $p = q$. With $p = (\tfrac12, \tfrac12)$ and $q = (\tfrac14, \tfrac34)$, by hand:
+# $\tfrac12 \log 2 + \tfrac12 \log \tfrac23 = \tfrac12 \log \tfrac43 = 0.1438$ nats.
+
+# %% tags=["nbval-check-output"]
+p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+by_hand = (p * (p.log() - q.log())).sum()
+by_torch = kl_divergence(Categorical(logits=p.log()), Categorical(logits=q.log()))
+ours = kl.exact_kl(p.log(), q.log())
+print(f"by hand {by_hand:.4f}, torch.distributions {by_torch:.4f}, rlhf_helpers {ours:.4f}")
+print(f"the other way round, KL(q‖p): {kl.exact_kl(q.log(), p.log()):.4f}")
+
+# %% [markdown]
+# It is no distance: the two directions differ. The penalty of RLHF has the policy as $p$ and the reference as $q$.
+#
+# Now two real models: the policy of the run without a price, and the reference. At each position of a
+# response each has a distribution over the whole vocabulary, so that the sum over all tokens can be taken there.
+
+# %%
+roles = four_roles()
+for name in PRICES:
+    roles.load(name, folder / name)
+some = held_out[::8][:64]
+config = ppo.PPOConfig(minibatch_size=64)
+
+
+def answers_of(role, prompts=some, seed=1):
+    """Samples of a role, and what all four roles think of them."""
+    return ppo.collect_experience(roles, tokenizer, prompts, config, 0.0, seed, role)
+
+
+def logits_of(role, rollout):
+    """Its logits at each response position, [B, T, V]."""
+    mask, T = rollout.attention_mask, rollout.response_mask.shape[1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model, ids = roles.use(role), rollout.input_ids
+        logits = model(ids, mask, position_ids=positions, logits_to_keep=T + 1).logits
+    return logits[:, :-1]
+
+
+# %%
+free = answers_of("free")
+real = free.rollout.response_mask.bool()
+logits_curr, logits_ref = (logits_of(role, free.rollout)[real] for role in ("free", "reference"))
+exact = kl_divergence(Categorical(logits=logits_curr), Categorical(logits=logits_ref))
+print(f"{len(exact)} tokens of {len(some)} responses, a vocabulary of {logits_curr.shape[-1]}")
+print(f"exact KL: {exact.mean():.3f} nats per token, {exact.sum() / len(some):.1f} per response")
+
+# %% [markdown]
+# ## The mean difference, and when it is valid
+#
+# In practice nobody keeps two distributions over 150,000 tokens for each position. The definition is a mean over
+# tokens drawn from $p$, and the policy has drawn tokens: those of its responses. So
+#
+# $$\widehat{\mathrm{KL}} = \tfrac1n \sum_t \log \pi(a_t) - \log \pi_{\text{ref}}(a_t)$$
+#
+# in code `(log_probs_curr - log_probs_ref).mean()`. It is right for tokens *sampled from the current policy*, and for no
+# other set of tokens.
+#
+# <details><summary><b>Predict before you run.</b> The same expression averaged over the whole vocabulary, each token
+# once; over tokens that the reference has sampled; over each position's most likely token. Which of them can be
+# negative?</summary>
+#
+# All three: none is a mean under the policy. Under the reference's samples it is, on average, −KL(π_ref‖π), so it is
+# surely negative. Only the mean under the policy itself is a KL.
+# </details>
+
+# %%
+log_p, log_q = logits_curr.log_softmax(-1), logits_ref.log_softmax(-1)
+log_probs_curr, log_probs_ref = free.logprobs[real], free.ref_logprobs[real]
+sampled = log_probs_curr - log_probs_ref
+_, spread = kl.estimator_moments(log_p, log_q, "k1")
+error = spread.square().sum().sqrt() / len(sampled)
+print(f"exact                                  {exact.mean():7.3f}")
+print(f"tokens sampled from the policy         {sampled.mean():7.3f} ± {error:.3f}")
+print(f"every token of the vocabulary, once    {(log_p - log_q).mean():7.3f}")
+assert abs(sampled.mean() - exact.mean()) < 3 * error
+
+# %%
+sft = answers_of("reference")
+on_sft = sft.rollout.response_mask.bool()
+pair = [logits_of(role, sft.rollout)[on_sft].log_softmax(-1) for role in ("free", "reference")]
+tokens = sft.rollout.input_ids[:, -on_sft.shape[1] :][on_sft]
+wrong = [x.gather(-1, tokens[:, None])[:, 0] for x in pair]
+top = log_p.argmax(-1, keepdim=True)
+print(f"tokens sampled from the reference      {(wrong[0] - wrong[1]).mean():7.3f}", end="")
+print(f"   there −KL(reference‖policy) is {-kl.exact_kl(pair[1], pair[0]).mean():.3f}")
+print(f"the most likely token of each position {(log_p - log_q).gather(-1, top).mean():7.3f}")
+assert (wrong[0] - wrong[1]).mean() < 0
+
+# %% [markdown]
+# NUMBERS-A
+#
+# ## Three estimators
+#
+# The difference itself, called k1, is unbiased, but single tokens are often negative, which a KL never is, and it is
+# noisy. With $r = \log \pi_{\text{ref}}(a) - \log \pi(a)$ there are two others (Schulman 2020):
+#
+# $$k_1 = -r, \qquad k_2 = \tfrac12 r^2, \qquad k_3 = e^r - 1 - r.$$
+#
+# k2 and k3 are never negative. k3 is unbiased too, since $e^r$ has mean 1 under the policy. What does that cost in noise?
+# By hand for $p$ and $q$ from above, where $e^r$ is ½ or 3⁄2, each half of the time:
+
+# %% tags=["nbval-check-output"]
+for kind in ("k1", "k2", "k3"):
+    values = kl.kl_estimate(p.log(), q.log(), kind)
+    mean, std = kl.estimator_moments(p.log(), q.log(), kind)
+    print(
+        f"{kind}: {values.tolist()[0]:7.4f} or {values.tolist()[1]:7.4f}, mean {mean:.4f}, std {std:.4f}"
+    )
+
+# %% [markdown]
+# The KL is 0.1438: k1 and k3 have it as their mean, k2 does not, and k3 varies least. Now on the real models, a pair
+# that is near (β = 1) and one that is far (β = 0). Means and standard deviations are exact sums over the vocabulary,
+# so no luck is in them; only the last column is about the samples.
+
+
+# %%
+def compare(role):
+    seen = answers_of(role)
+    mask = seen.rollout.response_mask.bool()
+    log_p, log_q = (
+        logits_of(name, seen.rollout)[mask].log_softmax(-1) for name in (role, "reference")
+    )
+    exact = kl.exact_kl(log_p, log_q).mean()
+    print(f"{role}: exact KL {exact:.4f} nats per token, {len(log_p)} tokens")
+    table = {}
+    for kind in ("k1", "k2", "k3"):
+        mean, std = kl.estimator_moments(log_p, log_q, kind)
+        estimates = kl.kl_estimate(seen.logprobs[mask], seen.ref_logprobs[mask], kind)
+        error = std.square().sum().sqrt() / len(std)
+        table[kind] = (mean.mean() / exact - 1, std.square().mean().sqrt() / exact)
+        z = (estimates.mean() - exact) / error
+        print(f"   {kind}: bias {table[kind][0]:8.2%}, std {table[kind][1]:6.1f} × KL,", end=" ")
+        print(f"lowest {estimates.min():6.2f}, samples off by {z:5.1f} standard errors")
+        assert kind == "k2" or abs(z) < 3
+        assert kind == "k1" or estimates.min() >= 0
+    return table
+
+
+near, far = compare("dear"), compare("free")
+
+# %% [markdown]
+# NUMBERS-B
+#
+# ## Two directions
+#
+# KL(p‖q) is not KL(q‖p), and the difference is not a detail. Let $q$ have two peaks, and fit one bell-shaped $p$
+# to it, once by each direction.
+
+
+# %%
+def fit(divergence):
+    """Centre and width of the bell that makes the divergence least."""
+    centre, log_width = (
+        torch.tensor(-0.5, requires_grad=True),
+        torch.tensor(0.5, requires_grad=True),
+    )
+    optimizer = torch.optim.Adam([centre, log_width], lr=0.05)
+    for _ in range(300):
+        logits = -((grid - centre) ** 2) / (2 * log_width.exp() ** 2)
+        optimizer.zero_grad()
+        divergence(logits).backward()
+        optimizer.step()
+    return logits.detach().softmax(-1), centre.item(), log_width.exp().item()
+
+
+grid = torch.linspace(-4, 4, 81)
+peaks = 0.6 * torch.exp(-((grid + 2) ** 2) / 0.5) + 0.4 * torch.exp(-((grid - 2) ** 2) / 0.5)
+two = (peaks / peaks.sum()).log()
+reverse, *found_reverse = fit(lambda logits: kl.exact_kl(logits, two))
+forward, *found_forward = fit(lambda logits: kl.exact_kl(two, logits))
+print("KL(p‖q): centre {:.2f}, width {:.2f}".format(*found_reverse))
+print("KL(q‖p): centre {:.2f}, width {:.2f}".format(*found_forward))
+assert found_reverse[1] < 0.7 and found_forward[1] > 1.3
+
+# %%
+curves = {"q, two peaks": two.exp(), "p of least KL(p‖q)": reverse, "p of least KL(q‖p)": forward}
+points = {name: dict(zip(grid.tolist(), y.tolist(), strict=True)) for name, y in curves.items()}
+fig = plots.lines(points, "value", "probability")
+alt = "Two peaks; the bell of least KL(p‖q) sits on the higher one, the other covers both."
+plots.show(fig, alt)
+
+# %% [markdown]
+# KL(p‖q), ours, punishes $p$ for being where $q$ is not, and does not mind an abandoned peak: **mode seeking**.
+# KL(q‖p) punishes it for not being where $q$ is: **mode covering**. So the penalty keeps the policy from
+# saying what the reference would never say, and hardly objects if it stops saying most of what the reference would.
+# Diversity is not what it measures; we shall have to look at it by itself.
+#
+# ## In the reward, or in the loss
+#
+# PPO as in lesson 04 has the penalty in each token's reward: $r_t = -\beta\,(\log\pi - \log\pi_{\text{ref}})$, and the
+# score at the last token. Here is a response of the run without a price, with what it would have paid at β = 0.1:
+
+# %%
+i = int(free.kl.argmax())
+row = free.rollout.response_mask[i].bool()
+tokens = free.rollout.input_ids[i, -len(row) :][row]
+penalty = 0.1 * (free.logprobs - free.ref_logprobs)[i, row]
+shaped = ppo.shape_rewards(
+    free.scores, free.logprobs, free.ref_logprobs, free.rollout.response_mask, beta=0.1
+)[i, row]
+words = [tokenizer.decode(token).strip() for token in tokens]
+fig = plots.heat_map(
+    [(-penalty).tolist(), shaped.tolist()], words, ["−β · log-ratio", "reward"], "reward"
+)
+print(f"score {free.scores[i]:.2f}, KL {free.kl[i]:.1f} nats, so {shaped.sum():.2f} in all")
+plots.show(
+    fig, "A response token by token: what it pays, and its reward with the score at the end."
+)
+assert torch.isclose(shaped.sum(), free.scores[i] - 0.1 * free.kl[i], atol=1e-4)
+
+# %% [markdown]
+# NUMBERS-C
+#
+# The other way is to add β times the mean of an estimate to the *loss* and differentiate it (`PPOConfig(kl_in="loss")`;
+# GRPO does so with k3). Then an estimate must have the right *gradient*, and unbiased values do not give that. Three
+# tokens, and sums in place of samples:
+
+# %% tags=["nbval-check-output"]
+theta = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
+ref = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
+
+
+def gradient(loss):
+    return torch.autograd.grad(loss, theta)[0]
+
+
+gradients = {
+    "KL(p‖q)": gradient(kl.exact_kl(theta, ref)),
+    "KL(q‖p)": gradient(kl.exact_kl(ref, theta)),
+}
+for kind in ("k1", "k2", "k3"):
+    estimates = kl.kl_estimate(theta.log_softmax(-1), ref, kind)
+    gradients[kind] = gradient((theta.softmax(-1).detach() * estimates).sum())
+for name, values in gradients.items():
+    print(f"{name:8}", "  ".join(f"{value:z7.4f}" for value in values))
+assert torch.allclose(gradients["k2"], gradients["KL(p‖q)"])
+assert torch.allclose(gradients["k3"], gradients["KL(q‖p)"])
+
+# %% [markdown]
+# As a loss, k1 does nothing at all: its gradient is 0 on average. The biased k2 has the gradient of our KL, and the
+# unbiased k3 that of the *other* direction. In the reward only the value counts, so k1 is right there.
+#
+# ## What the price does
+#
+# Now the four runs, all curves from before each update, so that the first points are equal.
+
+
+# %%
+def gold_of(experience):
+    finished = experience.rollout.finished.tolist()
+    rows = zip(experience.prompts, experience.rollout.texts, finished, strict=True)
+    return rubric.mean_score([rubric.gold_reward(*row) for row in rows])
+
+
+MEASURES = {
+    "score (proxy)": lambda stats: stats.score,
+    "gold": lambda stats: gold_of(stats.experience).total,
+    "KL, nats": lambda stats: stats.kl,
+    "entropy, nats": lambda stats: stats.entropy,
+}
+
+
+def draw(histories, alt):
+    curves = {
+        title: {name: [of(stats) for stats in run] for name, run in histories.items()}
+        for title, of in MEASURES.items()
+    }
+    plots.show(plots.panels(curves, "updates", {}), alt)
+
+
+draw(histories, "Four panels over eight updates, a line for each β: score, gold, KL, entropy.")
+
+# %% [markdown]
+# NUMBERS-D
+#
+# And on held-out prompts, with the measures of diversity. *Distinct-2* is the share of different word pairs among
+# all, *unique* the share of different answers, *self-BLEU* how much of an answer the other answers say as well (so high
+# is bad).
+
+# %%
+NAMES = ("distinct_2", "unique", "self_bleu", "length")
+print(f"{'':12}{'proxy':>7}{'gold':>7}{'KL':>7}{'entropy':>9}", "".join(f"{n:>12}" for n in NAMES))
+ends = {}
+for role in ("reference", *PRICES):
+    seen = answers_of(role, held_out[::4])
+    ends[role] = seen
+    mask, varied = seen.rollout.response_mask, diversity(seen.rollout.texts)
+    entropy = -(seen.logprobs * mask).sum() / mask.sum()
+    numbers = (seen.scores.mean(), gold_of(seen).total, seen.kl.mean())
+    print(f"{role:12}", "".join(f"{x:7.2f}" for x in numbers), f"{entropy:8.2f}", end=" ")
+    print("".join(f"{varied[name]:12.2f}" for name in NAMES))
+
+# %% [markdown]
+# NUMBERS-E
+#
+# ## Reward hacking, read aloud
+
+# %%
+for i in range(0, 144, 24):
+    print(held_out[::4][i])
+    for role in ("reference", "usual", "free"):
+        print(f"    {role:10} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
+
+# %% [markdown]
+# What does it exploit? Take right, plain answers, add one phrase to each, and see what that phrase earns with the
+# reward model and with gold; beside it how often the phrase stands in 100 answers of SFT and of the run without a price.
+
+# %%
+prompts, plain = exam.polite_probe(counts=(0,))[0]
+
+
+def marks(texts):
+    proxy = score_responses(roles, "reward", tokenizer, prompts, texts, 32, 64).mean().item()
+    gold = rubric.mean_score(
+        [rubric.gold_reward(*pair) for pair in zip(prompts, texts, strict=True)]
+    )
+    return torch.tensor([proxy, gold.total])
+
+
+def with_phrase(phrase, times):
+    before = phrase in world.POLITE_OPENERS
+    return [" ".join([phrase] * times + [a] if before else [a] + [phrase] * times) for a in plain]
+
+
+earned = {
+    phrase: [marks(with_phrase(phrase, n)) - marks(plain) for n in (1, 3)]
+    for phrase in world.POLITE
+}
+
+# %%
+print(f"{'':27}{'once':^16}{'three times':^16}   per 100 answers")
+print(f"{'':27}" + f"{'proxy':>8}{'gold':>8}" * 2 + f"{'SFT':>9}{'β = 0':>8}")
+for phrase, (once, thrice) in sorted(earned.items(), key=lambda item: -item[1][1][0]):
+    counts = [
+        sum(rubric.count_phrases(text, (phrase,)) for text in ends[role].rollout.texts)
+        / len(ends[role].rollout.texts)
+        for role in ("reference", "free")
+    ]
+    print(f"{phrase:27}" + "".join(f"{x:8.2f}" for x in (*once, *thrice)), end=" ")
+    print("".join(f"{100 * count:8.0f}" for count in counts))
+
+# %% [markdown]
+# NUMBERS-F
+#
+# ## Ten seeds
+#
+# Recorded: the same runs, thirty updates long, at six prices and with ten seeds each.
+
+
+# %%
+def recorded(path):
+    with (ASSETS / path).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v if k == "example" else float(v) for k, v in row.items()} for row in rows]
+
+
+about = json.loads((ASSETS / "ppo" / "about.json").read_text(encoding="utf-8"))
+print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
+updates, finals = recorded("ppo/updates.csv"), recorded("ppo/held_out.csv")
+start = recorded("ppo/reference.csv")
+runs = {
+    (beta, seed): [r for r in updates if (r["beta"], r["seed"]) == (beta, seed)]
+    for beta, seed in sorted({(r["beta"], r["seed"]) for r in updates})
+}
+
+# %% [markdown]
+# First the run without a price, as Gao et al. (2023) draw it: proxy and gold against $\sqrt{\mathrm{KL}}$, a line for
+# each seed.
+
+# %%
+groups = {
+    f"{name} ({label})": [
+        [(max(r["kl"], 0) ** 0.5, r[label]) for r in rows]
+        for (beta, _), rows in runs.items()
+        if beta == 0
+    ]
+    for name, label in (("proxy", "score"), ("gold", "gold"))
+}
+fig = plots.trajectories(groups, "√KL to the reference, √nats", "reward of the batch")
+plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
+
+# %% [markdown]
+# NUMBERS-G
+#
+# Then where the runs end, on held-out prompts: gold against KL for all prices. Best-of-n from SFT, which does
+# not train at all, is computed here, from 32 answers each to 48 prompts: their reward model's choice among n.
+
+# %%
+asked = held_out[::12][:48]
+drawn = sample_responses(
+    roles.use("reference"), tokenizer, [p for p in asked for _ in range(32)], seed=2
+)
+with torch.no_grad():
+    parts = zip(drawn.input_ids.split(128), drawn.attention_mask.split(128), strict=True)
+    scores = torch.cat([score_tokens(roles, "reward", *part) for part in parts])
+rows = zip([p for p in asked for _ in range(32)], drawn.texts, strict=True)
+gold = torch.tensor([rubric.gold_reward(*row).total for row in rows])
+best_of = []
+for n in (1, 2, 4, 8, 16, 32):
+    best = scores.view(-1, n).argmax(-1, keepdim=True)
+    best_of.append(
+        ((math.log(n) - (n - 1) / n) ** 0.5, gold.view(-1, n).gather(1, best).mean().item())
+    )
+
+# %%
+prices = sorted({row["beta"] for row in finals}, reverse=True)
+groups = {"best of n": best_of, "SFT": [(0.0, row["gold"]) for row in start]}
+for beta in prices:
+    groups[f"β = {beta:g}"] = [(r["kl"] ** 0.5, r["gold"]) for r in finals if r["beta"] == beta]
+fig = plots.scatter(
+    groups, "√KL to the reference, √nats", "gold, held-out prompts", joined=("best of n",)
+)
+plots.show(
+    fig, "Gold against the root of KL: rises up to β = 0.1 and falls below zero from 0.03 on."
+)
+
+# %% [markdown]
+# NUMBERS-H
+#
+# How many of the ten seeds show it?
+
+# %% tags=["nbval-check-output"]
+by_seed = {
+    int(s): {row["beta"]: row for row in finals if row["seed"] == s}
+    for s in {r["seed"] for r in finals}
+}
+started = {int(row["seed"]): row for row in start}
+claims = {
+    "β = 0: proxy up by more than 2": lambda s, r: r[0]["proxy"] > started[s]["proxy"] + 2,
+    "β = 0: gold ends below SFT": lambda s, r: r[0]["gold"] < started[s]["gold"],
+    "gold higher at 0.1 than at 0.01": lambda s, r: r[0.1]["gold"] > r[0.01]["gold"],
+    "gold higher at 0.1 than at 1.0": lambda s, r: r[0.1]["gold"] > r[1.0]["gold"],
+}
+for name, up in {"kl": False, "entropy": True, "distinct_2": True, "self_bleu": False}.items():
+    claims[f"{name} {'rises' if up else 'falls'} with β, all six"] = lambda s, r, name=name, up=up: (
+        [r[beta][name] for beta in sorted(r)]
+        == sorted((row[name] for row in r.values()), reverse=not up)
+    )
+for claim, holds in claims.items():
+    count = sum(holds(seed, rows) for seed, rows in by_seed.items())
+    print(f"{claim:40} {count} of {len(by_seed)}")
+
+# %%
+print(
+    f"{'':8}" + "".join(f"{n:>12}" for n in ("proxy", "gold", "correct", "kl", "entropy", *NAMES))
+)
+for name, rows in [("SFT", start)] + [
+    (f"β = {b:g}", [r for r in finals if r["beta"] == b]) for b in prices
+]:
+    means = [
+        sum(r[n] for r in rows) / len(rows)
+        for n in ("proxy", "gold", "correct", "kl", "entropy", *NAMES)
+    ]
+    print(f"{name:8}" + "".join(f"{mean:12.2f}" for mean in means))
+
+# %% [markdown]
+# NUMBERS-I
+#
+# ## A control: whose fault is it?
+#
+# The annotator likes politeness more than gold does (lesson 02). If that is the cause, a reward model from an annotator
+# without bias must not lead there. All else equal, β = 0 again: eight updates here, and ten recorded seeds.
+
+# %%
+control = {
+    "biased annotator": histories["β = 0"],
+    "unbiased": short_run("unbiased", reward="reward_unbiased", beta=0.0),
+}
+draw(control, "Four panels, β = 0 with both reward models: gold falls with the biased one.")
+
+# %%
+unbiased = recorded("ppo_unbiased/held_out.csv")
+for name, rows in (("biased", [r for r in finals if r["beta"] == 0]), ("unbiased", unbiased)):
+    print(f"{name:9}", end="")
+    for measure in ("gold", "correct", "kl", "length", "distinct_2"):
+        values = [row[measure] for row in rows]
+        mean = sum(values) / len(values)
+        print(f" {measure} {mean:.2f} ({min(values):.2f} to {max(values):.2f})", end="")
+    print()
+print(unbiased[0]["example"])
+
+# %% [markdown]
+# NUMBERS-J
+#
+# ## A badly scaled penalty, and a controller
+#
+# β is a price in units of the reward. If the rewards are not normalised, the same β is another price: multiply all
+# scores by ten, and β = 0.1 acts as 0.01 did.
+
+# %%
+mask = free.rollout.response_mask
+advantages = []
+for scores, beta in ((10 * free.scores, 0.1), (free.scores, 0.01)):
+    rewards = ppo.shape_rewards(scores, free.logprobs, free.ref_logprobs, mask, beta)
+    advantage, _ = ppo.gae(rewards, torch.zeros_like(rewards), mask)
+    advantages.append(ppo.whiten(advantage, mask))
+print(f"largest difference of the advantages: {(advantages[0] - advantages[1]).abs().max():.1e}")
+assert torch.allclose(*advantages, atol=1e-4)
+
+# %% [markdown]
+# So a number that served one paper may collapse the next model. What one *can* say beforehand is how far the
+# policy may go. A **controller** (Ziegler et al. 2019) moves β after every update towards a target for the KL:
+# $\beta \leftarrow \beta\,(1 + K\,\mathrm{clip}(\mathrm{KL}/\text{target} - 1, -0.2, 0.2))$. By hand: KL twice the target
+# is an error of 1, clipped to 0.2; with $K = 0.5$, β grows by a tenth. Recorded: three runs that begin with
+# β = 0.01, much too little, and a target of three nats.
+
+# %%
+controlled = recorded("ppo/adaptive.csv")
+seeds = sorted({row["seed"] for row in controlled})
+by_update = {
+    title: {
+        f"seed {seed:g}": [row[name] for row in controlled if row["seed"] == seed] for seed in seeds
+    }
+    for title, name in (
+        ("β", "price"),
+        ("KL, nats", "kl"),
+        ("score (proxy)", "score"),
+        ("gold", "gold"),
+    )
+}
+plots.show(
+    plots.panels(by_update, "updates", {}),
+    "Three runs with a controller: β rises while KL is above three, KL comes back, gold recovers.",
+)
+
+# %% [markdown]
+# NUMBERS-K
+#
+# ## The number to take along
+
+# %% tags=["headline"]
+means = {
+    beta: sum(r["gold"] for r in finals if r["beta"] == beta) / len(by_seed)
+    for beta in (0, 0.1, 1.0)
+}
+print(
+    "gold over ten seeds: " + ", ".join(f"{g:.2f} at β = {b:g}" for b, g in means.items()), end=""
+)
+print(f"; SFT {sum(row['gold'] for row in start) / len(start):.2f}")
+
+# %% [markdown]
+# ## Recap
+#
+# - KL(π‖π_ref) is a mean over the policy's own samples. Average over anything else and it is another number.
+# - In the reward, k1; in the loss, k2, or k3 if the other direction is meant. Never k1.
+# - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays.
+# - The larger β, the nearer and the more varied. The best β is in between, and only gold, or people, can tell where.
+#
+# **Further reading.** Gao et al. 2023 (arXiv 2210.10760): gold against √KL. Ziegler et al. 2019 (arXiv 1909.08593),
+# section 2.2: the controller. Schulman 2020, http://joschu.net/blog/kl-approx.html: the estimators. Tang and Munos 2025
+# (arXiv 2506.09477): KL in the loss, and its gradient. Skalse et al. 2022 (arXiv 2209.13085): what hacking is. Korbak
+# et al. 2022 (arXiv 2205.11275): the penalty as Bayesian inference.

@@ -1,0 +1,776 @@
+"""The checks of lesson 05: every known mistake is named, every right answer passes.
+
+The answers, wrong and right, are written here as a learner would write them.
+"""
+
+import doctest
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
+
+from rlhf_helpers.checks import (
+    check_estimate_kl,
+    check_exact_kl,
+    check_final_reward,
+    check_sampled_log_probs,
+    lesson_05,
+)
+from rlhf_helpers.checks.exercise import name_mistake, same
+
+CHECKS = {
+    "sampled_log_probs": check_sampled_log_probs,
+    "exact_kl": check_exact_kl,
+    "estimate_kl": check_estimate_kl,
+    "final_reward": check_final_reward,
+}
+EXERCISES = (
+    lesson_05._SAMPLED_LOG_PROBS,
+    lesson_05._EXACT_KL,
+    lesson_05._ESTIMATE_KL,
+    lesson_05._FINAL_REWARD,
+)
+
+
+def run(name, answer, capsys):
+    """What the check of that exercise prints about the answer; line breaks become spaces."""
+    assert CHECKS[name](answer) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{name}: ")
+    return " ".join(printed.split())
+
+
+def test_doctests():
+    results = doctest.testmod(lesson_05)
+    assert results.attempted == 4
+    assert results.failed == 0
+
+
+# --- sampled_log_probs ---
+
+
+def both(of):
+    """The pair of what `of` makes of logits and tokens."""
+    return lambda curr, ref, tokens: (of(curr, tokens), of(ref, tokens))
+
+
+def picked(score):
+    """One position after the other; `score` of the logits there and the token."""
+
+    def of(logits, tokens):
+        rows = zip(logits, tokens, strict=True)
+        return torch.stack(
+            [torch.stack([score(z, token) for z, token in zip(*row, strict=True)]) for row in rows]
+        )
+
+    return of
+
+
+def from_table(table):
+    """Tokens looked up in a table of the logits' shape."""
+    return lambda z, tokens: torch.gather(table(z), 2, tokens.unsqueeze(2)).squeeze(2)
+
+
+right_lookup = from_table(lambda z: F.log_softmax(z, dim=-1))
+right_pair = both(right_lookup)
+
+
+def behind(logits, tokens):
+    """With the shift of whole sequences, filled up with a 0 at the end."""
+    shifted = right_lookup(logits[:, :-1], tokens[:, 1:])
+    return torch.cat([shifted, torch.zeros(len(shifted), 1)], dim=1)
+
+
+def before(logits, tokens):
+    shifted = right_lookup(logits[:, :-1], tokens[:, 1:])
+    return torch.cat([torch.zeros(len(shifted), 1), shifted], dim=1)
+
+
+def after(logits, tokens):
+    shifted = right_lookup(logits[:, 1:], tokens[:, :-1])
+    return torch.cat([shifted, torch.zeros(len(shifted), 1)], dim=1)
+
+
+SHIFTED = "the tokens are looked up one position off."
+PROBABILITIES = "these are probabilities; the logarithm is missing."
+RAW = "these are the raw logits of the tokens."
+WHOLE = "the whole vocabulary is added up"
+ONE_POLICY = "both results come from the same logits."
+WRONG_DIMENSION = "the softmax runs over the wrong dimension."
+NOT_FINITE = "it is not finite where two logits differ by 150."
+AS_PROBABILITIES = "logits are handed over as probabilities"
+CUT_OFF = "it is right for moderate logits, but cut off"
+SAMPLED_MISTAKES = [
+    ("the pair is swapped", lambda curr, ref, tokens: right_pair(ref, curr, tokens)),
+    (
+        "the pair is swapped",
+        lambda curr, ref, tokens: both(from_table(lambda z: z.softmax(-1).log()))(
+            ref, curr, tokens
+        ),
+    ),
+    (ONE_POLICY, lambda curr, ref, tokens: right_pair(curr, curr, tokens)),
+    (ONE_POLICY, lambda curr, ref, tokens: right_pair(ref, ref, tokens)),
+    (PROBABILITIES, both(picked(lambda z, token: z.softmax(0)[token]))),
+    (PROBABILITIES, both(from_table(lambda z: torch.softmax(z, -1)))),
+    (RAW, both(picked(lambda z, token: z[token]))),
+    (
+        RAW,
+        lambda curr, ref, tokens: (
+            right_lookup(curr, tokens),
+            from_table(lambda z: z)(ref, tokens),
+        ),
+    ),
+    (
+        RAW,
+        lambda curr, ref, tokens: (
+            from_table(lambda z: z)(curr, tokens),
+            right_lookup(ref, tokens),
+        ),
+    ),
+    (WRONG_DIMENSION, both(from_table(lambda z: z.log_softmax(dim=1)))),
+    (WRONG_DIMENSION, both(from_table(lambda z: z.log_softmax(dim=0)))),
+    (WRONG_DIMENSION, both(from_table(lambda z: z.softmax(dim=1).log()))),
+    ("it is the log-probability of the likeliest", both(lambda z, _: z.log_softmax(-1).amax(-1))),
+    (
+        "it is the log-probability of the likeliest",
+        both(lambda z, _: right_lookup(z, z.argmax(-1))),
+    ),
+    (SHIFTED, both(behind)),
+    (SHIFTED, both(before)),
+    (SHIFTED, both(after)),
+    (SHIFTED, both(lambda z, tokens: right_lookup(z.roll(1, dims=1), tokens))),
+    (SHIFTED, both(lambda z, tokens: right_lookup(z.roll(-1, dims=1), tokens))),
+    (WHOLE, both(lambda z, _: F.log_softmax(z, -1).sum(-1))),
+    (WHOLE, both(lambda z, _: F.log_softmax(z, -1).mean(2))),
+    ("the sampled tokens are not used", both(lambda z, _: -Categorical(logits=z).entropy())),
+    (
+        "the sign is turned round",
+        both(lambda z, tokens: F.cross_entropy(z.transpose(1, 2), tokens, reduction="none")),
+    ),
+    (AS_PROBABILITIES, both(lambda z, t: Categorical(z, validate_args=False).log_prob(t))),
+    ("there are two softmaxes", both(from_table(lambda z: z.softmax(-1).log_softmax(-1)))),
+    (NOT_FINITE, both(from_table(lambda z: z.softmax(-1).log()))),
+    (NOT_FINITE, both(from_table(lambda z: z - z.exp().sum(-1, keepdim=True).log()))),
+    (NOT_FINITE, both(from_table(lambda z: (z.exp() / z.exp().sum(-1, keepdim=True)).log()))),
+    (CUT_OFF, both(from_table(lambda z: (z.softmax(-1) + 1e-8).log()))),
+    (CUT_OFF, both(lambda z, tokens: Categorical(probs=z.softmax(-1)).log_prob(tokens))),
+]
+
+
+def as_a_list(curr, ref, tokens):
+    return [Categorical(logits=z).log_prob(tokens) for z in (curr, ref)]
+
+
+def by_indices(curr, ref, tokens):
+    rows = torch.arange(len(tokens))[:, None]
+    columns = torch.arange(tokens.shape[1])
+    return tuple(z.log_softmax(2)[rows, columns, tokens] for z in (curr, ref))
+
+
+def by_logsumexp(curr, ref, tokens):
+    return both(lambda z, t: z.gather(2, t[..., None])[..., 0] - z.logsumexp(2))(curr, ref, tokens)
+
+
+def reference_in_float64(curr, ref, tokens):
+    return right_lookup(curr, tokens), right_lookup(ref.double(), tokens).detach()
+
+
+SAMPLED_RIGHT = [
+    lesson_05.sampled_log_probs,
+    right_pair,
+    both(picked(lambda z, token: z.log_softmax(0)[token])),
+    as_a_list,
+    by_indices,
+    by_logsumexp,
+    reference_in_float64,
+    both(lambda z, tokens: -F.cross_entropy(z.transpose(1, 2), tokens, reduction="none")),
+    both(lambda z, tokens: from_table(lambda x: x.double().softmax(-1).log())(z, tokens)),
+]
+
+
+# --- exact_kl ---
+
+
+def of_both(of):
+    """What `of` makes of p and q, probabilities [B, T, V]."""
+    return lambda curr, ref: of(curr.softmax(-1), ref.softmax(-1))
+
+
+def torch_kl(curr, ref):
+    return kl_divergence(Categorical(logits=curr), Categorical(logits=ref))
+
+
+REVERSED = "it is the other direction"
+TWICE = "probabilities are handed over as logits."
+LOOSE = {"validate_args": False}  # as where a package has switched validation off
+UNWEIGHTED = "each token of the vocabulary counts alike"
+ENTROPIES = "it is a difference of two entropies."
+EXACT_MISTAKES = [
+    (REVERSED, lambda curr, ref: torch_kl(ref, curr)),
+    (
+        REVERSED,
+        lambda curr, ref: F.kl_div(curr.log_softmax(-1), ref.softmax(-1), reduction="none").sum(-1),
+    ),
+    (TWICE, of_both(torch_kl)),
+    (TWICE, lambda curr, ref: torch_kl(curr.softmax(-1), ref)),
+    (TWICE, lambda curr, ref: torch_kl(curr, ref.softmax(-1))),
+    (
+        AS_PROBABILITIES,
+        lambda curr, ref: kl_divergence(Categorical(curr, **LOOSE), Categorical(ref, **LOOSE)),
+    ),
+    (
+        AS_PROBABILITIES,
+        lambda curr, ref: kl_divergence(Categorical(curr, **LOOSE), Categorical(logits=ref)),
+    ),
+    (
+        AS_PROBABILITIES,
+        lambda curr, ref: kl_divergence(Categorical(logits=curr), Categorical(ref, **LOOSE)),
+    ),
+    (UNWEIGHTED, of_both(lambda p, q: (p.log() - q.log()).mean(-1))),
+    (UNWEIGHTED, of_both(lambda p, q: (p / q).log().sum(-1))),
+    (UNWEIGHTED, of_both(lambda p, q: (q / p).log().mean(-1))),
+    (UNWEIGHTED, of_both(lambda p, q: (q / p).log().sum(-1))),
+    ("the weighted terms are averaged", of_both(lambda p, q: (p * (p / q).log()).mean(-1))),
+    ("it is the cross-entropy", of_both(lambda p, q: -(p * q.log()).sum(-1))),
+    (
+        ENTROPIES,
+        lambda curr, ref: Categorical(logits=ref).entropy() - Categorical(logits=curr).entropy(),
+    ),
+    (
+        ENTROPIES,
+        lambda curr, ref: Categorical(logits=curr).entropy() - Categorical(logits=ref).entropy(),
+    ),
+    ("the sign is turned round.", of_both(lambda p, q: (p * (q / p).log()).sum(-1))),
+    ("the log-ratio is weighed with q", of_both(lambda p, q: (q * (p / q).log()).sum(-1))),
+    (
+        "the logits themselves are subtracted.",
+        lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1),
+    ),
+    ("probabilities are subtracted", of_both(lambda p, q: (p * (p - q)).sum(-1))),
+]
+EXACT_RIGHT = [
+    torch_kl,
+    lesson_05.kl.exact_kl,
+    of_both(lambda p, q: kl_divergence(Categorical(probs=p), Categorical(probs=q))),
+    of_both(lambda p, q: (p * (p.log() - q.log())).sum(2)),
+    lambda curr, ref: torch_kl(curr.double(), ref.double()),
+    lambda curr, ref: F.kl_div(
+        ref.log_softmax(-1), curr.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1),
+]
+
+
+# --- estimate_kl and final_reward: one response after the other, as a learner would write it ---
+
+
+def log_ratio(curr, ref):
+    return curr - ref
+
+
+def rows_of(log_probs_curr, log_probs_ref, response_mask, padding=False):
+    """The log-probabilities of each response's real tokens, or of all columns."""
+    lengths = response_mask.sum(1).tolist()
+    for curr, ref, n in zip(log_probs_curr, log_probs_ref, lengths, strict=True):
+        end = len(curr) if padding else n
+        yield curr[:end], ref[:end]
+
+
+def averaged(of=log_ratio, padding=False):
+    """The mean over tokens of what `of` makes of both log-probabilities."""
+
+    def answer(log_probs_curr, log_probs_ref, response_mask):
+        pairs = rows_of(log_probs_curr, log_probs_ref, response_mask, padding)
+        return torch.cat([of(*pair) for pair in pairs]).mean()
+
+    return answer
+
+
+def reduced(of):
+    """What `of` makes of the log-ratio and the mask."""
+    return lambda curr, ref, mask: of(curr - ref, mask)
+
+
+right_estimate = averaged()
+PADDING = "padding counts."
+SUMMED = "it is the sum over all tokens of the batch"
+PER_RESPONSE = "the tokens of a response are added up"
+ABSOLUTE = "an absolute value is taken."
+CUT = "what is negative is cut off at 0."
+SQUARED = "the log-ratio is squared."
+THIRD = "it is the estimate k3."
+RATIO = "it takes the ratio of the probabilities"
+OF_PROBABILITIES = "probabilities are subtracted"
+WEIGHTED = "each token is weighed with its probability."
+NO_REFERENCE = "the reference is missing."
+ESTIMATE_MISTAKES = [
+    ("the two are subtracted the wrong way round.", averaged(lambda curr, ref: ref - curr)),
+    ("the two are subtracted the wrong way round.", lambda curr, ref, mask: (ref - curr).mean()),
+    (PADDING, averaged(padding=True)),
+    (PADDING, reduced(lambda x, mask: x.mean())),
+    ("padding is 0 in the sum", reduced(lambda x, mask: (x * mask).mean())),
+    ("padding is 0 in the sum", reduced(lambda x, mask: (x * mask).sum() / mask.numel())),
+    (SUMMED, reduced(lambda x, mask: x[mask == 1].sum())),
+    (SUMMED, reduced(lambda x, mask: x.sum())),
+    (PER_RESPONSE, reduced(lambda x, mask: (x * mask).sum(1).mean())),
+    (PER_RESPONSE, reduced(lambda x, mask: x.sum(1).mean())),
+    (
+        "it is the mean of the responses' means.",
+        reduced(lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
+    ),
+    (ABSOLUTE, averaged(lambda curr, ref: (curr - ref).abs())),
+    (ABSOLUTE, lambda *arguments: abs(right_estimate(*arguments))),
+    (CUT, averaged(lambda curr, ref: F.relu(curr - ref))),
+    (CUT, lambda *arguments: right_estimate(*arguments).clamp(min=0)),
+    (SQUARED, averaged(lambda curr, ref: (curr - ref) ** 2)),
+    (SQUARED, averaged(lambda curr, ref: 0.5 * (curr - ref) ** 2)),
+    (THIRD, averaged(lambda curr, ref: torch.expm1(ref - curr) + curr - ref)),
+    (RATIO, averaged(lambda curr, ref: curr.exp() / ref.exp())),
+    (OF_PROBABILITIES, averaged(lambda curr, ref: curr.exp() - ref.exp())),
+    (WEIGHTED, averaged(lambda curr, ref: curr.exp() * (curr - ref))),
+    (
+        WEIGHTED,
+        lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(),
+    ),
+    (
+        WEIGHTED,
+        lambda curr, ref, mask: (
+            (curr.exp() * (curr - ref) * mask).sum() / (curr.exp() * mask).sum()
+        ),
+    ),
+    (NO_REFERENCE, averaged(lambda curr, ref: curr)),
+    (NO_REFERENCE, averaged(lambda curr, ref: -curr)),
+    ("the log-probabilities are divided.", averaged(lambda curr, ref: curr / ref)),
+]
+ESTIMATE_RIGHT = [
+    right_estimate,
+    lesson_05.estimate_kl,
+    reduced(lambda x, mask: (x * mask).sum() / mask.sum()),
+    reduced(lambda x, mask: x.masked_fill(mask == 0, torch.nan).nanmean()),
+    reduced(lambda x, mask: torch.masked_select(x.double(), mask.bool()).mean()),
+    reduced(lambda x, mask: (x.flatten() @ mask.flatten().float()) / mask.sum()),
+    lambda curr, ref, mask: curr[mask == 1].mean() - ref[mask == 1].mean(),
+]
+
+
+def charged(
+    of=log_ratio,
+    padding=False,
+    total=torch.sum,
+    price=lambda reward, kl_div, beta: reward - beta * kl_div,
+):
+    """Final rewards of one response after the other."""
+
+    def answer(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+        pairs = rows_of(log_probs_curr, log_probs_ref, response_mask, padding)
+        return torch.stack(
+            [
+                price(reward, total(of(*pair)), beta)
+                for reward, pair in zip(rewards_model, pairs, strict=True)
+            ]
+        )
+
+    return answer
+
+
+def in_one(of):
+    """The rewards less β times what `of` makes of the log-ratio and the mask."""
+
+    def answer(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+        return rewards_model - beta * of(log_probs_curr - log_probs_ref, response_mask)
+
+    return answer
+
+
+right_final = charged()
+PAID_OUT = "the penalty is paid out."
+MEAN = "it is the mean of the log-ratio over a response"
+SAME = "all responses pay the same"
+FINAL_MISTAKES = [
+    (PAID_OUT, charged(lambda curr, ref: ref - curr)),
+    (PAID_OUT, charged(price=lambda reward, kl_div, beta: reward + beta * kl_div)),
+    (PAID_OUT, in_one(lambda x, mask: -x.sum(1))),
+    ("padding is charged.", charged(padding=True)),
+    ("padding is charged.", in_one(lambda x, mask: x.sum(-1))),
+    (MEAN, charged(total=torch.mean)),
+    (MEAN, charged(padding=True, total=torch.mean)),
+    (MEAN, in_one(lambda x, mask: (x * mask).mean(1))),
+    (SAME, in_one(lambda x, mask: (x * mask).sum(1).mean())),
+    (SAME, in_one(lambda x, mask: x[mask.bool()].mean())),
+    (SAME, in_one(lambda x, mask: x.mean())),
+    (SAME, in_one(lambda x, mask: (x * mask).mean())),
+    ("each response pays for the whole batch.", in_one(lambda x, mask: (x * mask).sum())),
+    (
+        "the reward is multiplied by β too.",
+        charged(price=lambda reward, kl_div, beta: beta * (reward - kl_div)),
+    ),
+    ("β has changed sides", charged(price=lambda reward, kl_div, beta: beta * reward - kl_div)),
+    (
+        "β multiplies one of the two",
+        lambda rewards, curr, ref, mask, beta: rewards - ((beta * curr - ref) * mask).sum(1),
+    ),
+    (
+        "β multiplies one of the two",
+        lambda rewards, curr, ref, mask, beta: rewards - ((curr - beta * ref) * mask).sum(1),
+    ),
+    ("the KL is not multiplied by β", charged(price=lambda reward, kl_div, beta: reward - kl_div)),
+    ("there is no penalty at all", charged(price=lambda reward, kl_div, beta: reward)),
+    ("there is no reward", charged(price=lambda reward, kl_div, beta: -beta * kl_div)),
+    (OF_PROBABILITIES, charged(lambda curr, ref: curr.exp() - ref.exp())),
+    (WEIGHTED, charged(lambda curr, ref: curr.exp() * (curr - ref))),
+    (RATIO, charged(lambda curr, ref: curr.exp() / ref.exp())),
+    (RATIO, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.exp())),
+    (ABSOLUTE, charged(lambda curr, ref: (curr - ref).abs())),
+    (ABSOLUTE, charged(price=lambda reward, kl_div, beta: reward - beta * abs(kl_div))),
+    (CUT, charged(lambda curr, ref: (curr - ref).clamp(min=0))),
+    (CUT, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.relu())),
+    (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2)),
+    (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2 / 2)),
+    (SQUARED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div**2)),
+    (THIRD, charged(lambda curr, ref: torch.expm1(ref - curr) - (ref - curr))),
+    ("only the last token pays.", charged(lambda curr, ref: (curr - ref)[-1:])),
+    (NO_REFERENCE, charged(lambda curr, ref: curr)),
+]
+
+
+def by_summed_logprobs(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+    log_p = log_probs_curr.masked_fill(response_mask == 0, 0).sum(1)
+    log_q = log_probs_ref.masked_fill(response_mask == 0, 0).sum(1)
+    return rewards_model + beta * log_q - beta * log_p
+
+
+def final_in_float64(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+    tensors = (x.double() for x in (rewards_model, log_probs_curr, log_probs_ref))
+    return right_final(*tensors, response_mask, beta)
+
+
+FINAL_RIGHT = [
+    right_final,
+    lesson_05.final_reward,
+    in_one(lambda x, mask: (x * mask).sum(dim=1)),
+    in_one(lambda x, mask: torch.einsum("bt,bt->b", x, mask.float())),
+    by_summed_logprobs,
+    final_in_float64,
+]
+
+MISTAKES = [
+    *(("sampled_log_probs", answer, message) for message, answer in SAMPLED_MISTAKES),
+    *(("exact_kl", answer, message) for message, answer in EXACT_MISTAKES),
+    *(("estimate_kl", answer, message) for message, answer in ESTIMATE_MISTAKES),
+    *(("final_reward", answer, message) for message, answer in FINAL_MISTAKES),
+]
+RIGHT = [
+    *(("sampled_log_probs", answer) for answer in SAMPLED_RIGHT),
+    *(("exact_kl", answer) for answer in EXACT_RIGHT),
+    *(("estimate_kl", answer) for answer in ESTIMATE_RIGHT),
+    *(("final_reward", answer) for answer in FINAL_RIGHT),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
+def test_a_known_mistake_is_named(name, answer, message, capsys):
+    printed = run(name, answer, capsys)
+    assert printed.startswith(f"{name}: {message}")
+    assert " yours " in printed
+    assert " expected " in printed
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_right_answer_passes(name, answer, capsys):
+    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_two_mistakes_with_different_messages_look_alike(exercise):
+    """Else the first of them would be named for both."""
+    right = [exercise.reference(*case) for case in exercise.cases]
+    for wrong, message in exercise.mistakes:
+        results = [wrong(*case) for case in exercise.cases]
+        assert name_mistake(exercise, results) == message
+        assert not all(same(got, want) for got, want in zip(results, right, strict=True))
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_every_message_has_a_test(exercise):
+    messages = {message for _, message in exercise.mistakes}
+    tested = {message for name, _, message in MISTAKES if name == exercise.name}
+    assert [m for m in messages if not any(m.startswith(start) for start in tested)] == []
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_message_begins_like_another(exercise):
+    """Else a test of one could pass on the other."""
+    messages = {message for _, message in exercise.mistakes}
+    for start in {message for name, _, message in MISTAKES if name == exercise.name}:
+        assert sum(message.startswith(start) for message in messages) == 1
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_messages_say_why_and_hold_no_code(exercise):
+    for _, message in exercise.mistakes:
+        assert len(message.split()) > 8
+        assert not any(code in message for code in ("[:", "clone(", ".T", "@", "==", "{"))
+
+
+# --- not attempted ---
+
+
+def stub(*arguments):
+    raise NotImplementedError
+
+
+def dots(*arguments):
+    return ...
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("answer", [stub, dots, ...])
+def test_unattempted_says_so(name, answer, capsys):
+    assert run(name, answer, capsys) == f"{name}: not attempted yet."
+
+
+# --- structural faults ---
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_none_is_named(name, capsys):
+    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_result_in_place_of_the_function_is_named(name, capsys):
+    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("exact_kl", lambda *x: torch_kl(*x).sum(1), "shape [1], expected is [1, 2]. It is one"),
+        ("exact_kl", lambda *x: torch_kl(*x).mean(), "shape [], expected is [1, 2]"),
+        ("exact_kl", of_both(lambda p, q: p * (p / q).log()), "shape [1, 2, 3], expected"),
+        ("exact_kl", of_both(lambda p, q: (p * (p / q).log()).sum(1)), "[1, 3], expected"),
+        ("exact_kl", lambda *x: torch_kl(*x).tolist(), "it returned list"),
+        (
+            "estimate_kl",
+            lambda curr, ref, mask: (curr - ref) * mask,
+            "shape [1, 3], expected is []",
+        ),
+        ("estimate_kl", lambda *x: right_estimate(*x).item(), "it returned float 0.09"),
+        ("estimate_kl", lambda *x: right_estimate(*x)[None], "It is one number for the batch"),
+        (
+            "final_reward",
+            lambda rewards, curr, ref, mask, beta: rewards[:, None] - beta * (curr - ref) * mask,
+            "shape [1, 3], expected is [1]. It is one number for each response",
+        ),
+        ("final_reward", lambda *x: right_final(*x).mean(), "shape [], expected is [1]"),
+    ],
+)
+def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def shift_of_whole_sequences(logits, tokens):
+    return right_lookup(logits[:, :-1], tokens[:, 1:])
+
+
+ALIGNED = "no token is lost to a shift, since the logits are aligned already."
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "end"),
+    [
+        (
+            both(shift_of_whole_sequences),
+            "log_probs_curr have shape [1, 1]; return two tensors of shape [1, 2]",
+            ALIGNED,
+        ),
+        (
+            both(lambda z, tokens: z.log_softmax(-1)),
+            "log_probs_curr have shape [1, 2, 3]; return two tensors of shape [1, 2]",
+            ALIGNED,
+        ),
+        (both(lambda z, t: right_lookup(z, t)[..., None]), "shape [1, 2, 1]; return", ALIGNED),
+        (both(lambda z, t: right_lookup(z, t).sum(1)), "log_probs_curr have shape [1];", ALIGNED),
+        (
+            lambda curr, ref, tokens: (
+                right_lookup(curr, tokens),
+                right_lookup(ref, tokens).mean(),
+            ),
+            "log_probs_ref have shape [];",
+            ALIGNED,
+        ),
+        (
+            lambda *x: right_pair(*x)[0],
+            "it returned one tensor, of shape [1, 2]",
+            "log_probs_curr and log_probs_ref.",
+        ),
+        (
+            lambda *x: right_pair(*x)[0] - right_pair(*x)[1],
+            "it returned one tensor, of shape [1, 2]",
+            "log_probs_curr and log_probs_ref.",
+        ),
+        (lambda *x: (*right_pair(*x), 1), "it returned tuple (tensor([[-0.69", "log_probs_ref."),
+        (lambda *x: (right_pair(*x)[0], None), "log_probs_ref are NoneType None", "_ref."),
+        (lambda *x: [y.tolist() for y in right_pair(*x)], "log_probs_curr are list", "_ref."),
+        (lambda *x: None, "Does every path through the function end with a return?", "_ref."),
+    ],
+)
+def test_what_is_no_pair_of_tensors_is_named(answer, message, end, capsys):
+    printed = run("sampled_log_probs", answer, capsys)
+    assert message in printed
+    assert printed.endswith(end)
+    assert "return two tensors of shape [1, 2], log_probs_curr and log_probs_ref." in printed
+
+
+def ref_logits_in_place(curr_logits, ref_logits, tokens):
+    ref_logits -= ref_logits.logsumexp(-1, keepdim=True)
+    return right_pair(curr_logits, ref_logits, tokens)
+
+
+def curr_logits_in_place(curr_logits, ref_logits):
+    result = torch_kl(curr_logits, ref_logits)
+    curr_logits.exp_()
+    return result
+
+
+def curr_in_place(log_probs_curr, log_probs_ref, response_mask):
+    log_probs_curr -= log_probs_ref
+    return log_probs_curr[response_mask.bool()].mean()
+
+
+def mask_in_place(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+    result = right_final(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta)
+    response_mask += 1
+    return result
+
+
+def rewards_in_place(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+    rewards_model -= beta * ((log_probs_curr - log_probs_ref) * response_mask).sum(1)
+    return rewards_model
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "argument"),
+    [
+        ("sampled_log_probs", ref_logits_in_place, "ref_logits"),
+        ("exact_kl", curr_logits_in_place, "curr_logits"),
+        ("estimate_kl", curr_in_place, "log_probs_curr"),
+        ("final_reward", mask_in_place, "response_mask"),
+        ("final_reward", rewards_in_place, "rewards_model"),
+    ],
+)
+def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
+    printed = run(name, answer, capsys)
+    assert f"{name}: it changes its argument {argument} in place" in printed
+    right = next(answer for other, answer in RIGHT if other == name)
+    assert "correct" in run(name, right, capsys)
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
+    exercise = next(exercise for exercise in EXERCISES if exercise.name == name)
+    before = repr(exercise.cases)
+    run(name, answer, capsys)
+    assert repr(exercise.cases) == before
+
+
+# --- the unknown, NaN, and exceptions ---
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "case", "yours", "expected"),
+    [
+        (
+            "sampled_log_probs",
+            lambda *x: [y - 7 for y in right_pair(*x)],
+            "tokens tensor([[1, 1]])",
+            "yours tensor([[[-7.69",
+            "expected tensor([[[-0.69",
+        ),
+        (
+            "exact_kl",
+            lambda *x: torch_kl(*x) * torch.nan,
+            "curr_logits tensor([[[0.0000, 0.6931, 0.0000]",
+            "yours tensor([[nan, nan]])",
+            "expected tensor([[0.1733, 0.1483]])",
+        ),
+        (
+            "estimate_kl",
+            lambda *x: right_estimate(*x) - 7,
+            "response_mask tensor([[1, 1, 0]])",
+            "yours tensor(-6.9",
+            "expected tensor(0.0912)",
+        ),
+        (
+            "final_reward",
+            lambda *x: right_final(*x) * torch.nan,
+            "beta 0.1",
+            "yours tensor([nan])",
+            "expected tensor([1.9818])",
+        ),
+    ],
+)
+def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
+    printed = run(name, answer, capsys)
+    assert "not in a way that this check has a name for" in printed
+    assert all(text in printed for text in (case, yours, expected))
+
+
+def misspelt(curr_logits, ref_logits, tokens):
+    return curr_logits.log_sofmax(-1), ref_logits
+
+
+def logits_as_probabilities(curr_logits, ref_logits):
+    strict = {"validate_args": True}  # torch's default, which some packages switch off
+    return kl_divergence(Categorical(curr_logits, **strict), Categorical(ref_logits, **strict))
+
+
+def without_the_mask_as_bool(log_probs_curr, log_probs_ref, response_mask):
+    return (log_probs_curr - log_probs_ref)[response_mask + 9].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "error", "line"),
+    [
+        ("sampled_log_probs", misspelt, AttributeError, "return curr_logits.log_sofmax(-1), "),
+        ("exact_kl", logits_as_probabilities, ValueError, "return kl_divergence(Categorical("),
+        ("estimate_kl", without_the_mask_as_bool, IndexError, "[response_mask + 9].mean()"),
+    ],
+)
+def test_an_exception_names_call_and_line_and_is_raised_again(name, answer, error, line, capsys):
+    with pytest.raises(error):
+        CHECKS[name](answer)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"{name}: {error.__name__} in your line ")
+    assert line in printed
+    assert " on this call: " in printed
+
+
+def raised_by_a_helper(*arguments):
+    return stub()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
+    with pytest.raises(NotImplementedError):
+        CHECKS[name](raised_by_a_helper)
+    assert "not attempted" not in capsys.readouterr().out
+
+
+# --- the hand example that goes through all four ---
+
+
+def test_the_hand_example_is_one():
+    curr, ref, tokens = lesson_05._SAMPLED_CASES[0]
+    assert lesson_05._EXACT_CASES[0] == (curr, ref)
+    log_probs_curr, log_probs_ref = lesson_05.sampled_log_probs(curr, ref, tokens)
+    in_part_3 = lesson_05._ESTIMATE_CASES[0]
+    torch.testing.assert_close(in_part_3[0][:, :2], log_probs_curr, rtol=0, atol=1e-4)
+    torch.testing.assert_close(in_part_3[1][:, :2], log_probs_ref, rtol=0, atol=1e-4)
+    assert lesson_05._FINAL_CASES[0][1:4] == in_part_3
+
+
+def test_a_final_reward_may_exceed_the_reward():
+    """Case 2 has a response less likely under the policy than under the reference."""
+    rewards, *others = lesson_05._FINAL_CASES[1]
+    assert (lesson_05.final_reward(rewards, *others) > rewards).any()
