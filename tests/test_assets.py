@@ -224,6 +224,61 @@ def test_ppo_at_the_usual_price_answers_better_on_every_recorded_seed():
         assert float(row["kl"]) < 10
 
 
+def recorded(path):
+    rows = record_ppo.read_csv(ASSETS / path)
+    return [{k: v if k == "example" else float(v) for k, v in row.items()} for row in rows]
+
+
+def ends_by_seed():
+    rows = recorded("ppo/held_out.csv")
+    return [
+        {row["beta"]: row for row in rows if row["seed"] == seed}
+        | {"sft": next(row for row in recorded("ppo/reference.csv") if row["seed"] == seed)}
+        for seed in range(10)
+    ]
+
+
+def test_the_study_has_every_price_and_seed():
+    rows = recorded("ppo/held_out.csv")
+    pairs = [(row["beta"], row["seed"]) for row in rows]
+    assert sorted(pairs) == [(b, s) for b in record_ppo.BETAS for s in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("claim", "holds"),
+    [
+        ("proxy", lambda r: r[0]["proxy"] > r["sft"]["proxy"] + 1.8),
+        ("gold below SFT", lambda r: r[0]["gold"] < r["sft"]["gold"] - 1),
+        ("0.1 above 0.01", lambda r: r[0.1]["gold"] > r[0.01]["gold"] + 1),
+        ("0.1 above 1.0", lambda r: r[0.1]["gold"] > r[1]["gold"]),
+        ("KL", lambda r: r[0.01]["kl"] > r[0.1]["kl"] > r[1]["kl"]),
+        ("entropy", lambda r: r[0.01]["entropy"] < r[0.1]["entropy"] < r[1]["entropy"]),
+        ("distinct-2", lambda r: r[0.01]["distinct_2"] < r[0.1]["distinct_2"] < r[1]["distinct_2"]),
+        ("self-BLEU", lambda r: r[0.01]["self_bleu"] > r[0.1]["self_bleu"] > r[1]["self_bleu"]),
+    ],
+)
+def test_what_the_price_does_is_seen_on_nine_seeds_of_ten(claim, holds):
+    assert sum(map(holds, ends_by_seed())) >= 9
+
+
+def test_without_the_bias_the_same_run_does_not_hack():
+    biased = [rows[0.0] for rows in ends_by_seed()]
+    unbiased = recorded("ppo_unbiased/held_out.csv")
+    assert [row["seed"] for row in unbiased] == list(range(10))
+    for hacked, fair in zip(biased, unbiased, strict=True):
+        assert fair["gold"] > hacked["gold"] + 1
+
+
+def test_the_controller_brings_a_run_back():
+    rows = recorded("ppo/adaptive.csv")
+    for seed in range(3):
+        run = [row for row in rows if row["seed"] == seed]
+        assert [row["update"] for row in run] == list(range(1, 61))
+        assert run[0]["price"] == 0.01
+        worst = max(row["kl"] for row in run)
+        assert worst > 10 and sum(row["kl"] for row in run[-5:]) / 5 < worst / 2
+
+
 def test_every_recorded_ppo_run_is_whole_and_began_at_the_reference():
     updates = record_ppo.read_csv(ASSETS / "ppo" / "updates.csv")
     about = json.loads((ASSETS / "ppo" / "about.json").read_text(encoding="utf-8"))

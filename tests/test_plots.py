@@ -102,3 +102,41 @@ def test_a_heat_map_writes_its_numbers_and_leaves_nan_blank():
 def test_a_heat_map_needs_its_names():
     with pytest.raises(ValueError, match="2 row names and 1 column names"):
         plots.heat_map([[1.0, 2.0]], ["x"], ["a", "b"], "nats")
+
+
+def test_panels_take_one_curve_or_several():
+    fig = plots.panels(
+        {"score": {"a": [1, 2], "b": [2, 1]}, "KL": [0, 3, 1]}, "updates", {"KL": (0, 2)}
+    )
+    first, second, *rest = fig.axes
+    assert [line.get_label() for line in first.lines] == ["a", "b"]
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["a", "b"]
+    assert list(second.lines[0].get_xdata()) == [1, 2, 3] and second.get_legend() is None
+    assert len(second.patches) == 1 and not first.patches  # the healthy band
+    assert not any(ax.axison for ax in rest)
+    plt.close(fig)
+
+
+def test_all_runs_of_a_group_look_alike_and_are_named_once():
+    runs = {"proxy": [[(0, 1), (2, 3)], [(0, 0), (1, 1)]], "gold": [[(0, 1), (2, 0)]]}
+    fig = plots.trajectories(runs, "√KL", "reward")
+    lines = fig.axes[0].lines
+    assert [list(line.get_ydata()) for line in lines] == [[1, 3], [0, 1], [1, 0]]
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert looks[0] == looks[1] != looks[2]
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == ["proxy", "gold"]
+    plt.close(fig)
+
+
+def test_groups_of_points_differ_in_shape_and_only_joined_ones_are_a_curve():
+    groups = {f"group {i}": [(i, 0), (i, 1)] for i in range(8)}
+    fig = plots.scatter(groups, "√KL", "gold", joined=("group 1",))
+    lines = fig.axes[0].lines
+    assert len({line.get_marker() for line in lines}) == 8
+    assert [line.get_linestyle() == "-" for line in lines] == [i == 1 for i in range(8)]
+    plt.close(fig)
+
+
+def test_more_groups_than_can_be_told_apart_are_refused():
+    with pytest.raises(ValueError, match="9 groups"):
+        plots.scatter({str(i): [(0, 0)] for i in range(9)}, "x", "y")

@@ -2,11 +2,18 @@
 
 import json
 
+import pytest
 import record_ppo
 
 
+@pytest.fixture(autouse=True)
+def no_reference(monkeypatch):
+    """What the runs began from is of no interest to most tests here, and takes a model."""
+    monkeypatch.setattr(record_ppo, "record_reference", lambda *arguments: None)
+
+
 def stub(calls):
-    def one_run(config):
+    def one_run(config, reward):
         calls.append((config.beta, config.seed))
         rows = [{"update": u, "gold": 0.5 * u} for u in (1, 2)]
         return rows, {"gold": 1.0, "seconds": 0.1, "example": 'it says "moo", twice.'}
@@ -48,3 +55,20 @@ def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
 
 def test_a_file_that_is_not_there_holds_no_rows(tmp_path):
     assert record_ppo.read_csv(tmp_path / "none.csv") == []
+
+
+def test_the_reference_is_measured_once_for_each_seed(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    calls = []
+
+    def held_out(roles, config, role):
+        calls.append((roles, config.seed, role))
+        return {"gold": 1.0}
+
+    monkeypatch.setattr(record_ppo, "fresh_roles", lambda reward: reward)
+    monkeypatch.setattr(record_ppo, "held_out", held_out)
+    for _ in range(2):
+        record_ppo.record_reference(tmp_path, "a reward model", seeds=2)
+    assert calls == [("a reward model", 0, "reference"), ("a reward model", 1, "reference")]
+    rows = record_ppo.read_csv(tmp_path / "reference.csv")
+    assert rows == [{"seed": "0", "gold": "1.0"}, {"seed": "1", "gold": "1.0"}]

@@ -15,6 +15,7 @@
 PRESET = "pocket"  # every number below is from this preset
 
 import csv
+import itertools
 import json
 import math
 
@@ -168,7 +169,11 @@ print(f"the most likely token of each position {(log_p - log_q).gather(-1, top).
 assert (wrong[0] - wrong[1]).mean() < 0
 
 # %% [markdown]
-# NUMBERS-A
+# Only the mean over the policy's own samples is near the exact value, within three of its standard errors. Averaged over the
+# vocabulary every token counts alike, so nearly all of the number is about tokens that neither model would say; here
+# it comes out too large, elsewhere it is negative. The reference's samples give minus the KL of the other
+# direction. And the likeliest token, what greedy decoding would give, is off as well: no sampling, no KL. The same goes
+# for sampling with top-k or at another temperature than the one scored with.
 #
 # ## Three estimators
 #
@@ -220,7 +225,12 @@ def compare(role):
 near, far = compare("dear"), compare("free")
 
 # %% [markdown]
-# NUMBERS-B
+# Read the columns one by one. *Bias*: k1 and k3 have none, near or far; k2 is about twice as large as it should be.
+# *Noise*: the near pair has the same in k1 and k3. In the far pair k3 is much the worst: where the reference likes a
+# token that the policy hardly ever samples, $e^r$ is huge, and such a token comes once in many thousand. So "k3 has low
+# variance" holds for policies that are close, as in the tiny example, and not in general; and a sample without that
+# one token looks fine. *Sign*: single k1 go far below 0, k3 never does. The far pair has a smaller noise *relative to
+# its KL* in k1, because there is more KL to see.
 #
 # ## Two directions
 #
@@ -232,7 +242,7 @@ near, far = compare("dear"), compare("free")
 def fit(divergence):
     """Centre and width of the bell that makes the divergence least."""
     centre, log_width = (
-        torch.tensor(-0.5, requires_grad=True),
+        torch.tensor(-1.0, requires_grad=True),
         torch.tensor(0.5, requires_grad=True),
     )
     optimizer = torch.optim.Adam([centre, log_width], lr=0.05)
@@ -244,7 +254,7 @@ def fit(divergence):
     return logits.detach().softmax(-1), centre.item(), log_width.exp().item()
 
 
-grid = torch.linspace(-4, 4, 81)
+grid = torch.linspace(-6, 6, 121)
 peaks = 0.6 * torch.exp(-((grid + 2) ** 2) / 0.5) + 0.4 * torch.exp(-((grid - 2) ** 2) / 0.5)
 two = (peaks / peaks.sum()).log()
 reverse, *found_reverse = fit(lambda logits: kl.exact_kl(logits, two))
@@ -269,28 +279,31 @@ plots.show(fig, alt)
 # ## In the reward, or in the loss
 #
 # PPO as in lesson 04 has the penalty in each token's reward: $r_t = -\beta\,(\log\pi - \log\pi_{\text{ref}})$, and the
-# score at the last token. Here is a response of the run without a price, with what it would have paid at β = 0.1:
+# score at the last token. Of the run at β = 0.1, the response that is farthest from the reference:
 
 # %%
-i = int(free.kl.argmax())
-row = free.rollout.response_mask[i].bool()
-tokens = free.rollout.input_ids[i, -len(row) :][row]
-penalty = 0.1 * (free.logprobs - free.ref_logprobs)[i, row]
+usual = answers_of("usual")
+i = int(usual.kl.argmax())
+row = usual.rollout.response_mask[i].bool()
+tokens = usual.rollout.input_ids[i, -len(row) :][row]
+paid = -0.1 * (usual.logprobs - usual.ref_logprobs)[i, row]
 shaped = ppo.shape_rewards(
-    free.scores, free.logprobs, free.ref_logprobs, free.rollout.response_mask, beta=0.1
+    usual.scores, usual.logprobs, usual.ref_logprobs, usual.rollout.response_mask, beta=0.1
 )[i, row]
 words = [tokenizer.decode(token).strip() for token in tokens]
 fig = plots.heat_map(
-    [(-penalty).tolist(), shaped.tolist()], words, ["−β · log-ratio", "reward"], "reward"
+    [paid.tolist(), shaped.tolist()], words, ["−β · log-ratio", "reward"], "units of the score"
 )
-print(f"score {free.scores[i]:.2f}, KL {free.kl[i]:.1f} nats, so {shaped.sum():.2f} in all")
+print(f"{some[i]}  score {usual.scores[i]:.2f}, KL {usual.kl[i]:.1f} nats, so {shaped.sum():.2f}")
 plots.show(
-    fig, "A response token by token: what it pays, and its reward with the score at the end."
+    fig, "A response token by token: what each pays, and the reward with the score at the end."
 )
-assert torch.isclose(shaped.sum(), free.scores[i] - 0.1 * free.kl[i], atol=1e-4)
+assert torch.isclose(shaped.sum(), usual.scores[i] - 0.1 * usual.kl[i], atol=1e-4)
 
 # %% [markdown]
-# NUMBERS-C
+# Most tokens pay nothing: the reference would have said them too. The price falls due at those that decide: at a full
+# stop where the reference would mostly have gone on, and at the first words of the two courtesies. So it helps the
+# critic to share out the blame; the score, at the last token, does not.
 #
 # The other way is to add β times the mean of an estimate to the *loss* and differentiate it (`PPOConfig(kl_in="loss")`;
 # GRPO does so with k3). Then an estimate must have the right *gradient*, and unbiased values do not give that. Three
@@ -352,7 +365,9 @@ def draw(histories, alt):
 draw(histories, "Four panels over eight updates, a line for each β: score, gold, KL, entropy.")
 
 # %% [markdown]
-# NUMBERS-D
+# For three updates the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they part. At β = 0
+# and 0.01 the proxy goes on rising, and gold falls below 0; at 0.1 the proxy stops near 1, with three nats; at 1
+# nothing much happens in eight updates. One seed each, and batches of 64.
 #
 # And on held-out prompts, with the measures of diversity. *Distinct-2* is the share of different word pairs among
 # all, *unique* the share of different answers, *self-BLEU* how much of an answer the other answers say as well (so high
@@ -372,7 +387,10 @@ for role in ("reference", *PRICES):
     print("".join(f"{varied[name]:12.2f}" for name in NAMES))
 
 # %% [markdown]
-# NUMBERS-E
+# The smaller β, the higher the proxy, and the less varied the answers: of the word pairs at β = 0 only one in six is
+# different, of SFT's more than half. Mind the column *unique*: it says that nothing is wrong, since hardly two answers
+# are equal word by word. They are made of the same few sentences, in another order. So look at more than one measure.
+# Length matters too: longer texts repeat more, so a part of the fall in distinct-2 is length by itself.
 #
 # ## Reward hacking, read aloud
 
@@ -383,11 +401,12 @@ for i in range(0, 144, 24):
         print(f"    {role:10} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
 
 # %% [markdown]
-# What does it exploit? Take right, plain answers, add one phrase to each, and see what that phrase earns with the
-# reward model and with gold; beside it how often the phrase stands in 100 answers of SFT and of the run without a price.
+# What does it exploit? Take right, plain answers, add one courtesy to each, and see what it earns with the reward model
+# and with gold; then the same where three others stand already. Beside it, how often the phrase stands in 100 answers
+# of SFT and of the run without a price.
 
 # %%
-prompts, plain = exam.polite_probe(counts=(0,))[0]
+(prompts, plain), (_, polite) = exam.polite_probe(counts=(0, 3))
 
 
 def marks(texts):
@@ -398,30 +417,32 @@ def marks(texts):
     return torch.tensor([proxy, gold.total])
 
 
-def with_phrase(phrase, times):
-    before = phrase in world.POLITE_OPENERS
-    return [" ".join([phrase] * times + [a] if before else [a] + [phrase] * times) for a in plain]
+def add(phrase, texts):
+    if phrase in world.POLITE_OPENERS:
+        return [f"{phrase} {text}" for text in texts]
+    return [f"{text} {phrase}" for text in texts]
 
 
-earned = {
-    phrase: [marks(with_phrase(phrase, n)) - marks(plain) for n in (1, 3)]
-    for phrase in world.POLITE
-}
+first = {phrase: marks(add(phrase, plain)) - marks(plain) for phrase in world.POLITE}
+fourth = {phrase: marks(add(phrase, polite)) - marks(polite) for phrase in world.POLITE}
 
 # %%
-print(f"{'':27}{'once':^16}{'three times':^16}   per 100 answers")
-print(f"{'':27}" + f"{'proxy':>8}{'gold':>8}" * 2 + f"{'SFT':>9}{'β = 0':>8}")
-for phrase, (once, thrice) in sorted(earned.items(), key=lambda item: -item[1][1][0]):
-    counts = [
-        sum(rubric.count_phrases(text, (phrase,)) for text in ends[role].rollout.texts)
-        / len(ends[role].rollout.texts)
-        for role in ("reference", "free")
-    ]
-    print(f"{phrase:27}" + "".join(f"{x:8.2f}" for x in (*once, *thrice)), end=" ")
-    print("".join(f"{100 * count:8.0f}" for count in counts))
+print(f"{'':24}{'as the first':^18}{'as the fourth':^18}{'per 100 answers':^18}")
+print(f"{'':24}" + f"{'proxy':>9}{'gold':>9}" * 2 + f"{'SFT':>9}{'β = 0':>9}")
+for phrase in sorted(first, key=lambda phrase: -fourth[phrase][0]):
+    texts = [ends[role].rollout.texts for role in ("reference", "free")]
+    counts = [sum(rubric.count_phrases(t, (phrase,)) for t in said) / len(said) for said in texts]
+    print(f"{phrase:24}", "".join(f"{x:9.2f}" for x in (*first[phrase], *fourth[phrase])), end="")
+    print("".join(f"{100 * count:9.0f}" for count in counts))
 
 # %% [markdown]
-# NUMBERS-F
+# As the first courtesy, a phrase earns about a point with the reward model and 0.2 with gold. As the fourth it
+# earns nothing, or very little, and costs 0.3 or more of gold. That is the hole: the annotators overrate politeness, so the reward
+# model has never learnt that too much of it is bad. Look at the ranking by the last tiny differences, and then at
+# the counts: the four phrases with which an answer can *end* are the ones that still earn a hundredth or two there,
+# and the policy says them up to fifty times as often as SFT does, about once in every answer each; those that earn less
+# than nothing it hardly says. That it matches does not prove that these hundredths are what drove it: an ending is also
+# easier to add to than a beginning.
 #
 # ## Ten seeds
 #
@@ -461,7 +482,10 @@ fig = plots.trajectories(groups, "√KL to the reference, √nats", "reward of t
 plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
 
 # %% [markdown]
-# NUMBERS-G
+# No seed is an exception. Gold holds, or rises a little, for the first nat or two, while the proxy has earned its first
+# courtesy; from there on every gain of the proxy is paid with gold. The curves are noisy since each point is one batch.
+# In Gao et al. gold first rises and then falls; that the rise is hardly seen at β = 0 is because the
+# hole is so easy to find here. The next figure has it.
 #
 # Then where the runs end, on held-out prompts: gold against KL for all prices. Best-of-n from SFT, which does
 # not train at all, is computed here, from 32 answers each to 48 prompts: their reward model's choice among n.
@@ -496,7 +520,10 @@ plots.show(
 )
 
 # %% [markdown]
-# NUMBERS-H
+# There is the hill of over-optimisation: from SFT gold rises up to β = 0.3 and 0.1, and then there is a cliff: at 0.03 the leash
+# does not hold, and gold ends far below SFT. In between nothing was run. Best-of-n does better than PPO at the same
+# KL, up to where it gets; it samples n answers for each that it gives (and its KL is a bound, not
+# measured). What the figure does not show: that 0.1 is right for another reward model.
 #
 # How many of the ten seeds show it?
 
@@ -506,17 +533,27 @@ by_seed = {
     for s in {r["seed"] for r in finals}
 }
 started = {int(row["seed"]): row for row in start}
+
+
+def ordered(values, falls):
+    return all(a > b if falls else a < b for a, b in itertools.pairwise(values))
+
+
 claims = {
     "β = 0: proxy up by more than 2": lambda s, r: r[0]["proxy"] > started[s]["proxy"] + 2,
     "β = 0: gold ends below SFT": lambda s, r: r[0]["gold"] < started[s]["gold"],
     "gold higher at 0.1 than at 0.01": lambda s, r: r[0.1]["gold"] > r[0.01]["gold"],
     "gold higher at 0.1 than at 1.0": lambda s, r: r[0.1]["gold"] > r[1.0]["gold"],
 }
-for name, up in {"kl": False, "entropy": True, "distinct_2": True, "self_bleu": False}.items():
-    claims[f"{name} {'rises' if up else 'falls'} with β, all six"] = lambda s, r, name=name, up=up: (
-        [r[beta][name] for beta in sorted(r)]
-        == sorted((row[name] for row in r.values()), reverse=not up)
-    )
+THREE = (0.01, 0.1, 1.0)
+for betas, which in ((THREE, "three prices"), (sorted(prices), "all six")):
+    for name in ("kl", "entropy", "distinct_2", "self_bleu"):
+        falls = name in ("kl", "self_bleu")
+        claims[f"{name} {'falls' if falls else 'rises'} with β, {which}"] = (
+            lambda s, r, name=name, falls=falls, betas=betas: ordered(
+                [r[beta][name] for beta in betas], falls
+            )
+        )
 for claim, holds in claims.items():
     count = sum(holds(seed, rows) for seed, rows in by_seed.items())
     print(f"{claim:40} {count} of {len(by_seed)}")
