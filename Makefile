@@ -29,11 +29,14 @@ lab: $(READY)
 course: $(READY)
 	@$(OFFLINE) $(RUN) tools/run_course.py
 
+# Tests run in as many processes as there are cores, each with one thread: the models are so small
+# that a second thread gains less than a second process.
 test: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) tools/build_notebooks.py check-sync
-	$(OFFLINE) $(RUN) -m pytest --nbval-lax --nbval-cell-timeout 600 tests $(NOTEBOOKS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		--nbval-lax --nbval-cell-timeout 600 tests $(NOTEBOOKS)
 
 build: $(READY)
 	$(OFFLINE) $(RUN) tools/build_notebooks.py build

@@ -99,6 +99,11 @@ print(f"the other way round, KL(q‖p): {kl.exact_kl(q.log(), p.log()):.4f}")
 roles = four_roles()
 for name in PRICES:
     roles.load(name, folder / name)
+
+# %% [markdown]
+# Two helpers: what a role answers, with the log-probabilities that go with it; and all its logits, for the exact sum.
+
+# %%
 some = held_out[::8][:64]
 config = ppo.PPOConfig(minibatch_size=64)
 
@@ -290,6 +295,9 @@ paid = -0.1 * (usual.logprobs - usual.ref_logprobs)[i, row]
 shaped = ppo.shape_rewards(
     usual.scores, usual.logprobs, usual.ref_logprobs, usual.rollout.response_mask, beta=0.1
 )[i, row]
+assert torch.isclose(shaped.sum(), usual.scores[i] - 0.1 * usual.kl[i], atol=1e-4)
+
+# %%
 words = [tokenizer.decode(token).strip() for token in tokens]
 fig = plots.heat_map(
     [paid.tolist(), shaped.tolist()], words, ["−β · log-ratio", "reward"], "units of the score"
@@ -298,7 +306,6 @@ print(f"{some[i]}  score {usual.scores[i]:.2f}, KL {usual.kl[i]:.1f} nats, so {s
 plots.show(
     fig, "A response token by token: what each pays, and the reward with the score at the end."
 )
-assert torch.isclose(shaped.sum(), usual.scores[i] - 0.1 * usual.kl[i], atol=1e-4)
 
 # %% [markdown]
 # Most tokens pay nothing: the reference would have said them too. The price falls due at those that decide: at a full
@@ -346,6 +353,7 @@ def gold_of(experience):
     return rubric.mean_score([rubric.gold_reward(*row) for row in rows])
 
 
+# %%
 MEASURES = {
     "score (proxy)": lambda stats: stats.score,
     "gold": lambda stats: gold_of(stats.experience).total,
@@ -500,6 +508,11 @@ with torch.no_grad():
     scores = torch.cat([score_tokens(roles, "reward", *part) for part in parts])
 rows = zip([p for p in asked for _ in range(32)], drawn.texts, strict=True)
 gold = torch.tensor([rubric.gold_reward(*row).total for row in rows])
+
+# %% [markdown]
+# Of each n drawn answers the one with the highest score, and its gold:
+
+# %%
 best_of = []
 for n in (1, 2, 4, 8, 16, 32):
     best = scores.view(-1, n).argmax(-1, keepdim=True)
@@ -525,51 +538,45 @@ plots.show(
 # KL, up to where it gets; it samples n answers for each that it gives (and its KL is a bound, not
 # measured). What the figure does not show: that 0.1 is right for another reward model.
 #
-# How many of the ten seeds show it?
+# How many of the ten seeds show it? First what the price is for:
 
 # %% tags=["nbval-check-output"]
-by_seed = {
-    int(s): {row["beta"]: row for row in finals if row["seed"] == s}
-    for s in {r["seed"] for r in finals}
-}
-started = {int(row["seed"]): row for row in start}
-
-
-def ordered(values, falls):
-    return all(a > b if falls else a < b for a, b in itertools.pairwise(values))
-
-
+seeds = [int(row["seed"]) for row in start]
+end = {(row["beta"], int(row["seed"])): row for row in finals}
+at = {beta: [end[beta, seed] for seed in seeds] for beta in sorted(prices)}
 claims = {
-    "β = 0: proxy up by more than 2": lambda s, r: r[0]["proxy"] > started[s]["proxy"] + 2,
-    "β = 0: gold ends below SFT": lambda s, r: r[0]["gold"] < started[s]["gold"],
-    "gold higher at 0.1 than at 0.01": lambda s, r: r[0.1]["gold"] > r[0.01]["gold"],
-    "gold higher at 0.1 than at 1.0": lambda s, r: r[0.1]["gold"] > r[1.0]["gold"],
+    "β = 0: proxy up by more than 2": [b["proxy"] > a["proxy"] + 2 for a, b in zip(start, at[0])],
+    "β = 0: gold ends below SFT": [b["gold"] < a["gold"] for a, b in zip(start, at[0])],
+    "gold at 0.1 above 0.01": [a["gold"] > b["gold"] for a, b in zip(at[0.1], at[0.01])],
+    "gold at 0.1 above 1.0": [a["gold"] > b["gold"] for a, b in zip(at[0.1], at[1.0])],
 }
-THREE = (0.01, 0.1, 1.0)
-for betas, which in ((THREE, "three prices"), (sorted(prices), "all six")):
-    for name in ("kl", "entropy", "distinct_2", "self_bleu"):
-        falls = name in ("kl", "self_bleu")
-        claims[f"{name} {'falls' if falls else 'rises'} with β, {which}"] = (
-            lambda s, r, name=name, falls=falls, betas=betas: ordered(
-                [r[beta][name] for beta in betas], falls
-            )
-        )
 for claim, holds in claims.items():
-    count = sum(holds(seed, rows) for seed, rows in by_seed.items())
-    print(f"{claim:40} {count} of {len(by_seed)}")
+    print(f"{claim:32} {sum(holds)} of {len(holds)} seeds")
+
+# %% [markdown]
+# Then whether KL and the measures of diversity stand in the order of β, for the three prices 0.01, 0.1 and 1.0, and for
+# all six:
+
+
+# %% tags=["nbval-check-output"]
+def in_order(name, betas, seed):
+    values = [end[beta, seed][name] for beta in betas]
+    return values == sorted(values, reverse=name in ("kl", "self_bleu"))
+
+
+for name in ("kl", "entropy", "distinct_2", "self_bleu"):
+    counts = [sum(in_order(name, betas, s) for s in seeds) for betas in ((0.01, 0.1, 1.0), at)]
+    print(f"{name:12} three prices: {counts[0]} of {len(seeds)} seeds, all six: {counts[1]}")
+
+# %% [markdown]
+# And the means over the seeds:
 
 # %%
-print(
-    f"{'':8}" + "".join(f"{n:>12}" for n in ("proxy", "gold", "correct", "kl", "entropy", *NAMES))
-)
-for name, rows in [("SFT", start)] + [
-    (f"β = {b:g}", [r for r in finals if r["beta"] == b]) for b in prices
-]:
-    means = [
-        sum(r[n] for r in rows) / len(rows)
-        for n in ("proxy", "gold", "correct", "kl", "entropy", *NAMES)
-    ]
-    print(f"{name:8}" + "".join(f"{mean:12.2f}" for mean in means))
+shown = ("proxy", "gold", "correct", "kl", "entropy", *NAMES)
+print(f"{'':8}" + "".join(f"{name:>12}" for name in shown))
+for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at.items()}}.items():
+    means = [sum(row[name] for row in rows) / len(rows) for name in shown]
+    print(f"{label:8}" + "".join(f"{mean:12.2f}" for mean in means))
 
 # %% [markdown]
 # NUMBERS-I
@@ -588,7 +595,7 @@ draw(control, "Four panels, β = 0 with both reward models: gold falls with the 
 
 # %%
 unbiased = recorded("ppo_unbiased/held_out.csv")
-for name, rows in (("biased", [r for r in finals if r["beta"] == 0]), ("unbiased", unbiased)):
+for name, rows in (("biased", at[0]), ("unbiased", unbiased)):
     print(f"{name:9}", end="")
     for measure in ("gold", "correct", "kl", "length", "distinct_2"):
         values = [row[measure] for row in rows]
@@ -624,10 +631,10 @@ assert torch.allclose(*advantages, atol=1e-4)
 
 # %%
 controlled = recorded("ppo/adaptive.csv")
-seeds = sorted({row["seed"] for row in controlled})
 by_update = {
     title: {
-        f"seed {seed:g}": [row[name] for row in controlled if row["seed"] == seed] for seed in seeds
+        f"seed {seed}": [row[name] for row in controlled if row["seed"] == seed]
+        for seed in range(3)
     }
     for title, name in (
         ("β", "price"),
@@ -647,10 +654,7 @@ plots.show(
 # ## The number to take along
 
 # %% tags=["headline"]
-means = {
-    beta: sum(r["gold"] for r in finals if r["beta"] == beta) / len(by_seed)
-    for beta in (0, 0.1, 1.0)
-}
+means = {beta: sum(row["gold"] for row in at[beta]) / len(seeds) for beta in (0, 0.1, 1.0)}
 print(
     "gold over ten seeds: " + ", ".join(f"{g:.2f} at β = {b:g}" for b, g in means.items()), end=""
 )

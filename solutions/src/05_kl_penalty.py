@@ -596,10 +596,11 @@ for i in range(0, 120, 30):
 # a reference that is diverse. KL(policy‖reference) allows a policy to narrow, at the price of $\log k$ nats for settling
 # on one of $k$ equally likely answers.
 #
-# *Beside the prediction.* At 0.01 the KL is far more than the 10 nats, for a score of 1.8; at 0.1 more than half of the
-# gain in score is there for an eighth of the nats. And the share of different answers does
-# not fall at all: the answers are put together from the same courtesies, in ever other orders.
+# *Beside the prediction.* At 0.01 the KL is far more than 10 nats, for a score of 1.8; at 0.1 more than half of the gain
+# in score is there for an eighth of the nats. And the share of different answers does not fall at all: the answers
+# are put together from the same courtesies, in ever other orders.
 #
-# *To ship.* Of these three 0.1: more than half of the gain in score (1.1 of 1.9) for 2.4 nats, and still varied. But the score is the proxy. What is missing is whether the answers are
-# *right*: gold in the pocket world, people's judgement outside of it; lesson 05 draws it. Missing, too, is a second
-# seed: these are three runs of 12 updates, one for each β.
+# *To ship.* Of these three 0.1: more than half of the gain in score (1.1 of 1.9) for 2.4 nats, and still varied. But
+# the score is the proxy. What is missing is whether the answers are *right*: gold in the pocket world, people's
+# judgement outside of it; lesson 05 draws it. Missing, too, is a second seed: these are three runs of 12 updates, one
+# for each β.
