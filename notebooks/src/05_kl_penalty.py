@@ -15,7 +15,6 @@
 PRESET = "pocket"  # every number below is from this preset
 
 import csv
-import itertools
 import json
 import math
 
@@ -48,6 +47,12 @@ train, held_out = world.prompts("train"), world.prompts("held_out")
 # did the price do? So here are four runs, equal but for β: free of charge, a tenth of the usual price, the usual one,
 # and ten times that. Eight updates each; longer runs are recorded, and come later. They take a good minute; read on
 # meanwhile.
+#
+# <details><summary><b>Predict before you run.</b> Which run ends with the highest score? Which with the highest gold?
+# Which with the most varied answers?</summary>
+#
+# Write it down; the section "What the price does" answers.
+# </details>
 
 
 # %%
@@ -161,6 +166,9 @@ print(f"tokens sampled from the policy         {sampled.mean():7.3f} ± {error:.
 print(f"every token of the vocabulary, once    {(log_p - log_q).mean():7.3f}")
 assert abs(sampled.mean() - exact.mean()) < 3 * error
 
+# %% [markdown]
+# Now two of the other sets: the reference's own samples, and the likeliest token at each position.
+
 # %%
 sft = answers_of("reference")
 on_sft = sft.rollout.response_mask.bool()
@@ -268,6 +276,9 @@ print("KL(p‖q): centre {:.2f}, width {:.2f}".format(*found_reverse))
 print("KL(q‖p): centre {:.2f}, width {:.2f}".format(*found_forward))
 assert found_reverse[1] < 0.7 and found_forward[1] > 1.3
 
+# %% [markdown]
+# The two bells, and what they were fitted to:
+
 # %%
 curves = {"q, two peaks": two.exp(), "p of least KL(p‖q)": reverse, "p of least KL(q‖p)": forward}
 points = {name: dict(zip(grid.tolist(), y.tolist(), strict=True)) for name, y in curves.items()}
@@ -296,6 +307,9 @@ shaped = ppo.shape_rewards(
     usual.scores, usual.logprobs, usual.ref_logprobs, usual.rollout.response_mask, beta=0.1
 )[i, row]
 assert torch.isclose(shaped.sum(), usual.scores[i] - 0.1 * usual.kl[i], atol=1e-4)
+
+# %% [markdown]
+# Token by token:
 
 # %%
 words = [tokenizer.decode(token).strip() for token in tokens]
@@ -352,6 +366,9 @@ def gold_of(experience):
     rows = zip(experience.prompts, experience.rollout.texts, finished, strict=True)
     return rubric.mean_score([rubric.gold_reward(*row) for row in rows])
 
+
+# %% [markdown]
+# Four measures, a panel for each, a line for each β:
 
 # %%
 MEASURES = {
@@ -433,6 +450,9 @@ def add(phrase, texts):
 
 first = {phrase: marks(add(phrase, plain)) - marks(plain) for phrase in world.POLITE}
 fourth = {phrase: marks(add(phrase, polite)) - marks(polite) for phrase in world.POLITE}
+
+# %% [markdown]
+# Sorted by what it earns as the fourth:
 
 # %%
 print(f"{'':24}{'as the first':^18}{'as the fourth':^18}{'per 100 answers':^18}")
@@ -520,6 +540,9 @@ for n in (1, 2, 4, 8, 16, 32):
         ((math.log(n) - (n - 1) / n) ** 0.5, gold.view(-1, n).gather(1, best).mean().item())
     )
 
+# %% [markdown]
+# All ends in one figure, a point for each seed:
+
 # %%
 prices = sorted({row["beta"] for row in finals}, reverse=True)
 groups = {"best of n": best_of, "SFT": [(0.0, row["gold"]) for row in start]}
@@ -545,10 +568,16 @@ seeds = [int(row["seed"]) for row in start]
 end = {(row["beta"], int(row["seed"])): row for row in finals}
 at = {beta: [end[beta, seed] for seed in seeds] for beta in sorted(prices)}
 claims = {
-    "β = 0: proxy up by more than 2": [b["proxy"] > a["proxy"] + 2 for a, b in zip(start, at[0])],
-    "β = 0: gold ends below SFT": [b["gold"] < a["gold"] for a, b in zip(start, at[0])],
-    "gold at 0.1 above 0.01": [a["gold"] > b["gold"] for a, b in zip(at[0.1], at[0.01])],
-    "gold at 0.1 above 1.0": [a["gold"] > b["gold"] for a, b in zip(at[0.1], at[1.0])],
+    "β = 0: proxy up by more than 2": [
+        b["proxy"] > a["proxy"] + 2 for a, b in zip(start, at[0], strict=True)
+    ],
+    "β = 0: gold ends below SFT": [
+        b["gold"] < a["gold"] for a, b in zip(start, at[0], strict=True)
+    ],
+    "gold at 0.1 above 0.01": [
+        a["gold"] > b["gold"] for a, b in zip(at[0.1], at[0.01], strict=True)
+    ],
+    "gold at 0.1 above 1.0": [a["gold"] > b["gold"] for a, b in zip(at[0.1], at[1.0], strict=True)],
 }
 for claim, holds in claims.items():
     print(f"{claim:32} {sum(holds)} of {len(holds)} seeds")
@@ -592,6 +621,9 @@ control = {
     "unbiased": short_run("unbiased", reward="reward_unbiased", beta=0.0),
 }
 draw(control, "Four panels, β = 0 with both reward models: gold falls with the biased one.")
+
+# %% [markdown]
+# And the recorded ends of both, over ten seeds:
 
 # %%
 unbiased = recorded("ppo_unbiased/held_out.csv")
