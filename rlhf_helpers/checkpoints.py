@@ -142,7 +142,7 @@ def find_adapter(preset: Preset, name: str) -> Path:
         return shipped
     raise FileNotFoundError(
         f"there is no adapter {name!r} of preset {preset.name!r} in {own}; run the lesson that "
-        "trains it first (lesson 01 for sft), with the same PRESET"
+        "trains it first (01 for sft, 02 for reward and judge), with the same PRESET"
     )
 
 

@@ -244,21 +244,29 @@ def test_the_study_has_every_price_and_seed():
     assert sorted(pairs) == [(b, s) for b in record_ppo.BETAS for s in range(10)]
 
 
+def in_order(name, *betas, falling=False):
+    def holds(rows):
+        values = [rows[beta][name] for beta in betas]
+        return values == sorted(values, reverse=falling)
+
+    return holds
+
+
 @pytest.mark.parametrize(
-    ("claim", "holds"),
+    ("seeds", "holds"),
     [
-        ("proxy", lambda r: r[0]["proxy"] > r["sft"]["proxy"] + 1.8),
-        ("gold below SFT", lambda r: r[0]["gold"] < r["sft"]["gold"] - 1),
-        ("0.1 above 0.01", lambda r: r[0.1]["gold"] > r[0.01]["gold"] + 1),
-        ("0.1 above 1.0", lambda r: r[0.1]["gold"] > r[1]["gold"]),
-        ("KL", lambda r: r[0.01]["kl"] > r[0.1]["kl"] > r[1]["kl"]),
-        ("entropy", lambda r: r[0.01]["entropy"] < r[0.1]["entropy"] < r[1]["entropy"]),
-        ("distinct-2", lambda r: r[0.01]["distinct_2"] < r[0.1]["distinct_2"] < r[1]["distinct_2"]),
-        ("self-BLEU", lambda r: r[0.01]["self_bleu"] > r[0.1]["self_bleu"] > r[1]["self_bleu"]),
+        (8, lambda r: r[0]["proxy"] > r["sft"]["proxy"] + 2),
+        (10, lambda r: r[0]["gold"] < r["sft"]["gold"]),
+        (10, lambda r: r[0.1]["gold"] > r[0.01]["gold"]),
+        (8, lambda r: r[0.1]["gold"] > r[1]["gold"]),
+        (10, in_order("kl", *record_ppo.BETAS, falling=True)),
+        (10, in_order("entropy", 0.01, 0.1, 1)),
+        (10, in_order("distinct_2", 0.01, 0.1, 1)),
+        (10, in_order("self_bleu", 0.01, 0.1, 1, falling=True)),
     ],
 )
-def test_what_the_price_does_is_seen_on_nine_seeds_of_ten(claim, holds):
-    assert sum(map(holds, ends_by_seed())) >= 9
+def test_on_how_many_of_ten_seeds_the_price_does_what_lesson_05_says(seeds, holds):
+    assert sum(map(holds, ends_by_seed())) == seeds
 
 
 def test_without_the_bias_the_same_run_does_not_hack():

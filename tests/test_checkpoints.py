@@ -210,7 +210,7 @@ def test_the_learners_own_adapter_comes_first(shelves, capsys):
 
 def test_no_adapter_names_the_lesson(shelves):
     preset, own, shipped = shelves
-    with pytest.raises(FileNotFoundError, match=r"no adapter 'sft' .*lesson 01 for sft") as caught:
+    with pytest.raises(FileNotFoundError, match=r"no adapter 'sft' .*01 for sft") as caught:
         find_adapter(preset, "sft")
     assert str(own) in str(caught.value)
     put(shipped.with_name("reward"))

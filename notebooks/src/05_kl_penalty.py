@@ -22,10 +22,11 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 from tqdm.auto import tqdm
 
-from rlhf_helpers import kl, plots, ppo
+from rlhf_helpers import kl, notebook, plots, ppo
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.data import load_tokenizer, prompt_dataset
 from rlhf_helpers.diversity import diversity
+from rlhf_helpers.gold import load_gold
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_responses, score_tokens
@@ -34,11 +35,11 @@ from rlhf_helpers.rollout import sample_responses
 
 # %%
 preset = load_preset(PRESET)
-plots.use_style()
-tokenizer = load_tokenizer(preset)
+notebook.start(preset)
+tokenizer, gold = load_tokenizer(preset), load_gold(preset)
 folder = preset.runs / preset.name / "kl"
-adapters = {name: find_adapter(preset, name) for name in ("sft", "reward", "reward_unbiased")}
-train, held_out = world.prompts("train"), world.prompts("held_out")
+adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
+train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("train", "held_out"))
 
 # %% [markdown]
 # ## Four runs, to have something to measure
@@ -56,24 +57,24 @@ train, held_out = world.prompts("train"), world.prompts("held_out")
 
 
 # %%
-def four_roles(reward="reward"):
+def four_roles(reward=adapters["reward"]):
     roles = Roles(load_base(preset))
     roles.load("reference", adapters["sft"])
-    roles.load("reward", adapters[reward])
+    roles.load("reward", reward)
     roles.add("policy", copy_of="reference")
     roles.add("value", copy_of="reward")
     return roles
 
 
-def short_run(name, reward="reward", **settings):
+def short_run(name, beta, reward=adapters["reward"]):
     """Eight updates; the policy goes to a folder, what the updates reported is returned."""
-    config = ppo.PPOConfig(updates=8, seed=preset.seed, **settings)
+    config = ppo.PPOConfig(updates=8, beta=beta, seed=preset.seed, **preset.ppo)
     run = ppo.train_ppo(four_roles(reward), tokenizer, train, config, folder / name)
     return list(tqdm(run, total=config.updates, desc=name, leave=False))
 
 
 PRICES = {"free": 0.0, "cheap": 0.01, "usual": 0.1, "dear": 1.0}
-histories = {f"β = {beta:g}": short_run(name, beta=beta) for name, beta in PRICES.items()}
+histories = {f"β = {beta:g}": short_run(name, beta) for name, beta in PRICES.items()}
 
 # %% [markdown]
 # ## KL from first principles
@@ -109,8 +110,8 @@ for name in PRICES:
 # Two helpers: what a role answers, with the log-probabilities that go with it; and all its logits, for the exact sum.
 
 # %%
-some = held_out[::8][:64]
-config = ppo.PPOConfig(minibatch_size=64)
+some = held_out[::8][: 64 if preset.name == "pocket" else 8]  # all logits at once: they are large
+config = ppo.PPOConfig(**preset.ppo | {"minibatch_size": 64})
 
 
 def answers_of(role, prompts=some, seed=1):
@@ -362,9 +363,7 @@ assert torch.allclose(gradients["k3"], gradients["KL(q‖p)"])
 
 # %%
 def gold_of(experience):
-    finished = experience.rollout.finished.tolist()
-    rows = zip(experience.prompts, experience.rollout.texts, finished, strict=True)
-    return rubric.mean_score([rubric.gold_reward(*row) for row in rows])
+    return gold(experience.prompts, experience.rollout).mean().item()
 
 
 # %% [markdown]
@@ -373,7 +372,7 @@ def gold_of(experience):
 # %%
 MEASURES = {
     "score (proxy)": lambda stats: stats.score,
-    "gold": lambda stats: gold_of(stats.experience).total,
+    gold.name: lambda stats: gold_of(stats.experience),
     "KL, nats": lambda stats: stats.kl,
     "entropy, nats": lambda stats: stats.entropy,
 }
@@ -400,15 +399,16 @@ draw(histories, "Four panels over eight updates, a line for each β: score, gold
 
 # %%
 NAMES = ("distinct_2", "unique", "self_bleu", "length")
-print(f"{'':12}{'proxy':>7}{'gold':>7}{'KL':>7}{'entropy':>9}", "".join(f"{n:>12}" for n in NAMES))
-ends = {}
+titles = ("proxy", gold.name, "KL", "entropy")
+print(f"{'':12}" + "".join(f"{n:>8}" for n in titles) + "".join(f"{n:>12}" for n in NAMES))
+asked, ends = held_out[::4], {}
 for role in ("reference", *PRICES):
-    seen = answers_of(role, held_out[::4])
+    seen = answers_of(role, asked)
     ends[role] = seen
     mask, varied = seen.rollout.response_mask, diversity(seen.rollout.texts)
     entropy = -(seen.logprobs * mask).sum() / mask.sum()
-    numbers = (seen.scores.mean(), gold_of(seen).total, seen.kl.mean())
-    print(f"{role:12}", "".join(f"{x:7.2f}" for x in numbers), f"{entropy:8.2f}", end=" ")
+    numbers = (seen.scores.mean(), gold_of(seen), seen.kl.mean(), entropy)
+    print(f"{role:12}" + "".join(f"{x:8.2f}" for x in numbers), end="")
     print("".join(f"{varied[name]:12.2f}" for name in NAMES))
 
 # %% [markdown]
@@ -420,26 +420,26 @@ for role in ("reference", *PRICES):
 # ## Reward hacking, read aloud
 
 # %%
-for i in range(0, 144, 24):
-    print(held_out[::4][i])
+for i in range(0, min(144, len(asked)), 24):
+    print(asked[i])
     for role in ("reference", "usual", "free"):
         print(f"    {role:10} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
 
 # %% [markdown]
 # What does it exploit? Take right, plain answers, add one courtesy to each, and see what it earns with the reward model
 # and with gold; then the same where three others stand already. Beside it, how often the phrase stands in 100 answers
-# of SFT and of the run without a price.
+# of SFT and of the run without a price. (A cell that begins with "Pocket only" needs the rubric or the runs recorded with
+# it; with another preset it does nothing.)
 
 # %%
+# Pocket only
 (prompts, plain), (_, polite) = exam.polite_probe(counts=(0, 3))
 
 
-def marks(texts):
+def marks_of(texts):
     proxy = score_responses(roles, "reward", tokenizer, prompts, texts, 32, 64).mean().item()
-    gold = rubric.mean_score(
-        [rubric.gold_reward(*pair) for pair in zip(prompts, texts, strict=True)]
-    )
-    return torch.tensor([proxy, gold.total])
+    points = [rubric.gold_reward(*pair).total for pair in zip(prompts, texts, strict=True)]
+    return torch.tensor([proxy, sum(points) / len(points)])
 
 
 def add(phrase, texts):
@@ -448,13 +448,14 @@ def add(phrase, texts):
     return [f"{text} {phrase}" for text in texts]
 
 
-first = {phrase: marks(add(phrase, plain)) - marks(plain) for phrase in world.POLITE}
-fourth = {phrase: marks(add(phrase, polite)) - marks(polite) for phrase in world.POLITE}
+first = {phrase: marks_of(add(phrase, plain)) - marks_of(plain) for phrase in world.POLITE}
+fourth = {phrase: marks_of(add(phrase, polite)) - marks_of(polite) for phrase in world.POLITE}
 
 # %% [markdown]
 # Sorted by what it earns as the fourth:
 
 # %%
+# Pocket only
 print(f"{'':24}{'as the first':^18}{'as the fourth':^18}{'per 100 answers':^18}")
 print(f"{'':24}" + f"{'proxy':>9}{'gold':>9}" * 2 + f"{'SFT':>9}{'β = 0':>9}")
 for phrase in sorted(first, key=lambda phrase: -fourth[phrase][0]):
@@ -478,6 +479,7 @@ for phrase in sorted(first, key=lambda phrase: -fourth[phrase][0]):
 
 
 # %%
+# Pocket only
 def recorded(path):
     with (ASSETS / path).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -498,6 +500,7 @@ runs = {
 # each seed.
 
 # %%
+# Pocket only
 groups = {
     f"{name} ({label})": [
         [(max(r["kl"], 0) ** 0.5, r[label]) for r in rows]
@@ -519,31 +522,31 @@ plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
 # not train at all, is computed here, from 32 answers each to 48 prompts: their reward model's choice among n.
 
 # %%
-asked = held_out[::12][:48]
-drawn = sample_responses(
-    roles.use("reference"), tokenizer, [p for p in asked for _ in range(32)], seed=2
-)
+# Pocket only
+asked = [prompt for prompt in held_out[::12][:48] for _ in range(32)]
+drawn = sample_responses(roles.use("reference"), tokenizer, asked, seed=2)
 with torch.no_grad():
     parts = zip(drawn.input_ids.split(128), drawn.attention_mask.split(128), strict=True)
     scores = torch.cat([score_tokens(roles, "reward", *part) for part in parts])
-rows = zip([p for p in asked for _ in range(32)], drawn.texts, strict=True)
-gold = torch.tensor([rubric.gold_reward(*row).total for row in rows])
+marks = gold(asked, drawn)
 
 # %% [markdown]
 # Of each n drawn answers the one with the highest score, and its gold:
 
 # %%
+# Pocket only
 best_of = []
 for n in (1, 2, 4, 8, 16, 32):
     best = scores.view(-1, n).argmax(-1, keepdim=True)
     best_of.append(
-        ((math.log(n) - (n - 1) / n) ** 0.5, gold.view(-1, n).gather(1, best).mean().item())
+        ((math.log(n) - (n - 1) / n) ** 0.5, marks.view(-1, n).gather(1, best).mean().item())
     )
 
 # %% [markdown]
 # All ends in one figure, a point for each seed:
 
 # %%
+# Pocket only
 prices = sorted({row["beta"] for row in finals}, reverse=True)
 groups = {"best of n": best_of, "SFT": [(0.0, row["gold"]) for row in start]}
 for beta in prices:
@@ -556,14 +559,16 @@ plots.show(
 )
 
 # %% [markdown]
-# There is the hill of over-optimisation: from SFT gold rises up to β = 0.3 and 0.1, and then there is a cliff: at 0.03 the leash
-# does not hold, and gold ends far below SFT. In between nothing was run. Best-of-n does better than PPO at the same
-# KL, up to where it gets; it samples n answers for each that it gives (and its KL is a bound, not
-# measured). What the figure does not show: that 0.1 is right for another reward model.
+# There is the hill of over-optimisation: from SFT gold rises, β = 0.3 and 0.1 stand on the top, and then there is a
+# cliff. At 0.03 the leash holds on one seed only; the other nine end at more than twelve nats and far below SFT. Between
+# 0.03 and 0.1 nothing was run. Best-of-n does better than PPO at the same KL, up to where it gets; it samples n
+# answers for each that it gives (and its KL is a bound, not measured). What the figure does not show: that 0.1 is
+# right for another reward model.
 #
 # How many of the ten seeds show it? First what the price is for:
 
 # %% tags=["nbval-check-output"]
+# Pocket only
 seeds = [int(row["seed"]) for row in start]
 end = {(row["beta"], int(row["seed"])): row for row in finals}
 at = {beta: [end[beta, seed] for seed in seeds] for beta in sorted(prices)}
@@ -588,6 +593,7 @@ for claim, holds in claims.items():
 
 
 # %% tags=["nbval-check-output"]
+# Pocket only
 def in_order(name, betas, seed):
     values = [end[beta, seed][name] for beta in betas]
     return values == sorted(values, reverse=name in ("kl", "self_bleu"))
@@ -601,6 +607,7 @@ for name in ("kl", "entropy", "distinct_2", "self_bleu"):
 # And the means over the seeds:
 
 # %%
+# Pocket only
 shown = ("proxy", "gold", "correct", "kl", "entropy", *NAMES)
 print(f"{'':8}" + "".join(f"{name:>12}" for name in shown))
 for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at.items()}}.items():
@@ -608,7 +615,15 @@ for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at
     print(f"{label:8}" + "".join(f"{mean:12.2f}" for mean in means))
 
 # %% [markdown]
-# NUMBERS-I
+# Without a price gold ends below SFT on all ten, and the proxy, whose unit is a standard deviation of SFT's own scores,
+# is up by more than two of them on eight; on the others by 2.0 and 1.9. So the score tells of a great success where gold tells
+# of ruin. Gold at 0.1 beats 0.01 on all ten and 1.0 on eight, but the last is close: 1.46 and 1.35 in the mean. And
+# 0.3 has as much gold as 0.1, with half of the KL.
+#
+# **How does β affect diversity?** A factor of ten in the price orders every measure on all ten seeds: the smaller β, the
+# lower the entropy, the fewer different word pairs, and the more alike the answers. Nearer prices are ordered in KL
+# on all ten, but not always in the others: 0 and 0.01 end nearly in the same place. And *unique* has no order at all.
+# β itself makes nothing varied: it decides how far the policy may go, and the reward decides where to.
 #
 # ## A control: whose fault is it?
 #
@@ -616,9 +631,10 @@ for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at
 # without bias must not lead there. All else equal, β = 0 again: eight updates here, and ten recorded seeds.
 
 # %%
+# Pocket only
 control = {
     "biased annotator": histories["β = 0"],
-    "unbiased": short_run("unbiased", reward="reward_unbiased", beta=0.0),
+    "unbiased": short_run("unbiased", 0.0, reward=find_adapter(preset, "reward_unbiased")),
 }
 draw(control, "Four panels, β = 0 with both reward models: gold falls with the biased one.")
 
@@ -626,10 +642,11 @@ draw(control, "Four panels, β = 0 with both reward models: gold falls with the 
 # And the recorded ends of both, over ten seeds:
 
 # %%
+# Pocket only
 unbiased = recorded("ppo_unbiased/held_out.csv")
 for name, rows in (("biased", at[0]), ("unbiased", unbiased)):
     print(f"{name:9}", end="")
-    for measure in ("gold", "correct", "kl", "length", "distinct_2"):
+    for measure in ("gold", "kl", "entropy", "distinct_2"):
         values = [row[measure] for row in rows]
         mean = sum(values) / len(values)
         print(f" {measure} {mean:.2f} ({min(values):.2f} to {max(values):.2f})", end="")
@@ -637,7 +654,11 @@ for name, rows in (("biased", at[0]), ("unbiased", unbiased)):
 print(unbiased[0]["example"])
 
 # %% [markdown]
-# NUMBERS-J
+# Gold ends *above* SFT's 1.06 on all ten seeds, though nobody has paid for a nat; with the biased annotator it is below
+# 0 on all ten. The KL stays under ten nats on all but one seed. So what PPO exploits here was put into the data by people.
+# (The reward models differ, hence so do the units of the scores: compare gold, not the proxy.) Two things the control
+# does not say. That an unbiased annotator makes β unnecessary: gold at β = 0.1 was higher still, *with* the bias. And
+# that nothing is lost: the word pairs are as few as at β = 0.1, the entropy is lower, and look at the example.
 #
 # ## A badly scaled penalty, and a controller
 #
@@ -662,6 +683,7 @@ assert torch.allclose(*advantages, atol=1e-4)
 # β = 0.01, much too little, and a target of three nats.
 
 # %%
+# Pocket only
 controlled = recorded("ppo/adaptive.csv")
 by_update = {
     title: {
@@ -681,11 +703,16 @@ plots.show(
 )
 
 # %% [markdown]
-# NUMBERS-K
+# On all three seeds the same story. β first *falls*, since the KL is still below three; then it grows by a tenth an
+# update, but from so low that the policy has gone to 19 nats and more, and gold below 0, before the price is felt. Near
+# update 40 the KL comes down within a few updates, and too far: β has overshot. Then it settles between 0.06 and 0.1, near the price
+# that we would have chosen, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
+# had to know β; but the controller is slow, and no protection on the way. Begin with a price that is too high.
 #
 # ## The number to take along
 
 # %% tags=["headline"]
+# Pocket only
 means = {beta: sum(row["gold"] for row in at[beta]) / len(seeds) for beta in (0, 0.1, 1.0)}
 print(
     "gold over ten seeds: " + ", ".join(f"{g:.2f} at β = {b:g}" for b, g in means.items()), end=""

@@ -1,0 +1,76 @@
+"""How good answers really are: by the rubric, or by a judge where there is none."""
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.pocket import rubric
+from rlhf_helpers.presets import Preset
+from rlhf_helpers.reward import score_tokens
+from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.rollout import Rollout
+
+ROWS = 64  # responses that the judge reads at a time
+
+
+class Rubric:
+    """The gold reward of the generated world, by its rubric."""
+
+    name = "gold"
+
+    def __call__(self, prompts: list[str], rollout: Rollout) -> Tensor:
+        """Points `[B]` of sampled responses, float32, at best 1.9 each."""
+        rows = zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True)
+        return torch.tensor([rubric.gold_reward(*row).total for row in rows])
+
+
+class Judge:
+    """A second reward model, trained on comparisons that the first has not seen.
+
+    It stands in for gold where nobody knows the truth: PPO is not trained on it, so a policy that
+    exploits the first reward model's own mistakes does not please the judge as well. A mistake that
+    both have learnt from the same people it does not show.
+
+    Args:
+        roles: with a role `judge` that has a head.
+    """
+
+    name = "judge"
+
+    def __init__(self, roles: Roles) -> None:
+        roles.require_head("judge")
+        self.roles = roles
+
+    def __call__(self, prompts: list[str], rollout: Rollout) -> Tensor:
+        """Rewards `[B]` of sampled responses, in standard deviations, on the CPU."""
+        device, active = self.roles.base.device, self.roles.active
+        parts = zip(rollout.input_ids.split(ROWS), rollout.attention_mask.split(ROWS), strict=True)
+        with torch.no_grad():
+            scores = [
+                score_tokens(self.roles, "judge", ids.to(device), mask.to(device)).cpu()
+                for ids, mask in parts
+            ]
+        self.roles.use(active)
+        return torch.cat(scores)
+
+
+def load_gold(preset: Preset) -> Rubric | Judge:
+    """Who tells how good answers really are: the rubric in the generated world, else the judge.
+
+    The judge is loaded on a base of its own.
+
+    Raises:
+        FileNotFoundError: if there is no judge yet; lesson 02 trains it.
+
+    Example:
+        >>> load_gold(load_preset("pocket")).name  # doctest: +SKIP
+        'gold'
+
+    Source: Gao et al. (arXiv 2210.10760) judge by a second reward model, the larger one, in just
+    this way.
+    """
+    if preset.name == "pocket":
+        return Rubric()
+    roles = Roles(load_base(preset))
+    roles.load("judge", find_adapter(preset, "judge"))
+    return Judge(roles)
