@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import torch
 from datasets import Dataset, load_dataset
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -20,17 +23,48 @@ from transformers.tokenization_utils_base import BatchEncoding
 
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator
-from rlhf_helpers.presets import PRESETS, Preset
+from rlhf_helpers.presets import Preset
+
+# Reserved tokens that no text holds, by which vocabularies have one to pad with.
+PADS = (
+    "<|fim_pad|>",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<pad>",
+    "[PAD]",
+    "<unk>",
+)
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # who speaks in a transcript of hh-rlhf
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}{% endif %}"
+    "{% endfor %}"
+)
+ANSWERS = ("completion", "chosen", "rejected")
+HELD_OUT = ("held_out", "held_out_phrasing", "held_out_fact")
 
 
 def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     """The tokenizer of the preset's model, padding on the left.
 
+    Many base models have no pad token, or EOS in its place, and no chat template. They get a
+    reserved token of their vocabulary, so that no embedding is added, and a plain template.
+
     Raises:
         FileNotFoundError: if a shipped file is missing.
         ConnectionError: if the model is a hub id and the hub cannot be reached.
-        ValueError: if pad and eos are the same token, or there is no chat template.
+        ValueError: if pad and eos are the same token and no other is to be had, or the pocket
+            model has no chat template.
     """
+    tokenizer = _load_tokenizer(preset)
+    if tokenizer.chat_template == PLAIN_TEMPLATE:
+        print(f"{preset.model!r} has no chat template; prompts are 'Human: …\\n\\nAssistant:'")
+    return tokenizer
+
+
+def _load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     if preset.name == "pocket":
         require_files(Path(preset.model), "tokenizer.json", "tokenizer_config.json")
         # AutoTokenizer guesses the class from the model's config and can guess wrong.
@@ -38,6 +72,7 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     else:
         with_hub = {"revision": preset.revision, "local_files_only": preset.offline}
         tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
+        _complete(tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
@@ -47,6 +82,16 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {preset.model!r} has no chat template; set one")
     return tokenizer
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a base model's tokenizer what it lacks: a pad token that is not EOS, a template."""
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        vocabulary = tokenizer.get_vocab()
+        reserved = (name for name in PADS if name in vocabulary and name != tokenizer.eos_token)
+        tokenizer.pad_token = next(reserved, tokenizer.pad_token)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
 
 
 def require_files(folder: Path, *names: str) -> None:
@@ -71,9 +116,28 @@ def from_hub(source: str, load, *args, **kwargs):
         if not isinstance(error, OSError):
             raise
         raise ConnectionError(
-            f"{source!r} is no local path, and the hub did not give it ({type(error).__name__}); "
-            "check the name and the network, or download it elsewhere and pass the local folder"
+            f"{source!r} is no local path, and {_refusal(error)}, or download it elsewhere and "
+            "pass the local folder"
         ) from error
+
+
+def _refusal(error: BaseException) -> str:
+    """Why the hub gave nothing, and what to do; the loaders hide the reason among the causes."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            "the hub gives it only to those who accepted its licence; do so on its page at "
+            "huggingface.co and log in with `hf auth login`"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            "the hub shows you none of that name; check the name, log in with `hf auth login` if "
+            "it is private"
+        )
+    detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"the hub did not give it ({detail}); check the name and the network"
 
 
 def encode_prompts(
@@ -229,13 +293,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 def prompt_dataset(preset: Preset, split: str = "train", source: str | None = None) -> Dataset:
     """Prompts to respond to; column `prompt`.
 
+    With `preset.drop_unfit`, rows of a source that cannot be used are left out, a line says how
+    many and why, and at most `preset.rows` of the others are used, in an order of `preset.seed`.
+    `held_out` is then the source's test or validation split, else the last tenth of its only one.
+
     Args:
-        split: for the generated world `train`, `held_out`, `held_out_phrasing` or `held_out_fact`;
-            for other sources the name of their split.
+        split: `train`, `held_out`, and in the generated world its parts `held_out_phrasing` and
+            `held_out_fact`; for other sources also the name of a split of theirs.
         source: a hub id, a folder or a file (.jsonl, .csv, .parquet); None for the preset's data.
+            Its columns may be `chosen` and `rejected` transcripts ("\\n\\nHuman: …
+            \\n\\nAssistant: …", as in hh-rlhf), or `prompt` with `chosen` and `rejected` or with
+            `completion`, each a text or a list of messages.
 
     Raises:
-        ValueError: for a file that is empty, not UTF-8, uneven, or lacks the column.
+        ValueError: for a file that is empty, not UTF-8, uneven, or lacks the column; for a split
+            that is not there, or without a row that can be used.
     """
     if source := source or preset.data:
         return _read(source, split, ("prompt",), preset)
@@ -277,7 +349,8 @@ def preference_dataset(
     `probability` is the chance with which the annotator chooses the one in `chosen`.
 
     Args:
-        split, source: as for `prompt_dataset`.
+        split, source: as for `prompt_dataset`. With `preset.drop_unfit`, the pairs of a source to
+            train on are halved: `train` is for the reward model, `judge` for one that it never met.
         annotator: who labels generated pairs; None for `Annotator()`.
 
     Raises:
@@ -303,37 +376,149 @@ def _pair(rng: random.Random, annotator: Annotator, prompt: str) -> dict:
 
 def _read(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> Dataset:
     """Read a file, a folder or a hub data set, and check its columns."""
-    path = Path(source)
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
-        if split != "train":
-            raise ValueError(
-                f"split is {split!r}, but the file {source!r} is one split, 'train'; give another "
-                "file, or a folder with a file for each split"
-            )
-        dataset = _READERS[path.suffix](path)
-    elif path.is_file():
-        raise ValueError(f"{source!r} ends in none of {', '.join(_READERS)}; convert it to one")
-    elif path.is_dir():
-        dataset = load_dataset(source, split=split)
+    if preset.drop_unfit:
+        dataset = Dataset.from_list(_fit_part(source, split, columns, preset))
     else:
-        data_dir = preset.data_dir if source == PRESETS[preset.name].data else None
-        options = {"data_dir": data_dir, "split": split}
-        dataset = from_hub(source, load_dataset, source, **options)
-    dataset = _split_transcripts(dataset, source)
+        dataset = _as_texts(_load(source, preset, split), source)
     if columns == ("prompt", "completion") and "completion" not in dataset.column_names:
         if "chosen" in dataset.column_names:  # preferred responses serve as demonstrations
             dataset = dataset.rename_column("chosen", "completion")
     return _check_columns(dataset, source, columns)
 
 
-def _check_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> Dataset:
+def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | dict[str, Dataset]:
+    """One split of a source as it is, or, without a name, all of them by their names."""
+    path = Path(source)
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
+        if split not in (None, "train"):
+            raise ValueError(
+                f"split is {split!r}, but the file {source!r} is one split, 'train'; give another "
+                "file, or a folder with a file for each split"
+            )
+        dataset = _READERS[path.suffix](path)
+        return {"train": dataset} if split is None else dataset
+    if path.is_file():
+        raise ValueError(f"{source!r} ends in none of {', '.join(_READERS)}; convert it to one")
+    options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
+    if path.is_dir():
+        return load_dataset(source, **options)
+    return from_hub(source, load_dataset, source, **options)
+
+
+def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> list[dict]:
+    """The rows of a split that can be used; the source's own splits go before the course's."""
+    splits, pairs = _load(source, preset), "rejected" in columns
+    names = list(splits)
+    train = names[0] if len(names) == 1 else "train"
+    own = next((name for name in ("test", "validation") if name in names and name != train), None)
+    if split in names and split != "train":
+        return _fit_rows(splits[split], source, split, columns, preset)
+    if split in HELD_OUT and own:
+        return _fit_rows(splits[own], source, own, columns, preset)
+    if train not in names or split not in ("train", "judge", *HELD_OUT):
+        raise ValueError(
+            f"{source!r} has no split {split!r}; it has {', '.join(names)}; choose one of those"
+        )
+    if split == "judge" and not pairs:
+        raise ValueError("split is 'judge', which holds pairs: only preference_dataset has it")
+    rows = _fit_rows(splits[train], source, train, columns, preset)
+    if own is None:
+        last = len(rows) - len(rows) // 10
+        rows = rows[last:] if split in HELD_OUT else rows[:last]
+    if pairs and split not in HELD_OUT:
+        rows = rows[1::2] if split == "judge" else rows[::2]
+    if not rows:
+        raise ValueError(
+            f"{source!r} has too few rows that can be used for a split {split!r}; held_out needs "
+            "10, judge needs 2; give more data"
+        )
+    return rows
+
+
+def _fit_rows(
+    dataset: Dataset, source: str, split: str, columns: tuple[str, ...], preset: Preset
+) -> list[dict]:
+    """Rows that can be used, shuffled, at most `preset.rows`; a line says what was left out."""
+    names = [name for name in ("prompt", *ANSWERS) if name in dataset.column_names]
+    if "chosen" not in names or ("rejected" in columns and "rejected" not in names):
+        _require_columns(dataset, source, columns)  # else the prompt may be in a transcript
+    tokenizer = _load_tokenizer(preset)
+    marks = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    left_out, rows = Counter(), []
+    for row in map(_texts, dataset.select_columns(names).to_list()):
+        if reason := _unfit(row, marks):
+            left_out[reason] += 1
+        else:
+            rows.append({name: text.strip() for name, text in row.items()})
+    short = _short_enough(rows, tokenizer, preset)
+    left_out["too long"] = len(rows) - len(short)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
+    if not short:
+        raise ValueError(
+            f"{source!r}, split {split!r}, has no row that can be used ({reasons or 'no rows'}). A "
+            f"prompt may have {preset.prompt_length} tokens with its template, a response "
+            f"{preset.response_length} with EOS: raise prompt_length or response_length, or give "
+            "other data"
+        )
+    _report(source, split, len(dataset), len(short), reasons, preset.rows)
+    random.Random(preset.seed).shuffle(short)
+    return short[: preset.rows]
+
+
+def _report(
+    source: str, split: str, total: int, kept: int, reasons: str, limit: int | None
+) -> None:
+    name = Path(source).name if Path(source).exists() else source
+    line = f"{name}, {split}: {kept} of {total} rows kept"
+    if reasons:
+        line += f"; left out: {reasons}"
+    if limit is not None and limit < kept:
+        line += f"; {limit} of them are used"
+    print(line)
+
+
+def _unfit(row: dict, marks: re.Pattern) -> str | None:
+    """Why a row cannot be used, whatever its length; None if it can."""
+    if row["prompt"] is None:
+        return "of two prompts"
+    if not all(isinstance(text, str) and text.strip() for text in row.values()):
+        return "empty"
+    if any(mark in text for text in row.values() for mark in (HUMAN, ASSISTANT)):
+        return "with several turns"
+    if {"chosen", "rejected"} <= row.keys() and row["chosen"].strip() == row["rejected"].strip():
+        return "equal pairs"
+    if any(marks.search(text) for text in row.values()):
+        return "with a template token"
+    return None
+
+
+def _short_enough(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, preset: Preset
+) -> list[dict]:
+    """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
+    fits = [True] * len(rows)
+    for name in rows[0] if rows else ():
+        texts, limit = [row[name] for row in rows], preset.response_length - 1
+        if name == "prompt":
+            texts = [render_prompt(tokenizer, text) for text in texts]
+            limit = preset.prompt_length
+        tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        fits = [fit and len(ids) <= limit for fit, ids in zip(fits, tokens, strict=True)]
+    return [row for row, fit in zip(rows, fits, strict=True) if fit]
+
+
+def _require_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> None:
     if missing := [c for c in columns if c not in dataset.column_names]:
         raise ValueError(
             f"{source!r} has no column {missing[0]!r}, only {', '.join(dataset.column_names)}; "
             f"rename or add it: needed are {', '.join(columns)}"
         )
+
+
+def _check_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> Dataset:
+    _require_columns(dataset, source, columns)
     if not len(dataset):
         raise ValueError(f"{source!r} is empty: it needs at least one row")
     dataset = dataset.select_columns(list(columns))
@@ -350,24 +535,55 @@ def _check_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> D
     return dataset
 
 
-def _split_transcripts(dataset: Dataset, source: str) -> Dataset:
-    """Give transcripts without a prompt column one: what chosen and rejected share (hh-rlhf)."""
-    if "prompt" in dataset.column_names or "chosen" not in dataset.column_names:
+def _as_texts(dataset: Dataset, source: str) -> Dataset:
+    """Give transcripts without a prompt column one, and make texts of messages."""
+    names = [name for name in ("prompt", *ANSWERS) if name in dataset.column_names]
+    messages = any(isinstance(row[name], list) for row in dataset.take(1) for name in names)
+    if not messages and ("prompt" in names or "chosen" not in names):
         return dataset
-    mark = "\n\nAssistant:"
 
     def split(row: dict) -> dict:
-        prompt, found, chosen = (row["chosen"] or "").rpartition(mark)
-        other, _, rejected = (row.get("rejected") or "").rpartition(mark)
-        if not found or prompt != other:
+        texts = _texts({name: row[name] for name in names})
+        if not texts["prompt"]:
             raise ValueError(
-                f"{source!r} has no column 'prompt', and chosen and rejected are not one dialogue "
-                f"with two last answers after {mark!r}: {row}"
+                f"{source!r}: without a prompt column, chosen and rejected must be one dialogue "
+                f"with two last answers after {ASSISTANT!r}; these are not one dialogue: {row}"
             )
-        prompt = prompt.removeprefix("\n\nHuman:")
-        return {"prompt": prompt.strip(), "chosen": chosen.strip(), "rejected": rejected.strip()}
+        return texts
 
     return dataset.map(split)
+
+
+def _texts(row: dict) -> dict:
+    """A row's prompt and answers as texts.
+
+    Messages become a transcript, as in hh-rlhf; a transcript is split at its last answer. The
+    prompt is None if the answers are to different ones.
+    """
+    prompts, texts = {_bare(row.get("prompt"))}, {}
+    for name in (name for name in ANSWERS if name in row):
+        texts[name] = row[name]
+        if "prompt" not in row or isinstance(row[name], list):
+            prompt, _, answer = _transcript(row[name]).rpartition(ASSISTANT)
+            texts[name] = answer.strip()
+            prompts.add(_bare(prompt))
+    prompts.discard("")  # an answer alone names no prompt
+    return {"prompt": None if len(prompts) > 1 else next(iter(prompts), ""), **texts}
+
+
+def _bare(prompt: object) -> str:
+    """A prompt without the marks of who speaks first and last."""
+    text = _transcript(prompt).rstrip().removesuffix(ASSISTANT)
+    return text.removeprefix(HUMAN).strip()
+
+
+def _transcript(value: object) -> str:
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else ""
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+        raise ValueError(f"{value!r} is no list of messages; give each a role and content")
+    marks = {"user": HUMAN, "assistant": ASSISTANT}
+    return "".join(f"{marks.get(turn['role'], '')} {turn['content'] or ''}" for turn in value)
 
 
 def _text(path: Path) -> str:

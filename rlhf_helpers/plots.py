@@ -154,7 +154,7 @@ def panels(
 
     Args:
         series: name with unit, to values at 1, 2, …; or to several named lines of such values,
-            whose legend stands in the first panel.
+            whose legend stands above.
         x: what is counted there.
         bands: for some of the names the lowest and the highest value that is no cause for worry.
     """
@@ -169,8 +169,9 @@ def panels(
             ax.axhspan(*bands[name], color=COLOURS["green"], alpha=0.15, lw=0)
         ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=8)
-    if axes.flat[0].get_legend_handles_labels()[0]:
-        axes.flat[0].legend(fontsize=8)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if labels:
+        fig.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     for ax in axes.flat[len(series) :]:
         ax.axis("off")
     for ax in axes.flat[max(0, len(series) - 4) : len(series)]:

@@ -31,6 +31,7 @@ from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
+from rlhf_helpers.training import backward
 from rlhf_helpers.validation import check_floating, check_logprobs, first_index, upcast
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
@@ -688,8 +689,8 @@ class _Run:
         except ValueError as error:
             raise FloatingPointError(f"{self._where(role)}: {error}") from error
         self._check_finite(role, "loss", loss)
-        loss.backward()
         parameters = self.roles.parameters(role).values()
+        backward(loss, parameters, self.roles)
         norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
         self._check_finite(role, "gradient norm", norm)
         optimizer.step()

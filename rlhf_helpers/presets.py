@@ -1,10 +1,13 @@
 """Presets: which model, data, sizes and device a notebook runs on, in one frozen record."""
 
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
+ENVIRONMENT = ("model", "data", "device")  # set by RLHF_MODEL and so on
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,16 @@ class Preset:
         data: None for the generated pocket world, or a hub id, a local folder or a local file.
         data_dir: the folder inside a hub data set, if it has several.
         device: where the model lives, `cpu` or `cuda`.
-        compute_dtype: in which 4-bit layers compute: `float32`, `bfloat16` or `float16`.
+        compute_dtype: in which 4-bit layers compute: `float32`, `bfloat16` or `float16`; `auto`
+            lets `load_preset` choose what the device can do.
         double_quant: whether the quantization constants are quantized too.
         prompt_length: the longest prompt, in tokens, chat template included.
         response_length: the longest response, in tokens.
+        sft, reward, ppo: settings of `SFTConfig`, `RewardConfig` and `PPOConfig` that differ from
+            their defaults, which are the pocket model's.
+        drop_unfit: whether rows of outside data that cannot be used are left out and counted; False
+            refuses the data for one such row.
+        rows: the most rows of outside data that are used; None for all.
         seed: of everything that is drawn at random.
         runs: the folder for what the learner makes.
     """
@@ -36,6 +45,11 @@ class Preset:
     double_quant: bool = False
     prompt_length: int = 24
     response_length: int = 32
+    sft: Mapping[str, object] = field(default_factory=dict)
+    reward: Mapping[str, object] = field(default_factory=dict)
+    ppo: Mapping[str, object] = field(default_factory=dict)
+    drop_unfit: bool = False
+    rows: int | None = None
     seed: int = 0
     runs: Path = Path("runs")
 
@@ -44,11 +58,13 @@ class Preset:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; give a whole number of tokens, at least 1")
+        if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
+            raise ValueError(f"rows is {self.rows!r}; give a whole number, at least 1, or None")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; choose cpu or cuda")
-        if self.compute_dtype not in ("float32", "bfloat16", "float16"):
+        if self.compute_dtype not in DTYPES:
             raise ValueError(
-                f"compute_dtype is {self.compute_dtype!r}; choose float32, bfloat16 or float16"
+                f"compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}"
             )
 
     @property
@@ -65,16 +81,25 @@ PRESETS = {
         data="Anthropic/hh-rlhf",
         data_dir="helpful-base",
         device="cuda",
-        compute_dtype="bfloat16",
+        compute_dtype="auto",
         double_quant=True,
         prompt_length=128,
         response_length=64,
+        drop_unfit=True,
+        rows=4000,
+        sft={"batch_size": 16, "learning_rate": 2e-4},
+        reward={"batch_size": 16, "learning_rate": 1e-4},
+        ppo={"minibatch_size": 16, "learning_rate": 5e-5, "response_length": 64},
     ),
 }
 
 
 def load_preset(name: str | None = None, **overrides) -> Preset:
     """The preset to run with.
+
+    The environment variables RLHF_MODEL, RLHF_DATA and RLHF_DEVICE replace model, data and device
+    of `single_gpu`; `pocket` never follows them. A keyword goes before them. `revision` and `data_dir` belong to
+    the preset's own model and data: with others they are None unless given.
 
     Args:
         name: `pocket` or `single_gpu`; None means `pocket`. The environment variable RLHF_PRESET,
@@ -97,4 +122,30 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
     known = {field.name for field in fields(Preset)}
     if unknown := sorted(set(overrides) - known):
         raise TypeError(f"a preset has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return replace(PRESETS[chosen], **overrides)
+    if chosen == "single_gpu":
+        overrides = _from_environment() | overrides
+    preset = PRESETS[chosen]
+    for source, detail in (("model", "revision"), ("data", "data_dir")):
+        default = getattr(preset, source)
+        if overrides.get(source, default) != default:
+            overrides.setdefault(detail, None)
+    preset = replace(preset, **overrides)
+    if preset.compute_dtype == "auto":
+        preset = replace(preset, compute_dtype=_best_dtype(preset.device))
+    return preset
+
+
+def _from_environment() -> dict[str, str]:
+    variables = {name: os.environ.get(f"RLHF_{name.upper()}") for name in ENVIRONMENT}
+    return {name: value for name, value in variables.items() if value}
+
+
+def _best_dtype(device: str) -> str:
+    """bfloat16 on GPUs that compute in it natively, float16 on older ones, float32 on a CPU."""
+    if device == "cpu":
+        return "float32"
+    import torch  # here, since choosing a preset should not take the seconds of that import
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+        return "float16"
+    return "bfloat16"

@@ -1,6 +1,7 @@
 """One frozen 4-bit base, and the roles of RLHF as adapters on it."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-HEAD = "head.safetensors"
+HEAD, SAFETENSORS = "head.safetensors", "model.safetensors"
 # The settings that decide what an adapter computes.
 PLAIN_LORA = (
     "peft_type",
@@ -47,9 +48,11 @@ PLAIN_LORA = (
 def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) -> PreTrainedModel:
     """Load the preset's base model, frozen, without dropout, its linear layers in NF4.
 
-    Embeddings, norms and the output layer stay unquantized (float32 on the CPU). On processors
-    with AVX512-BF16, bitsandbytes would repack the 4-bit weights at the first forward without
-    gradients, and LoRA gradients afterwards would be wrong; that fast path is switched off here.
+    Embeddings, norms and the output layer stay unquantized, in the preset's `compute_dtype`. Only
+    safetensors are read: nothing is unpickled, and no code of a model's author is run. On a GPU
+    the bytes that the model needs are counted before any weights are read. On processors with
+    AVX512-BF16, bitsandbytes would repack the 4-bit weights at the first forward without gradients,
+    and LoRA gradients afterwards would be wrong; that fast path is switched off here.
 
     Args:
         preset: names the model, its device and how it computes.
@@ -62,9 +65,10 @@ def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) 
 
     Raises:
         FileNotFoundError: if a file of a local model is missing.
-        ValueError: if a local model's weights are truncated, a layer's width is no multiple of 64,
-            or the preset asks for CUDA where there is none.
-        ConnectionError: if the model is a hub id and the hub cannot be reached.
+        ValueError: if a local model's weights are truncated or not in safetensors, a layer's width
+            is no multiple of 64, or the preset asks for CUDA where there is none or too little
+            memory.
+        ConnectionError: if the model is a hub id and the hub cannot be reached, or refuses.
 
     Example:
         >>> base = load_base(load_preset("pocket"))        # doctest: +SKIP
@@ -79,15 +83,72 @@ def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) 
             "'pocket', or pass device='cpu' for a small model"
         )
     if preset.offline:
-        require_files(Path(preset.model), "config.json", "model.safetensors")
+        _require_weights(Path(preset.model))
     options = {"revision": preset.revision, "local_files_only": preset.offline}
     config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **options)
+    _switch_off_dropout(config)
     if quantized:
         _require_blocks(config, preset.model)
+    if preset.device == "cuda":
+        _require_memory(config, preset, quantized)
+    if quantized:
         options["quantization_config"] = _nf4(preset)
     model = _load_weights(preset, config, options, classifier)
     _switch_off_repacking(model)
     return model.requires_grad_(False).eval()
+
+
+def _require_weights(folder: Path) -> None:
+    """Raise unless a folder has a config and safetensors, in one file or in all their parts."""
+    require_files(folder, "config.json")
+    index = folder / f"{SAFETENSORS}.index.json"
+    if not (folder / SAFETENSORS).is_file() and index.is_file():
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"'{index}' cannot be read ({type(error).__name__}: {error}); it is truncated or "
+                "damaged: copy the whole folder again"
+            ) from error
+        return require_files(folder, *sorted(parts))
+    if not (folder / SAFETENSORS).is_file() and any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
+            "that can run any code; get the model as safetensors, or convert it where you trust it"
+        )
+    require_files(folder, SAFETENSORS)
+
+
+def _switch_off_dropout(config) -> None:
+    """Dropout would make the policy differ from itself, in training mode."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
+            setattr(config, name, 0.0)
+
+
+def _require_memory(config, preset: Preset, quantized: bool) -> None:
+    """Raise ValueError unless the weights and a fifth more fit the GPU's free memory."""
+    needed = 1.2 * _weight_bytes(config, preset, quantized)
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own cache
+    free = torch.cuda.mem_get_info()[0] + unused
+    if needed > free:
+        raise ValueError(
+            f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and "
+            f"{free / 1e9:.1f} GB of the GPU's memory are free; choose a smaller model, end what "
+            "else uses the GPU, or use preset 'pocket'; if it is training that does not fit, a "
+            "smaller response_length or batch helps"
+        )
+
+
+def _weight_bytes(config, preset: Preset, quantized: bool) -> float:
+    """Bytes of the weights on the device, from the configuration alone."""
+    with torch.device("meta"):  # shapes, and no memory
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    linear = sum(outputs * inputs for outputs, inputs in linear_shapes(model).values())
+    plain = getattr(torch, preset.compute_dtype).itemsize
+    scale = 1 + 4 / 256 if preset.double_quant else 4  # bytes for each block
+    each = 0.5 + scale / NF4_BLOCK if quantized else plain
+    return linear * each + (sum(p.numel() for p in model.parameters()) - linear) * plain
 
 
 def _nf4(preset: Preset) -> BitsAndBytesConfig:
@@ -120,6 +181,7 @@ def _load_weights(preset: Preset, config, options: dict, classifier: bool) -> Pr
         "config": config,
         "dtype": getattr(torch, preset.compute_dtype),
         "device_map": {"": preset.device},
+        "use_safetensors": True,
     }
     return from_hub(preset.model, load, preset.model, **options)
 

@@ -110,8 +110,8 @@ def test_panels_take_one_curve_or_several():
     )
     first, second, *rest = fig.axes
     assert [line.get_label() for line in first.lines] == ["a", "b"]
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["a", "b"]
-    assert list(second.lines[0].get_xdata()) == [1, 2, 3] and second.get_legend() is None
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b"]
+    assert list(second.lines[0].get_xdata()) == [1, 2, 3]
     assert len(second.patches) == 1 and not first.patches  # the healthy band
     assert not any(ax.axison for ax in rest)
     plt.close(fig)

@@ -3,11 +3,19 @@
 import doctest
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from rlhf_helpers import presets
 from rlhf_helpers.presets import load_preset
+
+
+@pytest.fixture(autouse=True)
+def _no_sources_from_environment(monkeypatch):
+    for name in ("RLHF_MODEL", "RLHF_DATA"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_docstring_examples():
@@ -59,6 +67,76 @@ def test_bad_values_are_named():
         load_preset(device="gpu")
     with pytest.raises(ValueError, match="compute_dtype is 'int8'"):
         load_preset(compute_dtype="int8")
+    for rows in (0, 2.5, "all"):
+        with pytest.raises(ValueError, match=f"rows is {rows!r}; give a whole number"):
+            load_preset(rows=rows)
+
+
+def test_the_environment_names_model_and_data_of_single_gpu(monkeypatch):
+    monkeypatch.setenv("RLHF_MODEL", "my/model")
+    monkeypatch.setenv("RLHF_DATA", "my/pairs")
+    preset = load_preset("single_gpu", device="cpu")
+    assert (preset.model, preset.data) == ("my/model", "my/pairs")
+    preset = load_preset("single_gpu", device="cpu", model="other", data="pairs.jsonl")
+    assert (preset.model, preset.data) == ("other", "pairs.jsonl")
+    monkeypatch.setenv("RLHF_PRESET", "single_gpu")
+    assert load_preset("pocket", device="cpu").model == "my/model"
+
+
+def test_the_environment_never_moves_pocket_off_its_model(monkeypatch):
+    expected = load_preset("pocket")
+    monkeypatch.setenv("RLHF_MODEL", "my/model")
+    monkeypatch.setenv("RLHF_DATA", "my/pairs")
+    assert load_preset() == load_preset("pocket") == expected
+    monkeypatch.setenv("RLHF_PRESET", "pocket")
+    assert load_preset("single_gpu") == expected
+
+
+def test_empty_variables_count_as_unset(monkeypatch):
+    expected = load_preset("single_gpu")
+    monkeypatch.setenv("RLHF_MODEL", "")
+    monkeypatch.setenv("RLHF_DATA", "")
+    assert load_preset("single_gpu") == expected
+
+
+def test_a_revision_and_a_folder_belong_to_the_default_ids(monkeypatch):
+    pinned = replace(presets.PRESETS["single_gpu"], revision="abc")
+    monkeypatch.setitem(presets.PRESETS, "single_gpu", pinned)
+    assert load_preset("single_gpu").revision == "abc"
+    assert load_preset("single_gpu").data_dir == "helpful-base"
+    assert load_preset("single_gpu", model=pinned.model).revision == "abc"
+    other = load_preset("single_gpu", model="my/model", data="my/pairs")
+    assert (other.revision, other.data_dir) == (None, None)
+    given = load_preset("single_gpu", model="a/b", data="c/d", revision="v2", data_dir="train")
+    assert (given.revision, given.data_dir) == ("v2", "train")
+    monkeypatch.setenv("RLHF_MODEL", "my/model")
+    assert load_preset("single_gpu").revision is None
+    assert load_preset("single_gpu").data_dir == "helpful-base"
+
+
+@pytest.mark.parametrize(
+    "device, capability, expected",
+    [
+        ("cpu", None, "float32"),
+        ("cpu", (9, 0), "float32"),
+        ("cuda", None, "bfloat16"),
+        ("cuda", (7, 5), "float16"),
+        ("cuda", (8, 0), "bfloat16"),
+        ("cuda", (9, 0), "bfloat16"),
+    ],
+)
+def test_the_dtype_follows_the_device(monkeypatch, device, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert load_preset("single_gpu", device=device).compute_dtype == expected
+    given = load_preset("single_gpu", device=device, compute_dtype="float16")
+    assert given.compute_dtype == "float16"
+
+
+def test_only_single_gpu_leaves_rows_out():
+    pocket, gpu = load_preset("pocket"), load_preset("single_gpu")
+    assert (pocket.drop_unfit, pocket.rows) == (False, None)
+    assert (gpu.drop_unfit, gpu.rows) == (True, 4000)
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -21,17 +21,23 @@ import torch
 from torch.distributions import Normal
 from tqdm.auto import tqdm
 
-from rlhf_helpers import plots, sft
+from rlhf_helpers import notebook, plots, sft
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import encode_examples, load_tokenizer, pad_examples, sft_dataset
-from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.data import (
+    encode_examples,
+    load_tokenizer,
+    pad_examples,
+    prompt_dataset,
+    sft_dataset,
+)
+from rlhf_helpers.pocket import exam, rubric
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
 
 # %%
 preset = load_preset(PRESET)
-plots.use_style()
+notebook.start(preset)
 tokenizer = load_tokenizer(preset)
 base = load_base(preset)
 
@@ -47,13 +53,19 @@ base = load_base(preset)
 demonstrations = sft_dataset(preset)
 for row in demonstrations.select(range(4)):
     print(f"{row['prompt']:40} {row['completion']}")
+print(f"\n{len(demonstrations)} demonstrations")
+
+# %% [markdown]
+# How many are right? The rubric knows. (A cell that begins with "Pocket only" needs it, or something else that only the
+# pocket world has; with another preset it does nothing.)
+
+# %%
+# Pocket only
 right = [
     rubric.gold_reward(r["prompt"], r["completion"]).correct > 0
     for r in demonstrations.select(range(1000))
 ]
-print(
-    f"\n{len(demonstrations)} demonstrations; of the first 1000, {sum(right) / 1000:.0%} are right"
-)
+print(f"of the first 1000, {sum(right) / 1000:.0%} are right")
 
 # %% [markdown]
 # ## From a demonstration to tokens
@@ -78,6 +90,7 @@ for example in examples:
 # ends the response. What does the base choose after a complete answer?
 
 # %%
+# Pocket only
 finished_answer = "<|user|> what does the duck say?<|assistant|> it says quack."
 ids = tokenizer(finished_answer, return_tensors="pt")["input_ids"]
 with torch.no_grad():
@@ -156,8 +169,9 @@ print(f"{sft_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 3]])):.3f}")
 # Token by token on the real model: what in the first demonstration surprises the base?
 
 # %%
+batch = {"input_ids": input_ids.to(base.device), "attention_mask": attention_mask.to(base.device)}
 with torch.no_grad():
-    logits = base(input_ids, attention_mask=attention_mask).logits
+    logits = base(**batch).logits.float().cpu()
     loss = sft_loss(logits, labels)
     surprise = -logits[0, :-1].log_softmax(-1).gather(-1, input_ids[0, 1:, None]).squeeze(-1)
 counted = labels[0, 1:] != IGNORE
@@ -212,6 +226,7 @@ print([round(level, 3) for level in levels.tolist()])
 # that the loader uses, on the same 64 weights.
 
 # %%
+# Pocket only
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 layer = "model.layers.0.self_attn.q_proj"
@@ -226,6 +241,7 @@ print(f"largest difference between the values: {(ours - theirs).abs().max():.0e}
 assert torch.equal(codes, their_codes.long()) and torch.allclose(ours, theirs, atol=1e-6)
 
 # %%
+# Pocket only
 order = block.argsort()
 series = {"before": block[order].tolist(), "NF4": ours[order].tolist()}
 fig = plots.lines(series, "the 64 weights of a block, sorted", "weight")
@@ -247,6 +263,7 @@ print(f"of the whole layer: {(whole - exact).norm() / exact.norm():.3f}")
 # them: $4 + 8/64 + 32/(64 \cdot 256) = 4.127$.
 
 # %%
+# Pocket only
 weight = base.get_submodule(layer).weight
 bits = (
     8 * (weight.numel() + 4 * weight.quant_state.absmax.numel()) / weight.quant_state.shape.numel()
@@ -301,11 +318,11 @@ print("B = (1, 0)", lora_forward(x, W, A, torch.tensor([[1.0], [0.0]]), alpha=2)
 
 # %%
 with torch.no_grad():
-    before = base(input_ids, attention_mask=attention_mask).logits
+    before = base(**batch).logits
 roles = Roles(base, rank=16, alpha=32)
 roles.add("practice", seed=preset.seed)
 with torch.no_grad():
-    after = roles.use("practice")(input_ids, attention_mask=attention_mask).logits
+    after = roles.use("practice")(**batch).logits
 trainable = sum(p.numel() for p in roles.parameters("practice").values())
 print(f"logits unchanged: {torch.equal(before, after)}; trainable parameters: {trainable:,}")
 assert torch.equal(before, after)
@@ -319,8 +336,8 @@ assert torch.equal(before, after)
 # </details>
 
 # %%
-logits = roles.use("practice")(input_ids, attention_mask=attention_mask).logits
-sft_loss(logits, labels).backward()
+logits = roles.use("practice")(**batch).logits
+sft_loss(logits, labels.to(base.device)).backward()
 for part in ("lora_A", "lora_B"):
     grads = [p.grad for name, p in roles.parameters("practice").items() if part in name]
     print(f"{part}: largest gradient {max(g.abs().max().item() for g in grads):.4f}")
@@ -331,13 +348,16 @@ for part in ("lora_A", "lora_B"):
 # Nothing new is left: take a batch, label it, loss, backward, step. Ten updates:
 
 # %%
+config = sft.SFTConfig(**preset.sft)
 train = encode_examples(tokenizer, demonstrations, preset.prompt_length, preset.response_length)
-optimizer = torch.optim.AdamW(roles.parameters("practice").values(), lr=1e-3)
+optimizer = torch.optim.AdamW(roles.parameters("practice").values(), lr=config.learning_rate / 2)
 for step in range(10):
-    input_ids, attention_mask, P = pad_examples(tokenizer, train[32 * step : 32 * (step + 1)])
-    labels = mask_prompt(input_ids, attention_mask, P)
+    input_ids, mask, P = pad_examples(tokenizer, train[32 * step : 32 * (step + 1)])
+    labels = mask_prompt(input_ids, mask, P).to(base.device)
     optimizer.zero_grad()
-    loss = sft_loss(roles.use("practice")(input_ids, attention_mask=attention_mask).logits, labels)
+    model = roles.use("practice")
+    logits = model(input_ids.to(base.device), attention_mask=mask.to(base.device)).logits
+    loss = sft_loss(logits, labels)
     loss.backward()
     optimizer.step()
     print(f"{loss.item():.2f}", end=" ")
@@ -352,7 +372,6 @@ for step in range(10):
 # %%
 written = sft_dataset(preset, "held_out", copies=1)
 held_out = encode_examples(tokenizer, written, preset.prompt_length, preset.response_length)
-config = sft.SFTConfig()
 folder = preset.runs / preset.name / "sft"
 roles.add("sft", seed=preset.seed)
 print(config)
@@ -380,7 +399,7 @@ for stats in tqdm(run, total=config.steps + 1):
 measured = [s.held_out["loss"] for s in history if s.held_out]
 print(f"{history[-1].step} updates in {history[-1].seconds:.0f} s, held-out loss", end=" ")
 print(f"{measured[0]:.3f} -> {measured[-1]:.3f} nats per token")
-assert measured[-1] < measured[0] - 0.1
+assert preset.name != "pocket" or measured[-1] < measured[0] - 0.1
 
 # %% [markdown]
 # Most of the fall comes in the first 25 updates; after that the curve is nearly flat, and well above 0.
@@ -391,26 +410,25 @@ assert measured[-1] < measured[0] - 0.1
 # %% [markdown]
 # ## Before and after
 #
-# We sample one response to each held-out prompt, from the base and from the `sft` role, and mark both by
-# the rubric of lesson 00.
+# We sample one response to each held-out prompt, from the base and from the `sft` role.
 
 # %%
-prompts = world.prompts("held_out")
+prompts = list(prompt_dataset(preset, "held_out")["prompt"])
 
 
-def judge(model, prompts=prompts):
+def respond(model):
     rollout = sample_responses(model, tokenizer, prompts, preset.response_length, seed=preset.seed)
-    rows = list(zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True))
-    return rows, rubric.mean_score(rubric.gold_reward(*row) for row in rows)
+    return list(zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True))
 
 
 roles.add("untrained", trainable=False)  # B = 0: the base
-rows_before, marks_before = judge(roles.use("untrained"))
-rows_after, marks_after = judge(roles.use("sft"))
+rows_before, rows_after = respond(roles.use("untrained")), respond(roles.use("sft"))
 for i in range(0, len(prompts), 120):
     print(f"{prompts[i]}\n   before: {rows_before[i][1]}\n   after:  {rows_after[i][1]}")
 
 # %% [markdown]
+# Both are marked by the rubric of lesson 00.
+#
 # <details><summary><b>Predict before you run.</b> The responses now have the right form; several are
 # wrong. Which parts of the rubric do you expect to rise most, and how many answers to be right, when
 # 64% of the demonstrations are?</summary>
@@ -419,7 +437,14 @@ for i in range(0, len(prompts), 120):
 # demonstrations: SFT imitates, mistakes included.
 # </details>
 
+
 # %%
+# Pocket only
+def marks_of(rows):
+    return rubric.mean_score(rubric.gold_reward(*row) for row in rows)
+
+
+marks_before, marks_after = marks_of(rows_before), marks_of(rows_after)
 groups = {
     "before": [getattr(marks_before, part) for part in rubric.PARTS] + [marks_before.total],
     "after": [getattr(marks_after, part) for part in rubric.PARTS] + [marks_after.total],
@@ -433,6 +458,7 @@ plots.show(
 
 
 # %%
+# Pocket only
 def share(rows, test):
     mean, low, high = exam.share_with_interval([test(*row) for row in rows])
     return f"{mean:.0%} [{low:.0%}, {high:.0%}]"
@@ -454,6 +480,7 @@ assert marks_after.total > marks_before.total + 0.3 and right_after < 0.7
 # and samples, recorded by `tools/train_assets.py sft` when the shipped adapter was made.
 
 # %% tags=["nbval-check-output"]
+# Pocket only
 recorded = json.loads((ASSETS / "sft" / "runs.json").read_text(encoding="utf-8"))
 ten = [run for run in recorded if run["run"] == "sft"]
 for key in ("answers", "right", "gold"):
@@ -474,11 +501,12 @@ assert all(run["gold"] > run["gold before"] + 0.3 for run in ten) and len(ten) =
 def surprise_of(role):
     with torch.no_grad():
         logits = roles.use(role)(first_ids, attention_mask=first_mask).logits[0, P - 1 : -1]
-    logprobs = logits.log_softmax(-1).gather(-1, first_ids[0, P:, None])
+    logprobs = logits.float().log_softmax(-1).gather(-1, first_ids[0, P:, None])
     return (-logprobs.squeeze(-1)).tolist()
 
 
 first_ids, first_mask, P = pad_examples(tokenizer, examples[:1])
+first_ids, first_mask = first_ids.to(base.device), first_mask.to(base.device)
 words = tokenizer.convert_ids_to_tokens(first_ids[0, P:].tolist())
 groups = {"before": surprise_of("untrained"), "after": surprise_of("sft")}
 fig = plots.grouped_bars(words, groups, "−log probability, in nats")
@@ -498,6 +526,7 @@ plots.show(
 # update, 176 must be 0. How large are they beside those of $W$?
 
 # %%
+# Pocket only
 adapter = roles.state("sft")
 prefix = f"base_model.model.{layer}"
 update = (
@@ -553,7 +582,7 @@ def prompt_too(input_ids, attention_mask, prompt_length):
 # </details>
 
 # %%
-short = sft.SFTConfig(steps=60, eval_every=10)
+short = sft.SFTConfig(**preset.sft | {"steps": 60, "eval_every": 10})
 choices = {"right": sft.mask_prompt, "prompt too": prompt_too, "no EOS": forget_eos}
 batch_losses, curves, judged = {}, {}, {}
 for name, labels in choices.items():
@@ -563,25 +592,31 @@ for name, labels in choices.items():
     reports = list(tqdm(run, total=short.steps + 1, desc=name))
     batch_losses[name] = sum(s.loss for s in reports[-20:]) / 20
     curves[name] = {s.step: s.held_out["loss"] for s in reports if s.held_out}
-    judged[name] = judge(roles.use(role))
+    judged[name] = respond(roles.use(role))
 
 # %%
 fig = plots.lines(curves, "updates", "held-out loss, nats per token")
 ends = ", ".join(f"{name} ends at {list(curve.values())[-1]:.2f}" for name, curve in curves.items())
 plots.show(fig, alt=f"Three curves of held-out loss over 60 updates: {ends}.")
-judged["the base"] = rows_before, marks_before
+judged["the base"] = rows_before
 batch_losses["the base"], curves["the base"] = float("nan"), {60: measured[0]}
-print(f"{'labels':12}{'loss shown':>11}{'held out':>10}{'finished':>10}{'words':>7}{'gold':>7}")
-for name, (rows, marks) in judged.items():
+print(f"{'labels':12}{'loss shown':>11}{'held out':>10}{'finished':>10}{'words':>7}")
+for name, rows in judged.items():
     finished = sum(row[2] for row in rows) / len(rows)
     words = sum(len(row[1].split()) for row in rows) / len(rows)
     print(f"{name:12}{batch_losses[name]:11.2f}{curves[name][60]:10.3f}", end="")
-    print(f"{finished:10.0%}{words:7.1f}{marks.total:7.2f}")
+    print(f"{finished:10.0%}{words:7.1f}")
+print("without EOS:", judged["no EOS"][0][1])
+
+# %% [markdown]
+# And by the rubric:
 
 # %%
-print("without EOS:", judged["no EOS"][0][0][1])
+# Pocket only
+golds = {name: marks_of(rows).total for name, rows in judged.items()}
+print("gold: " + ", ".join(f"{name} {gold:.2f}" for name, gold in golds.items()))
 assert curves["no EOS"][60] > curves["right"][60] + 0.2
-assert judged["no EOS"][1].total < judged["right"][1].total - 0.5
+assert golds["no EOS"] < golds["right"] - 0.5
 assert curves["prompt too"][10] > curves["right"][10]
 
 # %% [markdown]
@@ -591,6 +626,7 @@ assert curves["prompt too"][10] > curves["right"][10]
 
 
 # %%
+# Pocket only
 def after_full_stop(labels_of):
     followed = []
     for start in range(0, 960, 32):
@@ -614,6 +650,7 @@ for name in ("right", "no EOS"):
 # behind and nearly catches up, and gold is a little lower. Is that chance? Ten recorded seeds again:
 
 # %% tags=["nbval-check-output"]
+# Pocket only
 by_run = {(run["run"], run["seed"]): run for run in recorded}
 for failure in ("prompt too", "no EOS"):
     gaps = [
@@ -635,6 +672,7 @@ for failure in ("prompt too", "no EOS"):
 # it is and cast back.
 
 # %%
+# Pocket only
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -655,6 +693,7 @@ def as_messages(row):
 # on a GPU, bfloat16 and gradient checkpointing.
 
 # %%
+# Pocket only
 warnings.filterwarnings("ignore", "`gradient_checkpointing`", FutureWarning)  # a name that changes
 settings = SFTConfig(
     output_dir=str(preset.runs / preset.name / "trl"),
@@ -677,6 +716,7 @@ settings = SFTConfig(
 )
 
 # %%
+# Pocket only
 roles.add("trl", seed=preset.seed)
 trainer = InOrder(
     model=roles.use("trl"),
@@ -691,6 +731,7 @@ for parameter in roles.parameters("trl").values():
 outcome = trainer.train()
 
 # %%
+# Pocket only
 theirs = {h["step"]: h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h}
 ours = {s.step: s.held_out["loss"] for s in history if s.step in theirs}
 fig = plots.lines({"ours": ours, "TRL": theirs}, "updates", "held-out loss, nats per token")
@@ -721,12 +762,13 @@ for path in sorted(found.iterdir()):
     print(f"{path.name:28}{path.stat().st_size / 1024:8.0f} KiB")
 
 # %% tags=["headline"]
-print(f"held-out loss {measured[0]:.3f} -> {measured[-1]:.3f}, TRL {theirs_measured:.3f};", end=" ")
-print(f"gold {marks_before.total:.2f} -> {marks_after.total:.2f} of 1.9")
+print(f"held-out loss {measured[0]:.3f} -> {measured[-1]:.3f}")
+
+# %% tags=["headline"]
+# Pocket only
+print(f"TRL {theirs_measured:.3f}; gold {marks_before.total:.2f} -> {marks_after.total:.2f} of 1.9")
 print(f"answers the question: {share(rows_before, tests['answers the question'])}", end=" ")
-print(
-    f"-> {share(rows_after, tests['answers the question'])}; no EOS: gold {judged['no EOS'][1].total:.2f}"
-)
+print(f"-> {share(rows_after, tests['answers the question'])}; no EOS: gold {golds['no EOS']:.2f}")
 
 # %% [markdown]
 # ## Recap

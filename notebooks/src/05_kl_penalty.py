@@ -389,7 +389,7 @@ def draw(histories, alt):
 draw(histories, "Four panels over eight updates, a line for each β: score, gold, KL, entropy.")
 
 # %% [markdown]
-# For three updates the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they part. At β = 0
+# For two updates the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they part. At β = 0
 # and 0.01 the proxy goes on rising, and gold falls below 0; at 0.1 the proxy stops near 1, with three nats; at 1
 # nothing much happens in eight updates. One seed each, and batches of 64.
 #
@@ -468,9 +468,9 @@ for phrase in sorted(first, key=lambda phrase: -fourth[phrase][0]):
 # As the first courtesy, a phrase earns about a point with the reward model and 0.2 with gold. As the fourth it
 # earns nothing, or very little, and costs 0.3 or more of gold. That is the hole: the annotators overrate politeness, so the reward
 # model has never learnt that too much of it is bad. Look at the ranking by the last tiny differences, and then at
-# the counts: the four phrases with which an answer can *end* are the ones that still earn a hundredth or two there,
-# and the policy says them up to fifty times as often as SFT does, about once in every answer each; those that earn less
-# than nothing it hardly says. That it matches does not prove that these hundredths are what drove it: an ending is also
+# the counts: the four phrases with which an answer can *end* are the ones that cost the proxy nothing there, and the
+# policy says them twenty to forty times as often as SFT does, about once in every answer each; those with which one
+# begins cost a little, and it hardly says them. That the two match does not prove that these hundredths drove it: an ending is also
 # easier to add to than a beginning.
 #
 # ## Ten seeds
@@ -502,12 +502,12 @@ runs = {
 # %%
 # Pocket only
 groups = {
-    f"{name} ({label})": [
-        [(max(r["kl"], 0) ** 0.5, r[label]) for r in rows]
+    name: [
+        [(max(r["kl"], 0) ** 0.5, r[column]) for r in rows]
         for (beta, _), rows in runs.items()
         if beta == 0
     ]
-    for name, label in (("proxy", "score"), ("gold", "gold"))
+    for name, column in (("proxy", "score"), ("gold", "gold"))
 }
 fig = plots.trajectories(groups, "√KL to the reference, √nats", "reward of the batch")
 plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
@@ -704,9 +704,9 @@ plots.show(
 
 # %% [markdown]
 # On all three seeds the same story. β first *falls*, since the KL is still below three; then it grows by a tenth an
-# update, but from so low that the policy has gone to 19 nats and more, and gold below 0, before the price is felt. Near
-# update 40 the KL comes down within a few updates, and too far: β has overshot. Then it settles between 0.06 and 0.1, near the price
-# that we would have chosen, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
+# update, but from so low that the policy has gone to about 19 nats or more, and gold below 0, before the price is felt.
+# Near update 40 the KL comes down within a few updates, on two seeds too far: β has overshot. Then β is between 0.06
+# and 0.1, near the price that we would have chosen, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
 # had to know β; but the controller is slow, and no protection on the way. Begin with a price that is too high.
 #
 # ## The number to take along
