@@ -7,7 +7,7 @@ from rlhf_helpers import __version__, plots
 from rlhf_helpers.presets import Preset
 
 POCKET_ONLY = "# Pocket only"
-_SKIPPED = "print('About the generated world: this cell does nothing with the preset {!r}.')\n"
+_SKIPPED = 'print("About the generated world: this cell does nothing with the preset {!r}.")\n'
 
 
 def start(preset: Preset) -> None:

@@ -1,7 +1,7 @@
 """The look of every figure in the course, and `show`, which gives a figure its text alternative."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -67,6 +67,36 @@ def redraw(fig: Figure, alt: str, handle: DisplayHandle | None = None) -> Displa
     metadata = {"image/png": {"alt": alt}}
     display(data, metadata=metadata, raw=True, display_id=handle.display_id, update=update)
     return handle
+
+
+def explore(draw: Callable[..., Figure], alt: str, **choices: Sequence) -> None:
+    """A figure with a slider for each of its settings.
+
+    Without ipywidgets, and where no kernel runs, there is the figure of the first choices alone.
+
+    Args:
+        draw: makes the figure of some settings.
+        alt: what the figure shows; `{name}` in it stands for a setting.
+        **choices: for each setting the values that it can take, the one to begin with first.
+    """
+    settings = {name: values[0] for name, values in choices.items()}
+    handle = redraw(draw(**settings), alt.format(**settings))
+    try:
+        from ipywidgets import HBox, SelectionSlider
+    except ImportError:
+        return
+
+    def moved(change: Mapping) -> None:
+        settings[change["owner"].description] = change["new"]
+        redraw(draw(**settings), alt.format(**settings), handle)
+
+    sliders = [
+        SelectionSlider(options=sorted(values), value=values[0], description=name)
+        for name, values in choices.items()
+    ]
+    for slider in sliders:
+        slider.observe(moved, "value")
+    display(HBox(sliders))
 
 
 def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figure:

@@ -98,8 +98,8 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
     """The preset to run with.
 
     The environment variables RLHF_MODEL, RLHF_DATA and RLHF_DEVICE replace model, data and device
-    of `single_gpu`; `pocket` never follows them. A keyword goes before them. `revision` and `data_dir` belong to
-    the preset's own model and data: with others they are None unless given.
+    of `single_gpu`; `pocket` never follows them. A keyword goes before them. `revision` and
+    `data_dir` belong to the preset's own model and data: with others they are None unless given.
 
     Args:
         name: `pocket` or `single_gpu`; None means `pocket`. The environment variable RLHF_PRESET,

@@ -38,7 +38,7 @@ def test_in_the_pocket_world_every_cell_runs(shell, pocket):
 
 def test_elsewhere_a_pocket_cell_says_that_it_does_nothing(shell, capsys):
     notebook.start(gpu_preset())
-    shell.run_cell(SKIPPED)
+    assert shell.run_cell(SKIPPED).success
     assert "found" not in shell.user_ns
     assert "this cell does nothing with the preset 'single_gpu'" in capsys.readouterr().out
     shell.run_cell("other = 2  # Pocket only")

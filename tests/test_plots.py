@@ -1,5 +1,7 @@
 """Figures: shown once, with a text alternative."""
 
+import sys
+
 import matplotlib.pyplot as plt
 import pytest
 
@@ -140,3 +142,23 @@ def test_groups_of_points_differ_in_shape_and_only_joined_ones_are_a_curve():
 def test_more_groups_than_can_be_told_apart_are_refused():
     with pytest.raises(ValueError, match="9 groups"):
         plots.scatter({str(i): [(0, 0)] for i in range(9)}, "x", "y")
+
+
+def test_a_slider_draws_the_figure_anew_in_its_place(monkeypatch):
+    shown, sliders = [], []
+    monkeypatch.setattr(plots, "redraw", lambda fig, alt, handle=None: shown.append((alt, handle)))
+    monkeypatch.setattr(plots, "display", lambda box: sliders.extend(box.children))
+    drawn = []
+    plots.explore(lambda ε, A: drawn.append((ε, A)), "ε = {ε}", ε=[0.2, 0.1], A=[1, -1])
+    assert drawn == [(0.2, 1)] and shown == [("ε = 0.2", None)]
+    assert [slider.options for slider in sliders] == [(0.1, 0.2), (-1, 1)]
+    sliders[0].value = 0.1
+    assert drawn[1:] == [(0.1, 1)] and shown[1][0] == "ε = 0.1"
+
+
+def test_without_ipywidgets_there_is_one_figure(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "redraw", lambda fig, alt, handle=None: shown.append(alt))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    plots.explore(lambda ε: None, "ε = {ε}", ε=[0.2, 0.1])
+    assert shown == ["ε = 0.2"]

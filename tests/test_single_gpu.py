@@ -8,7 +8,9 @@ import bitsandbytes as bnb
 import httpx
 import pytest
 import torch
+from build_notebooks import ROOT, execute, read_source
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from nbformat.v4 import new_code_cell
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -63,7 +65,7 @@ QWEN_TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def _no_sources_from_environment(monkeypatch):
-    for name in ("RLHF_MODEL", "RLHF_DATA"):
+    for name in ("RLHF_MODEL", "RLHF_DATA", "RLHF_DEVICE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -749,3 +751,35 @@ def test_large_gradients_do_not_overflow_a_float16_base(preset):
 def test_other_bases_get_the_plain_backward_bit_for_bit(preset, dtype):
     made = preset(compute_dtype=dtype)
     assert torch.equal(gradients(made, plainly), gradients(made, backward))
+
+
+# --- lessons -------------------------------------------------------------------------------
+
+
+SMALL = """
+from dataclasses import replace
+from pathlib import Path
+from rlhf_helpers import presets
+
+sizes = {{"batch_size": 8, "minibatch_size": 4, "updates": 2, "response_length": 8}}
+steps = {{"batch_size": 4, "steps": 4, "warmup_steps": 1, "eval_every": 2}}
+presets.PRESETS["single_gpu"] = replace(
+    presets.PRESETS["single_gpu"], model={model!r}, data={data!r}, data_dir=None, device="cpu",
+    prompt_length=64, response_length=8, sft=steps, reward=steps, ppo=sizes, runs=Path({runs!r})
+)
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lessons_run_on_a_real_architecture(folders, files, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_PRESET", "single_gpu")
+    words = {"model": str(folders[name]), "data": files["hh"], "runs": str(tmp_path)}
+    for lesson in ("01_sft", "02_reward_model", "04_ppo_qlora", "05_kl_penalty"):
+        nb = read_source(ROOT / "notebooks" / "src" / f"{lesson}.py")
+        nb.cells.insert(0, new_code_cell(SMALL.format(**words)))
+        execute(nb, tmp_path, timeout=300)
+        printed = "".join(o.get("text", "") for cell in nb.cells for o in cell.get("outputs", []))
+        assert "preset single_gpu, on CPU" in printed
+        assert "nothing with the preset 'single_gpu'" in printed
+    made = {path.name for path in (tmp_path / "single_gpu").iterdir()}
+    assert {"sft", "reward", "judge", "policy"} <= made

@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from tqdm import tqdm
 
+COLAB = "https://colab.research.google.com"
+# Colab keeps its own torch: the package asks for no version of it.
+SETUP = """\
+# In Colab this installs the course; elsewhere it does nothing.
+import sys
+
+if "google.colab" in sys.modules:
+    %pip install --quiet "{name} @ git+{address}@{tag}\""""
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 600  # seconds
 REMEDY = "Remedy: edit the source under src/, then run `make build` and commit both files."
@@ -119,7 +128,11 @@ def read_source(path: Path) -> NotebookNode:
     """The notebook that a py:percent source describes, not executed."""
     text = path.read_text(encoding="utf-8")
     check_markers(text, path)
-    return canonical(jupytext.reads(text, fmt="py:percent"), path.stem)
+    nb = jupytext.reads(text, fmt="py:percent")
+    root = path.parents[2]
+    if (root / "pyproject.toml").is_file():
+        stamp(nb, root, path.parents[1].name, path.stem)
+    return canonical(nb, path.stem)
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -142,6 +155,51 @@ def notebook_text(nb: NotebookNode) -> str:
     """The text of the .ipynb file, the same for equal notebooks."""
     nbformat.validate(nb)
     return nbformat.writes(nb, version=4).rstrip("\n") + "\n"
+
+
+# --- what every notebook of the course begins with ------------------------------------------
+
+
+def stamp(nb: NotebookNode, root: Path, folder: str, stem: str) -> None:
+    """Add Colab's badge to the title, and after it the set-up for Colab and links, in place."""
+    with (root / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    address, tag = project["urls"]["Repository"], f"v{project['version']}"
+    page = address.replace("https://github.com", f"{COLAB}/github")
+    link = f"{page}/blob/{tag}/{folder}/{stem}.ipynb"
+    nb.cells[0].source += f"\n\n[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
+    setup = SETUP.format(name=project["name"], address=address, tag=tag)
+    links = "**Go to** " + " · ".join(neighbours(root, folder, stem))
+    cells = [nbformat.v4.new_code_cell(setup), nbformat.v4.new_markdown_cell(links)]
+    nb.cells[1:1] = cells
+
+
+def neighbours(root: Path, folder: str, stem: str) -> list[str]:
+    """Links from a notebook to its lesson, exercise and solution, the lessons before and after."""
+    lessons, solutions = (
+        sorted(path.stem for path in (root / name / "src").glob("*.py"))
+        for name in ("notebooks", "solutions")
+    )
+    places = {"the previous lesson": ("notebooks", before(lessons, stem))}
+    places["the lesson"] = ("notebooks", stem)
+    if stem in solutions:
+        places |= {"its exercise": ("exercises", stem), "its solution": ("solutions", stem)}
+    places["the next lesson"] = ("notebooks", before(lessons[::-1], stem))
+    return [
+        f"[{words}](../{place}/{name}.ipynb)"
+        for words, (place, name) in places.items()
+        if name and (place, name) != (folder, stem)
+    ]
+
+
+def before(names: Sequence[str], name: str) -> str | None:
+    """The one in front of it in the list, None at the start.
+
+    >>> before(["00_start", "01_sft"], "01_sft")
+    '00_start'
+    """
+    index = names.index(name)
+    return names[index - 1] if index else None
 
 
 # --- normal form ---------------------------------------------------------------------------
@@ -303,6 +361,11 @@ def make_exercise(solution: NotebookNode) -> NotebookNode:
     ids, so that a comparison of the two notebooks lines up.
     """
     nb = strip_outputs(solution)
+    for cell in nb.cells[:3]:  # the stamp's links
+        cell.source = cell.source.replace("/solutions/", "/exercises/")
+        cell.source = cell.source.replace(
+            "[its exercise](../exercises/", "[its solution](../solutions/"
+        )
     for index, cell in enumerate(nb.cells):
         if "solution" in tags(cell):
             cell.source = "*Your answer here.*" if cell.cell_type == "markdown" else "..."

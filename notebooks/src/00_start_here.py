@@ -12,8 +12,6 @@
 # - mark a response by the rubric that this course calls gold.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
-
 import re
 import sys
 
@@ -23,7 +21,7 @@ import transformers
 from rlhf_helpers import plots
 from rlhf_helpers.data import load_tokenizer, prompt_dataset, render_prompt
 from rlhf_helpers.pocket import corpus, exam, rubric, world
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import load_base
 from rlhf_helpers.rollout import sample_responses
 
@@ -34,7 +32,7 @@ from rlhf_helpers.rollout import sample_responses
 # device. `pocket` needs no GPU, no account and no download.
 
 # %%
-preset = load_preset(PRESET)
+preset = PRESETS["pocket"]  # always: every number below is about this model
 plots.use_style()
 print(f"preset {preset.name} on {preset.device}, computing in {preset.compute_dtype}")
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__.split('+')[0]},", end=" ")

@@ -352,7 +352,7 @@ config = sft.SFTConfig(**preset.sft)
 train = encode_examples(tokenizer, demonstrations, preset.prompt_length, preset.response_length)
 optimizer = torch.optim.AdamW(roles.parameters("practice").values(), lr=config.learning_rate / 2)
 for step in range(10):
-    input_ids, mask, P = pad_examples(tokenizer, train[32 * step : 32 * (step + 1)])
+    input_ids, mask, P = pad_examples(tokenizer, config.batch(train, step))
     labels = mask_prompt(input_ids, mask, P).to(base.device)
     optimizer.zero_grad()
     model = roles.use("practice")

@@ -12,7 +12,7 @@
 # - find the faults in a short `ppo_step` that looks right.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
+from functools import partial
 
 import torch
 from torch.nn.functional import log_softmax
@@ -22,13 +22,13 @@ from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.data import load_tokenizer
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.pocket import world
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
 
 # %%
-preset = load_preset(PRESET)
+preset = PRESETS["pocket"]  # always: every number below is about this model
 plots.use_style()
 tokenizer = load_tokenizer(preset)
 roles = Roles(load_base(preset))
@@ -181,30 +181,32 @@ assert found["PPO"] > found["REINFORCE"] > found["ratio"]
 
 
 # %%
-def objective_and_slope(ratio, advantage):
+def objective_and_slope(ratio, advantage, epsilon):
     one, old = torch.ones(1, 1), torch.tensor([[0.5]]).log()
     new = (old + torch.tensor(ratio).log()).requires_grad_()
-    loss, _ = ppo.policy_loss(new, old, advantage * one, one)
+    loss, _ = ppo.policy_loss(new, old, advantage * one, one, clip=epsilon)
     (slope,) = torch.autograd.grad(loss, new)
     return -loss.item(), -slope.item() / ratio  # with respect to the ratio
 
 
-ratios = [0.505 + 0.01 * i for i in range(100)]
-for advantage in (1, -1):
-    points = [objective_and_slope(ratio, advantage) for ratio in ratios]
-    objective, slope = (
-        dict(zip(ratios, column, strict=True)) for column in zip(*points, strict=True)
-    )
-    series = {"objective": objective, "its slope": slope}
-    fig = plots.lines(
-        series, f"ratio ρ, for an advantage of {advantage}", "objective, and its slope by ρ"
-    )
-    flat = "above 1.2" if advantage > 0 else "below 0.8"
-    plots.show(fig, alt=f"Advantage {advantage}: the objective is flat, its slope 0, {flat}.")
+def draw_clip(advantage, ε):
+    ratios = [0.505 + 0.01 * i for i in range(100)]
+    points = zip(*[objective_and_slope(ratio, advantage, ε) for ratio in ratios], strict=True)
+    series = {
+        name: dict(zip(ratios, column, strict=True))
+        for name, column in zip(("objective", "its slope"), points, strict=True)
+    }
+    x, y = f"ratio ρ, for an advantage of {advantage}", "objective, and its slope by ρ"
+    return plots.lines(series, x, y)
+
+
+for advantage, flat in ((1, "above 1 + ε"), (-1, "below 1 − ε")):
+    alt = f"Advantage {advantage}, ε = {{ε}}: the objective is flat, its slope 0, {flat}."
+    plots.explore(partial(draw_clip, advantage), alt, ε=[0.2, 0.05, 0.1, 0.4])
 
 # %% [markdown]
 # The clip is one-sided on purpose: it takes away the reward for going further in the right direction, and
-# never the way back. It does not keep the ratio inside 0.8 to 1.2: another token's gradient can still push
+# never the way back. (With a running kernel and ipywidgets the sliders move ε.) It does not keep the ratio inside 0.8 to 1.2: another token's gradient can still push
 # it out, and a single large step can jump the fence.
 #
 # ## The reward of each token

@@ -10,8 +10,6 @@
 # `nbdiff-web exercises/01_sft.ipynb solutions/01_sft.ipynb` in the course's folder.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
-
 from collections.abc import Sequence
 from math import ceil, prod
 
@@ -20,11 +18,11 @@ from torch import Tensor
 
 from rlhf_helpers import checks
 from rlhf_helpers.data import encode_examples, load_tokenizer, pad_examples, sft_dataset
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles, load_base
 
 # %%
-preset = load_preset(PRESET)
+preset = PRESETS["pocket"]  # always: every number below is about this model
 torch.manual_seed(preset.seed)
 tokenizer = load_tokenizer(preset)
 

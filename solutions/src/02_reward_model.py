@@ -10,8 +10,6 @@
 # `nbdiff-web exercises/02_reward_model.ipynb solutions/02_reward_model.ipynb` in the course's folder.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
-
 import torch
 from torch import Tensor
 
@@ -20,11 +18,11 @@ from rlhf_helpers.data import encode_examples, load_tokenizer, pad_examples, pre
 from rlhf_helpers.pocket import exam, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import count_phrases, gold_reward
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles, load_base
 
 # %%
-preset = load_preset(PRESET)
+preset = PRESETS["pocket"]  # always: every number below is about this model
 torch.manual_seed(preset.seed)
 tokenizer = load_tokenizer(preset)
 pairs = preference_dataset(preset, "held_out")

@@ -10,8 +10,6 @@
 # `nbdiff-web exercises/03_ppo_mechanics.ipynb solutions/03_ppo_mechanics.ipynb` in the course's folder.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
-
 import math
 
 import torch
@@ -20,12 +18,12 @@ from torch import Tensor
 from rlhf_helpers import checks
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.data import load_tokenizer
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
 
 # %%
-preset = load_preset(PRESET)
+preset = PRESETS["pocket"]  # always: every number below is about this model
 tokenizer = load_tokenizer(preset)
 roles = Roles(load_base(preset))
 roles.load("sft", find_adapter(preset, "sft"))

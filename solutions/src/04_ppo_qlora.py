@@ -11,8 +11,6 @@
 # `nbdiff-web exercises/04_ppo_qlora.ipynb solutions/04_ppo_qlora.ipynb` in the course's folder.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
-
 import warnings
 
 import torch
@@ -23,12 +21,12 @@ from rlhf_helpers import checks, memory
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.data import load_tokenizer
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
 
 # %%
-preset = load_preset(PRESET)
+preset = PRESETS["pocket"]  # always: every number below is about this model
 tokenizer = load_tokenizer(preset)
 roles = Roles(load_base(preset))
 roles.load("reference", find_adapter(preset, "sft"))

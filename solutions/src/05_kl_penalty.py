@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rlhf_helpers import checks, diversity, plots, ppo
+from rlhf_helpers import checks, diversity, notebook, plots, ppo
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer
-from rlhf_helpers.pocket import world
+from rlhf_helpers.data import load_tokenizer, prompt_dataset
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles, load_base
@@ -34,7 +33,7 @@ from rlhf_helpers.rollout import sample_responses
 
 # %%
 preset = load_preset(PRESET)
-plots.use_style()
+notebook.start(preset)
 tokenizer = load_tokenizer(preset)
 adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
 roles = Roles(load_base(preset))
@@ -46,7 +45,8 @@ roles.add("base", trainable=False)
 # The policy answers 120 prompts that it has never seen.
 
 # %%
-asked = world.prompts("held_out")[::5]
+train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("train", "held_out"))
+asked = held_out[::5][:120]
 rollout = sample_responses(roles.use("sft"), tokenizer, asked, preset.response_length, seed=1)
 
 # %% [markdown]
@@ -500,8 +500,8 @@ def four_roles() -> Roles:
 histories, trained = {}, {}
 for beta in (0.01, 0.1, 1.0):
     trained[beta] = four_roles()
-    config = ppo.PPOConfig(updates=UPDATES, beta=beta, seed=preset.seed)
-    run = ppo.train_ppo(trained[beta], tokenizer, world.prompts("train"), config)
+    settings = preset.ppo | {"updates": UPDATES, "beta": beta, "seed": preset.seed}
+    run = ppo.train_ppo(trained[beta], tokenizer, train, ppo.PPOConfig(**settings))
     histories[beta] = list(tqdm(run, total=UPDATES, desc=f"β = {beta}"))
 
 # %% [markdown]
@@ -529,7 +529,7 @@ plots.show(plots.panels(curves, "updates", {}), alt=alt)
 
 # %%
 def answers(roles: Roles, role: str) -> ppo.Experience:
-    config = ppo.PPOConfig(seed=preset.seed)
+    config = ppo.PPOConfig(seed=preset.seed, **preset.ppo)
     return ppo.collect_experience(roles, tokenizer, asked, config, beta=0.0, seed=1, role=role)
 
 
@@ -555,6 +555,7 @@ for name, numbers in measured.items():
 # (Length is in words.) What the text claims about β, asserted:
 
 # %%
+# Pocket only
 low, middle, high = (measured[f"β = {beta}"] for beta in trained)
 assert low["KL"] > middle["KL"] > high["KL"]
 assert low["distinct_2"] < middle["distinct_2"] < high["distinct_2"]
