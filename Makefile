@@ -13,11 +13,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab course test build check-sync lint
+.PHONY: help lab course test compare build check-sync lint
 
 help:
 	@echo "make lab         open the first lesson in JupyterLab"
 	@echo "make course      run all lessons and print a table of what they found"
+	@echo "make compare LESSON=05  show an exercise beside its solution"
 	@echo "make test        lint, check that notebooks match their sources, run all tests"
 	@echo "make build       build the notebooks whose source changed"
 	@echo "make check-sync  check that every notebook is what its source gives"
@@ -28,6 +29,10 @@ lab: $(READY)
 
 course: $(READY)
 	@$(OFFLINE) $(RUN) tools/run_course.py
+
+compare: $(READY)
+	@test -n "$(LESSON)" || { echo "Which one? For example: make compare LESSON=05"; exit 2; }
+	$(RUN) -m nbdime.webapp.nbdiffweb exercises/$(LESSON)*.ipynb solutions/$(LESSON)*.ipynb
 
 # Tests run in as many processes as there are cores, each with one thread: the models are so small
 # that a second thread gains less than a second process.

@@ -30,6 +30,7 @@ class Preset:
             their defaults, which are the pocket model's.
         drop_unfit: whether rows of outside data that cannot be used are left out and counted; False
             refuses the data for one such row.
+        checkpointing: whether training computes activations twice to keep fewer of them.
         rows: the most rows of outside data that are used; None for all.
         seed: of everything that is drawn at random.
         runs: the folder for what the learner makes.
@@ -48,6 +49,7 @@ class Preset:
     sft: Mapping[str, object] = field(default_factory=dict)
     reward: Mapping[str, object] = field(default_factory=dict)
     ppo: Mapping[str, object] = field(default_factory=dict)
+    checkpointing: bool = False
     drop_unfit: bool = False
     rows: int | None = None
     seed: int = 0

@@ -95,6 +95,10 @@ def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) 
         options["quantization_config"] = _nf4(preset)
     model = _load_weights(preset, config, options, classifier)
     _switch_off_repacking(model)
+    if preset.checkpointing:  # it works in training mode only, so sampling and scoring lose no time
+        older = "gradient_checkpointing_enable"  # its name in older transformers
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
+        enable({"use_reentrant": False})
     return model.requires_grad_(False).eval()
 
 

@@ -231,6 +231,17 @@ def test_an_unknown_name_is_an_error(course):
         bn.build(course, ["07_nothing"])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_build_begins_without_the_runs_of_others_and_gives_them_back(tmp_path, fails):
+    runs = tmp_path / "runs"
+    (runs / "mine").mkdir(parents=True)
+    with contextlib.suppress(ZeroDivisionError), bn.cold(tmp_path):
+        assert not runs.exists()
+        (runs / "new").mkdir(parents=True)
+        1 / (not fails)
+    assert [path.name for path in runs.iterdir()] == ["mine"]
+
+
 def test_an_interrupted_write_leaves_the_old_notebook(course, monkeypatch):
     path = course / "notebooks/01_tiny.ipynb"
     before = path.read_text()

@@ -14,11 +14,13 @@ import ast
 import copy
 import os
 import re
+import shutil
 import statistics
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -455,13 +457,27 @@ def build(
 
 def build_notebook(target: Target, timeout: int) -> float:
     """Execute the source and write its notebook; a failing cell leaves the old one in place."""
-    nb = read_source(target.source)
+    nb, folder = read_source(target.source), target.notebook.parent
     start = time.perf_counter()
-    with tqdm(total=len(nb.cells), desc=target.source.stem, unit="cell") as bar:
-        execute(nb, target.notebook.parent, timeout, follow(bar))
+    with cold(folder), tqdm(total=len(nb.cells), desc=target.source.stem, unit="cell") as bar:
+        execute(nb, folder, timeout, follow(bar))
         follow(bar)(len(nb.cells))
     write_notebook(canonical(nb, target.source.stem), target.notebook)
     return time.perf_counter() - start
+
+
+@contextmanager
+def cold(folder: Path) -> Iterator[None]:
+    """Without what earlier notebooks left in ``folder/runs``, so that no output depends on it."""
+    runs, aside = folder / "runs", folder / ".runs-of-yours"
+    if runs.exists():
+        runs.rename(aside)
+    try:
+        yield
+    finally:
+        shutil.rmtree(runs, ignore_errors=True)
+        if aside.exists():
+            aside.rename(runs)
 
 
 def rewrite_prose(target: Target) -> bool:

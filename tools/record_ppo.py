@@ -5,6 +5,7 @@
     python tools/record_ppo.py control               # the same at β = 0, an annotator without bias
     python tools/record_ppo.py adaptive              # three seeds with a controller of β
     python tools/record_ppo.py logs                  # three runs with a bug each, and one without
+    python tools/record_ppo.py figure                # README's figure, from the study
 
 A study that is stopped goes on where it was: runs that are in the file are not made again.
 """
@@ -24,7 +25,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from rlhf_helpers import ppo
+from rlhf_helpers import plots, ppo
 from rlhf_helpers.data import load_tokenizer
 from rlhf_helpers.diversity import diversity
 from rlhf_helpers.pocket import rubric, world
@@ -35,6 +36,7 @@ from rlhf_helpers.roles import Roles, load_base
 STUDY = ASSETS / "ppo"
 CONTROL = ASSETS / "ppo_unbiased"
 LOGS = ASSETS / "ppo_logs"
+FIGURE = Path(__file__).parents[1] / ".github" / "proxy_and_gold.png"
 BETAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -229,9 +231,25 @@ def record_logs(out: Path) -> None:
         )
 
 
+def draw_figure(out: Path) -> None:
+    """Proxy and gold against the distance from the reference, for each run without a price."""
+    runs: dict[str, list[dict]] = {}
+    for row in read_csv(STUDY / "updates.csv"):
+        if float(row["beta"]) == 0:
+            runs.setdefault(row["seed"], []).append(row)
+    names = {"what it is trained on: the learned reward": "score", "the true reward": "gold"}
+    groups = {
+        name: [[(float(r["kl"]) ** 0.5, float(r[column])) for r in rows] for rows in runs.values()]
+        for name, column in names.items()
+    }
+    plots.use_style()
+    x = "distance from the start: √KL, √nats"
+    plots.trajectories(groups, x, "mean reward").savefig(out, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["study", "control", "adaptive", "logs"])
+    parser.add_argument("what", choices=["study", "control", "adaptive", "logs", "figure"])
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="the package's assets if not given")
@@ -242,6 +260,8 @@ def main() -> None:
         study(args.out or CONTROL, [0.0], args.seeds, ASSETS / "reward_unbiased")
     elif args.what == "adaptive":
         adaptive(args.out or STUDY)
+    elif args.what == "figure":
+        draw_figure(args.out or FIGURE)
     else:
         record_logs(args.out or LOGS)
 
