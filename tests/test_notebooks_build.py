@@ -1,5 +1,6 @@
 """tools/build_notebooks.py and tools/run_course.py, on a course of one tiny lesson."""
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
