@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+from dataclasses import replace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -13,6 +14,7 @@ from rlhf_helpers import memory
 from rlhf_helpers.memory import (
     ModelSizes,
     RoleBytes,
+    activation_bytes,
     kv_cache_bytes,
     logits_bytes,
     lora_parameters,
@@ -359,3 +361,24 @@ def test_measured_without_quantization(pocket):
     roles.add("a_policy")  # a name that ends in another
     adapter = {"adapter": 4 * lora_parameters(sizes.shapes, 16), "head": 0}
     assert measured_bytes(roles) == only_base | {"policy": adapter, "a_policy": adapter}
+
+
+def test_activations_are_what_autograd_keeps():
+    x = torch.zeros(5, 3)
+    layer = torch.nn.Linear(3, 2)
+    assert activation_bytes(lambda: layer(x), layer) == 4 * x.numel()
+    assert activation_bytes(lambda: layer(x) + layer(x), layer) == 4 * x.numel()  # kept once
+    assert activation_bytes(lambda: layer(x).exp(), layer) == 4 * (x.numel() + 10)
+    with torch.no_grad():
+        assert activation_bytes(lambda: layer(x), layer) == 0
+
+
+def test_checkpointing_keeps_fewer_activations(pocket):
+    ids = torch.randint(3, 1000, (4, 32), generator=torch.Generator().manual_seed(0))
+    kept = []
+    for checkpointing in (False, True):
+        roles = Roles(load_base(replace(pocket, checkpointing=checkpointing)))
+        roles.add("policy")
+        model = roles.use("policy").train()
+        kept.append(activation_bytes(lambda model=model: model(ids).logits, roles.base))
+    assert 0 < kept[1] < kept[0] / 2

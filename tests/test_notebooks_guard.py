@@ -37,6 +37,7 @@ def broken(tmp_path):
     for folder in FOLDERS:
         if (bn.ROOT / folder).exists():
             shutil.copytree(bn.ROOT / folder, tmp_path / folder)
+    shutil.copy(bn.ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 

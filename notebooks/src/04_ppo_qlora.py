@@ -190,6 +190,28 @@ optimizers["value"].step()
 print({name: round(number, 4) for name, number in stats.items()})
 
 # %% [markdown]
+# And the memory that comes and goes: the *activations*, which autograd keeps from the forward to the backward pass, and
+# the keys and values of all tokens so far, which sampling keeps.
+
+# %%
+kept = memory.activation_bytes(
+    lambda: response_logprobs(roles.use("policy"), ids, attention, T), roles.base
+)
+shape = AutoConfig.from_pretrained(preset.model)
+heads = shape.num_attention_heads  # keys and values may have fewer
+heads = getattr(shape, "num_key_value_heads", heads), shape.hidden_size // heads
+cache = memory.kv_cache_bytes(shape.num_hidden_layers, *heads, *ids.shape, ours[0])
+print(
+    f"{ids.numel()} tokens: activations {kept / 1e6:.1f} MB, keys and values {cache / 1e6:.2f} MB"
+)
+if preset.device == "cuda":
+    print(f"peak so far {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+
+# %% [markdown]
+# So in this small model the activations of sixteen short sequences take more than all its weights; they grow with every
+# token of a minibatch, and they are why minibatches are small and why activation checkpointing exists, which keeps
+# only what enters each layer and computes the rest again.
+#
 # What if the order is wrong? Both forward passes first, and then one backward pass for the sum, as one usually
 # writes it. PEFT itself says nothing and loses the policy's gradients. `Roles` refuses:
 
