@@ -277,6 +277,22 @@ def test_without_the_bias_the_same_run_does_not_hack():
         assert fair["gold"] > hacked["gold"] + 1
 
 
+def test_if_cutting_off_costs_more_the_same_run_does_not_hack():
+    """So what the policy exploits at β = 0 is above all that it need not stop."""
+    both, dear = ([rows[0.0] for rows in ends_by_seed()], recorded("ppo_must_stop/held_out.csv"))
+    assert [row["seed"] for row in dear] == list(range(10))
+    for hacked, stopping in zip(both, dear, strict=True):
+        assert stopping["gold"] > hacked["gold"] + 0.8 and stopping["length"] < 20
+    about = json.loads((ASSETS / "ppo_must_stop" / "about.json").read_text(encoding="utf-8"))
+    assert about["config"]["eos_penalty"] == 4
+    updates = recorded("ppo/updates.csv")
+    last = {
+        beta: [r["finished"] for r in updates if (r["beta"], r["update"]) == (beta, 30)]
+        for beta in (0, 0.1)
+    }
+    assert max(last[0]) < 0.1 and min(last[0.1]) > 0.9
+
+
 def test_the_controller_brings_a_run_back():
     rows = recorded("ppo/adaptive.csv")
     for seed in range(3):

@@ -428,6 +428,16 @@ FINAL_MISTAKES = [
     (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2 / 2)),
     (SQUARED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div**2)),
     (THIRD, charged(lambda curr, ref: torch.expm1(ref - curr) - (ref - curr))),
+    (
+        "the reward is multiplied by 1 − β.",
+        charged(price=lambda reward, kl_div, beta: (1 - beta) * reward - beta * kl_div),
+    ),
+    (
+        "the reward is counted once for every token.",
+        lambda rewards, curr, ref, mask, beta: (
+            (rewards[:, None] - beta * (curr - ref)) * mask
+        ).sum(1),
+    ),
     ("only the last token pays.", charged(lambda curr, ref: (curr - ref)[-1:])),
     (NO_REFERENCE, charged(lambda curr, ref: curr)),
 ]

@@ -237,7 +237,7 @@ def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
                 continue
         if WIDGET_VIEW not in output.get("data", {}):
             kept.append(output)
-    return kept
+    return join_streams(kept)  # what lay between two may have gone
 
 
 def join_streams(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:

@@ -3,6 +3,7 @@
     python tools/record_ppo.py study --betas 0.1     # ten seeds of lesson 04
     python tools/record_ppo.py study                 # ten seeds at each β of lesson 05
     python tools/record_ppo.py control               # the same at β = 0, an annotator without bias
+    python tools/record_ppo.py must_stop             # the same, a cut-off answer costs 4, not 1
     python tools/record_ppo.py adaptive              # three seeds with a controller of β
     python tools/record_ppo.py logs                  # three runs with a bug each, and one without
     python tools/record_ppo.py figure                # README's figure, from the study
@@ -35,6 +36,7 @@ from rlhf_helpers.roles import Roles, load_base
 
 STUDY = ASSETS / "ppo"
 CONTROL = ASSETS / "ppo_unbiased"
+MUST_STOP = ASSETS / "ppo_must_stop"
 LOGS = ASSETS / "ppo_logs"
 FIGURE = Path(__file__).parents[1] / ".github" / "proxy_and_gold.png"
 BETAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -120,7 +122,9 @@ def record_reference(out: Path, reward: Path, seeds: int) -> None:
     write_csv(out / "reference.csv", rows)
 
 
-def study(out: Path, betas: list[float], seeds: int, reward: Path = ASSETS / "reward") -> None:
+def study(
+    out: Path, betas: list[float], seeds: int, reward: Path = ASSETS / "reward", **settings
+) -> None:
     """Runs at each β and seed; the logs in `updates.csv`, the ends in `held_out.csv`."""
     out.mkdir(parents=True, exist_ok=True)
     record_reference(out, reward, seeds)
@@ -128,7 +132,8 @@ def study(out: Path, betas: list[float], seeds: int, reward: Path = ASSETS / "re
     made = {(float(row["beta"]), int(row["seed"])) for row in ends}
     wanted = [(beta, seed) for seed in range(seeds) for beta in betas]
     for beta, seed in tqdm([run for run in wanted if run not in made], desc="runs"):
-        rows, end = one_run(PPOConfig(beta=beta, seed=seed), reward)
+        config = PPOConfig(beta=beta, seed=seed, **settings)
+        rows, end = one_run(config, reward)
         run = {"beta": beta, "seed": seed}
         # The end is written last: a run without it is made again.
         kept = [
@@ -139,7 +144,7 @@ def study(out: Path, betas: list[float], seeds: int, reward: Path = ASSETS / "re
         write_csv(out / "updates.csv", kept + [run | row for row in rows])
         ends.append(run | end)
         write_csv(out / "held_out.csv", ends)
-        write_about(out / "about.json")
+        write_about(out / "about.json", config)
 
 
 def adaptive(out: Path, seeds: int = 3) -> None:
@@ -174,7 +179,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     os.replace(part, path)
 
 
-def write_about(path: Path) -> None:
+def write_about(path: Path, config: PPOConfig) -> None:
     """On what machine, with which versions and when the runs were made."""
     libraries = (torch, transformers, peft, bitsandbytes)
     about = {
@@ -182,7 +187,7 @@ def write_about(path: Path) -> None:
         "threads": torch.get_num_threads(),
         "versions": {library.__name__: library.__version__ for library in libraries},
         "date": datetime.date.today().isoformat(),
-        "config": {k: v for k, v in vars(PPOConfig()).items() if k not in ("beta", "seed")},
+        "config": {k: v for k, v in vars(config).items() if k not in ("beta", "seed")},
     }
     path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -247,23 +252,26 @@ def draw_figure(out: Path) -> None:
     plots.trajectories(groups, x, "mean reward").savefig(out, dpi=110)
 
 
+KINDS = {
+    "study": lambda args: study(args.out or STUDY, args.betas, args.seeds),
+    "control": lambda args: study(
+        args.out or CONTROL, [0.0], args.seeds, ASSETS / "reward_unbiased"
+    ),
+    "must_stop": lambda args: study(args.out or MUST_STOP, [0.0], args.seeds, eos_penalty=4.0),
+    "adaptive": lambda args: adaptive(args.out or STUDY),
+    "logs": lambda args: record_logs(args.out or LOGS),
+    "figure": lambda args: draw_figure(args.out or FIGURE),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["study", "control", "adaptive", "logs", "figure"])
+    parser.add_argument("what", choices=list(KINDS))
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="the package's assets if not given")
     args = parser.parse_args()
-    if args.what == "study":
-        study(args.out or STUDY, args.betas, args.seeds)
-    elif args.what == "control":
-        study(args.out or CONTROL, [0.0], args.seeds, ASSETS / "reward_unbiased")
-    elif args.what == "adaptive":
-        adaptive(args.out or STUDY)
-    elif args.what == "figure":
-        draw_figure(args.out or FIGURE)
-    else:
-        record_logs(args.out or LOGS)
+    KINDS[args.what](args)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,18 @@ import json
 import math
 
 import torch
+from datasets import Dataset
 from torch.distributions import Categorical, kl_divergence
 from tqdm.auto import tqdm
 
 from rlhf_helpers import kl, notebook, plots, ppo
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer, prompt_dataset
+from rlhf_helpers.data import encode_examples, load_tokenizer, prompt_dataset
 from rlhf_helpers.diversity import diversity
 from rlhf_helpers.gold import load_gold
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS, load_preset
-from rlhf_helpers.reward import score_responses, score_tokens
+from rlhf_helpers.reward import score_examples, score_responses, score_tokens
 from rlhf_helpers.roles import Roles, load_base
 from rlhf_helpers.rollout import sample_responses
 
@@ -66,9 +67,10 @@ def four_roles(reward=adapters["reward"]):
     return roles
 
 
-def short_run(name, beta, reward=adapters["reward"]):
+def short_run(name, beta, reward=adapters["reward"], **settings):
     """Eight updates; the policy goes to a folder, what the updates reported is returned."""
-    config = ppo.PPOConfig(beta=beta, seed=preset.seed, **preset.ppo | {"updates": 8})
+    settings = preset.ppo | {"updates": 8, "beta": beta, "seed": preset.seed} | settings
+    config = ppo.PPOConfig(**settings)
     run = ppo.train_ppo(four_roles(reward), tokenizer, train, config, folder / name)
     return list(tqdm(run, total=config.updates, desc=name, leave=False))
 
@@ -143,7 +145,7 @@ print(f"exact KL: {exact.mean():.3f} nats per token, {exact.sum() / len(some):.1
 # In practice nobody keeps two distributions over 150,000 tokens for each position. The definition is a mean over
 # tokens drawn from $p$, and the policy has drawn tokens: those of its responses. So
 #
-# $$\widehat{\mathrm{KL}} = \tfrac1n \sum_t \log \pi(a_t) - \log \pi_{\text{ref}}(a_t)$$
+# $$\widehat{\mathrm{KL}} = \tfrac1n \sum_t \bigl(\log \pi(a_t) - \log \pi_{\text{ref}}(a_t)\bigr)$$
 #
 # in code `(log_probs_curr - log_probs_ref).mean()`. It is right for tokens *sampled from the current policy*, and for no
 # other set of tokens.
@@ -183,11 +185,13 @@ print(f"the most likely token of each position {(log_p - log_q).gather(-1, top).
 assert preset.name != "pocket" or (wrong[0] - wrong[1]).mean() < 0
 
 # %% [markdown]
-# Only the mean over the policy's own samples is near the exact value, within three of its standard errors. Averaged over the
-# vocabulary every token counts alike, so nearly all of the number is about tokens that neither model would say; here
-# it comes out too large, elsewhere it is negative. The reference's samples give minus the KL of the other
-# direction. And the likeliest token, what greedy decoding would give, is off as well: no sampling, no KL. The same goes
-# for sampling with top-k or at another temperature than the one scored with.
+# The mean over the policy's own samples is within three of its standard errors of the exact value, and more responses would
+# bring it nearer. Averaged over the vocabulary every token counts alike, so nearly all of the number is about tokens
+# that neither model would say; here it comes out too large, with other models it can be negative. The reference's
+# samples give minus the KL of the other direction. And the likeliest token, what greedy decoding would give, is off by
+# 8%, which no number of responses cures. The same goes for sampling with top-k, or at another temperature than the one
+# scored with. And for PPO's second step on a batch, when the samples are those of the policy before the first: that
+# is why the penalty is computed once for each batch, from the log-probabilities of sampling.
 #
 # ## Three estimators
 #
@@ -240,11 +244,10 @@ near, far = compare("dear"), compare("free")
 
 # %% [markdown]
 # Read the columns one by one. *Bias*: k1 and k3 have none, near or far; k2 is about twice as large as it should be.
-# *Noise*: the near pair has the same in k1 and k3. In the far pair k3 is much the worst: where the reference likes a
-# token that the policy hardly ever samples, $e^r$ is huge, and such a token comes once in many thousand. So "k3 has low
-# variance" holds for policies that are close, as in the tiny example, and not in general; and a sample without that
-# one token looks fine. *Sign*: single k1 go far below 0, k3 never does. The far pair has a smaller noise *relative to
-# its KL* in k1, because there is more KL to see.
+# *Noise*: k3 is far quieter than k1 in the tiny example, equal to it in the near pair, and 27 times as noisy in the far
+# one, where single tokens have a huge $e^r$: likely for the reference, hardly ever sampled by the policy. So "k3 has low
+# variance" is nothing to rely on; measure it. With so much noise "off by 0.0 standard errors" says little. *Sign*:
+# single k1 go far below 0, k3 never does.
 #
 # ## Two directions
 #
@@ -284,7 +287,7 @@ assert found_reverse[1] < 0.7 and found_forward[1] > 1.3
 curves = {"q, two peaks": two.exp(), "p of least KL(p‖q)": reverse, "p of least KL(q‖p)": forward}
 points = {name: dict(zip(grid.tolist(), y.tolist(), strict=True)) for name, y in curves.items()}
 fig = plots.lines(points, "value", "probability")
-alt = "Two peaks; the bell of least KL(p‖q) sits on the higher one, the other covers both."
+alt = "Two peaks; the bell of least KL(p‖q) sits on one of them, the other covers both."
 plots.show(fig, alt)
 
 # %% [markdown]
@@ -434,33 +437,36 @@ def draw(histories, alt):
 draw(histories, "Four panels over eight updates, a line for each β: score, gold, KL, entropy.")
 
 # %% [markdown]
-# For two updates the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they part. At β = 0
-# and 0.01 the proxy goes on rising, and gold falls below 0; at 0.1 the proxy stops near 1, with three nats; at 1
-# nothing much happens in eight updates. One seed each, and batches of 64.
+# Until the third point the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
+# part. At β = 0 and 0.01, which stay alike, the proxy goes on rising, and gold falls below 0. At 0.1 the proxy stops
+# near 1, with three nats, and gold has gone down as well, to about 1; in lesson 04's longer run it came back. At 1
+# nothing much happens in eight updates, and gold is highest. One seed each, and batches of 64.
 #
-# And on held-out prompts, with the measures of diversity. *Distinct-2* is the share of different word pairs among
-# all, *unique* the share of different answers, *self-BLEU* how much of an answer the other answers say as well (so high
-# is bad).
+# And on held-out prompts, with the share that ends with EOS, and the measures of diversity. *Distinct-2* is the share of
+# different word pairs among all, *unique* the share of different answers, *self-BLEU* how much of an answer the other
+# answers say as well (so high is bad), *length* is in words.
 
 # %%
 NAMES = ("distinct_2", "unique", "self_bleu", "length")
-titles = ("proxy", gold.name, "KL", "entropy")
-print(f"{'':12}" + "".join(f"{n:>8}" for n in titles) + "".join(f"{n:>12}" for n in NAMES))
+titles = ("proxy", gold.name, "KL", "entropy", "finished")
+print(f"{'':10}" + "".join(f"{n:>9}" for n in titles) + "".join(f"{n:>11}" for n in NAMES))
 asked, ends = held_out[::4], {}
 for role in ("reference", *PRICES):
     seen = answers_of(role, asked)
     ends[role] = seen
     mask, varied = seen.rollout.response_mask, diversity(seen.rollout.texts)
     entropy = -(seen.logprobs * mask).sum() / mask.sum()
-    numbers = (seen.scores.mean(), gold_of(seen), seen.kl.mean(), entropy)
-    print(f"{role:12}" + "".join(f"{x:8.2f}" for x in numbers), end="")
-    print("".join(f"{varied[name]:12.2f}" for name in NAMES))
+    finished = seen.rollout.finished.float().mean()
+    numbers = (seen.scores.mean(), gold_of(seen), seen.kl.mean(), entropy, finished)
+    print(f"{role:10}" + "".join(f"{x:9.2f}" for x in numbers), end="")
+    print("".join(f"{varied[name]:11.2f}" for name in NAMES))
 
 # %% [markdown]
-# The smaller β, the higher the proxy, and the less varied the answers: of the word pairs at β = 0 only one in six is
-# different, of SFT's more than half. Mind the column *unique*: it says that nothing is wrong, since hardly two answers
-# are equal word by word. They are made of the same few sentences, in another order. So look at more than one measure.
-# Length matters too: longer texts repeat more, so a part of the fall in distinct-2 is length by itself.
+# The two cheap runs, which cannot be told apart, have the highest proxy, by far the lowest gold, and the least varied
+# answers: of their word pairs only one in six is different, of SFT's more than half. The dear run has the highest gold
+# and nearly SFT's variety. Mind the column *unique*: it says that nothing is wrong, since hardly two answers are equal
+# word by word. They are made of the same few sentences, in another order. So look at more than one measure. Length
+# matters too: longer texts repeat more, so a part of the fall in distinct-2 is length by itself.
 #
 # ## Reward hacking, read aloud
 
@@ -511,12 +517,51 @@ for phrase in sorted(first, key=lambda phrase: -fourth[phrase][0]):
 
 # %% [markdown]
 # As the first courtesy, a phrase earns about a point with the reward model and 0.2 with gold. As the fourth it
-# earns nothing, or very little, and costs 0.3 or more of gold. That is the hole: the annotators overrate politeness, so the reward
-# model has never learnt that too much of it is bad. Look at the ranking by the last tiny differences, and then at
-# the counts: the four phrases with which an answer can *end* are the ones that cost the proxy nothing there, and the
-# policy says them twenty to forty times as often as SFT does, about once in every answer each; those with which one
-# begins cost a little, and it hardly says them. That the two match does not prove that these hundredths drove it: an ending is also
-# easier to add to than a beginning.
+# earns nothing, or next to nothing, and costs 0.3 or more of gold. So the annotators' love of courtesy explains one
+# or two. It does not explain five; nor why, in the column *finished* above, most answers without a price do not end,
+# although PPO takes a whole point off a score for that (`eos_penalty`). Something must pay for it.
+#
+# The reward model has been trained on finished answers only: lesson 02 drops pairs with cut-off ones, and reads its
+# number at EOS. What its head says at another token nobody has taught it. So take the right answers with none to six
+# courtesies, once as they are and once without their EOS:
+
+
+# %%
+# Pocket only
+def probe(scorers):
+    """Mean proxy of right answers with 0 to 6 courtesies: finished, and cut off before EOS."""
+    found = {"finished": [], "cut off, and 1 taken off": []}
+    for prompts, texts in exam.polite_probe(counts=range(7)):
+        rows = Dataset.from_dict({"prompt": prompts, "completion": texts})
+        whole = encode_examples(tokenizer, rows, 32, 96)
+        cut = [example | {"response": example["response"][:-1]} for example in whole]
+        for penalty, (examples, values) in enumerate(
+            zip((whole, cut), found.values(), strict=True)
+        ):
+            score = score_examples(scorers, "reward", tokenizer, examples).mean().item()
+            values.append(score - penalty)
+    return found
+
+
+# %% [markdown]
+# The two lines side by side:
+
+# %%
+# Pocket only
+earned = probe(roles)
+fig = plots.lines(earned, "courtesies in a right answer", "proxy, mean of 200 answers")
+plots.show(fig, "The proxy of cut-off answers lies above that of finished ones at every count.")
+for name, values in earned.items():
+    print(f"{name:25}", [round(value, 2) for value in values])
+assert all(cut > whole for whole, cut in zip(*earned.values(), strict=True))
+
+# %% [markdown]
+# There it is. Cut off, and with the point paid, a plain right answer is worth 1.2 where the finished one is worth 0.4,
+# and one with three courtesies 2.4 instead of 1.5. *Never stopping* is what pays, and courtesies are what fills the time:
+# the four phrases with which an answer can end, and go on, stand in the answers twenty to forty times as often as in
+# SFT's, about once in each. Nobody wanted that and nobody had thought of it. A head can be as wrong as it likes where
+# it was never trained, and a penalty of 1 had seemed enough. So there are two holes: one that the people made, and one
+# that we made. A policy finds both.
 #
 # ## Ten seeds
 #
@@ -558,13 +603,15 @@ fig = plots.trajectories(groups, "√KL to the reference, √nats", "reward of t
 plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
 
 # %% [markdown]
-# No seed is an exception. Gold holds, or rises a little, for the first nat or two, while the proxy has earned its first
-# courtesy; from there on every gain of the proxy is paid with gold. The curves are noisy since each point is one batch.
-# In Gao et al. gold first rises and then falls; that the rise is hardly seen at β = 0 is because the
-# hole is so easy to find here. The next figure has it.
+# No seed is an exception. Gold holds for the first nat or two, while the proxy has earned its first courtesy; from there
+# to about √KL = 4 it falls as fast as the proxy rises. There nearly all answers fill their 32 tokens; gold then stays
+# near −0.3, and the proxy still creeps up. The curves are noisy since each point is one batch. In Gao et al. gold
+# first rises and then falls; that the rise is hardly seen here at β = 0 is because the holes are so easy to find.
+# The next figure has it.
 #
 # Then where the runs end, on held-out prompts: gold against KL for all prices. Best-of-n from SFT, which does
-# not train at all, is computed here, from 32 answers each to 48 prompts: their reward model's choice among n.
+# not train at all, is computed here, from 32 answers each to 48 prompts: of n answers the one that the reward model
+# scores highest, at a KL of at most $\log n - (n-1)/n$ (lesson 04).
 
 # %%
 # Pocket only
@@ -600,15 +647,15 @@ fig = plots.scatter(
     groups, "√KL to the reference, √nats", "gold, held-out prompts", joined=("best of n",)
 )
 plots.show(
-    fig, "Gold against the root of KL: rises up to β = 0.1 and falls below zero from 0.03 on."
+    fig,
+    "Gold against the root of KL: highest at β = 0.3 and 0.1; at 0.03 most seeds end below zero.",
 )
 
 # %% [markdown]
 # There is the hill of over-optimisation: from SFT gold rises, β = 0.3 and 0.1 stand on the top, and then there is a
-# cliff. At 0.03 the leash holds on one seed only; the other nine end at more than twelve nats and far below SFT. Between
-# 0.03 and 0.1 nothing was run. Best-of-n does better than PPO at the same KL, up to where it gets; it samples n
-# answers for each that it gives (and its KL is a bound, not measured). What the figure does not show: that 0.1 is
-# right for another reward model.
+# cliff. At 0.03 the leash holds on one seed only; the other nine end at thirteen nats or more and far below SFT. Between
+# 0.03 and 0.1 nothing was run. Best-of-n is as good as PPO for n = 2, and better beyond, on these 48 prompts; it
+# samples n answers for each that it gives. What the figure does not show: that 0.1 is right for another reward model.
 #
 # How many of the ten seeds show it? First what the price is for:
 
@@ -661,54 +708,76 @@ for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at
 
 # %% [markdown]
 # Without a price gold ends below SFT on all ten, and the proxy, whose unit is a standard deviation of SFT's own scores,
-# is up by more than two of them on eight; on the others by 2.0 and 1.9. So the score tells of a great success where gold tells
-# of ruin. Gold at 0.1 beats 0.01 on all ten and 1.0 on eight, but the last is close: 1.46 and 1.35 in the mean. And
-# 0.3 has as much gold as 0.1, with half of the KL.
+# is up by more than two of them on eight; on the others by 2.0 and 1.9. The score tells of a great success. Look at
+# *correct*, the share of right answers, as well: it has risen from 56% to 72%. The facts are better; what ruins gold
+# is all that stands around them. Gold at 0.1 beats 0.01 on all ten seeds and 1.0 on eight, but the last is close: 1.46
+# and 1.35 in the mean. And 0.3 has as much gold as 0.1, with half of the KL. (Distinct-2 is lower than in the table
+# above, for SFT too: these are all 598 prompts, and more texts repeat more.)
 #
-# **How does β affect diversity?** A factor of ten in the price orders every measure on all ten seeds: the smaller β, the
-# lower the entropy, the fewer different word pairs, and the more alike the answers. Nearer prices are ordered in KL
-# on all ten, but not always in the others: 0 and 0.01 end nearly in the same place. And *unique* has no order at all.
-# β itself makes nothing varied: it decides how far the policy may go, and the reward decides where to.
+# **How does β affect diversity?** A factor of ten in the price orders KL, entropy, distinct-2 and self-BLEU on all ten
+# seeds: the smaller β, the lower the entropy, the fewer different word pairs, and the more alike the answers. Nearer
+# prices are ordered in KL on all ten, but not always in the others: 0 and 0.01 end nearly in the same place. *Unique*
+# has no order at all. β itself makes nothing varied: it decides how far the policy may go; the reward decides where to.
 #
-# ## A control: whose fault is it?
+# ## Two controls: whose fault is it?
 #
-# The annotator likes politeness more than gold does (lesson 02). If that is the cause, a reward model from an annotator
-# without bias must not lead there. All else equal, β = 0 again: eight updates here, and ten recorded seeds.
+# Close one hole at a time, again at β = 0. Either a reward model from annotators *without* their love of courtesy; or the
+# reward model as it is, and 4 points off instead of 1 for an answer that is cut off. Eight updates here, and ten
+# recorded seeds of thirty updates each.
 
 # %%
 # Pocket only
+unbiased = find_adapter(preset, "reward_unbiased")
 control = {
-    "biased annotator": histories["β = 0"],
-    "unbiased": short_run("unbiased", 0.0, reward=find_adapter(preset, "reward_unbiased")),
+    "both holes": histories["β = 0"],
+    "annotators without bias": short_run("unbiased", 0.0, reward=unbiased),
+    "4 off if cut off": short_run("must_stop", 0.0, eos_penalty=4.0),
 }
-draw(control, "Four panels, β = 0 with both reward models: gold falls with the biased one.")
+draw(
+    control,
+    "Four panels, β = 0: with both holes gold falls below 0, with either closed it does not.",
+)
 
 # %% [markdown]
-# And the recorded ends of both, over ten seeds:
+# And the recorded ends of all three, means over ten seeds, of gold the range as well:
 
 # %%
 # Pocket only
-unbiased = recorded("ppo_unbiased/held_out.csv")
-for name, rows in (("biased", at[0]), ("unbiased", unbiased)):
-    print(f"{name:9}", end="")
-    for measure in ("gold", "kl", "entropy", "distinct_2"):
-        values = [row[measure] for row in rows]
-        mean = sum(values) / len(values)
-        print(f" {measure} {mean:.2f} ({min(values):.2f} to {max(values):.2f})", end="")
-    print()
-print(unbiased[0]["example"])
+closed = {"both holes": at[0]}
+closed["annotators without bias"] = recorded("ppo_unbiased/held_out.csv")
+closed["4 off if cut off"] = recorded("ppo_must_stop/held_out.csv")
+for name, rows in closed.items():
+    golds = [row["gold"] for row in rows]
+    print(f"{name:24} gold {sum(golds) / 10:.2f} ({min(golds):.2f} to {max(golds):.2f})", end="")
+    for measure in ("correct", "kl", "entropy", "length"):
+        print(f", {measure} {sum(row[measure] for row in rows) / 10:.2f}", end="")
+    higher = sum(row["gold"] > before["gold"] for row, before in zip(rows, start, strict=True))
+    print(f"; gold above SFT's on {higher} of 10")
 
 # %% [markdown]
-# Gold ends *above* SFT's 1.06 on all ten seeds, though nobody has paid for a nat; with the biased annotator it is below
-# 0 on all ten. The KL stays under ten nats on all but one seed. So what PPO exploits here was put into the data by people.
-# (The reward models differ, hence so do the units of the scores: compare gold, not the proxy.) Two things the control
-# does not say. That an unbiased annotator makes β unnecessary: gold at β = 0.1 was higher still, *with* the bias. And
-# that nothing is lost: the word pairs are as few as at β = 0.1, the entropy is lower, and look at the example.
+# Close either, and gold falls below 0 on no seed. Without the bias it ends at 1.37, above SFT's 1.06 on all ten,
+# though nobody has paid for a nat. With the bias, but where cutting off is dear, the policy stops; gold ends at 1.07,
+# where it began (above it on seven of ten): more answers are right, 77% instead of 56%, and one courtesy too many eats
+# that up, while the proxy reports a gain of 1.5. So much does the people's leaning cost by itself; the rest of the
+# way down to −0.31 is ours. (The scores of the two reward models have other units: compare gold, not the proxy.)
+#
+# Why has the reward model without the bias no second hole? The same probe:
+
+# %%
+# Pocket only
+for name, values in probe(four_roles(unbiased)).items():
+    print(f"{name:25}", [round(value, 2) for value in values])
+
+# %% [markdown]
+# It too pays for a cut-off answer, before the point is taken off; but less than that point. Nobody has trained its head
+# there either: that is luck. And β = 0.1, with both holes open, ended at 1.46, better than either of the two. A price on
+# KL knows nothing of holes, and keeps the policy from those that nobody has found yet. Nor does closing one keep the
+# answers varied: without a price the entropy ends between 0.2 and 0.3 in all three; SFT's is 0.6.
 #
 # ## A badly scaled penalty, and a controller
 #
 # β is a price in units of the reward. If the rewards are not normalised, the same β is another price: multiply all
-# scores by ten, and β = 0.1 acts as 0.01 did.
+# scores by ten, and β = 0.1 acts as 0.01 did: after whitening the advantages are the same (values left out here).
 
 # %%
 mask = free.rollout.response_mask
@@ -750,9 +819,10 @@ plots.show(
 # %% [markdown]
 # On all three seeds the same story. β first *falls*, since the KL is still below three; then it grows by a tenth an
 # update, but from so low that the policy has gone to about 19 nats or more, and gold below 0, before the price is felt.
-# Near update 40 the KL comes down within a few updates, on two seeds too far: β has overshot. Then β is between 0.06
-# and 0.1, near the price that we would have chosen, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
-# had to know β; but the controller is slow, and no protection on the way. Begin with a price that is too high.
+# Near update 40 the KL comes down within a few updates, on two seeds too far: β has overshot. In the end β is between
+# 0.06 and 0.1, on one seed still falling, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
+# had to know β (the target somebody had to choose); but the controller is slow, and no protection on the way. To begin
+# with a price that is too high would cost less, one should think; these runs do not show it.
 #
 # ## The number to take along
 
@@ -765,11 +835,28 @@ print(
 print(f"; SFT {sum(row['gold'] for row in start) / len(start):.2f}")
 
 # %% [markdown]
+# ## Choosing β in a project of your own
+#
+# There, nobody has gold. What one can do:
+#
+# 1. Normalise the scores: one standard deviation of SFT's answers is 1. Then β has a meaning: a point gained pays for up to
+#    1/β nats, ten at β = 0.1.
+# 2. Begin high and go down by factors of about three; near the edge, more than one seed. Here one seed of ten looked
+#    fine at 0.03.
+# 3. In each run look at what needs no gold: KL, the share of finished answers, length, entropy, self-BLEU, each against
+#    SFT's. Then read twenty answers. Here all of them gave warning: length at the limit, the same phrases everywhere.
+# 4. Have a few policies, at different KL, judged by people, or by a judge that PPO never saw. Never by the proxy.
+# 5. Of those that cannot be told from the best, take the one with the largest β: here 0.3, not 0.1.
+# 6. Found a hole? Close it, as above; the penalty is for those that you have not found.
+#
+# Carry over neither β nor a target for KL: rewards have other units, and the nats of a response grow with its length.
+#
 # ## Recap
 #
 # - KL(π‖π_ref) is a mean over the policy's own samples. Average over anything else and it is another number.
 # - In the reward, k1; in the loss, k2, or k3 if the other direction is meant. Never k1.
-# - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays.
+# - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays, also what nobody
+#   thought of.
 # - The larger β, the nearer and the more varied. The best β is in between, and only gold, or people, can tell where.
 #
 # **Further reading.** Gao et al. 2023 (arXiv 2210.10760): gold against √KL. Ziegler et al. 2019 (arXiv 1909.08593),

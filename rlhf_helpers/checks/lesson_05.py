@@ -609,6 +609,13 @@ _NO_REWARD = (
     "there is no reward, only the penalty. The best that the policy could do is to stay where it "
     "is; take the penalty off the reward."
 )
+_REWARD_AT_EACH = (
+    "the reward is counted once for every token. It is given once, for the whole response."
+)
+_SHARED_OUT = (
+    "the reward is multiplied by 1 − β. β is the price of a nat, not a share: take β times the KL "
+    "off the reward, and leave the reward as it is."
+)
 _LAST_ONLY = (
     "only the last token pays. The score is known there, but every token of the response has its "
     "part in the KL."
@@ -652,6 +659,7 @@ _FINAL_MISTAKES = (
             (lambda rewards, kl, beta: beta * rewards - kl, _REWARD_ONLY),
             (lambda rewards, kl, beta: rewards - kl, _NO_BETA),
             (lambda rewards, kl, beta: -beta * kl, _NO_REWARD),
+            (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, _SHARED_OUT),
         )
     ),
     *(
@@ -660,6 +668,10 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, beta: beta * curr - ref, _ONE_OF_TWO),
             (lambda curr, ref, beta: curr - beta * ref, _ONE_OF_TWO),
         )
+    ),
+    (
+        lambda r, curr, ref, mask, beta: _row_sum(r[:, None] - beta * (curr - ref), mask),
+        _REWARD_AT_EACH,
     ),
 )
 _FINAL_REWARD = Exercise(

@@ -331,7 +331,7 @@ assert off["from the reference"] < -6
 assert off["the likeliest"] > 6 and off["one of the likeliest two"] > 6
 
 # %% [markdown]
-# The same line of code, five numbers, and two of them are a KL. What is the negative one? With tokens from the
+# The same line of code, five numbers, and only two of them estimate our KL. What is the negative one? With tokens from the
 # reference the mean of $\log \pi_{\text{ref}} - \log \pi$ is an estimate of the KL in the other direction, so that
 # ours is minus that. And averaged over the vocabulary, which some code does with whole tensors of logits:
 
@@ -408,7 +408,8 @@ checks.check_final_reward(final_reward)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# The log-ratio of every token first, then 0 at padding. Which dimension has the tokens of one response? The sum over
+# The log-ratio of every token first, then 0 at padding: multiply by the mask, or select with `response_mask.bool()`
+# (the mask holds integers, and integers in square brackets are row numbers). Which dimension has the tokens of one response? The sum over
 # it leaves one number for each response, as many as there are rewards.
 # </details>
 
@@ -452,7 +453,7 @@ print(f"sum {per_token[0].sum():z.2f}, final reward {final[0.1][0]:z.2f}")
 # **In words.** Which policy has the largest mean final reward? Take one prompt with two possible answers that the
 # reference finds equally likely, with rewards 1 and 2. By what factor does the best policy prefer the second at β =
 # 1, at β = 0.1, at β = 0.01? (Write the mean of $R - \beta \log(\pi/\pi_{\text{ref}})$ as minus β times a KL, and a
-# constant.)
+# constant: take −β out of the bracket, and $e^{R/\beta}$ into the denominator. What makes that denominator sum to 1?)
 
 # %% [markdown] tags=["solution"]
 # $R - \beta \log \frac{\pi}{\pi_{\text{ref}}} = -\beta \log \frac{\pi}{\pi_{\text{ref}}\, e^{R/\beta}}$. Let $\pi^*$
