@@ -2,21 +2,27 @@
 
 Logits for `B` sequences of `T` tokens over a vocabulary of `V` are the largest tensor of RLHF:
 2.49 GB in float32 for B=8, T=512, V=151,936. `torch.log_softmax` makes a second one and autograd
-keeps it, only to read one number in `V`. Here the log-softmax exists for `CHUNK_TOKENS` positions
-at a time and is computed again in the backward pass. The logits themselves still exist in full, and
-so does their gradient (twice for a moment, while autograd joins the chunks).
+keeps it, only to read one number in `V`. Here the log-softmax exists for `CHUNK_LOGITS` numbers at
+a time. `response_logprobs` does the same with the output layer, so that the logits never exist in
+full. Behind a frozen output layer the gradient of each chunk is taken at once, else the chunk is
+computed again in the backward pass.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from rlhf_helpers.validation import check_logits, check_softmax, first_index, upcast
 
-CHUNK_TOKENS = 128  # positions per log-softmax: 78 MB in float32 for a vocabulary of 151,936
+CHUNK_LOGITS = 2**24  # at a time: 67 MB in float32, or 110 positions of a vocabulary of 151,936
+# What the configs of some models call a change of the logits behind the output layer.
+RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,7 +31,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     log π(a) = z_a − logsumexp(z), with z = logits / temperature. It equals
     `torch.log_softmax(logits / temperature, -1).gather(-1, tokens[..., None])[..., 0]`, which makes
     two more tensors of the logits' size and keeps one for the backward pass; this makes a few of
-    `[CHUNK_TOKENS, V]` and keeps none.
+    `CHUNK_LOGITS` numbers and keeps none.
 
     Args:
         logits: `[..., V]`, floating point; float16 and bfloat16 are computed in float32. An entry
@@ -116,8 +122,9 @@ def response_logprobs(
 
     Entry t is log π(y_t | x, y_<t). The logits at one position are the distribution of the *next*
     token, so they are taken from the last prompt token to the last but one response token, and
-    only those positions (and one more) are projected to the vocabulary. Position ids count the
-    real tokens, so the amount of left padding does not matter.
+    only those positions (and one more) are projected to the vocabulary, `CHUNK_LOGITS` numbers at
+    a time if there are more. Position ids count the real tokens, so the amount of left padding does
+    not matter.
 
     Args:
         model: a causal language model with transformers' interface, including `logits_to_keep`.
@@ -156,14 +163,27 @@ def response_logprobs(
     """
     _check_sequences(model, input_ids, attention_mask, response_length)
     _check_temperature(temperature)
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=response_length + 1,
-        use_cache=False,
-    ).logits
-    return token_logprobs(logits[:, :-1], input_ids[:, -response_length:], temperature)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
+    tokens, vocab_size = input_ids[:, -response_length:], model.config.vocab_size
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    if tokens.numel() * vocab_size <= CHUNK_LOGITS or not _has_plain_head(causal):
+        logits = model(**inputs, logits_to_keep=response_length + 1).logits
+        return token_logprobs(logits[:, :-1], tokens, temperature)
+    hidden = causal.base_model(**inputs).last_hidden_state[:, -response_length - 1 : -1]
+    head = causal.get_output_embeddings()
+    return _reduce_vocabulary(_pick, hidden, temperature, tokens, head=head)
+
+
+def _has_plain_head(model: nn.Module) -> bool:
+    """Whether the logits are the output layer of the body's last hidden state, and no more."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        return False
+    return not any(getattr(model.config, name, None) for name in RESCALED)
 
 
 def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
@@ -177,38 +197,79 @@ def _entropy(logprobs: Tensor) -> Tensor:
 
 
 def _reduce_vocabulary(
-    statistic: Callable[..., Tensor], logits: Tensor, temperature: float, *tokens: Tensor
+    statistic: Callable[..., Tensor],
+    inputs: Tensor,
+    temperature: float,
+    *tokens: Tensor,
+    head: nn.Module | None = None,
 ) -> Tensor:
-    """Apply `statistic(logprobs, *tokens)` chunk by chunk: `[..., V]` becomes `[...]`."""
+    """Apply `statistic(logprobs, *tokens)` chunk by chunk: `[..., V]` becomes `[...]`.
 
-    def reduce_chunk(chunk: Tensor, *chunk_tokens: Tensor) -> Tensor:
-        logprobs = torch.log_softmax(upcast(chunk) / temperature, dim=-1)
+    Args:
+        inputs: the logits, or what `head` makes them from.
+    """
+
+    def reduce_chunk(*tokens_and_chunk: Tensor) -> Tensor:
+        *chunk_tokens, chunk = tokens_and_chunk
+        logits = head(chunk) if head else chunk
+        logprobs = torch.log_softmax(upcast(logits) / temperature, dim=-1)
         return statistic(logprobs, *chunk_tokens).flatten()
 
-    # Without checkpoint autograd would keep every chunk's log-softmax: together, what we avoid.
-    parts = [
-        checkpoint(reduce_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in _chunks(logits, *tokens)
-    ]
-    result = torch.cat(parts).reshape(logits.shape[:-1])
+    def part_of(chunk: Tensor, *chunk_tokens: Tensor) -> Tensor:
+        # Without either, autograd would keep every chunk's log-softmax: together, what we avoid.
+        if head and not any(parameter.requires_grad for parameter in head.parameters()):
+            flat = [x.flatten() for x in chunk_tokens]
+            return _RowwiseGradient.apply(partial(reduce_chunk, *flat), chunk.flatten(0, -2))
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(reduce_chunk, *chunk_tokens, chunk, **options)
+
+    vocab_size = head.weight.shape[0] if head else inputs.shape[-1]
+    limit = max(1, CHUNK_LOGITS // vocab_size)
+    parts = [part_of(*chunk) for chunk in _chunks(limit, inputs, *tokens)]
+    result = torch.cat(parts).reshape(inputs.shape[:-1])
     check_softmax("logits", result)
     return result
 
 
-def _chunks(logits: Tensor, *tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matching views of at most `CHUNK_TOKENS` positions: some sequences, or part of one."""
-    positions = logits.shape[:-1].numel()
-    if positions <= CHUNK_TOKENS:
-        yield logits, *tokens
+class _RowwiseGradient(torch.autograd.Function):
+    """A function from rows to one number each, whose gradient is computed at once.
+
+    Nothing else has to be kept, or computed a second time. It is right only if no parameter inside
+    is trained, and each number depends on its own row: then the gradient of their sum has in each
+    row the gradient of that row's number.
+    """
+
+    @staticmethod
+    def forward(ctx, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        if not ctx.needs_input_grad[1]:
+            return function(rows)
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            numbers = function(rows)
+        (gradient,) = torch.autograd.grad(numbers, rows, torch.ones_like(numbers))
+        ctx.save_for_backward(gradient)
+        return numbers.detach()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, (gradient * upstream[:, None]).to(gradient.dtype)
+
+
+def _chunks(limit: int, inputs: Tensor, *tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matching views of at most `limit` positions: some sequences, or part of one."""
+    positions = inputs.shape[:-1].numel()
+    if positions <= limit:
+        yield inputs, *tokens
         return
     # Views, not a flattened copy: a slice such as logits[:, :-1] cannot be flattened in place.
-    positions_per_entry = positions // len(logits)
-    if positions_per_entry > CHUNK_TOKENS:
-        for entry in zip(logits, *tokens, strict=True):
-            yield from _chunks(*entry)
+    positions_per_entry = positions // len(inputs)
+    if positions_per_entry > limit:
+        for entry in zip(inputs, *tokens, strict=True):
+            yield from _chunks(limit, *entry)
     else:
-        entries = CHUNK_TOKENS // positions_per_entry
-        yield from zip(*(x.split(entries) for x in (logits, *tokens)), strict=True)
+        entries = limit // positions_per_entry
+        yield from zip(*(x.split(entries) for x in (inputs, *tokens)), strict=True)
 
 
 def _check_temperature(temperature: float) -> None:
