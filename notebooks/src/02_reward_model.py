@@ -277,7 +277,8 @@ for x, y, count in rows:
 # %% [markdown]
 # Points below the diagonal mean over-confidence. The interval of each group says what its pairs can tell:
 # where it holds the confidence, nothing speaks against the model. The figure does not show whether
-# confidence is honest on responses of another kind than the SFT model's; PPO will look for just those.
+# confidence is honest on responses of another kind than the SFT model's, or on one that is cut off before its end, which
+# no pair shows; PPO will look for just those.
 
 # %% [markdown]
 # ## A zero and a unit
