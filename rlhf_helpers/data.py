@@ -404,6 +404,8 @@ def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | di
     options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
     if path.is_dir():
         return load_dataset(source, **options)
+    if source == preset.data:
+        options["revision"] = preset.data_revision
     return from_hub(source, load_dataset, source, **options)
 
 

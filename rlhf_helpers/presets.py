@@ -20,6 +20,7 @@ class Preset:
         revision: the hub revision of the model, None for a local folder.
         data: None for the generated pocket world, or a hub id, a local folder or a local file.
         data_dir: the folder inside a hub data set, if it has several.
+        data_revision: the hub revision of the data, None for what is not from the hub.
         device: where the model lives, `cpu` or `cuda`.
         compute_dtype: in which 4-bit layers compute: `float32`, `bfloat16` or `float16`; `auto`
             lets `load_preset` choose what the device can do.
@@ -41,6 +42,7 @@ class Preset:
     revision: str | None = None
     data: str | None = None
     data_dir: str | None = None
+    data_revision: str | None = None
     device: str = "cpu"
     compute_dtype: str = "float32"
     double_quant: bool = False
@@ -80,8 +82,10 @@ PRESETS = {
     "single_gpu": Preset(
         name="single_gpu",
         model="Qwen/Qwen2.5-0.5B",
+        revision="060db6499f32faf8b98477b0a26969ef7d8b9987",
         data="Anthropic/hh-rlhf",
         data_dir="helpful-base",
+        data_revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
         device="cuda",
         compute_dtype="auto",
         double_quant=True,
@@ -100,7 +104,7 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
     """The preset to run with.
 
     The environment variables RLHF_MODEL, RLHF_DATA and RLHF_DEVICE replace model, data and device
-    of `single_gpu`; `pocket` never follows them. A keyword goes before them. `revision` and
+    of `single_gpu`; `pocket` never follows them. A keyword goes before them. The revisions and
     `data_dir` belong to the preset's own model and data: with others they are None unless given.
 
     Args:
@@ -127,7 +131,8 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
     if chosen == "single_gpu":
         overrides = _from_environment() | overrides
     preset = PRESETS[chosen]
-    for source, detail in (("model", "revision"), ("data", "data_dir")):
+    details = {"revision": "model", "data_dir": "data", "data_revision": "data"}
+    for detail, source in details.items():
         default = getattr(preset, source)
         if overrides.get(source, default) != default:
             overrides.setdefault(detail, None)

@@ -106,7 +106,7 @@ def test_a_revision_and_a_folder_belong_to_the_default_ids(monkeypatch):
     assert load_preset("single_gpu").data_dir == "helpful-base"
     assert load_preset("single_gpu", model=pinned.model).revision == "abc"
     other = load_preset("single_gpu", model="my/model", data="my/pairs")
-    assert (other.revision, other.data_dir) == (None, None)
+    assert (other.revision, other.data_dir, other.data_revision) == (None, None, None)
     given = load_preset("single_gpu", model="a/b", data="c/d", revision="v2", data_dir="train")
     assert (given.revision, given.data_dir) == ("v2", "train")
     monkeypatch.setenv("RLHF_MODEL", "my/model")
@@ -142,3 +142,8 @@ def test_only_single_gpu_leaves_rows_out():
 def test_importing_the_package_loads_nothing_heavy():
     code = "import rlhf_helpers, sys; print([m for m in ('torch', 'datasets') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_what_comes_from_the_hub_by_default_is_pinned():
+    preset = load_preset("single_gpu")
+    assert len(preset.revision) == len(preset.data_revision) == 40

@@ -607,6 +607,24 @@ def test_a_name_that_is_nowhere_names_the_local_folder(monkeypatch, source):
         preference_dataset(made, source=source)
 
 
+def test_the_pinned_revision_is_asked_for(preset, monkeypatch):
+    asked = []
+
+    def load(source, **options):
+        asked.append((source, options))
+        raise OSError("enough")
+
+    monkeypatch.setattr(data, "load_dataset", load)
+    made = replace(load_preset("single_gpu", device="cpu"), model=preset().model, revision=None)
+    with pytest.raises(ConnectionError):
+        preference_dataset(made)
+    with pytest.raises(ConnectionError):
+        preference_dataset(made, source="some/other")
+    (_, own), (_, other) = asked
+    assert own["revision"] == made.data_revision and own["data_dir"] == "helpful-base"
+    assert "revision" not in other and other["data_dir"] is None
+
+
 # --- the whole course ----------------------------------------------------------------------
 
 
