@@ -788,9 +788,11 @@ presets.PRESETS["single_gpu"] = replace(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_lessons_run_on_a_real_architecture(folders, files, name, tmp_path, monkeypatch):
+def test_the_lessons_run_on_a_real_architecture(folders, name, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_PRESET", "single_gpu")
-    words = {"model": str(folders[name]), "data": files["hh"], "runs": str(tmp_path)}
+    rows = [in_hh(f"what is {THINGS[i % 10]} like {i}?", "good.", "bad.") for i in range(1300)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    words = {"model": str(folders[name]), "data": data, "runs": str(tmp_path)}
     lessons = [f"notebooks/src/{n}.py" for n in ("01_sft", "02_reward_model", "04_ppo_qlora")]
     if name == "qwen2":  # the others need nothing new
         lessons += ["notebooks/src/05_kl_penalty.py", "solutions/src/05_kl_penalty.py"]

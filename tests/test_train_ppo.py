@@ -1163,8 +1163,10 @@ def test_every_setting_is_compared(tiny, tokenizer, stopped):
     roles = new_roles(tiny)
     for name, value in OTHER.items():
         there = getattr(SETTINGS, name)
-        message = rf"other settings \({name}: {there} there, {value} here\); give those to go on"
-        config = replace(SETTINGS, **{name: value})
+        also = {"kl_kind": "k3"} if name == "kl_in" else {}  # k1 is no loss
+        first = "kl_kind: k1 there, k3 here; " if also else ""
+        message = rf"settings \({first}{name}: {there} there, {value} here\); give those to go on"
+        config = replace(SETTINGS, **{name: value}, **also)
         refuse(tiny, tokenizer, stopped, message, config=config, roles=roles)
 
 

