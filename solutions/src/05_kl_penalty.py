@@ -602,8 +602,8 @@ for i in range(0, len(asked), len(asked) // 4):
 #
 # *Beside the prediction.* At 0.01 the KL is far more than 10 nats, for a score of 1.8; at 0.1 more than half of the gain
 # in score is there for an eighth of the nats. And the share of different answers does not fall at all: the answers
-# are put together from the same courtesies, in ever other orders. And those printed above do not end: they are cut off
-# at 32 tokens, although each pays a point for that. Lesson 05 finds out why.
+# are put together from the same courtesies, in ever other orders. And most of those printed above do not end: they are
+# cut off at 32 tokens, although each pays a point for that. Lesson 05 finds out why.
 #
 # *To ship.* Of these three 0.1: more than half of the gain in score (1.1 of 1.9) for 2.4 nats, and still varied. But
 # the score is the proxy. What is missing is whether the answers are *right*: gold in the pocket world, people's
