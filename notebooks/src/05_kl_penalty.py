@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 05 · The KL penalty and reward hacking
 #
-# **Run time** about four minutes on two CPU cores · **Before this** lesson 04 · **Exercise**
+# **Run time** about two minutes on two CPU cores · **Before this** lesson 04 · **Exercise**
 # `exercises/05_kl_penalty.ipynb`, the main one of the course
 #
 # After this lesson you will be able to
@@ -326,9 +326,9 @@ plots.show(
 )
 
 # %% [markdown]
-# Most tokens pay nothing: the reference would have said them too. The price falls due at those that decide: at a full
-# stop where the reference would mostly have gone on, and at the first words of the two courtesies. So it helps the
-# critic to share out the blame; the score, at the last token, does not.
+# Most tokens pay nothing: the reference would have said them too. The price falls due at those that decide: at the full
+# stop, 600 times as likely for the policy as for the reference ($e^{6.4}$), and at the first words of the two courtesies.
+# So the charge stands where it arose; the score, at the last token, does not.
 #
 # The other way is to add β times the mean of an estimate to the *loss* and differentiate it (`PPOConfig(kl_in="loss")`;
 # GRPO does so with k3). Then an estimate must have the right *gradient*, and unbiased values do not give that. Three
