@@ -25,7 +25,7 @@ help:
 	@echo "make lint        ruff, and the style report of the notebooks"
 
 lab: $(READY)
-	$(RUN) -m jupyter lab notebooks/00_start_here.ipynb
+	$(RUN) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 course: $(READY)
 	@$(OFFLINE) $(RUN) tools/run_course.py

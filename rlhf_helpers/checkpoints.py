@@ -134,9 +134,13 @@ def find_adapter(preset: Preset, name: str) -> Path:
         FileNotFoundError: if there is neither, saying which lesson makes it.
     """
     own, shipped = preset.runs / preset.name / name, ASSETS / name
-    if (own / "adapter_config.json").is_file():
-        print(f"adapter {name!r}: your own, from {own}")
-        return own
+    places = [own]
+    if preset.name != "pocket":  # an exercise takes what the lessons, beside it, have trained
+        places.append(Path("..") / "notebooks" / own)
+    for place in places:
+        if (place / "adapter_config.json").is_file():
+            print(f"adapter {name!r}: your own, from {place}")
+            return place
     if preset.name == "pocket" and (shipped / "adapter_config.json").is_file():
         print(f"adapter {name!r}: the reference that the course ships")
         return shipped

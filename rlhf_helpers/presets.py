@@ -73,7 +73,7 @@ class Preset:
 
     @property
     def offline(self) -> bool:
-        """Whether the model is a local folder, so that the hub is never asked."""
+        """Whether the model is a local folder, so that the hub is not asked for it."""
         return self.name == "pocket" or Path(self.model).is_dir()
 
 
@@ -109,7 +109,7 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
 
     Args:
         name: `pocket` or `single_gpu`; None means `pocket`. The environment variable RLHF_PRESET,
-            where set, goes before it, so that one setting moves every notebook.
+            where set, overrides it, so that one setting moves every notebook.
         **overrides: any field of `Preset`, for example `response_length=16`.
 
     Raises:

@@ -208,6 +208,16 @@ def test_the_learners_own_adapter_comes_first(shelves, capsys):
     assert capsys.readouterr().out == f"adapter 'sft': your own, from {own}\n"
 
 
+def test_an_exercise_takes_what_the_lessons_have_trained(tmp_path, monkeypatch):
+    (tmp_path / "exercises").mkdir()
+    monkeypatch.chdir(tmp_path / "exercises")
+    put(tmp_path / "notebooks" / "runs" / "single_gpu" / "sft")
+    preset = load_preset("single_gpu", device="cpu")
+    assert find_adapter(preset, "sft") == preset.runs.parent / "../notebooks/runs/single_gpu/sft"
+    put(tmp_path / "exercises" / "runs" / "single_gpu" / "sft")
+    assert find_adapter(preset, "sft") == preset.runs / "single_gpu" / "sft"
+
+
 def test_no_adapter_names_the_lesson(shelves):
     preset, own, shipped = shelves
     with pytest.raises(FileNotFoundError, match=r"no adapter 'sft' .*01 for sft") as caught:

@@ -254,7 +254,7 @@ assert torch.equal(same, ref_logprobs)
 # %%
 BANDS = {
     "KL, nats": (0, 10),
-    "entropy, nats": (0.15, 2),
+    "entropy, nats": (0.3, 1),
     "length, tokens": (3, 0.9 * preset.response_length),
     "clip fraction": (0.001, 0.2),
     "explained variance": (0, 1),

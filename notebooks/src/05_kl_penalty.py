@@ -437,10 +437,11 @@ def draw(histories, alt):
 draw(histories, "Four panels over eight updates, a line for each β: score, gold, KL, entropy.")
 
 # %% [markdown]
-# Until the third point the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
+# Up to the second point the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
 # part. At β = 0 and 0.01, which stay alike, the proxy goes on rising, and gold falls below 0. At 0.1 the proxy stops
 # near 1, with three nats, and gold has gone down as well, to about 1; in lesson 04's longer run it came back. At 1
-# nothing much happens in eight updates, and gold is highest. One seed each, and batches of 64.
+# nothing much happens in eight updates, and gold is highest. One seed each, and batches of 64, so do not compare single
+# points with the table below.
 #
 # And on held-out prompts, with the share that ends with EOS, and the measures of diversity. *Distinct-2* is the share of
 # different word pairs among all, *unique* the share of different answers, *self-BLEU* how much of an answer the other
@@ -462,7 +463,7 @@ for role in ("reference", *PRICES):
     print("".join(f"{varied[name]:11.2f}" for name in NAMES))
 
 # %% [markdown]
-# The two cheap runs, which cannot be told apart, have the highest proxy, by far the lowest gold, and the least varied
+# The runs `free` and `cheap`, which cannot be told apart, have the highest proxy, by far the lowest gold, and the least varied
 # answers: of their word pairs only one in six is different, of SFT's more than half. The dear run has the highest gold
 # and nearly SFT's variety. Mind the column *unique*: it says that nothing is wrong, since hardly two answers are equal
 # word by word. They are made of the same few sentences, in another order. So look at more than one measure. Length
@@ -604,10 +605,10 @@ plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
 
 # %% [markdown]
 # No seed is an exception. Gold holds for the first nat or two, while the proxy has earned its first courtesy; from there
-# to about √KL = 4 it falls as fast as the proxy rises. There nearly all answers fill their 32 tokens; gold then stays
-# near −0.3, and the proxy still creeps up. The curves are noisy since each point is one batch. In Gao et al. gold
-# first rises and then falls; that the rise is hardly seen here at β = 0 is because the holes are so easy to find.
-# The next figure has it.
+# to about √KL = 4 it falls, faster than the proxy rises. There nearly all answers fill their 32 tokens; gold then stays
+# below 0, on most seeds near −0.3, on one near −0.7, and the proxy still creeps up. The curves are noisy since each
+# point is one batch. In Gao et al. gold first rises and then falls; that the rise is hardly seen here at β = 0 is
+# because the holes are so easy to find. The next figure has it.
 #
 # Then where the runs end, on held-out prompts: gold against KL for all prices. Best-of-n from SFT, which does
 # not train at all, is computed here, from 32 answers each to 48 prompts: of n answers the one that the reward model
@@ -654,8 +655,8 @@ plots.show(
 # %% [markdown]
 # There is the hill of over-optimisation: from SFT gold rises, β = 0.3 and 0.1 stand on the top, and then there is a
 # cliff. At 0.03 the leash holds on one seed only; the other nine end at thirteen nats or more and far below SFT. Between
-# 0.03 and 0.1 nothing was run. Best-of-n is as good as PPO for n = 2, and better beyond, on these 48 prompts; it
-# samples n answers for each that it gives. What the figure does not show: that 0.1 is right for another reward model.
+# 0.03 and 0.1 nothing was run. Best-of-2 is about as good as PPO at the same KL, and larger n look better;
+# but best-of-n is measured on 48 prompts only, and samples n answers for each that it gives. What the figure does not show: that 0.1 is right for another reward model.
 #
 # How many of the ten seeds show it? First what the price is for:
 
@@ -708,7 +709,7 @@ for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at
 
 # %% [markdown]
 # Without a price gold ends below SFT on all ten, and the proxy, whose unit is a standard deviation of SFT's own scores,
-# is up by more than two of them on eight; on the others by 2.0 and 1.9. The score tells of a great success. Look at
+# is up by 1.9 to 2.4 of them, by more than two on eight. The score tells of a great success. Look at
 # *correct*, the share of right answers, as well: it has risen from 56% to 72%. The facts are better; what ruins gold
 # is all that stands around them. Gold at 0.1 beats 0.01 on all ten seeds and 1.0 on eight, but the last is close: 1.46
 # and 1.35 in the mean. And 0.3 has as much gold as 0.1, with half of the KL. (Distinct-2 is lower than in the table
@@ -771,7 +772,7 @@ for name, values in probe(four_roles(unbiased)).items():
 # %% [markdown]
 # It too pays for a cut-off answer, before the point is taken off; but less than that point. Nobody has trained its head
 # there either: that is luck. And β = 0.1, with both holes open, ended at 1.46, better than either of the two. A price on
-# KL knows nothing of holes, and keeps the policy from those that nobody has found yet. Nor does closing one keep the
+# KL knows nothing of holes; one that is high enough keeps the policy from those, too, that nobody has found yet. Nor does closing one keep the
 # answers varied: without a price the entropy ends between 0.2 and 0.3 in all three; SFT's is 0.6.
 #
 # ## A badly scaled penalty, and a controller
@@ -819,7 +820,8 @@ plots.show(
 # %% [markdown]
 # On all three seeds the same story. β first *falls*, since the KL is still below three; then it grows by a tenth an
 # update, but from so low that the policy has gone to about 19 nats or more, and gold below 0, before the price is felt.
-# Near update 40 the KL comes down within a few updates, on two seeds too far: β has overshot. In the end β is between
+# Near update 40 the KL comes down within a few updates, on all three below three and on two to about one: β has
+# overshot. In the end β is between
 # 0.06 and 0.1, on one seed still falling, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
 # had to know β (the target somebody had to choose); but the controller is slow, and no protection on the way. To begin
 # with a price that is too high would cost less, one should think; these runs do not show it.
@@ -854,7 +856,7 @@ print(f"; SFT {sum(row['gold'] for row in start) / len(start):.2f}")
 # ## Recap
 #
 # - KL(π‖π_ref) is a mean over the policy's own samples. Average over anything else and it is another number.
-# - In the reward, k1; in the loss, k2, or k3 if the other direction is meant. Never k1.
+# - In the reward, k1; in the loss, k2, or k3 if the other direction is meant. In the loss never k1.
 # - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays, also what nobody
 #   thought of.
 # - The larger β, the nearer and the more varied. The best β is in between, and only gold, or people, can tell where.
