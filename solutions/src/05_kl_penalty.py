@@ -138,7 +138,7 @@ for t in range(mask[some].sum()):
     pair = log_probs_curr[some, t], log_probs_ref[some, t]
     print(f"{tokenizer.decode(tokens[some, t]).strip():10}", end="")
     print(f"{pair[0]:z10.2f}{pair[1]:z12.2f}{pair[0] - pair[1]:z13.2f}")
-print(f"all 120: {log_probs_curr[real].mean():9.2f}{log_probs_ref[real].mean():12.2f}")
+print(f"all:     {log_probs_curr[real].mean():9.2f}{log_probs_ref[real].mean():12.2f}")
 assert preset.name != "pocket" or log_probs_curr[real].mean() > log_probs_ref[real].mean()
 
 # %% [markdown]
@@ -222,7 +222,6 @@ for t in range(mask[some].sum()):
     print(f"{tokenizer.decode(tokens[some, t]).strip():10}", end="")
     print(f"{log_ratio:z10.2f}{exact[some, t]:z15.2f}{reverse[some, t]:z15.2f}")
 print(f"mean of all responses    {exact[real].mean():10.2f}{reverse[real].mean():15.2f}")
-assert exact.min() > -1e-5
 assert preset.name != "pocket" or reverse[real].mean() > 2 * exact[real].mean()
 
 # %% [markdown]
