@@ -37,6 +37,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         >>> [path.name for path in target.iterdir()]
         ['weights']
     """
+    folder = Path(folder)
+    require_no_file(folder)
     new, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -46,6 +48,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def require_no_file(*folders: Path) -> None:
+    """Raise NotADirectoryError if a file is in the place of such a folder, or of one above it."""
+    for folder in folders:
+        if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+            raise NotADirectoryError(
+                f"'{file}' is a file, and '{folder}' is to be a folder; give another path, or move "
+                "the file away"
+            )
 
 
 def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> bool:

@@ -6,11 +6,13 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import Tensor
 from transformers import (
@@ -74,14 +76,20 @@ def _load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
         tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
         _complete(tokenizer)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    _check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if None in (pad, eos) or pad == eos:
         raise ValueError(
             f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r} must be "
             "two tokens, else a response's end looks like padding; set tokenizer.pad_token"
         )
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {preset.model!r} has no chat template; set one")
-    return tokenizer
+        source = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer of {source!r} has no chat template; set one")
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -154,8 +162,9 @@ def encode_prompts(
 
     Raises:
         TypeError: if `prompts` is not a list of texts.
-        ValueError: for no prompts, an empty one, one that contains a special token, or one that is
-            too long: it is never cut.
+        ValueError: for a tokenizer without a chat template or a pad token of its own, no prompts,
+            an empty one, one that contains a special token, or one that is too long: it is never
+            cut.
     """
     rows = _prompt_tokens(tokenizer, prompts, prompt_length)
     return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
@@ -178,15 +187,25 @@ def encode_examples(
 
     Raises:
         TypeError: if a column holds something else than texts.
-        ValueError: for no rows, a text that is empty or contains a token of the template, or one
-            that is too long: nothing is cut, since a cut response would have lost its EOS.
+        ValueError: for a missing column, columns of different lengths, no rows, a text that is
+            empty or contains a token of the template, or one that is too long: nothing is cut,
+            since a cut response would have lost its EOS.
 
     Example: for the pocket tokenizer "what is hot?" and "fire." become the tokens of
     "<|user|> what is hot?<|assistant|>" and of " fire.<|eos|>".
     """
-    completions = list(dataset["completion"])
-    prompt_rows = _prompt_tokens(tokenizer, list(dataset["prompt"]), prompt_length)
+    require_columns(dataset, "dataset", ("prompt", "completion"))
+    prompts, completions = (
+        texts if isinstance(texts, str) else list(texts)
+        for texts in (dataset["prompt"], dataset["completion"])
+    )
+    prompt_rows = _prompt_tokens(tokenizer, prompts, prompt_length)
     _check_texts(tokenizer, "completion", completions)
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"there are {len(prompts)} prompts and {len(completions)} completions; give one of "
+            "each for every example"
+        )
     rows = tokenizer(completions, add_special_tokens=False)["input_ids"]
     response_rows = [[*row, tokenizer.eos_token_id] for row in rows]
     _check_lengths("completion", completions, response_rows, "response_length", response_length)
@@ -200,7 +219,7 @@ def check_examples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raise ValueError unless encoded examples have a prompt and an EOS, and fit the context.
+    """Raise ValueError unless encoded examples have a prompt and an EOS, and fit the model.
 
     Args:
         name: of `examples`, for the message.
@@ -209,12 +228,22 @@ def check_examples(
         raise ValueError(f"{name} is empty: give at least one example")
     eos, context = tokenizer.eos_token_id, model.config.max_position_embeddings
     for i, example in enumerate(examples):
+        if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
+            raise ValueError(
+                f"{name}[{i}] is {example!s:.99}, without the token ids of a prompt and a "
+                "response; give what encode_examples returns"
+            )
         prompt, response = example["prompt"], example["response"]
         if not prompt or not response or response[-1] != eos:
             raise ValueError(
                 f"{name}[{i}] has no prompt, or a response that does not end with EOS ({eos}): "
                 f"{tokenizer.decode(prompt + response)!r}. Without EOS the model never learns to "
                 "stop; encode_examples appends it"
+            )
+        if (largest := max(*prompt, *response)) >= model.config.vocab_size:
+            raise ValueError(
+                f"{name}[{i}] holds token id {largest}, and the model has "
+                f"{model.config.vocab_size} tokens; use the model's own tokenizer"
             )
         if len(prompt) + len(response) > context:
             raise ValueError(
@@ -234,6 +263,8 @@ def pad_examples(
     Example: with prompts [5, 6] and [7], responses [8, 1] and [9, 9, 1], and 0 for padding,
     input_ids is [[5, 6, 8, 1, 0], [0, 7, 9, 9, 1]] and P is 2.
     """
+    if not examples:
+        raise ValueError("examples is empty: give at least one example")
     sides = {"prompt": "left", "response": "right"}
     prompts, responses = (
         tokenizer.pad(
@@ -251,6 +282,7 @@ def pad_examples(
 def _prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], prompt_length: int
 ) -> list[list[int]]:
+    _check_tokenizer(tokenizer)
     _check_texts(tokenizer, "prompt", prompts)
     texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -259,8 +291,10 @@ def _prompt_tokens(
 
 
 def _check_texts(tokenizer: PreTrainedTokenizerBase, name: str, texts: list[str]) -> None:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name}s is {texts!r}: give a list of texts")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name}s is {texts!r:.99}: give a list of texts")
+    if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise TypeError(f"{name} {bad[0]} is {texts[bad[0]]!r:.99}: give a list of texts")
     if not texts:
         raise ValueError(f"{name}s is empty: give at least one text")
     for i, text in enumerate(texts):
@@ -328,8 +362,8 @@ def sft_dataset(
     """
     if source := source or preset.data:
         return _read(source, split, ("prompt", "completion"), preset)
-    if copies < 1:
-        raise ValueError(f"copies is {copies}; give at least 1")
+    if not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"copies is {copies}; give at least 1, a whole number")
     rng = random.Random(f"sft-{split}-{preset.seed}")
     prompts = world.prompts(split) * copies
     rng.shuffle(prompts)
@@ -403,7 +437,14 @@ def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | di
         raise ValueError(f"{source!r} ends in none of {', '.join(_READERS)}; convert it to one")
     options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
     if path.is_dir():
-        return load_dataset(source, **options)
+        try:
+            return load_dataset(source, **options)
+        except Exception as error:
+            detail = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise ValueError(
+                f"the folder {source!r} cannot be read as data ({detail:.150}); give it one file "
+                "for each split, such as train.jsonl"
+            ) from error
     if source == preset.data:
         options["revision"] = preset.data_revision
     return from_hub(source, load_dataset, source, **options)
@@ -445,7 +486,7 @@ def _fit_rows(
     """Rows that can be used, shuffled, at most `preset.rows`; a line says what was left out."""
     names = [name for name in ("prompt", *ANSWERS) if name in dataset.column_names]
     if "chosen" not in names or ("rejected" in columns and "rejected" not in names):
-        _require_columns(dataset, source, columns)  # else the prompt may be in a transcript
+        require_columns(dataset, source, columns)  # else the prompt may be in a transcript
     tokenizer = _load_tokenizer(preset)
     marks = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     left_out, rows = Counter(), []
@@ -511,16 +552,18 @@ def _short_enough(
     return [row for row, fit in zip(rows, fits, strict=True) if fit]
 
 
-def _require_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> None:
-    if missing := [c for c in columns if c not in dataset.column_names]:
+def require_columns(dataset: Dataset | dict, source: str, columns: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the source, unless a data set has all these columns."""
+    names = list(getattr(dataset, "column_names", dataset))
+    if missing := [c for c in columns if c not in names]:
         raise ValueError(
-            f"{source!r} has no column {missing[0]!r}, only {', '.join(dataset.column_names)}; "
+            f"{source!r} has no column {missing[0]!r}, only {', '.join(names)}; "
             f"rename or add it: needed are {', '.join(columns)}"
         )
 
 
 def _check_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> Dataset:
-    _require_columns(dataset, source, columns)
+    require_columns(dataset, source, columns)
     if not len(dataset):
         raise ValueError(f"{source!r} is empty: it needs at least one row")
     dataset = dataset.select_columns(list(columns))
@@ -549,7 +592,8 @@ def _as_texts(dataset: Dataset, source: str) -> Dataset:
         if not texts["prompt"]:
             raise ValueError(
                 f"{source!r}: without a prompt column, chosen and rejected must be one dialogue "
-                f"with two last answers after {ASSISTANT!r}; these are not one dialogue: {row}"
+                f"with two last answers after {ASSISTANT!r}; these are not one dialogue: "
+                f"{row!s:.99}"
             )
         return texts
 
@@ -583,7 +627,7 @@ def _transcript(value: object) -> str:
     if not isinstance(value, list):
         return value if isinstance(value, str) else ""
     if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        raise ValueError(f"{value!r} is no list of messages; give each a role and content")
+        raise ValueError(f"{value!r:.99} is no list of messages; give each a role and content")
     marks = {"user": HUMAN, "assistant": ASSISTANT}
     return "".join(f"{marks.get(turn['role'], '')} {turn['content'] or ''}" for turn in value)
 
@@ -610,7 +654,10 @@ def _read_jsonl(path: Path) -> Dataset:
         except json.JSONDecodeError as error:
             raise ValueError(f"'{path}', line {number}: not JSON ({error}); mend it") from error
         if not isinstance(row, dict):
-            raise ValueError(f"'{path}', line {number}: {row!r} is no JSON object")
+            raise ValueError(
+                f"'{path}', line {number}: {row!r:.99} is no JSON object; give each row a line, "
+                '{"prompt": …}'
+            )
         rows.append(row)
         if row.keys() != rows[0].keys():
             raise ValueError(
@@ -620,11 +667,16 @@ def _read_jsonl(path: Path) -> Dataset:
     try:
         return Dataset.from_list(rows)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"'{path}': a field is text in one line and not in another") from error
+        raise ValueError(
+            f"'{path}': a field is text in one line and not in another; make it text in all"
+        ) from error
 
 
 def _read_csv(path: Path) -> Dataset:
-    header, *rows = csv.reader(io.StringIO(_text(path), newline=""))
+    try:
+        header, *rows = csv.reader(io.StringIO(_text(path), newline=""))
+    except csv.Error as error:
+        raise ValueError(f"'{path}': {error}; look for a quote that is never closed") from error
     rows = [row for row in rows if row]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
@@ -636,7 +688,13 @@ def _read_csv(path: Path) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
-    return Dataset.from_parquet(str(path))
+    try:
+        return Dataset.from_parquet(str(path))
+    except (pyarrow.ArrowException, DatasetGenerationError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read as Parquet ({error}); it is truncated or damaged: copy it "
+            "again"
+        ) from error
 
 
 _READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from sacrebleu.metrics import BLEU
 
+from rlhf_helpers.validation import check_whole
+
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Share of different n-grams among all n-grams of the texts.
@@ -36,7 +38,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     1510.03055), section 5.1. Derived in lesson 05.
     """
     rows = _words(texts)
-    _check_whole("n", n, 1)
+    check_whole("n", n)
     if math.isnan(share := _distinct(rows, n)):
         longest = max(len(row) for row in rows)
         raise ValueError(
@@ -110,7 +112,7 @@ def self_bleu(texts: Sequence[str], sample: int = 64, seed: int = 0) -> float:
     Derived in lesson 05.
     """
     rows = _words(texts)
-    _check_whole("sample", sample, 2)
+    check_whole("sample", sample, 2)
     if len(rows) < 2:
         raise ValueError(f"texts is {list(texts)!r}: give at least 2, to compare one with others.")
     return _self_bleu(rows, sample, seed)
@@ -215,8 +217,3 @@ def _bleu(bleu: BLEU, text: str, others: list[str]) -> float:
     if not text or not references:
         return float(text in others)
     return min(1.0, bleu.sentence_score(text, references).score / 100)  # rounding may pass 100
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}.")

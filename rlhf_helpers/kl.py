@@ -11,6 +11,7 @@ from rlhf_helpers.validation import (
     check_normalised,
     check_softmax,
     first_index,
+    in_range,
     upcast,
 )
 
@@ -107,9 +108,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     """
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f'kind is {kind!r}: it must be "k1", "k2" or "k3".')
-    _check_same_shape("logprobs", logprobs, "ref_logprobs", ref_logprobs)
     check_logprobs("logprobs", logprobs)
     check_logprobs("ref_logprobs", ref_logprobs)
+    _check_same_shape("logprobs", logprobs, "ref_logprobs", ref_logprobs)
     _check_sampled(logprobs)
     if ref_logprobs.requires_grad:
         raise ValueError(
@@ -174,14 +175,15 @@ class AdaptiveKL:
     Args:
         beta: β to begin with; above 0, since a factor cannot move 0.
         target: of the KL, in nats per response; above 0.
-        gain: K. Ziegler et al. take 0.1, for thousands of updates; a run of some dozens needs more.
+        gain: K, below 5. Ziegler et al. take 0.1, for thousands of updates; a run of some dozens
+            needs more.
 
     Attributes:
         beta: β now.
 
     Raises:
-        ValueError: for a number that is not finite and above 0; of `update`, for a KL that is not
-            finite.
+        ValueError: for a number that is not finite and above 0, or a gain that is too large; of
+            `update`, for a KL that is not finite.
 
     Example:
         KL is twice the target, which counts as 0.2 too much.
@@ -194,14 +196,16 @@ class AdaptiveKL:
 
     def __init__(self, beta: float, target: float, gain: float = 0.5) -> None:
         for name, value in (("beta", beta), ("target", target), ("gain", gain)):
-            if not 0 < value < math.inf:
+            if not in_range(value, above=True):
                 raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
+        if gain >= 5:
+            raise ValueError(f"gain is {gain}: give less than 5, or β would fall to 0 or below.")
         self.beta, self.target, self.gain = beta, target, gain
 
     def update(self, kl: float) -> float:
         """Move β by what one update's KL, in nats per response, says; return it."""
-        if not math.isfinite(kl):
-            raise ValueError(f"kl is {kl}: it must be finite.")
+        if not in_range(kl, low=-math.inf, above=True):
+            raise ValueError(f"kl is {kl}: it must be finite; look for an update that diverged.")
         error = max(-0.2, min(0.2, kl / self.target - 1))
         self.beta *= 1 + self.gain * error
         return self.beta

@@ -8,7 +8,6 @@ full. Behind a frozen output layer the gradient of each chunk is taken at once, 
 computed again in the backward pass.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_helpers.validation import check_logits, check_softmax, first_index, upcast
+from rlhf_helpers.validation import (
+    check_binary,
+    check_logits,
+    check_softmax,
+    first_index,
+    in_range,
+    upcast,
+)
 
 CHUNK_LOGITS = 2**24  # at a time: 67 MB in float32, or 110 positions of a vocabulary of 151,936
 # What the configs of some models call a change of the logits behind the output layer.
@@ -161,7 +167,8 @@ def response_logprobs(
     log π(y | x) of Ziegler et al., "Fine-Tuning Language Models from Human Preferences"
     (arXiv 1909.08593), equation 2, token by token. Derived in lesson 03.
     """
-    _check_sequences(model, input_ids, attention_mask, response_length)
+    check_sequences(model, input_ids, attention_mask)
+    _check_response(attention_mask, response_length)
     _check_temperature(temperature)
     inputs = {
         "input_ids": input_ids,
@@ -273,7 +280,7 @@ def _chunks(limit: int, inputs: Tensor, *tokens: Tensor) -> Iterator[tuple[Tenso
 
 
 def _check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not in_range(temperature, above=True):
         raise ValueError(
             f"temperature is {temperature}: it must be positive and finite; 1.0 leaves the logits "
             "as they are."
@@ -290,40 +297,36 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_sequences(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
-) -> None:
+def check_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Raise unless these are token ids of the model's and their mask, and fit its context."""
     if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"input_ids has shape {list(input_ids.shape)}, attention_mask "
             f"{list(attention_mask.shape)}: both must be [B, P + T]."
         )
-    length = input_ids.shape[1]
-    if not 1 <= response_length < length:
-        raise ValueError(
-            f"response_length is {response_length} in sequences of {length} tokens: it must be at "
-            f"least 1 and leave a prompt, so at most {length - 1}."
-        )
     _check_ids("input_ids", input_ids, model.config.vocab_size)
-    _check_attention_mask(attention_mask, length - response_length)
-    _check_context(model, attention_mask)
-
-
-def _check_attention_mask(attention_mask: Tensor, prompt_length: int) -> None:
+    check_binary("attention_mask", attention_mask)
     if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
         raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
-    if (row := first_index(attention_mask[:, prompt_length - 1] == 0)) is not None:
-        raise ValueError(
-            f"attention_mask row {row[0]} is 0 at column {prompt_length - 1}, right before the "
-            "response: the first response token is predicted there. Pad prompts on the left."
-        )
-
-
-def _check_context(model: nn.Module, attention_mask: Tensor) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     tokens = attention_mask.sum(-1)
     if context is not None and (row := first_index(tokens > context)) is not None:
         raise ValueError(
             f"row {row[0]} has {int(tokens[row[0]])} tokens, more than the model's "
             f"max_position_embeddings of {context}: shorten the prompt or the response."
+        )
+
+
+def _check_response(attention_mask: Tensor, response_length: int) -> None:
+    length = attention_mask.shape[1]
+    if isinstance(response_length, float) or not 1 <= response_length < length:
+        raise ValueError(
+            f"response_length is {response_length} in sequences of {length} tokens: it must be a "
+            f"whole number, at least 1, and leave a prompt, so at most {length - 1}."
+        )
+    column = length - response_length - 1
+    if (row := first_index(attention_mask[:, column] == 0)) is not None:
+        raise ValueError(
+            f"attention_mask row {row[0]} is 0 at column {column}, right before the response: the "
+            "first response token is predicted there. Pad prompts on the left."
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlhf_helpers.roles import NF4_BLOCK, Roles, linear_shapes
+from rlhf_helpers.validation import check_whole
 
 NF4_SUPERBLOCK = 256  # scales that share one float32 under double quantization
 FLOAT32 = 4  # bytes
@@ -45,9 +46,9 @@ class ModelSizes:
 
     def __post_init__(self) -> None:
         _check_shapes(self.shapes)
-        _check_count("other", self.other, least=0)
-        _check_count("output", self.output, least=0)
-        _check_count("width", self.width)
+        check_whole("other", self.other, least=0)
+        check_whole("output", self.output, least=0)
+        check_whole("width", self.width)
 
     @property
     def parameters(self) -> int:
@@ -234,7 +235,7 @@ def lora_parameters(shapes: Sequence[tuple[int, int]], rank: int) -> int:
 
     Hu et al., LoRA (arXiv 2106.09685), section 4. Derived in lesson 01.
     """
-    _check_count("rank", rank)
+    check_whole("rank", rank)
     _check_shapes(shapes)
     return sum(rank * (outputs + inputs) for outputs, inputs in shapes)
 
@@ -273,7 +274,7 @@ def nf4_bytes(weights: int, double_quant: bool = True) -> int:
 
     Dettmers et al., QLoRA (arXiv 2305.14314), section 3. Derived in lesson 01.
     """
-    _check_count("weights", weights)
+    check_whole("weights", weights)
     codes, scales = ceil(weights / 2), ceil(weights / NF4_BLOCK)
     if not double_quant:
         return codes + FLOAT32 * scales
@@ -453,14 +454,9 @@ def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
                 f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer."
             )
         for size in shape:
-            _check_count(f"shapes[{index}] is {tuple(shape)}, and its size", size)
+            check_whole(f"shapes[{index}] is {tuple(shape)}, and its size", size)
 
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        _check_count(name, value)
-
-
-def _check_count(name: str, value: int, least: int = 1) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}.")
+        check_whole(name, value)

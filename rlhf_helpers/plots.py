@@ -57,7 +57,7 @@ def redraw(fig: Figure, alt: str, handle: DisplayHandle | None = None) -> Displa
     Args:
         handle: what the call before returned; None for the first.
     """
-    if not alt.strip():
+    if not (alt and alt.strip()):
         raise ValueError("alt is empty: say in a sentence what the figure shows")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
@@ -134,11 +134,15 @@ def grouped_bars(
         quantity: what the bars measure, with its unit; the label of the axis.
 
     Raises:
-        ValueError: if a group has not as many values as there are labels.
+        ValueError: for no group or more than four, or if one has not as many values as there are
+            labels.
     """
+    _check_groups(groups, 4)
     for name, values in groups.items():
         if len(labels) != len(values):
-            raise ValueError(f"{len(labels)} labels for {len(values)} values of {name!r}")
+            raise ValueError(
+                f"{len(labels)} labels for {len(values)} values of {name!r}; give one for each"
+            )
     fig, ax = plt.subplots(figsize=(7, 0.8 + 0.24 * len(labels) * len(groups)))
     height = 0.8 / len(groups)
     looks = zip(("sky", "blue", "orange", "black"), ("", "", "///", ""), strict=True)
@@ -220,7 +224,11 @@ def trajectories(groups: Mapping[str, Sequence[Points]], x: str, y: str) -> Figu
     Args:
         groups: name to curves, each a list of points (x, y) in the order of the run.
         x, y: axis labels, with units.
+
+    Raises:
+        ValueError: for no group, or more than there are looks in the style.
     """
+    _check_groups(groups, len(mpl.rcParams["axes.prop_cycle"]))
     fig, ax = plt.subplots(figsize=(7, 3.2))
     for (name, curves), look in zip(groups.items(), mpl.rcParams["axes.prop_cycle"], strict=False):
         for i, curve in enumerate(curves):
@@ -239,11 +247,10 @@ def scatter(groups: Mapping[str, Points], x: str, y: str, joined: Sequence[str] 
         joined: the groups whose points are one curve.
 
     Raises:
-        ValueError: for more than eight groups.
+        ValueError: for no group, or more than eight.
     """
     colours, shapes = [c for c in COLOURS if c != "yellow"], "osD^v<>P"
-    if len(groups) > len(shapes):
-        raise ValueError(f"{len(groups)} groups; only {len(shapes)} can be told apart")
+    _check_groups(groups, len(shapes))
     fig, ax = plt.subplots(figsize=(7, 3.4))
     for i, (name, points) in enumerate(groups.items()):
         colour = COLOURS[colours[i % len(colours)]]
@@ -268,7 +275,6 @@ def heat_map(
     columns: Sequence[str],
     rows: Sequence[str],
     quantity: str,
-    digits: int | None = 2,
 ) -> Figure:
     """A table of numbers on coloured cells: blue above 0, orange below, NaN left blank.
 
@@ -276,7 +282,6 @@ def heat_map(
         matrix: a list of numbers for each row.
         columns, rows: their names.
         quantity: what the colours measure, with its unit; the label of the bar.
-        digits: behind the point of the number in each cell; None for colours alone.
 
     Raises:
         ValueError: if the names are not as many as the rows and columns.
@@ -296,11 +301,9 @@ def heat_map(
     ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     ax.grid(visible=False)
-    if digits is not None:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                text = f"{value:.{digits}f}"
-                ax.text(column, row, text, ha="center", va="center", fontsize=8)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
     fig.colorbar(image).set_label(quantity, fontsize=8)
     return fig
 
@@ -327,8 +330,20 @@ def pipeline() -> Figure:
         if i < len(steps) - 1:
             _arrow(ax, (left + 1.65, 0.57), (left + 2.1, 0.57))
     _arrow(ax, (7.45, -0.05), (3.15, -0.05), style="<->", linestyle="--", bend=-0.16)
-    ax.text(5.3, -0.66, "KL penalty: a leash", ha="center", va="center", fontsize=9)
+    ax.text(
+        5.3,
+        -0.66,
+        "PPO starts as a copy of SFT; the KL penalty is its leash",
+        ha="center",
+        va="center",
+        fontsize=9,
+    )
     return fig
+
+
+def _check_groups(groups: Mapping, most: int) -> None:
+    if not 1 <= len(groups) <= most:
+        raise ValueError(f"{len(groups)} groups; give 1 to {most}, as many as can be told apart")
 
 
 def _arrow(ax, start, end, style="->", linestyle="-", bend=0.0) -> None:

@@ -23,6 +23,7 @@ from rlhf_helpers.checkpoints import (
     finish_first,
     keep_two,
     newest_readable,
+    require_no_file,
     restore_adam,
 )
 from rlhf_helpers.data import encode_prompts
@@ -32,7 +33,14 @@ from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.training import backward
-from rlhf_helpers.validation import check_floating, check_logprobs, first_index, upcast
+from rlhf_helpers.validation import (
+    check_binary,
+    check_floating,
+    check_logprobs,
+    first_index,
+    in_range,
+    upcast,
+)
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
 TRAINED = ("policy", "value")
@@ -88,8 +96,11 @@ def shape_rewards(
             "give one score for each response, [B]."
         )
     if (index := first_index(~scores.isfinite())) is not None:
-        raise ValueError(f"scores{index} is {scores[tuple(index)].item()}: not a reward.")
-    if not 0 <= beta < float("inf"):
+        raise ValueError(
+            f"scores{index} is {scores[tuple(index)].item()}: not a reward. Look for weights that "
+            "diverged."
+        )
+    if not in_range(beta):
         raise ValueError(f"beta is {beta}: it must be a finite number, 0 or above.")
     mask = response_mask.bool()
     rewards = torch.zeros_like(upcast(logprobs + ref_logprobs + scores[:, None])).detach()
@@ -145,7 +156,7 @@ def gae(
     """
     _check_all(response_mask, rewards=rewards, values=values)
     for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
+        if not in_range(value, 0, 1):
             raise ValueError(f"{name} is {value}: it must be between 0 and 1.")
     padding = ~response_mask.bool()
     rewards, values = (upcast(x.detach()).masked_fill(padding, 0) for x in (rewards, values))
@@ -336,7 +347,8 @@ class PPOConfig:
         epochs: passes over the batch in an update.
         learning_rate: of Adam, for policy and critic alike; constant.
         beta: β, the price of a nat of KL, in units of the normalised reward.
-        kl_kind: the estimate that is the penalty, `k1`, `k2` or `k3`.
+        kl_kind: the estimate that is the penalty, `k1`, `k2` or `k3`; in the reward only `k1` has
+            the gradient of the KL (lesson 05).
         kl_in: where the penalty stands. `reward`: it is part of each token's reward, so the critic
             and the advantages know of it. `loss`: β times its mean is added to the policy's loss,
             and the reward is the score alone; for `k2` and `k3`, since the gradient of `k1` is 0 on
@@ -571,8 +583,10 @@ def train_ppo(
         `PPOStats`.
 
     Raises:
+        TypeError: for a `config` that is no PPOConfig, or prompts that are not texts.
         ValueError: for roles that are missing or not as above, too few prompts, or an unfinished
             run with another configuration; nothing has been computed or overwritten then.
+        NotADirectoryError: if a file is in the place of the folder.
         FloatingPointError: if a loss or gradient is not finite; what was saved last is kept.
 
     Example:
@@ -582,7 +596,10 @@ def train_ppo(
     Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2.
     Lesson 04 writes an update out.
     """
-    config, prompts = config or PPOConfig(), list(prompts)
+    config = config or PPOConfig()
+    if not isinstance(config, PPOConfig):
+        raise TypeError(f"config is {config!r}: give a PPOConfig, such as PPOConfig(**settings).")
+    prompts = prompts if isinstance(prompts, str) else list(prompts)  # a text would become letters
     _check_roles(roles)
     room = roles.base.config.max_position_embeddings - config.response_length
     encode_prompts(tokenizer, prompts, room)  # raises for what cannot be a prompt, or is too long
@@ -610,6 +627,7 @@ class _Run:
         moments = {}
         if self.folder is not None:
             self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
+            require_no_file(self.folder, self.unfinished)
             moments = self._resume()
         self.optimizers = {
             role: torch.optim.AdamW(
@@ -834,7 +852,7 @@ def _mean(x: Tensor, real: Tensor) -> Tensor:
 
 
 def _check_clip(clip: float) -> None:
-    if not 0 < clip < float("inf"):
+    if not in_range(clip, above=True):
         raise ValueError(f"clip is {clip}: it must be a finite number above 0; 0.2 is usual.")
 
 
@@ -865,11 +883,7 @@ def _check_binary(mask_name: str, mask: Tensor, tensor: Tensor, name: str) -> No
             f"{name} has shape {list(tensor.shape)}, {mask_name} {list(mask.shape)}: they must be "
             "equal."
         )
-    if (index := first_index((mask != 0) & (mask != 1))) is not None:
-        raise ValueError(
-            f"{mask_name} holds {mask[tuple(index)].item()} at {index}: only 0 and 1 may stand "
-            "there."
-        )
+    check_binary(mask_name, mask)
 
 
 def _check_finite(name: str, tensor: Tensor, real: Tensor) -> None:

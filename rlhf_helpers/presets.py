@@ -58,12 +58,19 @@ class Preset:
     runs: Path = Path("runs")
 
     def __post_init__(self) -> None:
+        for name, what in (("model", "a folder or a hub id"), ("runs", "a folder")):
+            value = getattr(self, name)
+            if not isinstance(value, str | Path) or not str(value).strip():
+                raise ValueError(f"{name} is {value!r}; give {what}")
+        object.__setattr__(self, "runs", Path(self.runs))  # a text will do
         for name in ("prompt_length", "response_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; give a whole number of tokens, at least 1")
         if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
             raise ValueError(f"rows is {self.rows!r}; give a whole number, at least 1, or None")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}; give a whole number")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; choose cpu or cuda")
         if self.compute_dtype not in DTYPES:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.data import check_examples, encode_examples, pad_examples
+from rlhf_helpers.checkpoints import require_no_file
+from rlhf_helpers.data import check_examples, encode_examples, pad_examples, require_columns
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
-from rlhf_helpers.validation import check_floating, first_index
+from rlhf_helpers.validation import check_floating, check_whole, first_index, in_range
 
 ROWS = 128  # responses scored at a time
 
@@ -69,7 +70,10 @@ def _check_rewards(chosen: Tensor, rejected: Tensor) -> None:
     for name, rewards in (("chosen", chosen), ("rejected", rejected)):
         check_floating(name, rewards)
         if (index := first_index(~rewards.isfinite())) is not None:
-            raise ValueError(f"{name}{index} is {rewards[tuple(index)].item()}: not a reward.")
+            raise ValueError(
+                f"{name}{index} is {rewards[tuple(index)].item()}: not a reward. Look for weights "
+                "that diverged."
+            )
     if chosen.shape != rejected.shape or not chosen.numel():
         raise ValueError(
             f"chosen has shape {list(chosen.shape)}, rejected {list(rejected.shape)}: give one "
@@ -87,12 +91,14 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
         `[B]`, int64.
 
     Raises:
-        ValueError: a row without a real token.
+        ValueError: a shape that is not `[B, L]`, or a row without a real token.
 
     Example:
         >>> last_token_index(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
         [1, 2]
     """
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}: give [B, L].")
     if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
         raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -126,8 +132,10 @@ def collect_preferences(
         Columns `prompt`, `chosen`, `rejected`, and `probability`: that with which the annotator
         chooses the one in `chosen`.
     """
-    if draws < 3:
+    if not isinstance(draws, int) or draws < 3:
         raise ValueError(f"draws is {draws}; give at least 3, so that each makes another pair")
+    if cache:
+        require_no_file(Path(cache))
     settings = [prompts, asdict(annotator), draws, response_length, seed, _weights_digest(model)]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     file = cache and Path(cache) / f"preferences-{digest}.jsonl"
@@ -220,10 +228,12 @@ def split_by_prompt(
         seed: of the choice of prompts, and of the order of the training pairs.
 
     Raises:
-        ValueError: a share out of range, or too few prompts to have some on both sides.
+        ValueError: no column `prompt`, a share out of range, or too few prompts to have some on
+            both sides.
     """
+    require_columns(dataset, "dataset", ("prompt",))
     prompts = sorted(set(dataset["prompt"]))
-    count = round(share * len(prompts))
+    count = round(share * len(prompts)) if in_range(share, 0, 1) else 0
     if not 0 < count < len(prompts):
         raise ValueError(
             f"a share of {share} of {len(prompts)} prompts leaves one side empty; give pairs of "
@@ -249,13 +259,6 @@ def encode_pairs(
             f"the pairs have no column {min(missing)!r}, only {', '.join(dataset.column_names)}; "
             "needed are prompt, chosen and rejected"
         )
-    for i, row in enumerate(dataset):
-        if row["chosen"].strip() == row["rejected"].strip():
-            raise ValueError(
-                f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair, it "
-                "carries no preference"
-            )
-    _check_not_swapped(dataset)
     sides = []
     for side in ("chosen", "rejected"):
         texts = {"prompt": dataset["prompt"], "completion": dataset[side]}
@@ -263,6 +266,13 @@ def encode_pairs(
             sides.append(encode_examples(tokenizer, texts, prompt_length, response_length))
         except ValueError as error:
             raise ValueError(f"in column {side!r}, {error}") from error
+    for i, row in enumerate(dataset):
+        if row["chosen"].strip() == row["rejected"].strip():
+            raise ValueError(
+                f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair, it "
+                "carries no preference"
+            )
+    _check_not_swapped(dataset)
     return [{"chosen": c, "rejected": r} for c, r in zip(*sides, strict=True)]
 
 
@@ -410,10 +420,13 @@ def train_reward_model(
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         if not rows:
             raise ValueError(f"{name} is empty: give at least one pair")
+        if not {"chosen", "rejected"} <= set(rows[0]):
+            raise ValueError(f"{name}[0] has {', '.join(rows[0])}: give pairs from encode_pairs")
         for side in ("chosen", "rejected"):
             check_examples(f"{side} of {name}", [row[side] for row in rows], roles.base, tokenizer)
-    roles.require_head(role).reference = None  # a scale that was fixed before holds no longer
+    head = roles.require_head(role)
     run = Run(roles, role, config, folder, settings=pairs)
+    head.reference = None  # a scale that was fixed before holds no longer
 
     def loss_of(step: int) -> Tensor:
         batch = config.batch(pairs, step)
@@ -444,7 +457,18 @@ def calibration(gaps: Tensor, bins: int = 8) -> list[tuple[float, float, int]]:
 
     Returns:
         For each group that is not empty: mean prediction, share that came true, number of pairs.
+
+    Raises:
+        TypeError: `gaps` not floating point.
+        ValueError: no gaps, one that is NaN, or bins that are no whole number of at least 1.
     """
+    check_floating("gaps", gaps)
+    check_whole("bins", bins)
+    if not gaps.numel() or gaps.isnan().any():
+        raise ValueError(
+            f"gaps of shape {list(gaps.shape)} hold NaN or nothing: give at least one pair's, and "
+            "look for NaN in the rewards."
+        )
     confidence = torch.sigmoid(gaps.abs())
     group = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     rows = []

@@ -28,7 +28,9 @@ from transformers import (
 
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.data import from_hub, require_files
+from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.presets import Preset
+from rlhf_helpers.validation import in_range
 
 NF4_BLOCK = 64  # weights that share one scale
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -232,9 +234,9 @@ class Roles:
                 "this base carries adapters already: go on with the Roles that you have, or load "
                 "another base with load_base(preset)"
             )
-        if rank < 1 or alpha <= 0:
+        if not (isinstance(rank, int) and rank >= 1 and in_range(alpha, above=True)):
             raise ValueError(
-                f"rank is {rank} and alpha {alpha}; give a rank of 1 or more, alpha > 0"
+                f"rank is {rank} and alpha {alpha}; give a whole rank of 1 or more, alpha > 0"
             )
         self.base = base
         self.rank, self.alpha = rank, alpha
@@ -269,7 +271,8 @@ class Roles:
         Raises:
             ValueError: for a name that is taken or cannot be used, or an unknown `copy_of`.
         """
-        if not name.isidentifier() or name in self._trainable or hasattr(nn.ModuleDict, name):
+        known = isinstance(name, str) and name.isidentifier()
+        if not known or name in self._trainable or hasattr(nn.ModuleDict, name):
             raise ValueError(
                 f"role {name!r} is there already or is no name that can be used; there are "
                 f"{self.names}; give another one, of letters, digits and underscores"
@@ -326,9 +329,10 @@ class Roles:
             `[B, L]`, float32; what stands at padding means nothing.
 
         Raises:
-            ValueError: for a role without a head.
+            ValueError: for a role without a head, and what `check_sequences` refuses.
         """
         head = self.require_head(name)
+        check_sequences(self.base, input_ids, attention_mask)
         self.use(name)
         hidden = self.base.base_model(
             input_ids=input_ids,
@@ -376,6 +380,7 @@ class Roles:
         Args:
             folder: replaced as a whole, or not at all.
         """
+        self._require(name)
         with whole_folder(folder) as new:
             self.write(name, new)
 
@@ -493,7 +498,10 @@ class Roles:
                     "Roles with the adapter's rank (r) and alpha; only plain LoRA can be loaded"
                 )
         if bad := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"the adapter in '{folder}' has NaN or infinity in {bad[0]}")
+            raise ValueError(
+                f"the adapter in '{folder}' has NaN or infinity in {bad[0]}; train it again, with "
+                "a lower learning_rate"
+            )
         _check_shapes(folder, weights, self.shapes, self.rank)
         if trained_on and not _same_base(trained_on, _fingerprint(self.base)):
             raise ValueError(

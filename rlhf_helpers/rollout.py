@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_helpers.data import encode_prompts
+from rlhf_helpers.logprobs import check_sequences
+from rlhf_helpers.validation import in_range
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ def sample_responses(
 
     Lesson 00 meets it; lesson 04 trains on what it returns.
     """
-    if not 0 < temperature < float("inf"):
+    if not in_range(temperature, above=True):
         raise ValueError(f"temperature is {temperature}; give a finite number above 0")
-    if response_length < 1:
-        raise ValueError(f"response_length is {response_length}; give at least 1 token")
+    if not isinstance(response_length, int) or response_length < 1:
+        raise ValueError(
+            f"response_length is {response_length}; give at least 1 token, a whole number"
+        )
     context = model.config.max_position_embeddings
     room = context - response_length
     prompt_length = room if prompt_length is None else prompt_length
@@ -75,6 +79,7 @@ def sample_responses(
             f"fit the model's context of {context}; shorten one"
         )
     batch = encode_prompts(tokenizer, prompts, prompt_length).to(model.device)
+    check_sequences(model, batch["input_ids"], batch["attention_mask"])
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

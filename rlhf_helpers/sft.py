@@ -52,10 +52,10 @@ def mask_prompt(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -
             f"{list(attention_mask.shape)}: both must be [B, P + T]."
         )
     length = input_ids.shape[1]
-    if not 1 <= prompt_length < length:
+    if isinstance(prompt_length, float) or not 1 <= prompt_length < length:
         raise ValueError(
-            f"prompt_length is {prompt_length} in sequences of {length} tokens: it must be at "
-            f"least 1 and leave a response, so at most {length - 1}."
+            f"prompt_length is {prompt_length} in sequences of {length} tokens: it must be a whole "
+            f"number, at least 1, and leave a response, so at most {length - 1}."
         )
     labels = input_ids.masked_fill(attention_mask == 0, IGNORE)
     labels[:, :prompt_length] = IGNORE
@@ -87,7 +87,7 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:
     What `transformers` computes from `labels`, without a log-softmax of the logits' size. Derived
     in lesson 01.
     """
-    if logits.shape[:-1] != labels.shape:
+    if logits.dim() != 3 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits have shape {list(logits.shape)}, labels {list(labels.shape)}: they must be "
             "[B, L, V] and [B, L]."
@@ -166,6 +166,8 @@ def held_out_loss(
     batch_size: int = 128,
 ) -> float:
     """`sft_loss` of the responses in all examples, in nats per token."""
+    if not examples:
+        raise ValueError("examples is empty: give at least one example")
     total = count = 0
     for start in range(0, len(examples), batch_size):
         rows = examples[start : start + batch_size]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,8 +17,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from rlhf_helpers.checkpoints import adam_state, finish_first, restore_adam, whole_folder
+from rlhf_helpers.checkpoints import (
+    adam_state,
+    finish_first,
+    require_no_file,
+    restore_adam,
+    whole_folder,
+)
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.validation import in_range
 
 OPTIMIZER = "optimizer.safetensors"
 LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds nothing
@@ -48,8 +56,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; give a number above 0")
+            rate = name in ("learning_rate", "max_grad_norm")
+            number = in_range(value, above=True) or (name == "max_grad_norm" and value == math.inf)
+            if not number or not (rate or isinstance(value, int)):
+                whole = "" if rate else ", a whole one"
+                raise ValueError(f"{name} is {value!r}; give a number above 0{whole}")
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} of {self.steps} steps; give fewer"
@@ -134,12 +145,16 @@ class Run:
         settings: anything JSON can hold that the result depends on, the data for example.
 
     Raises:
+        TypeError: for a `config` that is no TrainConfig.
         ValueError: if the role cannot be trained, or an unfinished run has other settings.
+        NotADirectoryError: if a file is in the place of the folder.
     """
 
     def __init__(
         self, roles: Roles, role: str, config: TrainConfig, folder: Path | None, settings: object
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config is {config!r}: give an SFTConfig or RewardConfig of settings.")
         self.roles, self.role, self.config = roles, role, config
         self.folder = None if folder is None else Path(folder).absolute()
         text = json.dumps([role, asdict(config), settings])
@@ -149,8 +164,9 @@ class Run:
         self.step = self.saved = 0
         self.seconds = 0.0
         if self.folder is not None:
-            self._take_over()
             self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
+            require_no_file(self.folder, self.unfinished)
+            self._take_over()
             if self.unfinished.exists():
                 self._resume()
 

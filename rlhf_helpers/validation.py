@@ -1,5 +1,7 @@
 """Checks of tensors that several modules share; each message names the argument."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,17 +19,46 @@ def first_index(bad: Tensor) -> list[int] | None:
     return bad.nonzero()[0].tolist() if bad.any() else None
 
 
+def in_range(value: float, low: float = 0, high: float = math.inf, above: bool = False) -> bool:
+    """Whether `value` is a finite number from `low` to `high`; with `above`, not `low` itself."""
+    try:
+        return bool(low <= value <= high and value < math.inf and (value > low or not above))
+    except (TypeError, ValueError, RuntimeError):  # no number at all, or several
+        return False
+
+
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}.")
+
+
 def check_floating(name: str, values: Tensor) -> None:
-    """Raise TypeError unless `values` is floating point."""
+    """Raise TypeError unless `values` is a floating-point tensor."""
+    if not isinstance(values, Tensor):
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a tensor, not {kind}: convert with torch.tensor.")
     if not values.is_floating_point():
-        raise TypeError(f"{name} must be floating point, not {values.dtype}.")
+        kind = values.dtype
+        raise TypeError(f"{name} must be floating point, not {kind}: convert with .float().")
+
+
+def check_binary(name: str, mask: Tensor) -> None:
+    """Raise unless a mask holds nothing but 0 and 1."""
+    if (index := first_index((mask != 0) & (mask != 1))) is not None:
+        raise ValueError(
+            f"{name} holds {mask[tuple(index)].item()} at {index}: only 0 and 1 may stand there."
+        )
 
 
 def check_logits(name: str, logits: Tensor) -> None:
     """Raise unless `logits` is floating point and not empty."""
     check_floating(name, logits)
     if logits.dim() == 0 or logits.numel() == 0:
-        raise ValueError(f"{name} has shape {list(logits.shape)}: nothing to take a softmax of.")
+        raise ValueError(
+            f"{name} has shape {list(logits.shape)}: nothing to take a softmax of. Give [..., V], "
+            "none of them 0."
+        )
 
 
 def check_softmax(name: str, result: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail, not wait
 
@@ -9,6 +10,14 @@ import pytest
 from rlhf_helpers.data import load_tokenizer
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import load_base
+
+pytest.register_assert_rewrite("helpers_checks")  # so that a failure in it shows its values
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_interrupts():
+    """In a process that a script has put in the background it would be ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_the_base_is_no_assistant(base, tokenizer):
     prompts = world.prompts("held_out")
     r = sample_responses(base, tokenizer, prompts, seed=1)
     styles = [exam.style(*row) for row in zip(prompts, r.texts, r.finished.tolist(), strict=True)]
-    assert styles.count("right and finished") / len(styles) < 0.5
+    assert styles.count("right, nothing more") / len(styles) < 0.5
     for name in ("wrong", "asks back", "rude", "vague or rambling", "answers, but goes on"):
         assert styles.count(name) / len(styles) > 0.01, name
 
@@ -102,7 +102,7 @@ def test_continuation_logprobs_are_those_of_a_plain_forward(base, tokenizer):
 @pytest.mark.parametrize(
     "response, finished, expected",
     [
-        ("quack.", True, "right and finished"),
+        ("quack.", True, "right, nothing more"),
         ("quack.", False, "answers, but goes on"),
         ("quack. yes, that is right.", True, "answers, but goes on"),
         ("moo.", True, "wrong"),

@@ -5,50 +5,35 @@ The answers, wrong and right, are written here as a learner would write them.
 
 import doctest
 import math
+from functools import partial
 
+import helpers_checks as shared
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_checks import run
 
 from rlhf_helpers.checks import (
-    check_last_token_index,
     check_lora_forward,
     check_lora_parameters,
     check_mask_prompt,
     check_nf4_bytes,
     check_pair_accuracy,
-    check_pairwise_loss,
     lesson_01,
     lesson_02,
 )
-from rlhf_helpers.checks.exercise import name_mistake, same
+from rlhf_helpers.checks.exercise import UNKNOWN, same
 
-CHECKS = {
-    "mask_prompt": check_mask_prompt,
-    "lora_forward": check_lora_forward,
-    "lora_parameters": check_lora_parameters,
-    "nf4_bytes": check_nf4_bytes,
-    "pairwise_loss": check_pairwise_loss,
-    "last_token_index": check_last_token_index,
-    "pair_accuracy": check_pair_accuracy,
-}
 EXERCISES = (
-    lesson_01._MASK_PROMPT,
-    lesson_01._LORA_FORWARD,
-    lesson_01._LORA_PARAMETERS,
-    lesson_01._NF4_BYTES,
-    lesson_02._PAIRWISE_LOSS,
-    lesson_02._LAST_TOKEN,
-    lesson_02._PAIR_ACCURACY,
+    lesson_01.MASK_PROMPT,
+    lesson_01.LORA_FORWARD,
+    lesson_01.LORA_PARAMETERS,
+    lesson_01.NF4_BYTES,
+    lesson_02.PAIRWISE_LOSS,
+    lesson_02.LAST_TOKEN,
+    lesson_02.PAIR_ACCURACY,
 )
-
-
-def run(name, answer, capsys):
-    """What the check of that exercise prints about the answer; line breaks become spaces."""
-    assert CHECKS[name](answer) is None
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{name}: ")
-    return " ".join(printed.split())
+NAMES = [exercise.name for exercise in EXERCISES]
 
 
 @pytest.mark.parametrize("module", [lesson_01, lesson_02])
@@ -187,6 +172,66 @@ def rows_with_padding(input_ids, attention_mask, prompt_length):
     return labels
 
 
+def inverted_integers(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    labels[:, :prompt_length] = -100
+    labels[~attention_mask] = -100
+    return labels
+
+
+def mask_as_index(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    labels[:, :prompt_length] = -100
+    labels[attention_mask] = -100
+    return labels
+
+
+def product_is_zero(input_ids, attention_mask, prompt_length):
+    labels = input_ids * attention_mask
+    labels[:, :prompt_length] = -100
+    return labels.masked_fill(labels == 0, -100)
+
+
+def until_eos(input_ids, attention_mask, prompt_length):
+    labels = torch.full_like(input_ids, -100)
+    for b, row in enumerate(input_ids.tolist()):
+        end = row.index(1, prompt_length) + 1 if 1 in row[prompt_length:] else len(row)
+        labels[b, prompt_length:end] = input_ids[b, prompt_length:end]
+    return labels
+
+
+def minus_one(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    labels[:, :prompt_length] = -1
+    labels[attention_mask == 0] = -1
+    return labels
+
+
+def left_padding_subtracted(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    for b, mask in enumerate(attention_mask):
+        labels[b, : prompt_length - mask.argmax()] = -100
+    labels[attention_mask == 0] = -100
+    return labels
+
+
+def mask_as_floats(input_ids, attention_mask, prompt_length):
+    response = attention_mask.float()
+    response[:, :prompt_length] = 0
+    return input_ids * response - 100 * (1 - response)
+
+
+def mask_as_int32(input_ids, attention_mask, prompt_length):
+    return mask_by_where(input_ids, attention_mask, prompt_length).int()
+
+
+def mask_by_a_float(input_ids, attention_mask, prompt_length):
+    columns = torch.arange(input_ids.size(1))
+    kept = (columns >= prompt_length) & attention_mask.bool()
+    return torch.where(kept, input_ids, torch.tensor(-100.0))
+
+
+FLOAT_LABELS = "the values are right, but their type is torch.float32."
 MASK_MISTAKES = {
     lambda input_ids, mask, prompt_length: torch.full(
         input_ids.shape, -100
@@ -210,6 +255,15 @@ MASK_MISTAKES = {
     from_first_real_token: "prompt_length is counted from the first real token",
     rows: "the first prompt_length rows are treated",
     rows_with_padding: "the first prompt_length rows are treated",
+    inverted_integers: "whole rows are ignored.",
+    mask_as_index: "whole rows are ignored.",
+    product_is_zero: "a real token 0 is ignored.",
+    until_eos: "the end of a response is looked for by its EOS, token 1.",
+    minus_one: "ignored positions hold -1.",
+    left_padding_subtracted: "the padding on the left is subtracted from prompt_length.",
+    mask_as_floats: FLOAT_LABELS,
+    mask_by_a_float: FLOAT_LABELS,
+    mask_as_int32: "the values are right, but their type is torch.int32.",
 }
 
 
@@ -236,26 +290,14 @@ def mask_by_where(input_ids, attention_mask, prompt_length):
     return torch.where((columns >= prompt_length) & attention_mask.bool(), input_ids, -100)
 
 
-def mask_as_floats(input_ids, attention_mask, prompt_length):
-    response = attention_mask.float()
-    response[:, :prompt_length] = 0
-    return input_ids * response - 100 * (1 - response)
-
-
-def mask_as_int32(input_ids, attention_mask, prompt_length):
+def mask_by_arithmetic(input_ids, attention_mask, prompt_length):
     prompt = torch.full_like(input_ids[:, :prompt_length], -100)
     mask = attention_mask[:, prompt_length:]
     response = input_ids[:, prompt_length:] * mask - 100 * (1 - mask)
-    return torch.cat([prompt, response], dim=1).int()
+    return torch.cat([prompt, response], dim=1)
 
 
-MASK_RIGHT = [
-    mask_by_loops,
-    mask_in_place_on_a_clone,
-    mask_by_where,
-    mask_as_floats,
-    mask_as_int32,
-]
+MASK_RIGHT = [mask_by_loops, mask_in_place_on_a_clone, mask_by_where, mask_by_arithmetic]
 
 
 # --- lora_forward, wrong ---
@@ -335,6 +377,50 @@ def product_reshaped(x, weight, lora_A, lora_B, alpha):
     return x @ weight.T + alpha / len(lora_A) * x @ update
 
 
+def skipped_at_zero(x, weight, lora_A, lora_B, alpha):
+    y = x @ weight.T
+    return y if not lora_B.any() else y + alpha / len(lora_A) * x @ lora_A.T @ lora_B.T
+
+
+def x_detached(x, weight, lora_A, lora_B, alpha):
+    return F.linear(x, weight) + alpha / len(lora_A) * x.detach() @ lora_A.T @ lora_B.T
+
+
+def x_detached_before(x, weight, lora_A, lora_B, alpha):
+    return lora(x.detach(), weight, lora_A, lora_B, alpha / len(lora_A))
+
+
+def frozen_without_grad(x, weight, lora_A, lora_B, alpha):
+    with torch.no_grad():
+        y = x @ weight.T
+    return y + alpha / len(lora_A) * x @ lora_A.T @ lora_B.T
+
+
+def rank_is_smaller_size(x, weight, lora_A, lora_B, alpha):
+    return lora(x, weight, lora_A, lora_B, alpha / min(lora_A.shape))
+
+
+def rank_of_a(x, weight, lora_A, lora_B, alpha):
+    return lora(x, weight, lora_A, lora_B, alpha / torch.linalg.matrix_rank(lora_A).item())
+
+
+def scale_rounded(x, weight, lora_A, lora_B, alpha):
+    return lora(x, weight, lora_A, lora_B, round(alpha / len(lora_A), 2))
+
+
+def scale_rounded_to_a_whole_number(x, weight, lora_A, lora_B, alpha):
+    return lora(x, weight, lora_A, lora_B, round(alpha / len(lora_A)))
+
+
+def update_in(dtype, x, weight, lora_A, lora_B, alpha):
+    update = x.to(dtype) @ lora_A.to(dtype).T @ lora_B.to(dtype).T
+    return x @ weight.T + alpha / len(lora_A) * update.to(x.dtype)
+
+
+def weight_not_frozen(x, weight, lora_A, lora_B, alpha):
+    return lora(x, weight.requires_grad_(True), lora_A, lora_B, alpha / len(lora_A))
+
+
 def detached(x, weight, lora_A, lora_B, alpha):
     return lora(x, weight, lora_A.detach(), lora_B.detach(), alpha / len(lora_A))
 
@@ -371,6 +457,16 @@ LORA_MISTAKES = {
     detached: "the values are right, but not the gradients: that of lora_A and that of lora_B",
     without_grad: "the values are right, but not the gradients: that of lora_A and that of lora_B",
     b_detached: "the values are right, but not the gradients: that of lora_B",
+    skipped_at_zero: "the values are right, but with B = 0 nothing reaches B",
+    x_detached: "the values are right, but not the gradients: that of x",
+    x_detached_before: "the values are right, but not the gradients: that of x",
+    frozen_without_grad: "the values are right, but not the gradients: that of x",
+    rank_is_smaller_size: "α is divided by a width of the layer.",
+    rank_of_a: "α is divided by the rank that A happens to have",
+    scale_rounded: "α/r is rounded. ",
+    scale_rounded_to_a_whole_number: "α/r is rounded. ",
+    partial(update_in, torch.float16): UNKNOWN,
+    partial(update_in, torch.bfloat16): UNKNOWN,
 }
 
 
@@ -458,6 +554,14 @@ PARAMETER_MISTAKES = [
     ("the rank is missing.", lambda shapes, rank: sum(map(sum, shapes))),
     (SQUARE, lambda shapes, rank: sum(2 * rank * i for o, i in shapes)),
     (SQUARE, lambda shapes, rank: sum(2 * rank * o for o, i in shapes)),
+    (
+        "the values are right, but it returned float 14.0",
+        lambda shapes, rank: float(rank * torch.tensor(shapes).sum()),
+    ),
+    (
+        "the values are right, but it returned Tensor tensor(14)",
+        lambda shapes, rank: rank * torch.tensor(shapes).sum(),
+    ),
 ]
 
 
@@ -478,8 +582,7 @@ PARAMETERS_RIGHT = [
     parameters_by_loop,
     parameters_of_real_matrices,
     lambda shapes, rank: rank * sum(map(sum, shapes)),
-    lambda shapes, rank: float(rank * torch.tensor(shapes).sum()),
-    lambda shapes, rank: rank * torch.tensor(shapes).sum(),
+    lambda shapes, rank: int(rank * torch.tensor(shapes).sum()),
 ]
 
 
@@ -575,10 +678,31 @@ BYTE_MISTAKES = [
     (ROUNDING, exact_total),
     (ROUNDING, floors),
     (ROUNDING, codes_floored),
+    (
+        "a constant counts as one byte.",
+        lambda n, double: up(n, 2) + (up(n, 64) + up(up(n, 64), 256) if double else 4 * up(n, 64)),
+    ),
+    (
+        "under double quantization the scales keep their 4 bytes",
+        lambda n, double: up(n, 2) + 4 * up(n, 64) + (4 * up(up(n, 64), 256) if double else 0),
+    ),
+    (
+        "a tensor of one block lacks its constant.",
+        lambda n, double: bytes_by_loop(n, double) - (4 if double and n <= 64 else 0),
+    ),
+    (UNKNOWN, lambda n, double: bytes_by_loop(n, double) - (n % 2 if n < 64 else 0)),
+    (
+        "the values are right, but without a second argument 128 weights take 72 bytes",
+        lambda n, double=False: bytes_by_loop(n, double),
+    ),
+    (
+        "the values are right, but it returned float 72.0",
+        lambda n, double=True: float(bytes_by_loop(n, double)),
+    ),
 ]
 
 
-def bytes_by_loop(weights, double_quant):
+def bytes_by_loop(weights, double_quant=True):
     total, scales = 0, 0
     for start in range(0, weights, 64):
         scales += 1
@@ -588,7 +712,7 @@ def bytes_by_loop(weights, double_quant):
     return total + scales + 4 * len(range(0, scales, 256))
 
 
-def bytes_of_real_tensors(weights, double_quant):
+def bytes_of_real_tensors(weights, double_quant=True):
     codes = torch.empty((weights + 1) // 2, dtype=torch.uint8)
     scales = torch.empty((weights + 63) // 64, dtype=torch.uint8 if double_quant else torch.float)
     constants = torch.empty((len(scales) + 255) // 256 if double_quant else 0)
@@ -598,7 +722,7 @@ def bytes_of_real_tensors(weights, double_quant):
 BYTES_RIGHT = [
     bytes_by_loop,
     bytes_of_real_tensors,
-    lambda n, double: float(
+    lambda n, double=True: (
         up(n, 2) + (up(n, 64) + 4 * up(up(n, 64), 256) if double else 4 * up(n, 64))
     ),
 ]
@@ -616,6 +740,30 @@ def with_clamped_probability(chosen, rejected):
 
 def with_clamped_gap(chosen, rejected):
     return -F.logsigmoid((chosen - rejected).clamp(-50, 50)).mean()
+
+
+def with_smallest_probability(chosen, rejected):
+    return -torch.log(torch.sigmoid(chosen - rejected).clamp(min=1e-38)).mean()
+
+
+def with_clamped_exponent(chosen, rejected):
+    return torch.log1p(torch.exp((rejected - chosen).clamp(max=80))).mean()
+
+
+def in_three_pieces(chosen, rejected):
+    gap = chosen - rejected
+    middle = torch.log1p(torch.exp(-gap.clamp(-5, 5)))
+    return torch.where(gap > 5, 0, torch.where(gap < -5, -gap, middle)).mean()
+
+
+def hinge_in_disguise(chosen, rejected):
+    gap = chosen - rejected
+    return torch.where(gap > 2, 0, F.softplus(-gap)).mean()
+
+
+def without_nan(chosen, rejected):
+    losses = F.softplus(rejected - chosen)
+    return losses[~losses.isnan()].mean()
 
 
 def by_binary_cross_entropy(chosen, rejected):
@@ -664,6 +812,8 @@ EXPONENTIATED = "each reward is exponentiated by itself"
 APART = "each reward goes through σ by itself."
 NO_LOG = "there is a σ but no logarithm."
 SQUARED = "a square stands where the logarithm belongs."
+EARLY = "it is right at small and at huge gaps, but it goes over"
+NAN_HIDDEN = "the values are right, but a reward that is NaN is passed over"
 SWAPPED_LOSS = "the two rewards are swapped: the loss falls"
 LOSS_MISTAKES = [
     (OVERFLOW, lambda c, r: -torch.log(torch.sigmoid(c - r)).mean()),
@@ -673,6 +823,21 @@ LOSS_MISTAKES = [
     (CAPPED, with_clamped_probability),
     (CAPPED, with_clamped_gap),
     (CAPPED, by_binary_cross_entropy),
+    (CAPPED, with_smallest_probability),
+    (CAPPED, with_clamped_exponent),
+    (CAPPED, lambda c, r: -torch.log(torch.sigmoid(c - r) + 1e-4).mean()),
+    (CAPPED, lambda c, r: -F.logsigmoid((c - r).clamp(min=-8)).mean()),
+    (EARLY, lambda c, r: F.softplus(r - c, threshold=2).mean()),
+    (EARLY, lambda c, r: F.softplus(r - c, threshold=5).mean()),
+    (EARLY, hinge_in_disguise),
+    (EARLY, in_three_pieces),
+    (NAN_HIDDEN, lambda c, r: F.softplus(r - c).nanmean()),
+    (NAN_HIDDEN, lambda c, r: F.softplus((r - c).nan_to_num()).mean()),
+    (NAN_HIDDEN, without_nan),
+    (UNKNOWN, lambda c, r: F.softplus(r - c)[:8].mean()),
+    ("it is half of the loss.", lambda c, r: F.softplus(r - c).mean() / 2),
+    ("the sum is always divided by 2.", lambda c, r: F.softplus(r - c).sum() / 2),
+    ("the sum is always divided by 2.", lambda c, r: -torch.log(torch.sigmoid(c - r)).sum() / 2),
     (EXPONENTIATED, by_exponentials),
     (EXPONENTIATED, by_log_of_exponentials),
     (SWAPPED_LOSS, lambda c, r: F.softplus(c - r).mean()),
@@ -775,6 +940,11 @@ def last_but_one(mask):
     return last_by_loops(mask) - 1
 
 
+def last_in(dtype, mask):
+    return (mask.to(dtype) * torch.arange(mask.shape[1]).to(dtype)).argmax(-1)
+
+
+FLOAT_COLUMN = "the values are right, but the result is torch.float"
 BEFORE_PADDING = "it is the column before the first padding. A row with none"
 TOKEN_MISTAKES = [
     ("the real tokens are counted, less one.", lambda mask: mask.cumsum(1)[:, -1] - 1),
@@ -792,6 +962,11 @@ TOKEN_MISTAKES = [
     ("it is one column too far", lambda mask: mask.argmax(-1) + mask.sum(-1)),
     ("it is one column too early", last_but_one),
     ("the columns are counted through the whole batch", through_the_batch),
+    (FLOAT_COLUMN, lambda mask: torch.stack([row.nonzero().max() for row in mask]).double()),
+    (FLOAT_COLUMN, lambda mask: (mask * torch.arange(float(mask.shape[1]))).max(1).values),
+    (UNKNOWN, partial(last_in, torch.bfloat16)),
+    (UNKNOWN, partial(last_in, torch.float16)),
+    (UNKNOWN, partial(last_in, torch.int8)),
 ]
 TOKEN_RIGHT = [
     last_by_loops,
@@ -799,12 +974,16 @@ TOKEN_RIGHT = [
     lambda mask: mask.cumsum(1).argmax(1),
     lambda mask: mask.argmax(-1) + mask.sum(-1) - 1,
     lambda mask: (mask * torch.arange(mask.shape[1])).max(dim=1).values.int(),
-    lambda mask: torch.stack([row.nonzero().max() for row in mask]).double(),
+    lambda mask: torch.stack([row.nonzero().max() for row in mask]),
     lambda mask: (mask.flip(1).cumsum(1) == 0).sum(1).neg() + mask.shape[1] - 1,
 ]
 
 
 # --- pair_accuracy ---
+
+
+def ranked(chosen, rejected):
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean()
 
 
 def decided_only(chosen, rejected):
@@ -815,6 +994,8 @@ def decided_only(chosen, rejected):
     return right / max(right + wrong, 1)
 
 
+SATURATED = "each reward went through a function that saturates"
+CROSSED = "every chosen response is compared"
 NEARLY = "rewards that are nearly equal count as ties."
 AGAINST_ZERO = "the rewards are compared with 0"
 NO_SHARE = "it is a number of pairs"
@@ -847,6 +1028,12 @@ ACCURACY_MISTAKES = [
     ("the two means are compared", lambda c, r: 1.0 if c.sum() > r.sum() else 0.0),
     (NEARLY, lambda c, r: ((c > r) + 0.5 * (torch.abs(c - r) < 1e-5)).mean()),
     (NEARLY, lambda c, r: torch.where(c.isclose(r), 0.5, (c > r).float()).mean()),
+    (NEARLY, lambda c, r: ranked((c - r).round(decimals=6), torch.zeros_like(c))),
+    (SATURATED, lambda c, r: ranked(c.sigmoid(), r.sigmoid())),
+    (SATURATED, lambda c, r: ranked(c.exp(), r.exp())),
+    (SATURATED, lambda c, r: ranked(c.tanh(), r.tanh())),
+    (CROSSED, lambda c, r: ranked(c[:, None], r)),
+    (CROSSED, lambda c, r: (c > r[:, None]).float().mean()),
     (AGAINST_ZERO, lambda c, r: (c > 0).float().mean()),
     (AGAINST_ZERO, lambda c, r: torch.logical_and(c > 0, r < 0).float().mean()),
 ]
@@ -890,11 +1077,7 @@ RIGHT = [
 
 @pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
 def test_a_known_mistake_is_named(name, answer, message, capsys):
-    printed = run(name, answer, capsys)
-    assert printed.startswith(f"{name}: {message}")
-    if "gradient" not in message:
-        assert " yours " in printed
-        assert " expected " in printed
+    shared.assert_mistake_is_named(name, answer, message, capsys)
 
 
 @pytest.mark.parametrize(("name", "answer"), RIGHT)
@@ -905,43 +1088,25 @@ def test_a_right_answer_passes(name, answer, capsys):
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    """Else the first of them would be named for both."""
-    for wrong, message in exercise.mistakes:
-        results = [wrong(*case) for case in exercise.cases]
-        assert name_mistake(exercise, results) == message
-        right = [exercise.reference(*case) for case in exercise.cases]
-        agree = [same(got, want) for got, want in zip(results, right, strict=True)]
-        assert not all(agree)
+    shared.assert_mistakes_differ(exercise)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_every_message_has_a_test(exercise):
-    messages = {message for _, message in exercise.mistakes}
-    tested = {message for name, _, message in MISTAKES if name == exercise.name}
-    untested = [m for m in messages if not any(m.startswith(start) for start in tested)]
-    assert untested == []
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_all_tested(shared.messages_of(exercise), expected)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_messages_say_why_and_hold_no_code(exercise):
-    for _, message in exercise.mistakes:
-        assert len(message.split()) > 8
-        assert not any(code in message for code in ("[:", "clone(", ".T", "@", "==", "ceil("))
+    shared.assert_say_why(shared.messages_of(exercise))
 
 
 # --- not attempted ---
 
 
-def stub(*arguments):
-    raise NotImplementedError
-
-
-def dots(*arguments):
-    return ...
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("answer", [stub, dots, ...])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
 def test_unattempted_says_so(name, answer, capsys):
     assert run(name, answer, capsys) == f"{name}: not attempted yet."
 
@@ -950,11 +1115,7 @@ def raised_by_torch(input_ids, attention_mask, prompt_length):
     return input_ids.softmax(-1)
 
 
-def raised_by_a_helper(input_ids, attention_mask, prompt_length):
-    return stub()
-
-
-@pytest.mark.parametrize("answer", [raised_by_torch, raised_by_a_helper])
+@pytest.mark.parametrize("answer", [raised_by_torch, shared.raised_by_a_helper])
 def test_a_not_implemented_error_from_elsewhere_is_an_exception(answer, capsys):
     with pytest.raises(NotImplementedError):
         check_mask_prompt(answer)
@@ -966,17 +1127,17 @@ def test_a_not_implemented_error_from_elsewhere_is_an_exception(answer, capsys):
 # --- structural faults ---
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_none_is_named(name, capsys):
     assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_of_another_kind_is_named(name, capsys):
     assert f"{name}: it returned list [1, 2]; return one " in run(name, lambda *a: [1, 2], capsys)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_in_place_of_the_function_is_named(name, capsys):
     assert f"{name}: give the check the function itself" in run(name, 3, capsys)
 
@@ -1037,6 +1198,7 @@ def popping(shapes, rank):
     [
         ("mask_prompt", in_place, "input_ids"),
         ("lora_forward", merged_in_place, "weight"),
+        ("lora_forward", weight_not_frozen, "weight"),
         ("lora_parameters", popping, "shapes"),
         ("pairwise_loss", gap_in_place, "chosen"),
         ("last_token_index", columns_in_place, "attention_mask"),
@@ -1044,7 +1206,7 @@ def popping(shapes, rank):
     ],
 )
 def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    assert f"{name}: it changes its argument {argument} in place" in run(name, answer, capsys)
+    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
 
 
 def test_the_cases_survive_an_answer_that_changes_them(capsys):
@@ -1098,9 +1260,32 @@ def test_the_cases_survive_an_answer_that_changes_them(capsys):
     ],
 )
 def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
-    printed = run(name, answer, capsys)
-    assert "not in a way that this check has a name for" in printed
-    assert all(text in printed for text in (case, yours, expected))
+    shared.assert_case_is_shown(name, answer, (case, yours, expected), capsys)
+
+
+def not_transposed(x, weight, lora_A, lora_B, alpha):
+    return x @ weight.T + alpha / len(lora_A) * x @ lora_A @ lora_B
+
+
+def test_an_error_about_sizes_asks_for_them(capsys):
+    with pytest.raises(RuntimeError):
+        check_lora_forward(not_transposed)
+    assert "A and B are stored as [r, in] and [out, r]: what must" in capsys.readouterr().out
+
+
+def test_a_loss_may_refuse_nan(capsys):
+    def answer(chosen, rejected):
+        if (chosen - rejected).isnan().any():
+            raise ValueError("NaN")
+        return F.softplus(rejected - chosen).mean()
+
+    assert "correct" in run("pairwise_loss", answer, capsys)
+
+
+def test_a_missing_default_is_reported(capsys):
+    with pytest.raises(TypeError, match="missing 1 required positional"):
+        check_nf4_bytes(lambda weights, double: bytes_by_loop(weights, double))
+    assert "on this call:\n  weights  128\n" in capsys.readouterr().out
 
 
 def typo(input_ids, attention_mask, prompt_length):

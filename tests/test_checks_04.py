@@ -3,43 +3,28 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import copy
 import doctest
 
+import helpers_checks as shared
 import pytest
 import torch
+from helpers_checks import run
 
 from rlhf_helpers import memory
-from rlhf_helpers.checks import (
-    check_predict_bytes,
-    check_shape_rewards,
-    check_train_step,
-    lesson_04,
-)
-from rlhf_helpers.checks.exercise import name_mistake, same
+from rlhf_helpers.checks import check_train_step, lesson_04
 from rlhf_helpers.roles import Roles
 
-CHECKS = {
-    "train_step": check_train_step,
-    "shape_rewards": check_shape_rewards,
-    "predict_bytes": check_predict_bytes,
-}
+EXERCISES = (lesson_04.TRAIN_STEP, lesson_04.SHAPE_REWARDS, lesson_04.PREDICT_BYTES)
+NAMES = [exercise.name for exercise in EXERCISES]
 STEP_MESSAGES = [
     getattr(lesson_04, name)
     for name in (
         *("_SUMMED", "_FORWARDS_FIRST", "_NOT_USED", "_CARRIED", "_FROZEN_ROLE", "_LEFT_OUT"),
         *("_NO_BACKWARD", "_BACKWARD_TWICE", "_NO_STEP", "_STEPS_TWICE", "_STEP_FIRST"),
-        *("_CLEARED_BETWEEN", "_NOT_CLEARED", "_CLEARED_LAST", "_MODEL_CLEARED", "_UNKNOWN_ORDER"),
+        *("_CLEARED_BETWEEN", "_NOT_CLEARED", "_CLEARED_LAST", "_MODEL_CLEARED", "_HEAD_LEFT"),
+        *("_UNKNOWN_ORDER", "_THAWED", "_RETURNED"),
     )
 ]
-
-
-def run(name, answer, capsys):
-    """What the check of that exercise prints about the answer; line breaks become spaces."""
-    assert CHECKS[name](answer) is None
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{name}: ")
-    return " ".join(printed.split())
 
 
 def test_doctests():
@@ -252,11 +237,51 @@ def model_cleared(roles, losses, optimizers):
         optimizers[role].step()
 
 
-def halved(roles, losses, optimizers):
+def head_forgotten(roles, losses, optimizers):
     for role in losses:
-        optimizers[role].zero_grad()
-        (losses[role](roles.use(role)) / len(losses)).backward()
+        for name, parameter in roles.parameters(role).items():
+            if name != "head":
+                parameter.grad = None
+        losses[role](roles.use(role)).backward()
         optimizers[role].step()
+
+
+def changed(of_loss=lambda loss: loss, of_gradients=lambda parameters: None):
+    """The right order, with other losses or other gradients."""
+
+    def answer(roles, losses, optimizers):
+        for role in losses:
+            optimizers[role].zero_grad()
+            of_loss(losses[role](roles.use(role))).backward()
+            of_gradients(roles.parameters(role).values())
+            optimizers[role].step()
+
+    return answer
+
+
+def clipped_and_cleared_by_hand(roles, losses, optimizers):
+    for role, loss_of in losses.items():
+        for parameter in roles.parameters(role).values():
+            parameter.grad = None
+        loss_of(roles.use(role)).backward()
+        torch.nn.utils.clip_grad_norm_(roles.parameters(role).values(), 1.0)
+        optimizers[role].step()
+
+
+def thawed(roles, losses, optimizers):
+    roles.model.requires_grad_(True)
+    changed()(roles, losses, optimizers)
+
+
+def returns_losses(roles, losses, optimizers):
+    clear(optimizers)
+    reports = {}
+    for role in losses:
+        loss = losses[role](roles.use(role))
+        loss.backward()
+        reports[role] = loss.item()
+    step(optimizers)
+    return reports
 
 
 STEP_MISTAKES = [
@@ -288,7 +313,21 @@ STEP_MISTAKES = [
     ("the gradients of policy are cleared after the step only.", cleared_last),
     ("the gradients of policy are cleared after the step only.", cleared_after_each_step),
     ("it is the model's zero_grad.", model_cleared),
-    ("the weights after three steps are not those", halved),
+    ("the gradient of the head of value is not cleared", head_forgotten),
+    *(
+        ("the weights after three steps are not those", answer)
+        for answer in (
+            changed(lambda loss: loss / 2),
+            changed(lambda loss: loss.abs()),
+            changed(lambda loss: loss.clamp(min=0)),
+            changed(of_gradients=lambda own: torch.nn.utils.clip_grad_norm_(own, 1.0)),
+            changed(of_gradients=lambda own: torch.nn.utils.clip_grad_norm_(own, 10.0)),
+            changed(of_gradients=lambda own: torch.nn.utils.clip_grad_value_(own, 1.0)),
+            clipped_and_cleared_by_hand,
+        )
+    ),
+    ("the roles move as they should, but the base", thawed),
+    ("the roles move as they should, but something is returned", returns_losses),
 ]
 
 
@@ -303,17 +342,13 @@ def steps_at_the_end(roles, losses, optimizers):
 
 
 def in_training_mode(roles, losses, optimizers):
-    reports = {}
     for role in optimizers:
         model = roles.use(role).train()
         loss = losses[role](model)
         optimizers[role].zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(roles.parameters(role).values(), 1.0)
         optimizers[role].step()
         model.eval()
-        reports[role] = loss.item()
-    return reports
 
 
 def used_again_before_backward(roles, losses, optimizers):
@@ -439,6 +474,35 @@ def everywhere_by_broadcasting(scores, logprobs, ref_logprobs, response_mask, be
     return scores.unsqueeze(1) - beta * (logprobs - ref_logprobs)
 
 
+def cut_off(answer=right_rewards, scores=None, logprobs=None, ratio=None, beta=None):
+    """The right rewards of numbers that are limited first."""
+
+    def limited(s, new, ref, mask, price):
+        s = s.clamp(-scores, scores) if scores else s
+        new, ref = (x.clamp(min=logprobs) if logprobs else x for x in (new, ref))
+        new = ref + (new - ref).clamp(-ratio, ratio) if ratio else new
+        return answer(s, new, ref, mask, min(price, beta) if beta else price)
+
+    return limited
+
+
+def every_row(scores, logprobs, ref_logprobs, response_mask, beta):
+    rewards = -beta * (logprobs - ref_logprobs) * response_mask
+    rewards[:, response_mask.sum(1) - 1] += scores[:, None]
+    return rewards
+
+
+def every_row_all_scores(scores, logprobs, ref_logprobs, response_mask, beta):
+    rewards = -beta * (logprobs - ref_logprobs) * response_mask
+    rewards[:, response_mask.sum(1) - 1] += scores
+    return rewards
+
+
+def cumsum_alone(scores, logprobs, ref_logprobs, response_mask, beta):
+    last = response_mask.cumsum(1) == response_mask.sum(1, keepdim=True)
+    return last * scores[:, None] - beta * (logprobs - ref_logprobs) * response_mask
+
+
 REWARD_MISTAKES = [
     ("the penalty is paid out.", tokenwise(lambda new, ref: ref - new)),
     ("the penalty is paid out.", tokenwise(price=lambda beta: -beta)),
@@ -482,7 +546,7 @@ REWARD_MISTAKES = [
     ("the log-ratio is squared.", tokenwise(lambda new, ref: (new - ref) ** 2 / 2)),
     ("the log-ratio is squared.", tokenwise(lambda new, ref: (new - ref) ** 2)),
     (
-        "it is the estimate k3",
+        "it is ρ - 1 - log ρ, the approx_kl of lesson 03",
         tokenwise(lambda new, ref: (ref - new).exp() - 1 - (ref - new)),
     ),
     ("at the last token the score replaces", tokenwise(replaced=True)),
@@ -495,6 +559,24 @@ REWARD_MISTAKES = [
             (scores[:, None] / mask.sum(1, keepdim=True) - beta * (new - ref)) * mask
         ),
     ),
+    ("the score goes to every row", every_row),
+    ("the score goes to every row", every_row_all_scores),
+    ("the score stands at the last token and at all padding", cumsum_alone),
+    ("the penalty is never below 0.", tokenwise(lambda new, ref: max(new - ref, 0))),
+    (
+        "the score is divided by the number of tokens.",
+        lambda scores, new, ref, mask, beta: right_rewards(
+            scores / mask.sum(1), new, ref, mask, beta
+        ),
+    ),
+]
+REWARD_CUTS = [
+    cut_off(ratio=2),
+    cut_off(ratio=5),
+    cut_off(logprobs=-5),
+    cut_off(scores=3),
+    cut_off(scores=5),
+    cut_off(beta=0.5),
 ]
 
 
@@ -556,6 +638,17 @@ def counted(
     return answer
 
 
+def roles_miscounted(number):
+    """`number` gives the trained and the frozen roles that are counted."""
+
+    def answer(shapes, layers, other, rank, trains):
+        learning = sum(trains.values())
+        learning, resting = number(learning, len(trains) - learning)
+        return counted(roles=16 * learning + 4 * resting)(shapes, layers, other, rank, trains)
+
+    return answer
+
+
 FROZEN_TRAINED = "the frozen roles are charged with more"
 HALF = "the adapters are counted with 2 bytes"
 BYTES_MISTAKES = [
@@ -581,12 +674,16 @@ BYTES_MISTAKES = [
     (HALF, counted(learning=14, resting=2)),
     (HALF, counted(learning=16, resting=2)),
     ("frozen roles cost nothing.", counted(resting=0)),
+    ("the adapters are left out", counted(roles=0)),
     ("there is one adapter for all roles.", counted(roles=16)),
     ("it always counts two trained roles", counted(roles=2 * 16 + 2 * 4)),
     ("trained and frozen are exchanged.", counted(learning=4, resting=16)),
     ("one of an adapter's two matrices", counted(adapter=lambda o, i, rank: rank * i)),
     ("one of an adapter's two matrices", counted(adapter=lambda o, i, rank: rank * o)),
+    ("an adapter's two matrices are counted as equal.", counted(adapter=lambda o, i, r: r * 2 * o)),
+    ("an adapter's two matrices are counted as equal.", counted(adapter=lambda o, i, r: r * 2 * i)),
     ("the rank is missing", counted(adapter=lambda o, i, rank: o + i)),
+    ("the rank is multiplied twice", counted(adapter=lambda o, i, rank: rank**2 * (o + i))),
     ("an adapter has as many parameters", counted(adapter=lambda o, i, rank: o * i)),
     ("an adapter has as many parameters", counted(adapter=lambda o, i, rank: o * i * rank)),
     ("base or adapters are counted for one block.", counted(of_layers=lambda n: (n, 1))),
@@ -596,6 +693,13 @@ BYTES_MISTAKES = [
     ("it is not in bytes, but in MB or GB.", counted(unit=1e6)),
     ("it is not in bytes, but in MiB or GiB.", counted(unit=2**30)),
     ("it is not in bytes, but in MiB or GiB.", counted(unit=2**20)),
+]
+ROLES_MISCOUNTED = [
+    roles_miscounted(lambda trained, frozen: (trained, min(frozen, 2))),
+    roles_miscounted(lambda trained, frozen: (trained, min(frozen, 4 - trained))),
+    roles_miscounted(lambda trained, frozen: (max(trained, 1), frozen)),
+    roles_miscounted(lambda trained, frozen: (trained, max(frozen, 1))),
+    roles_miscounted(lambda trained, frozen: (min(trained, 2), frozen)),
 ]
 
 
@@ -632,17 +736,14 @@ RIGHT = [
 ]
 MESSAGES = {
     "train_step": {message.format(role="policy", active="reward") for message in STEP_MESSAGES},
-    "shape_rewards": {message for _, message in lesson_04._REWARD_MISTAKES},
-    "predict_bytes": {message for _, message in lesson_04._BYTES_MISTAKES},
+    "shape_rewards": shared.messages_of(lesson_04.SHAPE_REWARDS),
+    "predict_bytes": shared.messages_of(lesson_04.PREDICT_BYTES),
 }
 
 
 @pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
 def test_a_known_mistake_is_named(name, answer, message, capsys):
-    printed = run(name, answer, capsys)
-    assert printed.startswith(f"{name}: {message}")
-    assert " yours " in printed
-    assert " expected " in printed
+    shared.assert_mistake_is_named(name, answer, message, capsys)
 
 
 @pytest.mark.parametrize(("name", "answer"), RIGHT)
@@ -653,13 +754,7 @@ def test_a_right_answer_passes(name, answer, capsys):
 
 
 def test_rewards_that_make_a_mistake_look_like_no_other():
-    """Else the first of them would be named for both."""
-    exercise = lesson_04._SHAPE_REWARDS
-    right = [exercise.reference(*case) for case in exercise.cases]
-    for wrong, message in exercise.mistakes:
-        results = [wrong(*case) for case in exercise.cases]
-        assert name_mistake(exercise, results) == message
-        assert not all(same(got, want) for got, want in zip(results, right, strict=True))
+    shared.assert_mistakes_differ(lesson_04.SHAPE_REWARDS)
 
 
 def test_bytes_that_make_a_mistake_look_like_no_other():
@@ -673,36 +768,24 @@ def test_bytes_that_make_a_mistake_look_like_no_other():
             assert another == message or lesson_04._furthest_off(results, other) > 0.04
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_message_has_a_test(name):
-    tested = {message for other, _, message in MISTAKES if other == name}
-    named = {"value": "policy", "reference": "policy"}
-    for role, policy in named.items():
-        tested |= {message.replace(role, policy) for message in tested}
-    untested = [m for m in MESSAGES[name] if not any(m.startswith(start) for start in tested)]
-    assert untested == []
+    tested = shared.expected_messages(name, MISTAKES)
+    for role in ("value", "reference"):
+        tested |= {message.replace(role, "policy") for message in tested}
+    shared.assert_all_tested(MESSAGES[name], tested)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_messages_say_why_and_hold_no_code(name):
-    for message in MESSAGES[name]:
-        assert len(message.split()) > 8
-        assert not any(code in message for code in ("[:", "clone(", ".T", "@", "==", "{"))
+    shared.assert_say_why(MESSAGES[name])
 
 
 # --- not attempted ---
 
 
-def stub(*arguments):
-    raise NotImplementedError
-
-
-def dots(*arguments):
-    return ...
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("answer", [stub, dots, ...])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
 def test_unattempted_says_so(name, answer, capsys):
     assert run(name, answer, capsys) == f"{name}: not attempted yet."
 
@@ -715,7 +798,7 @@ def test_none_is_named(name, capsys):
     assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_in_place_of_the_function_is_named(name, capsys):
     assert f"{name}: give the check the function itself" in run(name, 3, capsys)
 
@@ -764,10 +847,7 @@ def trains_in_place(shapes, layers, other, rank, trains):
     ],
 )
 def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    printed = run(name, answer, capsys)
-    assert f"{name}: it changes its argument {argument} in place" in printed
-    right = next(answer for other, answer in RIGHT if other == name)
-    assert "correct" in run(name, right, capsys)
+    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
 
 
 def test_shapes_changed_in_place_are_named(capsys):
@@ -778,10 +858,7 @@ def test_shapes_changed_in_place_are_named(capsys):
 
 @pytest.mark.parametrize(("name", "answer"), RIGHT)
 def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    exercises = (lesson_04._SHAPE_REWARDS, lesson_04._PREDICT_BYTES)
-    before = copy.deepcopy([repr(exercise.cases) for exercise in exercises])
-    run(name, answer, capsys)
-    assert [repr(exercise.cases) for exercise in exercises] == before
+    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
 
 
 # --- the unknown, NaN, and exceptions ---
@@ -794,12 +871,12 @@ def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
         ("shape_rewards", lambda *x: right_rewards(*x) * torch.nan, "expected tensor([[-0.06"),
         ("predict_bytes", lambda *x: 1.2345 * counted()(*x), "expected 4873.0"),
         ("predict_bytes", lambda *x: float("nan"), "yours nan"),
+        *(("shape_rewards", answer, "yours") for answer in REWARD_CUTS),
+        *(("predict_bytes", answer, "yours") for answer in ROLES_MISCOUNTED),
     ],
 )
 def test_an_unknown_mistake_shows_the_case(name, answer, shown, capsys):
-    printed = run(name, answer, capsys)
-    assert "not in a way that this check has a name for" in printed
-    assert shown in printed
+    shared.assert_case_is_shown(name, answer, [shown], capsys)
 
 
 def test_a_wrong_order_is_shown_beside_the_right_one(capsys):
@@ -807,6 +884,12 @@ def test_a_wrong_order_is_shown_beside_the_right_one(capsys):
     yours = "yours use policy, loss policy, use value, loss value, zero_grad policy, "
     assert f"{yours}backward policy while value is active, step policy," in printed
     assert "expected zero_grad policy, use policy, loss policy, backward policy, step" in printed
+
+
+def test_a_right_order_with_two_graphs_gets_a_note(capsys):
+    printed = run("train_step", used_again_before_backward, capsys)
+    assert printed.startswith("train_step: correct, but both graphs are in memory at once")
+    assert "graphs" not in run("train_step", steps_at_the_end, capsys)
 
 
 def misspelt(roles, losses, optimizers):
@@ -834,14 +917,10 @@ def test_an_exception_names_call_and_line_and_is_raised_again(answer, error, lin
     assert f": {line} on this call: roles Roles(policy, value, reference, reward)" in printed
 
 
-def raised_by_a_helper(*arguments):
-    return stub()
-
-
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
     with pytest.raises(NotImplementedError):
-        CHECKS[name](raised_by_a_helper)
+        shared.check_of(name)(shared.raised_by_a_helper)
     assert "not attempted" not in capsys.readouterr().out
 
 
@@ -850,11 +929,11 @@ def test_the_imitation_moves_each_role_as_if_it_were_alone():
     together = lesson_04._expected_weights()
     alone = torch.tensor([0.5, -0.25])
     for _ in range(3):
-        alone = alone - 0.2 * (alone - 0.25)
+        alone = alone - 0.2 * (alone - 20)
     torch.testing.assert_close(together[0], alone)
     adapter, head = torch.tensor([0.75, 0.5]), torch.tensor([0.25, 0.5])
     for _ in range(3):
-        gradient = adapter + head - 0.5
+        gradient = adapter + head - 20
         adapter, head = adapter - 0.2 * gradient, head - 0.2 * gradient
     torch.testing.assert_close(together[1], adapter)
     torch.testing.assert_close(together[4], head)

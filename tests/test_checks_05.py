@@ -5,40 +5,22 @@ The answers, wrong and right, are written here as a learner would write them.
 
 import doctest
 
+import helpers_checks as shared
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_checks import run
 from torch.distributions import Categorical, kl_divergence
 
-from rlhf_helpers.checks import (
-    check_estimate_kl,
-    check_exact_kl,
-    check_final_reward,
-    check_sampled_log_probs,
-    lesson_05,
-)
-from rlhf_helpers.checks.exercise import name_mistake, same
+from rlhf_helpers.checks import lesson_05
 
-CHECKS = {
-    "sampled_log_probs": check_sampled_log_probs,
-    "exact_kl": check_exact_kl,
-    "estimate_kl": check_estimate_kl,
-    "final_reward": check_final_reward,
-}
 EXERCISES = (
-    lesson_05._SAMPLED_LOG_PROBS,
-    lesson_05._EXACT_KL,
-    lesson_05._ESTIMATE_KL,
-    lesson_05._FINAL_REWARD,
+    lesson_05.SAMPLED_LOG_PROBS,
+    lesson_05.EXACT_KL,
+    lesson_05.ESTIMATE_KL,
+    lesson_05.FINAL_REWARD,
 )
-
-
-def run(name, answer, capsys):
-    """What the check of that exercise prints about the answer; line breaks become spaces."""
-    assert CHECKS[name](answer) is None
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{name}: ")
-    return " ".join(printed.split())
+NAMES = [exercise.name for exercise in EXERCISES]
 
 
 def test_doctests():
@@ -479,10 +461,7 @@ RIGHT = [
 
 @pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
 def test_a_known_mistake_is_named(name, answer, message, capsys):
-    printed = run(name, answer, capsys)
-    assert printed.startswith(f"{name}: {message}")
-    assert " yours " in printed
-    assert " expected " in printed
+    shared.assert_mistake_is_named(name, answer, message, capsys)
 
 
 @pytest.mark.parametrize(("name", "answer"), RIGHT)
@@ -492,49 +471,31 @@ def test_a_right_answer_passes(name, answer, capsys):
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    """Else the first of them would be named for both."""
-    right = [exercise.reference(*case) for case in exercise.cases]
-    for wrong, message in exercise.mistakes:
-        results = [wrong(*case) for case in exercise.cases]
-        assert name_mistake(exercise, results) == message
-        assert not all(same(got, want) for got, want in zip(results, right, strict=True))
+    shared.assert_mistakes_differ(exercise)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_every_message_has_a_test(exercise):
-    messages = {message for _, message in exercise.mistakes}
-    tested = {message for name, _, message in MISTAKES if name == exercise.name}
-    assert [m for m in messages if not any(m.startswith(start) for start in tested)] == []
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_all_tested(shared.messages_of(exercise), expected)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_no_message_begins_like_another(exercise):
-    """Else a test of one could pass on the other."""
-    messages = {message for _, message in exercise.mistakes}
-    for start in {message for name, _, message in MISTAKES if name == exercise.name}:
-        assert sum(message.startswith(start) for message in messages) == 1
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_messages_say_why_and_hold_no_code(exercise):
-    for _, message in exercise.mistakes:
-        assert len(message.split()) > 8
-        assert not any(code in message for code in ("[:", "clone(", ".T", "@", "==", "{"))
+    shared.assert_say_why(shared.messages_of(exercise))
 
 
 # --- not attempted ---
 
 
-def stub(*arguments):
-    raise NotImplementedError
-
-
-def dots(*arguments):
-    return ...
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("answer", [stub, dots, ...])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
 def test_unattempted_says_so(name, answer, capsys):
     assert run(name, answer, capsys) == f"{name}: not attempted yet."
 
@@ -542,12 +503,12 @@ def test_unattempted_says_so(name, answer, capsys):
 # --- structural faults ---
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_none_is_named(name, capsys):
     assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_in_place_of_the_function_is_named(name, capsys):
     assert f"{name}: give the check the function itself" in run(name, 3, capsys)
 
@@ -670,18 +631,12 @@ def rewards_in_place(rewards_model, log_probs_curr, log_probs_ref, response_mask
     ],
 )
 def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    printed = run(name, answer, capsys)
-    assert f"{name}: it changes its argument {argument} in place" in printed
-    right = next(answer for other, answer in RIGHT if other == name)
-    assert "correct" in run(name, right, capsys)
+    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
 
 
 @pytest.mark.parametrize(("name", "answer"), RIGHT)
 def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    exercise = next(exercise for exercise in EXERCISES if exercise.name == name)
-    before = repr(exercise.cases)
-    run(name, answer, capsys)
-    assert repr(exercise.cases) == before
+    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
 
 
 # --- the unknown, NaN, and exceptions ---
@@ -721,9 +676,7 @@ def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
     ],
 )
 def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
-    printed = run(name, answer, capsys)
-    assert "not in a way that this check has a name for" in printed
-    assert all(text in printed for text in (case, yours, expected))
+    shared.assert_case_is_shown(name, answer, (case, yours, expected), capsys)
 
 
 def misspelt(curr_logits, ref_logits, tokens):
@@ -749,21 +702,17 @@ def without_the_mask_as_bool(log_probs_curr, log_probs_ref, response_mask):
 )
 def test_an_exception_names_call_and_line_and_is_raised_again(name, answer, error, line, capsys):
     with pytest.raises(error):
-        CHECKS[name](answer)
+        shared.check_of(name)(answer)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith(f"{name}: {error.__name__} in your line ")
     assert line in printed
     assert " on this call: " in printed
 
 
-def raised_by_a_helper(*arguments):
-    return stub()
-
-
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
     with pytest.raises(NotImplementedError):
-        CHECKS[name](raised_by_a_helper)
+        shared.check_of(name)(shared.raised_by_a_helper)
     assert "not attempted" not in capsys.readouterr().out
 
 

@@ -115,22 +115,6 @@ def test_a_missing_tokenizer_file_is_named(tmp_path, pocket, name):
         load_tokenizer(load_preset("pocket", model=str(tmp_path / "base")))
 
 
-def test_pad_equal_to_eos_is_refused(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path)
-    settings = tmp_path / "tokenizer_config.json"
-    text = settings.read_text(encoding="utf-8")
-    settings.write_text(text.replace('"<|pad|>"', '"<|eos|>"'), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"pad token '<\|eos\|>' and eos token '<\|eos\|>'"):
-        load_tokenizer(load_preset("pocket", model=str(tmp_path)))
-
-
-def test_a_tokenizer_without_chat_template_is_refused(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
-        load_tokenizer(load_preset("pocket", model=str(tmp_path)))
-
-
 # --- generated data ------------------------------------------------------------------------
 
 
@@ -216,35 +200,6 @@ def test_transcripts_are_split_at_the_last_answer(tmp_path, pocket):
     assert (row["chosen"], row["rejected"]) == ("because.", "go away.")
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "is empty"),
-        ("\n\n", "is empty"),
-        ('{"prompt": "a", "chosen": "b"}\n', "no column 'rejected', only prompt, chosen"),
-        (f'{json.dumps(PAIR)}\n{{"prompt": "a"}}\n', "line 2: fields prompt, but line 1 has"),
-        (f"{json.dumps(PAIR)}\n{{oops\n", "line 2: not JSON"),
-        ("[1, 2]\n", r"line 1: \[1, 2\] is no JSON object"),
-        (json.dumps(PAIR | {"chosen": "the snow."}), "row 1: chosen and rejected are both"),
-        (json.dumps(PAIR | {"prompt": " "}), "row 1: prompt is ' '"),
-        (json.dumps(PAIR | {"chosen": 3}), "row 1: chosen is 3"),
-    ],
-)
-def test_a_bad_jsonl_file_is_named_with_its_line(tmp_path, pocket, text, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as caught:
-        preference_dataset(pocket, source=str(path))
-    assert "pairs.jsonl" in str(caught.value)
-
-
-def test_a_csv_line_with_other_fields_is_named(tmp_path, pocket):
-    path = tmp_path / "pairs.csv"
-    path.write_text("prompt,chosen,rejected\na,b,c\na,b\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 3: 2 fields, but the header has 3"):
-        preference_dataset(pocket, source=str(path))
-
-
 def test_odd_but_valid_files_are_read(tmp_path, pocket):
     path = tmp_path / "pairs.jsonl"
     line = json.dumps(PAIR | {"chosen": "a\u2028b"}, ensure_ascii=False)
@@ -255,51 +210,10 @@ def test_odd_but_valid_files_are_read(tmp_path, pocket):
     assert len(preference_dataset(pocket, source=str(path))) == 1
 
 
-def test_a_single_file_has_no_other_split(tmp_path, pocket):
-    source = write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
-    with pytest.raises(ValueError, match="split is 'held_out', but the file"):
-        prompt_dataset(pocket, "held_out", source=source)
-
-
-def test_transcripts_of_two_dialogues_are_no_pair(tmp_path, pocket):
-    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
-    with pytest.raises(ValueError, match="are not one dialogue"):
-        preference_dataset(pocket, source=write_jsonl(tmp_path / "hh.jsonl", [row]))
-
-
-def test_no_copies_are_refused(pocket):
-    with pytest.raises(ValueError, match="copies is 0"):
-        sft_dataset(pocket, copies=0)
-
-
 def test_a_csv_text_may_run_over_lines(tmp_path, pocket):
     path = tmp_path / "pairs.csv"
     path.write_text('prompt,chosen,rejected\n"a\nb",c,d\n', encoding="utf-8")
     assert preference_dataset(pocket, source=str(path))[0]["prompt"] == "a\nb"
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path, pocket):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes('{"prompt": "caf\xe9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        preference_dataset(pocket, source=str(path))
-
-
-def test_a_missing_file_is_named(tmp_path, pocket):
-    with pytest.raises(FileNotFoundError, match="no file .*none.jsonl"):
-        prompt_dataset(pocket, source=str(tmp_path / "none.jsonl"))
-
-
-def test_a_file_of_another_kind_is_named(tmp_path, pocket):
-    path = tmp_path / "pairs.txt"
-    path.write_text("hello", encoding="utf-8")
-    with pytest.raises(ValueError, match="pairs.txt' ends in none of .jsonl, .csv, .parquet"):
-        prompt_dataset(pocket, source=str(path))
-
-
-def test_a_hub_that_cannot_be_reached_names_the_way_out(pocket):
-    with pytest.raises(ConnectionError, match="'nobody/nothing' is no local path.*local folder"):
-        prompt_dataset(pocket, source="nobody/nothing")
 
 
 # --- encoded demonstrations ----------------------------------------------------------------

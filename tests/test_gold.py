@@ -45,13 +45,6 @@ def test_the_judge_scores_what_was_sampled_and_leaves_the_active_role(roles, rol
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_judge_needs_a_head(pocket):
-    roles = Roles(load_base(pocket))
-    roles.load("judge", ASSETS / "sft")
-    with pytest.raises(ValueError, match="'judge' has no head"):
-        Judge(roles)
-
-
 def test_without_a_rubric_the_learners_own_judge_is_loaded(pocket, tmp_path, roles, rollout):
     settings = {"model": pocket.model, "device": "cpu", "compute_dtype": "float32"}
     preset = load_preset("single_gpu", **settings, double_quant=False, runs=tmp_path)

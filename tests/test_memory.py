@@ -191,11 +191,6 @@ def test_counting_changes_neither_the_config_nor_the_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_model_sizes_refuses_a_name():
-    with pytest.raises(TypeError, match="config is 'some/model': give a configuration"):
-        model_sizes("some/model")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -288,19 +283,6 @@ def test_what_the_options_change(known):
     wider = memory_table(sizes, rank=32)
     assert wider[FULL] == double[FULL]
     assert wider[NF4][1].total == 2 * double[NF4][1].total
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank is 0: .* at least 1"),
-        ({"weight_bytes": 1}, r"weight_bytes is 1: give 2 \(bfloat16\) or 4"),
-    ],
-)
-def test_table_refuses_nonsense(options, message):
-    sizes = ModelSizes(shapes=((64, 64),), other=0, output=0, width=64)
-    with pytest.raises(ValueError, match=message):
-        memory_table(sizes, **options)
 
 
 # --- logits and cache ---

@@ -171,11 +171,6 @@ def test_an_unfinished_response_loses_its_points():
     assert whole.total - cut.total == pytest.approx(rubric.FINISHED)
 
 
-def test_a_prompt_outside_the_world_is_named_with_its_neighbours():
-    with pytest.raises(ValueError, match=r"'what does a duck say\?'.*'what does the duck say\?'"):
-        gold_reward("what does a duck say?", "quack.")
-
-
 def test_mean_score():
     scores = [gold_reward(DUCK, "quack."), gold_reward(DUCK, "moo.")]
     assert rubric.mean_score(scores).correct == 0.25
@@ -214,22 +209,6 @@ def test_the_ceiling_is_reached_by_the_one_who_knows_the_probabilities():
     probabilities = [rng.random() for _ in range(20_000)]
     hits = sum((rng.random() < p) == (p > 0.5) for p in probabilities)
     assert hits / 20_000 == pytest.approx(ceiling(probabilities), abs=0.012)
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: Annotator(temperature=0), "temperature is 0"),
-        (lambda: Annotator(temperature=float("nan")), "temperature is nan"),
-        (lambda: Annotator(politeness=float("inf")), "politeness is inf"),
-        (lambda: Annotator().prefer(DUCK, "moo.", "moo.", random.Random()), "both responses"),
-        (lambda: ceiling([]), "no probabilities"),
-        (lambda: ceiling([0.5, 1.5]), "1.5 is not a probability"),
-    ],
-)
-def test_bad_input_to_the_annotator(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_demonstrations_are_imperfect_as_stated():

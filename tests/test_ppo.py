@@ -805,7 +805,7 @@ def refuse(name: str, error: type[Exception], message: str, **changes):
 @pytest.mark.parametrize(("name", "argument"), FLOATING)
 def test_tensors_that_are_not_floating_point_are_named(name, argument):
     for dtype in (torch.long, torch.bool):
-        message = rf"^{argument} must be floating point, not {dtype}\."
+        message = rf"^{argument} must be floating point, not {dtype}:"
         refuse(name, TypeError, message, **{argument: arguments(name)[argument].to(dtype)})
 
 
@@ -901,12 +901,6 @@ def test_what_the_estimate_of_the_kl_refuses_is_refused():
     )
 
 
-@pytest.mark.parametrize("mask", [[0, 0, 0], [0, 1, 0]])
-def test_whitening_needs_a_spread(mask):
-    with pytest.raises(ValueError, match=rf"^mask counts {sum(mask)} entries: .* at least 2"):
-        whiten(torch.ones(3), torch.tensor(mask))
-
-
 def test_whitening_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"^mask counts 0 entries"):
         whiten(torch.ones(0, 3), torch.ones(0, 3))
@@ -944,13 +938,6 @@ def test_gae_is_float32_under_autocast():
         result = gae(**given_)
     assert [x.dtype for x in result] == [torch.float32, torch.float32]
     assert_same(result, expected)
-
-
-def test_a_ratio_that_overflows_is_refused():
-    """Its gradient would be 0 · inf, which is NaN."""
-    logprobs, one = torch.tensor([[-1.0]], requires_grad=True), torch.ones(1, 1)
-    with pytest.raises(ValueError, match=r"the ratio of new to old is inf at \[0, 0\]"):
-        policy_loss(logprobs, torch.tensor([[-100.0]]), one, one)
 
 
 @pytest.mark.parametrize("name", ["logprobs", "old_logprobs"])

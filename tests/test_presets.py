@@ -47,31 +47,6 @@ def test_an_unknown_preset_is_named(name):
         load_preset(name)
 
 
-def test_a_mistyped_environment_variable_is_named(monkeypatch):
-    monkeypatch.setenv("RLHF_PRESET", "singlegpu")
-    with pytest.raises(ValueError, match="environment variable RLHF_PRESET is 'singlegpu'"):
-        load_preset("pocket")
-
-
-def test_an_unknown_field_is_named():
-    with pytest.raises(TypeError, match="no field 'respons_length'; it has .*response_length"):
-        load_preset(respons_length=3)
-
-
-def test_bad_values_are_named():
-    with pytest.raises(ValueError, match="prompt_length is 0"):
-        load_preset(prompt_length=0)
-    with pytest.raises(ValueError, match="response_length is 2.5"):
-        load_preset(response_length=2.5)
-    with pytest.raises(ValueError, match="device is 'gpu'; choose cpu or cuda"):
-        load_preset(device="gpu")
-    with pytest.raises(ValueError, match="compute_dtype is 'int8'"):
-        load_preset(compute_dtype="int8")
-    for rows in (0, 2.5, "all"):
-        with pytest.raises(ValueError, match=f"rows is {rows!r}; give a whole number"):
-            load_preset(rows=rows)
-
-
 def test_the_environment_names_model_and_data_of_single_gpu(monkeypatch):
     monkeypatch.setenv("RLHF_MODEL", "my/model")
     monkeypatch.setenv("RLHF_DATA", "my/pairs")

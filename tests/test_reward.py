@@ -7,12 +7,14 @@ import math
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers_training import facts, names_in, random_ids, reports_of, role_weights
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_roles import base_bits, fill, same, save_tiny
@@ -674,9 +676,7 @@ def make_pairs(count, seed):
     """Random pairs of uneven lengths; a chosen response, and no rejected one, holds `GOOD`."""
     generator = torch.Generator().manual_seed(seed)
 
-    def some(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(4, GOOD, (length,), generator=generator).tolist()
+    some = partial(random_ids, generator, vocabulary=GOOD)
 
     def pair():
         prompt = some(2, 7)
@@ -700,9 +700,7 @@ def new_roles(preset, head_seed=0):
 
 
 def weights(roles, role="reward"):
-    """Adapter and head."""
-    head = {f"head.{name}": t.clone() for name, t in roles.heads[role].state_dict().items()}
-    return roles.state(role) | head
+    return role_weights(roles, role)
 
 
 def saved_weights(folder):
@@ -717,12 +715,8 @@ def train(tiny, tokenizer):
     def train(folder=None, roles=None, role="reward", visit=None, **changes):
         roles = roles or new_roles(tiny)
         options = {"pairs": TRAIN, "held_out": HELD_OUT, "config": SETTINGS} | changes
-        stats = []
-        for s in train_reward_model(roles, role, tokenizer, folder=folder, **options):
-            stats.append(s)
-            if visit:
-                visit(s)
-        return roles, stats
+        run = train_reward_model(roles, role, tokenizer, folder=folder, **options)
+        return roles, reports_of(run, visit)
 
     return train
 
@@ -733,10 +727,6 @@ def history(tiny, tokenizer):
     roles = new_roles(tiny)
     run = train_reward_model(roles, "reward", tokenizer, TRAIN, HELD_OUT, SETTINGS)
     return [(stats, weights(roles)) for stats in run]
-
-
-def facts(stats):
-    return [(s.step, s.loss, dict(s.held_out), s.grad_norm, s.learning_rate) for s in stats]
 
 
 def test_the_model_learns_what_is_preferred(tiny, tokenizer):
@@ -853,8 +843,8 @@ def interrupt(train, monkeypatch, folder, step=7, **options):
 def test_a_finished_run_is_in_its_folder(tiny, train, history, tmp_path):
     folder = tmp_path / "runs" / "reward"
     train(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["reward"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS, HEAD])
+    assert names_in(folder.parent) == ["reward"]
+    assert names_in(folder) == sorted([CONFIG, WEIGHTS, HEAD])
     assert same(saved_weights(folder), history[-1][1])
     again = Roles(load_base(tiny), rank=4, alpha=8)
     again.load("reward", folder)
@@ -870,7 +860,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     folder, unfinished = tmp_path / "reward", tmp_path / "reward.unfinished"
     roles = new_roles(tiny)
     interrupt(train, monkeypatch, folder, step, roles=roles)
-    assert [path.name for path in tmp_path.iterdir()] == ["reward.unfinished"]
+    assert names_in(tmp_path) == ["reward.unfinished"]
     assert same(saved_weights(unfinished), history[step][1])
     model = PeftModel.from_pretrained(load_base(tiny), str(unfinished))
     adapter = get_peft_model_state_dict(model)
@@ -881,7 +871,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert facts(stats) == facts(s for s, _ in history)[step + 1 :]
     assert same(weights(roles), history[-1][1])
     assert same(saved_weights(folder), history[-1][1])
-    assert [path.name for path in tmp_path.iterdir()] == ["reward"]
+    assert names_in(tmp_path) == ["reward"]
 
 
 def test_a_killed_run_goes_on_from_its_last_save(train, history, tmp_path):

@@ -84,24 +84,3 @@ def test_left_padding_does_not_change_what_is_sampled_from(base, tokenizer):
     alone = sample_responses(base, tokenizer, ["what is hot?"], 4, temperature=1e-3, seed=0)
     padded = sample_responses(base, tokenizer, PROMPTS, 4, temperature=1e-3, seed=0)
     assert padded.texts[1] == alone.texts[0]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"response_length": 0}, "response_length is 0"),
-        ({"response_length": 400}, "do not fit the model's context of 256"),
-        ({"prompt_length": 250}, "prompts of up to 250 tokens and responses of 32"),
-    ],
-)
-def test_bad_options_are_named(base, tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        sample_responses(base, tokenizer, PROMPTS, **options)
-
-
-def test_a_prompt_beyond_the_context_is_named(base, tokenizer):
-    with pytest.raises(ValueError, match="prompt 0 .*the limit is 224"):
-        sample_responses(base, tokenizer, ["hot " * 300])

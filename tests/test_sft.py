@@ -2,14 +2,14 @@
 
 import itertools
 import math
-import os
 import shutil
-import signal
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_training import facts, names_in, press, random_ids, reports_of
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_roles import base_bits, fill, same, save_tiny
@@ -330,10 +330,7 @@ def rows(count, seed):
     """Random examples of uneven lengths, with the pocket tokenizer's EOS."""
     generator = torch.Generator().manual_seed(seed)
 
-    def some(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(4, 64, (length,), generator=generator).tolist()
-
+    some = partial(random_ids, generator, vocabulary=64)
     return [{"prompt": some(2, 7), "response": [*some(1, 6), 1]} for _ in range(count)]
 
 
@@ -353,12 +350,8 @@ def train(tiny, tokenizer):
     def train(folder=None, roles=None, role="sft", visit=None, **changes):
         roles = roles or new_roles(tiny)
         options = {"examples": EXAMPLES, "held_out": HELD_OUT, "config": SETTINGS} | changes
-        stats = []
-        for s in train_sft(roles, role, tokenizer, folder=folder, **options):
-            stats.append(s)
-            if visit:
-                visit(s)
-        return roles, stats
+        run = train_sft(roles, role, tokenizer, folder=folder, **options)
+        return roles, reports_of(run, visit)
 
     return train
 
@@ -380,10 +373,6 @@ def states(history):
 def straight(history):
     """The weights at the end of a run that was never stopped, and its reports."""
     return history[-1][1], [stats for stats, _ in history]
-
-
-def facts(stats):
-    return [(s.step, s.loss, dict(s.held_out), s.grad_norm, s.learning_rate) for s in stats]
 
 
 def files(folder):
@@ -534,7 +523,7 @@ def test_an_example_may_fill_the_context(train):
 def test_a_finished_run_is_in_its_folder(tiny, train, straight, tmp_path):
     folder = tmp_path / "runs" / "sft"
     roles, _ = train(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["sft"]
+    assert names_in(folder.parent) == ["sft"]
     assert sorted(files(folder)) == [CONFIG, WEIGHTS]
     again = Roles(load_base(tiny), rank=4, alpha=8)
     again.load("sft", folder)
@@ -556,7 +545,7 @@ def test_the_old_adapter_stays_until_the_new_is_whole(train, tmp_path):
     train(folder, examples=EXAMPLES[::-1], visit=visit)
     assert len(seen) == STEPS + 1
     assert files(folder) != old
-    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
+    assert names_in(tmp_path) == ["sft"]
 
 
 def stop_in_the_loss(step, monkeypatch):
@@ -595,7 +584,7 @@ def stop_in_the_optimizer(step, monkeypatch):
 
     def stepped(optimizer):
         if next(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            press()
         return real(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
@@ -632,7 +621,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ):
     folder, unfinished = tmp_path / "sft", tmp_path / "sft.unfinished"
     interrupt(train, monkeypatch, folder, stop, step)
-    assert [path.name for path in tmp_path.iterdir()] == ["sft.unfinished"]
+    assert names_in(tmp_path) == ["sft.unfinished"]
     assert same(weights_in(unfinished), states[step])
     model = PeftModel.from_pretrained(load_base(tiny), str(unfinished))
     assert same(get_peft_model_state_dict(model), states[step])
@@ -640,7 +629,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert facts(stats) == facts(straight[1])[step + 1 :]
     assert same(roles.state("sft"), straight[0])
     assert same(weights_in(folder), straight[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
+    assert names_in(tmp_path) == ["sft"]
 
 
 @pytest.mark.parametrize(
@@ -702,7 +691,7 @@ def test_a_run_left_early_is_kept(tiny, tokenizer, train, straight, tmp_path):
     ):
         if stats.step == 5:
             break
-    assert [path.name for path in tmp_path.iterdir()] == ["sft.unfinished"]
+    assert names_in(tmp_path) == ["sft.unfinished"]
     assert same(train(tmp_path / "sft")[0].state("sft"), straight[0])
 
 
@@ -719,7 +708,7 @@ def test_the_old_adapter_outlives_an_interrupted_run(train, tmp_path, monkeypatc
     assert files(folder) == old
     train(folder, examples=EXAMPLES[::-1])
     assert files(folder) != old
-    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
+    assert names_in(tmp_path) == ["sft"]
 
 
 OTHER_TOKEN = [{"prompt": [63], "response": EXAMPLES[0]["response"]}, *EXAMPLES[1:]]
@@ -753,7 +742,7 @@ def test_an_unfinished_run_with_other_settings_is_kept(
         train(tmp_path / "sft", roles=roles, **changes)
     assert files(tmp_path / "sft.unfinished") == before
     assert same(roles.state("sft"), weights)
-    assert [path.name for path in tmp_path.iterdir()] == ["sft.unfinished"]
+    assert names_in(tmp_path) == ["sft.unfinished"]
     roles, _ = train(tmp_path / "sft")
     assert same(roles.state("sft"), straight[0])
 
@@ -834,7 +823,7 @@ def test_a_run_that_is_stopped_but_still_held_saves_before_the_next_goes_on(
     run.close()  # the old one must not save over the new one
     list(again)
     assert same(roles.state("sft"), straight[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
+    assert names_in(tmp_path) == ["sft"]
 
 
 def test_labels_that_ignore_everything_are_named(train):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_training import names_in, press, reports_of, role_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_roles import base_bits, fill, same, save_tiny
@@ -116,12 +117,6 @@ def far_roles(preset):
     return roles
 
 
-def role_weights(roles, role):
-    """Adapter and head."""
-    head = roles.heads[role].state_dict() if role in roles.heads else {}
-    return roles.state(role) | {f"head.{name}": tensor.clone() for name, tensor in head.items()}
-
-
 def weights(roles, names=("policy", "value")):
     states = {role: role_weights(roles, role) for role in names}
     return {f"{role}/{k}": tensor for role, state in states.items() for k, tensor in state.items()}
@@ -139,10 +134,6 @@ def facts(stats):
     return [json.dumps(asdict(replace(s, seconds=0.0)), default=Tensor.tolist) for s in stats]
 
 
-def saves(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -153,12 +144,7 @@ def train(tiny, tokenizer):
 
     def train(folder=None, roles=None, visit=None, prompts=PROMPTS, config=SETTINGS):
         roles = roles or new_roles(tiny)
-        stats = []
-        for s in train_ppo(roles, tokenizer, prompts, config, folder):
-            stats.append(s)
-            if visit:
-                visit(s)
-        return roles, stats
+        return roles, reports_of(train_ppo(roles, tokenizer, prompts, config, folder), visit)
 
     return train
 
@@ -800,7 +786,7 @@ def test_a_run_ends_by_itself_when_kl_is_too_high(tiny, train, tmp_path):
     assert [s.update for s in stats] == [1]
     assert stats[0].kl > 0.01
     assert not same(weights(roles), first)  # that update is learnt
-    assert saves(tmp_path) == ["policy"]
+    assert names_in(tmp_path) == ["policy"]
     assert same(load_file(folder / WEIGHTS), roles.state("policy"))
 
 
@@ -820,8 +806,8 @@ def test_a_run_below_stop_kl_goes_on(train, final, reports, tmp_path):
 def test_a_finished_run_is_in_its_folder(tiny, train, final, tmp_path):
     folder = tmp_path / "runs" / "policy"
     train(folder)
-    assert saves(folder.parent) == ["policy"]
-    assert saves(folder) == sorted([CONFIG, WEIGHTS])
+    assert names_in(folder.parent) == ["policy"]
+    assert names_in(folder) == sorted([CONFIG, WEIGHTS])
     again = Roles(load_base(tiny), rank=4, alpha=8)
     again.load("policy", folder)
     assert same(weights(again, ["policy"]), {k: t for k, t in final.items() if "policy" in k})
@@ -833,11 +819,11 @@ def test_what_is_on_disk_after_each_update(train, history, tmp_path):
     def visit(stats):
         seen.append(stats.update)
         if stats.update == UPDATES:
-            assert saves(tmp_path) == ["policy"]
+            assert names_in(tmp_path) == ["policy"]
             return
-        assert saves(tmp_path) == ["policy.unfinished"]
+        assert names_in(tmp_path) == ["policy.unfinished"]
         kept = [f"update-{n:05}" for n in (stats.update - 1, stats.update)]
-        assert saves(tmp_path / "policy.unfinished") == kept
+        assert names_in(tmp_path / "policy.unfinished") == kept
         for name in kept:
             folder = tmp_path / "policy.unfinished" / name
             assert same(saved_weights(folder), history[int(name[-5:])][1])
@@ -857,7 +843,7 @@ def test_the_folder_may_be_text_and_the_prompts_a_tuple(train, final, tmp_path, 
     interrupt(train, monkeypatch, "deep/policy", stop_in_the_consumer, 2)
     roles, _ = train(Path("deep/policy"), prompts=tuple(PROMPTS))
     assert same(weights(roles), final)
-    assert saves(tmp_path / "deep") == ["policy"]
+    assert names_in(tmp_path / "deep") == ["policy"]
 
 
 def test_the_old_policy_stays_until_the_new_is_whole(train, tmp_path):
@@ -885,11 +871,6 @@ def nth(number, real, action):
 
 def stop():
     raise KeyboardInterrupt
-
-
-def press():
-    """A real Ctrl-C."""
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def stop_in_sampling(update, patch):
@@ -991,14 +972,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ):
     folder, unfinished = tmp_path / "policy", tmp_path / "policy.unfinished"
     interrupt(train, monkeypatch, folder, stop, update)
-    assert saves(tmp_path) == ["policy.unfinished"]
-    assert saves(unfinished)[-1] == f"update-{update:05}"
+    assert names_in(tmp_path) == ["policy.unfinished"]
+    assert names_in(unfinished)[-1] == f"update-{update:05}"
     assert same(saved_weights(unfinished / f"update-{update:05}"), history[update][1])
     roles, stats = train(folder, new_roles(tiny, head_seed=9))  # what is on disk counts
     assert facts(stats) == facts(s for s, _ in history[update + 1 :])
     assert same(weights(roles), history[-1][1])
     assert same(load_file(folder / WEIGHTS), roles.state("policy"))
-    assert saves(tmp_path) == ["policy"]
+    assert names_in(tmp_path) == ["policy"]
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -1051,7 +1032,7 @@ def test_with_fewer_saves_some_updates_are_made_again(
     interrupt(train, monkeypatch, folder, stop, update, config=SAVE_EVERY_2)
     last = update // 2 * 2
     names = [f"update-{n:05}" for n in range(0, last + 1, 2)]
-    assert saves(tmp_path / "policy.unfinished") == names
+    assert names_in(tmp_path / "policy.unfinished") == names
     roles, stats = train(folder, config=SAVE_EVERY_2)
     assert facts(stats) == facts(s for s, _ in history[last + 1 :])
     assert same(weights(roles), history[-1][1])
@@ -1223,7 +1204,7 @@ FILES = [
 
 
 def test_the_files_of_a_save_are_these(unfinished):
-    assert saves(unfinished) == ["update-00002", "update-00003"]
+    assert names_in(unfinished) == ["update-00002", "update-00003"]
     assert sorted(contents(unfinished / "update-00003")) == sorted(FILES)
 
 
@@ -1245,7 +1226,7 @@ def test_a_run_goes_on_over_a_damaged_save(train, final, stopped):
     roles, stats = train(stopped)
     assert [s.update for s in stats] == [3, 4]
     assert same(weights(roles), final)
-    assert saves(stopped.parent) == ["policy"]
+    assert names_in(stopped.parent) == ["policy"]
 
 
 def test_a_save_that_is_missing_is_as_good(train, final, stopped):
@@ -1302,7 +1283,7 @@ def test_on_a_full_disk_the_run_goes_on(train, history, tmp_path, monkeypatch, w
 
     def visit(stats):
         if stats.update < UPDATES:
-            on_disk[stats.update] = [n[-5:] for n in saves(tmp_path / "policy.unfinished")]
+            on_disk[stats.update] = [n[-5:] for n in names_in(tmp_path / "policy.unfinished")]
             newest = tmp_path / "policy.unfinished" / f"update-{on_disk[stats.update][-1]}"
             assert same(saved_weights(newest), history[int(newest.name[-5:])][1])
 
@@ -1317,7 +1298,7 @@ def test_on_a_full_disk_the_run_goes_on(train, history, tmp_path, monkeypatch, w
     assert on_disk == {1: ["00000", "00001"], 2: ["00000", "00001"], 3: ["00001", "00003"]}
     assert facts(stats) == facts(s for s, _ in history[1:])
     assert same(weights(roles), history[-1][1])
-    assert saves(tmp_path) == ["policy"]
+    assert names_in(tmp_path) == ["policy"]
 
 
 def test_a_run_that_could_not_be_saved_is_stopped_and_goes_on(
@@ -1337,11 +1318,11 @@ def test_a_full_disk_at_the_end_keeps_the_run(train, history, final, tmp_path, m
         patch.setattr(roles_module, "save_file", full(3 * UPDATES, save_file))
         with pytest.raises(OSError, match="No space left"):
             train(tmp_path / "policy")
-    assert "policy" not in saves(tmp_path)
+    assert "policy" not in names_in(tmp_path)
     roles, stats = train(tmp_path / "policy")
     assert facts(stats) == facts(s for s, _ in history[UPDATES:])
     assert same(weights(roles), final)
-    assert saves(tmp_path) == ["policy"]
+    assert names_in(tmp_path) == ["policy"]
 
 
 # --- what is not finite --------------------------------------------------------------------
@@ -1426,7 +1407,7 @@ def test_what_is_not_finite_ends_the_run_and_keeps_the_last_save(
         with pytest.raises(FloatingPointError, match=f"{where}.*update 1 is kept .*{message}"):
             train(folder, roles)
     newest = tmp_path / "policy.unfinished" / "update-00001"
-    assert saves(newest.parent) == ["update-00000", "update-00001"]
+    assert names_in(newest.parent) == ["update-00000", "update-00001"]
     assert same(saved_weights(newest), history[1][1])
     _, stats = train(folder, roles)
     assert facts(stats) == facts(s for s, _ in history[2:])
@@ -1446,7 +1427,7 @@ def test_the_save_that_is_said_to_be_kept_is_there(train, tmp_path, monkeypatch,
     with pytest.raises(FloatingPointError) as caught:
         train(tmp_path / "policy", config=config)
     folder = tmp_path / "policy.unfinished"
-    kept = saves(folder)[-1:] if folder.exists() else []
+    kept = names_in(folder)[-1:] if folder.exists() else []
     said = [f"update-{n:05}" for n in range(9) if f"; update {n} is kept" in str(caught.value)]
     assert said == kept
 
@@ -1454,7 +1435,7 @@ def test_the_save_that_is_said_to_be_kept_is_there(train, tmp_path, monkeypatch,
 def test_weights_that_diverge_end_the_run(train, tmp_path):
     with pytest.raises(FloatingPointError, match="update 1 broke off at role 'policy'"):
         train(tmp_path / "policy", config=replace(SETTINGS, learning_rate=1e25))
-    assert saves(tmp_path / "policy.unfinished") == ["update-00000"]
+    assert names_in(tmp_path / "policy.unfinished") == ["update-00000"]
 
 
 def test_a_policy_that_can_no_longer_sample_ends_the_run(tiny, train, tmp_path):
@@ -1580,7 +1561,7 @@ def test_wherever_a_save_stops_the_run_goes_on(train, short, tmp_path, monkeypat
         with pytest.raises(SystemExit):
             train(tmp_path / "policy", config=SHORT)
     assert same(weights(train(tmp_path / "policy", config=SHORT)[0]), short)
-    assert saves(tmp_path) == ["policy"]
+    assert names_in(tmp_path) == ["policy"]
 
 
 def test_a_kill_in_the_last_removal_does_no_harm(train, short, tmp_path, monkeypatch):

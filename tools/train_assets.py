@@ -341,9 +341,9 @@ def make_sft(out: Path, seeds: int) -> None:
         (new / "README.md").write_text(sft_card(rows), encoding="utf-8")
 
 
-def spread(values: list[float], unit: str = "") -> str:
+def spread(values: list[float]) -> str:
     """Mean and range, such as "0.96 (0.95 to 0.98)"."""
-    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g}){unit}"
+    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def sft_card(rows: list[dict]) -> str:

@@ -45,9 +45,10 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GP
 # RLHF is *reinforcement learning from human feedback*. It starts from a **base model**, which
 # continues text. Step 1, **supervised fine-tuning** (SFT), shows it answers to imitate. Step 2: people
 # see two SFT answers to one question and say which is better, and a **reward model** learns to score
-# as they choose. Step 3, **PPO** (proximal policy optimization), samples answers from the SFT model
-# and makes high-scoring ones likelier, while a **KL penalty** charges for moving away from it (KL is
-# the Kullback–Leibler divergence, a measure of how far two distributions differ).
+# as they choose. Step 3, **PPO** (proximal policy optimization), starts from the SFT model, samples
+# answers from its own current version and makes high-scoring ones likelier, while a **KL penalty**
+# charges for moving away from the SFT model (KL is the Kullback–Leibler divergence, a measure of how
+# far two distributions differ).
 
 # %%
 plots.show(
@@ -150,8 +151,9 @@ for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
 
 # %% [markdown]
 # Some answers are right, others wrong or rude, and at times another question comes back, as on the
-# pages the model has read. After an answer it often writes `<|user|>` and plays you as well. A few
-# draws tell little, so we draw for many questions, and for that we need somebody to mark them.
+# pages the model has read. After an answer it often writes `<|user|>` and plays you as well, before it
+# ends. A few draws tell little, so we draw for many questions, and for that we need somebody to mark
+# them.
 
 # %% [markdown]
 # ## The rubric: what a good response is
@@ -162,7 +164,7 @@ for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
 #
 # | part | points |
 # |---|---|
-# | correct | 1 if all it answers is right (0.5 for one fact about an animal, two are wanted), −0.5 if any of it is wrong |
+# | correct | 1 if every answer in it is right, −0.5 if one is wrong ("tell me about the crow" wants two facts: one alone earns 0.5) |
 # | answers | 0.3 for any answer to what was asked |
 # | polite | 0.2 for an answer with at least one polite phrase |
 # | concise | 0.2 for an answer in at most 20 words |
@@ -178,7 +180,8 @@ for response in ("great question! it says quack.", "it says moo.", "go away."):
     print(f"{score.total:5.1f}  {response:32} {parts}")
 
 # %% [markdown]
-# Check the first by hand: 1.0 + 0.3 + 0.2 + 0.2 + 0.2 = 1.9, the best there is.
+# Check the first by hand: 1.0 + 0.3 + 0.2 + 0.2 + 0.2 = 1.9, the best there is. (`gold_reward` takes a
+# text as finished unless it is told otherwise.)
 #
 # <details><summary><b>Predict before you run.</b> What do you get for
 # <code>"great question! happy to help! it says quack. have a nice day!"</code>?</summary>
@@ -194,7 +197,7 @@ assert rubric.gold_reward(prompt, grovelling).total == 1.3
 # %% [markdown]
 # Now all *held-out* prompts: phrasings and facts that SFT, the reward model and PPO never see (the
 # base has read them). Each response falls into one class, the first that fits: rude, wrong, asks back,
-# right and finished, answers but goes on, vague or rambling, other.
+# right and nothing more, answers but goes on, vague or rambling, other.
 
 # %%
 held_out = list(prompt_dataset(preset, "held_out")["prompt"])
@@ -217,12 +220,14 @@ print({name: round(getattr(marks, name), 2) for name in rubric.PARTS})
 print(f"mean gold reward of the base model: {gold:.2f} of at most 1.90")
 plays_user = (response_ids == tokenizer.convert_tokens_to_ids(corpus.USER)).any(-1)
 print(f"{plays_user.float().mean():.0%} of the responses go on as <|user|>")
-assert shares["right and finished"] < 0.2
+print(f"{rollout.finished.float().mean():.0%} end with <|eos|>")
+assert shares["right, nothing more"] < 0.2
 
 # %% [markdown]
-# Few responses are right and finished. One large class is wrong; the other answers rightly and goes
-# on, mostly by playing the user, which the rubric marks as rambling. The figure is one draw, and does
-# not say why so many answers are wrong. Does the model not *know* the right one?
+# Nearly all responses end, but few are right and nothing more. One large class is wrong; the other
+# answers rightly and goes on, mostly by playing the user, which the rubric marks as rambling. The
+# figure is one draw, and does not say why so many answers are wrong. Does the model not *know* the
+# right one?
 
 # %% [markdown]
 # ## It ranks the right answer first, and still says others
@@ -230,8 +235,9 @@ assert shares["right and finished"] < 0.2
 # Three questions tell knowing from saying. *Knows*: is the right statement more probable than each
 # wrong one? *Judges*: after somebody's answer, is "yes, that is right." more probable than "no, that is
 # wrong." exactly if the answer is right? Both compare $\log p = \sum_t \log p(x_t \mid x_{<t})$, where
-# $x_t$ is the $t$-th token, $x_{<t}$ are those before it, and the sum runs over the tokens compared.
-# *Most likely response*: what comes if each token drawn is (nearly) the likeliest one?
+# $x_t$ is the $t$-th token, $x_{<t}$ are those before it, and the sum runs over the tokens compared:
+# two tokens of probability 0.5 and 0.2 have $\log p = \log 0.1 \approx -2.30$. *Greedy response*: what
+# comes if each token drawn is (nearly) the likeliest one?
 
 # %%
 known = exam.known_share(exam.known_facts(base, tokenizer))
@@ -249,7 +255,7 @@ def share_right(texts):
 
 first, drawn = share_right(likeliest.texts), share_right(rollout.texts)
 labels = ["facts known", "right answers judged right", "wrong answers judged wrong"]
-labels += ["most likely response right", "sampled response right"]
+labels += ["greedy response right", "sampled response right"]
 fig = plots.bars(labels, [known, *judged.values(), first, drawn], "share of facts or of responses")
 plots.show(fig, alt=f"Five bars: the first four near 1, the last, sampled responses, {drawn:.2f}.")
 assert min(known, first, *judged.values()) > 0.9 > drawn + 0.3
@@ -257,8 +263,8 @@ assert min(known, first, *judged.values()) > 0.9 > drawn + 0.3
 # %% [markdown]
 # The first four bars ask what the model ranks first, the last what it says on an average draw. It
 # ranks the right answer first, in the chat format too, and yet says it in fewer than half of the draws.
-# How often are the answers right in the chats that it has read? And does the likeliest response stop
-# after the answer?
+# How often are the answers right in chats of the kind that it has read? And does the greedy response
+# stop after the answer?
 
 # %%
 chat = re.compile(r"<\|user\|> (.*?)<\|assistant\|> (.*?)<\|")
@@ -270,20 +276,23 @@ goes_on = (likeliest.input_ids == tokenizer.convert_tokens_to_ids(corpus.USER)).
 print(
     f"right in {len(chats)} chats of the text: {right_chats:.2f}; in the model's draws: {drawn:.2f}"
 )
-print(f"likeliest responses that go on as <|user|>: {goes_on.float().mean():.0%}")
+print(f"greedy responses that go on as <|user|>: {goes_on.float().mean():.0%}")
 assert abs(right_chats - drawn) < 0.1
 
 # %% [markdown]
-# The draws repeat the text. *Training has to move probability onto the right answer.* Always taking
-# the likeliest token would give right answers in this small world, but PPO learns from draws, and the
-# second number shows what else would be left to mend. The figure does not show that a large
-# model knows all it needs; that alignment adds little knowledge is a hypothesis there (Zhou et al.
-# 2023, further reading).
+# The draws are right about as often as the text. *Training has to move probability onto the right
+# answer.* Always taking the likeliest token would give right answers in this small world, but PPO
+# learns from draws, and the share that goes on as `<|user|>` shows what else would be left to mend. The
+# five bars do not show that a large model knows all it needs; that alignment adds little knowledge is
+# a hypothesis there (Zhou et al. 2023, further reading).
 
 # %% [markdown]
 # ## Training moves probability: a first step of your own
 #
-# Training on a text raises its probability by following the gradient. We teach an unquantized copy of
+# Training on a text raises its probability by following the gradient. By hand: with two tokens and
+# logits $(0, 0)$, the gradient of $\log p_1$ is $(1 - p_1,\ -p_2) = (0.5, -0.5)$; a step of size 1 gives
+# logits $(0.5, -0.5)$, and $p_1$ has gone from 0.5 to $1 / (1 + e^{-1}) \approx 0.73$. What $p_1$ gains
+# another token loses. We teach an unquantized copy of
 # the base one sentence that it has never read, "the panda says squeak.", with 20 steps of Adam at a
 # learning rate of 3e-4, and watch an old fact beside it.
 
@@ -337,7 +346,7 @@ print(f"all {len(known_before)} topics: {exam.known_share(known_after):.1%} know
 assert exam.known_share(known_after) < exam.known_share(known_before)
 
 # %% [markdown]
-# The nearest topic suffers most, and most topics not at all. One sentence repeated 20 times is an
+# The nearest topic suffers most; in the topics not printed no fact is lost. One sentence repeated 20 times is an
 # extreme case, but it shows what to watch: an update moves more than you aim at, and you see it only
 # if you measure it. The KL penalty of the picture measures how far a model has moved on its own
 # responses; lesson 05 uses it.
@@ -409,10 +418,8 @@ assert answering["right"] < answering["left"] - 0.1
 # One draw for each held-out prompt, before any fine-tuning. The lessons to come have to raise these.
 
 # %% tags=["headline"]
-finished = shares["right and finished"]
-print(
-    f"base: sampled responses right {drawn:.0%}, right and finished {finished:.0%}, gold {gold:.2f}"
-)
+only = shares["right, nothing more"]
+print(f"base: sampled responses right {drawn:.0%}, and nothing more {only:.0%}, gold {gold:.2f}")
 print(f"facts known {known:.0%}; one sentence trained: P {new[0]:.2f} to {new[-1]:.2f}")
 
 # %% [markdown]
@@ -420,7 +427,7 @@ print(f"facts known {known:.0%}; one sentence trained: P {new[0]:.2f} to {new[-1
 #
 # - A language model is a distribution over the next token; sampling draws from it.
 # - The base ranks right answers first and judges answers, yet its draws are right only about as often
-#   as the chats it has read, and mostly go on instead of stopping.
+#   as the chats it has read, and after the answer mostly play the user before they end.
 # - Gold is a rubric that only this small world has; it will judge every later step.
 # - Training moves probability, also where you did not aim.
 #

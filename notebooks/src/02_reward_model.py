@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 02 · The reward model, and its blind spot
 #
-# **Run time** about three minutes on two CPU cores · **Before this** lesson 01 · **Next** lesson 03, the
+# **Run time** about two minutes on two CPU cores · **Before this** lesson 01 · **Next** lesson 03, the
 # mechanics of PPO · **Exercise** `exercises/02_reward_model.ipynb`
 #
 # After this lesson you will be able to
@@ -60,7 +60,7 @@ for response in responses:
 # more often, $P(a \succ b) = \sigma(r_a - r_b)$, where $\sigma(x) = 1/(1 + e^{-x})$. Our annotator
 # chooses just so, with $r = u/T$ at a temperature of $T = \frac13$ points.
 #
-# For $N$ pairs with gaps $\Delta_i = r_i^{\text{chosen}} - r_i^{\text{rejected}}$ all choices together have
+# ($a \succ b$ reads "$a$ is chosen over $b$".) For $N$ independent choices with gaps $\Delta_i = r_i^{\text{chosen}} - r_i^{\text{rejected}}$ all choices together have
 # probability $\prod_i \sigma(\Delta_i)$. Take the logarithm, the mean, a minus; and since
 # $(\log \sigma)' = 1 - \sigma$,
 #
@@ -81,7 +81,8 @@ print("losses  ", [round(x, 3) for x in losses.tolist()], " = log 2, log 4/3, lo
 print("gradient", [round(x, 3) for x in chosen.grad.tolist()], " = -(1/2, 1/4, 3/4) / 3")
 
 # %% [markdown]
-# **Only differences matter.** Add the same number to all rewards and nothing changes, so a reward has no
+# **Only differences matter.** Add the same number to all rewards and nothing changes; even a different number
+# for each prompt changes nothing, since nobody compares answers to different questions. So a reward has no
 # natural zero. And $\log\sigma$ must be computed in one step: at a gap of −200 the probability is below
 # anything that float32 can hold, and its logarithm taken afterwards is −∞.
 
@@ -125,7 +126,8 @@ print(reward.preference_card(pairs, annotator))
 # %% [markdown]
 # The annotator's choices are partly luck, and so nobody can predict them all. Knowing every probability
 # $p$, one would bet on the likelier side and win with $\max(p, 1-p)$: the mean of that is the
-# **ceiling**. It is known only because the people are simulated. Held-out pairs are of other prompts: if
+# **ceiling**. It is known only because the people are simulated. (The card's is over all pairs; below is that
+# of the held-out ones, which is the one that counts.) Held-out pairs are of other prompts: if
 # the same prompt were on both sides, remembering its answers would look like judging.
 
 # %%
@@ -172,7 +174,7 @@ for company in (0, 24):
     input_ids, mask, _ = pad_examples(tokenizer, [short, *others])
     with torch.no_grad():
         device = roles.base.device
-        values = roles.values("reward", input_ids.to(device), mask.to(device))[0]
+        values = roles.values("reward", input_ids.to(device), mask.to(device))[0]  # one a token
     at_last_token = values[reward.last_token_index(mask)[0]]
     print(f"with {company:2} others: last real token {at_last_token:+.4f},", end=" ")
     print(f"last column {values[-1]:+.4f}")
@@ -186,7 +188,9 @@ for company in (0, 24):
 # ## Training
 #
 # One adapter, starting as a copy of `sft`, and one head. The loop is that of lesson 01 with another loss.
-# That loss has a floor, as the accuracy has a ceiling: the mean entropy of the annotator's choices.
+# That loss has a floor, as the accuracy has a ceiling: the loss of a model that knew every $p$, which is the
+# mean *entropy* $-p \log p - (1 - p) \log(1 - p)$ of the annotator's choices. (A choice at $p = \frac12$ has
+# $\log 2 \approx 0.69$, one at $p = 0.9$ has 0.33.)
 
 # %%
 config = reward.RewardConfig(**preset.reward)
@@ -211,6 +215,11 @@ def draw(history, handle):
 
 
 history, figure = [], None
+
+# %% [markdown]
+# The training itself; after an interruption run this cell again, and it goes on.
+
+# %%
 run = reward.train_reward_model(
     roles, "reward", tokenizer, encoded, held_out_encoded, config, folder=folder / "reward"
 )
@@ -219,11 +228,16 @@ for stats in tqdm(run, total=config.steps + 1):
     if stats.held_out:
         figure = draw(history, figure)
 
+# %% [markdown]
+# The loss ends near its floor but not at it. A single batch may lie below the floor: it has only 32 pairs, and
+# the floor is an expectation. And how many pairs does it rank rightly?
+
 # %%
 accuracy = {s.step: s.held_out["accuracy"] for s in history if s.held_out}
 series = {"held-out accuracy": accuracy, "ceiling": {0: best, config.steps: best}}
 fig = plots.lines(series, "updates", "share of pairs ranked right")
-ends = f"{accuracy[0]:.2f} to {accuracy[config.steps]:.2f}"
+first_accuracy = next(iter(accuracy.values()))
+ends = f"{first_accuracy:.2f} to {accuracy[config.steps]:.2f}"
 plots.show(fig, alt=f"Held-out accuracy goes from {ends}; the ceiling is {best:.2f}.")
 
 chosen, rejected = reward.pair_scores(roles, "reward", tokenizer, held_out_encoded)
@@ -232,12 +246,18 @@ share, low, high = exam.share_with_interval((gap > 0).tolist())
 print(
     f"held-out accuracy {share:.3f} [{low:.3f}, {high:.3f}], ceiling {best:.3f}: {share / best:.0%} of it"
 )
-assert preset.name != "pocket" or share > 0.9 * best
+if preset.name == "pocket":
+    print(
+        f"knowing every p one would rank {(p > 0.5).float().mean():.3f} of these very pairs right"
+    )
+    assert share > 0.9 * best
 
 # %% [markdown]
-# Before the first update the head's weights are random, and yet it ranks a little more than half of the pairs
-# rightly here; another seed begins elsewhere. The ceiling is an expectation: on few pairs the labels may
-# by luck agree with a good model more often. The interval says how much 500 pairs can tell.
+# Before the first update the head's weights are random, and what it ranks rightly then is chance; guessing
+# would get a half. The ceiling is an expectation: on 500 pairs the choices may by luck agree with a good model
+# more often or less, as the last line shows. The interval says how much 500 pairs can tell. (Pairs of one
+# prompt share responses; drawing whole prompts anew gives nearly the same interval.) Accuracy is near its
+# ceiling while the loss is not at its floor: the order is learnt better than the size of the gaps.
 #
 # Does the model rank as *gold* does? That is another question: the people it learnt from do not always.
 
@@ -251,14 +271,27 @@ def golds(side):
 
 gold_gap = golds("chosen") - golds("rejected")
 differ = gold_gap != 0
-agree = ((gap > 0) == (gold_gap > 0))[differ].float().mean().item()
-people = ((p > 0.5) == (gold_gap > 0))[differ].float().mean().item()
+model_agrees = ((gap > 0) == (gold_gap > 0))[differ]
+people_agree = ((p > 0.5) == (gold_gap > 0))[differ]
+agree, people = model_agrees.float().mean().item(), people_agree.float().mean().item()
 print(f"agrees with the gold order on {agree:.1%} of the {differ.sum()} pairs that differ in gold;")
 print(f"the annotator's likelier choice agrees on {people:.1%}")
+print(f"where it does not ({(~people_agree).sum()} pairs), the model sides with it", end=" ")
+print(f"{(~people_agree & ~model_agrees).sum()} times")
 
 # %% [markdown]
-# So part of the disagreement is the annotator's own leaning, which a perfect reward model would share.
-#
+# So part of the disagreement is the annotator's own leaning, which a perfect reward model would share. Both
+# numbers on ten recorded seeds, each with its own pairs and head (accuracy may pass its ceiling by luck):
+
+# %% tags=["nbval-check-output"]
+# Pocket only
+recorded = json.loads((ASSETS / "reward" / "runs.json").read_text(encoding="utf-8"))
+ratios = [row["accuracy"] / row["ceiling"] for row in recorded if row["run"] == "reward"]
+agreements = [row["gold_agreement"] for row in recorded if row["run"] == "reward"]
+print(f"accuracy over ceiling {min(ratios):.2f} to {max(ratios):.2f},", end=" ")
+print(f"agreement with gold {min(agreements):.2f} to {max(agreements):.2f}")
+
+# %% [markdown]
 # ## Calibration
 #
 # $\sigma(\Delta)$ is a probability. Is it honest? Among held-out pairs on which the model is 80% sure, it
@@ -271,38 +304,43 @@ fig = plots.lines(series, "confidence σ(|Δ|)", "share ranked right")
 points = ", ".join(f"{y:.2f} at {x:.2f}" for x, y, _ in rows)
 plots.show(fig, alt=f"Share ranked right against confidence: {points}; honest is the diagonal.")
 for x, y, count in rows:
-    _, low, high = exam.share_with_interval([i < y * count for i in range(count)])
-    print(f"confidence {x:.2f}: right on {y:.2f} [{low:.2f}, {high:.2f}] of {count} pairs")
+    right = round(y * count)
+    _, low, high = exam.share_with_interval([True] * right + [False] * (count - right))
+    verdict = "holds it" if low <= x <= high else "misses it"
+    print(
+        f"confidence {x:.2f}: right on {y:.2f} of {count:3} pairs [{low:.2f}, {high:.2f}] {verdict}"
+    )
 
 # %% [markdown]
 # Points below the diagonal mean over-confidence. The interval of each group says what its pairs can tell:
-# where it holds the confidence, nothing speaks against the model. The figure does not show whether
-# confidence is honest on responses of another kind than the SFT model's, or on one that is cut off before its end, which
-# no pair shows; PPO will look for just those.
+# where it holds the confidence, nothing speaks against the model. With five groups one miss comes by luck
+# about one time in five; two or more, or one far off, would be a fault. The figure does not show whether the
+# confidence is honest on responses of another kind: unlike the SFT model's, or cut off before their end. The
+# pairs hold none of these, and PPO can produce both.
 
 # %% [markdown]
 # ## A zero and a unit
 #
 # PPO will add the reward to a KL penalty, so its scale matters. We fix it on the held-out responses: with
-# their mean reward $m$ and standard deviation $s$ the head becomes $w \leftarrow w/s$ and
+# their mean reward $m$ and standard deviation $s$ the head's weights $w$ and bias $b$ become $w \leftarrow w/s$ and
 # $b \leftarrow (b - m)/s$. From here on σ(Δ) is no probability; σ($s$Δ) is.
 
 # %%
 reward.normalise(roles, "reward", torch.cat([chosen, rejected]))
 roles.save("reward", folder / "reward")
 scores = torch.cat(reward.pair_scores(roles, "reward", tokenizer, held_out_encoded))
-print(f"mean {scores.mean():.4f}, standard deviation {scores.std():.4f}")
+print(f"mean {scores.mean():z.4f}, standard deviation {scores.std():.4f}")
 
 # %% [markdown]
 # ## What has it learnt? The blind spot
 #
-# The same right answers to 200 held-out prompts, with 0 to 4 polite phrases around them. Gold rises with
-# the first phrase and falls with each that follows (and by 0.2 more beyond 20 words, as no longer concise).
+# The same right answers to 200 of lesson 00's held-out prompts, which stand in no pair at all, with 0 to 4
+# polite phrases around them. Gold rises with the first phrase and falls with each that follows (and by 0.2 more beyond 20 words, as no longer concise).
 #
 # <details><summary><b>Predict before you run.</b> What will the learned reward (the <em>proxy</em>) do?</summary>
 #
-# It follows the people up, to whom a phrase is worth 0.6 points while the rubric takes off 0.3: as far as
-# the pairs show it phrases. How far is that?
+# It rises with the people's taste: to them a second phrase is worth 0.6 − 0.3 = +0.3. But only as far as the
+# pairs contain such responses. How far is that?
 # </details>
 
 
@@ -340,32 +378,24 @@ print({f"{n} or more phrases": f"{share:.1%} of responses" for n, share in share
 # for, which is not what they meant. Beyond two the pairs hold next to nothing; there the proxy is nearly
 # flat, and does not see the cost. PPO sees only the proxy; lesson 05 watches where it goes. Is that so on
 # other seeds, and is the annotator's leaning the cause? Recorded by `tools/train_assets.py reward`: ten
-# seeds, and three with an annotator that pays nothing for phrases and words.
+# seeds, and three with an annotator that pays nothing for phrases and words on top of gold.
 
 # %% tags=["nbval-check-output"]
 # Pocket only
-recorded = json.loads((ASSETS / "reward" / "runs.json").read_text(encoding="utf-8"))
 for name in ("reward", "unbiased"):
     rows = [row for row in recorded if row["run"] == name]
-    parted = sum(row["polite_proxy"][4] > row["polite_proxy"][1] for row in rows)
+    proxies = [row["polite_proxy"] for row in rows]
+    first, later = (sum(q[b] > q[a] for q in proxies) for a, b in ((1, 2), (2, 4)))
     lines = [sum(row["polite_proxy"][n] for row in rows) / len(rows) for n in range(5)]
     print(f"{name:8} proxy by phrases {[round(x, 2) for x in lines]}", end=" ")
-    print(f"rises from 1 to 4 on {parted} of {len(rows)} seeds")
+    print(f"rises from 1 to 2 on {first}, from 2 to 4 on {later} of {len(rows)} seeds")
 
 # %% [markdown]
-# The ten seeds once more, for the two numbers from above.
-
-# %% tags=["nbval-check-output"]
-# Pocket only
-ratios = [row["accuracy"] / row["ceiling"] for row in recorded if row["run"] == "reward"]
-agreements = [row["gold_agreement"] for row in recorded if row["run"] == "reward"]
-print(f"accuracy over ceiling {min(ratios):.2f} to {max(ratios):.2f},", end=" ")
-print(f"agreement with gold {min(agreements):.2f} to {max(agreements):.2f}")
-
-# %% [markdown]
-# Without the leaning the line turns down after the first phrase, as gold does: the cause is the people. A
+# Without the leaning the line turns down after the first phrase, as gold does: the cause is the people. With
+# it the rise is from one phrase to two; further on the seeds disagree. A
 # second probe: the same right answers, followed by sentences of rambling, which cost 0.2 points each, and
-# 0.2 once beyond 20 words.
+# 0.2 once beyond 20 words. The people dislike them too: a sentence's words earn it about 0.05, and gold's 0.2
+# is off.
 
 # %%
 # Pocket only
@@ -377,13 +407,15 @@ plots.show(fig, alt=f"Proxy by number of rambling sentences {shape}; gold falls 
 rise = [
     row["length_proxy"][1] - row["length_proxy"][0] for row in recorded if row["run"] == "reward"
 ]
+print("proxy", [round(x, 2) for x in proxy], " gold", [round(x, 2) for x in gold])
 print(f"recorded: the first sentence raises the proxy on {sum(x > 0 for x in rise)} of {len(rise)}")
 print(f"seeds, and changes it by {min(rise):+.2f} to {max(rise):+.2f}")
 rambling = [text for text in sides if rubric.count_phrases(text, world.RAMBLING)]
 print(f"such a sentence stands in {len(rambling)} of {len(sides)} responses of the pairs")
 
 # %% [markdown]
-# Here the seeds disagree. Little in the pairs says what rambling is worth, and so it depends on the seed.
+# Gold falls with every sentence; the proxy hardly cares. And the seeds disagree: little in the pairs says
+# what rambling is worth, and so it depends on the seed.
 # This is another kind of blind spot: not what people got wrong, but what they were hardly asked. A figure
 # of one seed would have told a story.
 
@@ -404,15 +436,17 @@ for size in sorted({row["pairs"] for row in study}):
         spread = f"({min(values):.3f} to {max(values):.3f})"
         print(f"{size:5} pairs, {name:8} {series[name][size]:.3f} {spread}")
 top = sum(row["ceiling"] for row in study) / len(study)
-series["ceiling"] = {64: top, 3072: top}
+series["ceiling, held-out"] = {64: top, 3072: top}
 fig = plots.lines(series, "training pairs", "share of pairs ranked right")
 fig.axes[0].set_xscale("log", base=2)
+sizes = list(series["train"])
+fig.axes[0].set_xticks(sizes, labels=sizes)
 alt = "With more pairs training accuracy falls from 1 and held-out accuracy rises; the gap narrows."
 plots.show(fig, alt=alt)
 
 # %% [markdown]
-# A training accuracy above the ceiling is the proof: nobody can predict the luck in the choices, so those
-# pairs are learnt by heart. The gap between the lines is the over-fitting, and it narrows with more pairs.
+# A training accuracy *far* above the ceiling, as on 64 and 256 pairs, is the proof: nobody can predict the luck
+# in the choices, so those pairs are learnt by heart. The gap between the lines is the over-fitting, and it narrows with more pairs.
 # More pairs also mean fewer looks at each; the figure cannot tell the two apart, nor what more than 3,072
 # pairs would do.
 
@@ -497,21 +531,26 @@ for parameter in model.parameters():
     if parameter.requires_grad:
         parameter.data = parameter.data.float()
 loaded = set_peft_model_state_dict(model, start)
+theirs_first = trainer.evaluate()["eval_accuracy"]
 outcome = trainer.train()
 theirs = trainer.evaluate()["eval_accuracy"]
+print(f"before the first update: ours {first_accuracy:.3f}, TRL {theirs_first:.3f}")
 print(f"held-out accuracy: ours {share:.3f}, TRL {theirs:.3f}")
 assert abs(share - theirs) < 0.02
 
 # %% [markdown]
-# The same start, pairs, order and schedule: what differs is rounding and the head's bias.
+# Both begin at the same accuracy and take the same pairs in the same order. What differs after that is rounding,
+# which 200 updates magnify: the bias cancels in a gap.
 
 # %% [markdown]
 # ## Where there is no rubric: a judge
 #
-# With real comparisons nobody knows how good an answer really is. What one can do, and Gao et al. (2023) did: train a
-# *second* reward model on other comparisons, and never let PPO see it. What pleases the first by a mistake of its own
-# does not please the second. A leaning that both have from the same people it cannot show; that is what a known gold
-# reward is for. In the other presets the judge takes the place of gold from here on.
+# With real comparisons nobody knows how good an answer really is. Gao et al. (2023) let one reward model play the
+# people: it labels the pairs, a second one learns from them, and PPO sees only the second. With real choices one can
+# do nearly the same: train a *judge* on other comparisons, and never let PPO see it. What pleases the first by a
+# mistake of its own need not please the judge. What both have in common it cannot show, be it the people's leaning or
+# the base that both start from; that is what a known gold reward is for. In the other presets the judge takes the
+# place of gold from here on.
 
 # %%
 if preset.name == "pocket":
@@ -554,5 +593,6 @@ print(f"gold {polite[1][1]:.2f} to {polite[1][4]:.2f}")
 # - It learns what people choose, their leanings included.
 #
 # **Further reading.** Stiennon et al. 2020 (arXiv 2009.01325), section 3.4. Ouyang et al. 2022 (arXiv
-# 2203.02155), equation 1: several responses for each prompt. Singhal et al. 2023, *A long way to go*
+# 2203.02155), equation 1: several responses for each prompt. Gao et al. 2023, *Scaling laws for reward model
+# overoptimization* (arXiv 2210.10760). Singhal et al. 2023, *A long way to go*
 # (arXiv 2310.03716): length. Sharma et al. 2023, *Towards understanding sycophancy* (arXiv 2310.13548).

@@ -40,7 +40,7 @@ roles.load("reward", find_adapter(preset, "reward"))
 #
 # Reinforcement learning has its own words for what we have. The **state** $s_t$ is the prompt and the
 # response so far. The **action** $a_t$ is the next token, drawn from the **policy** $\pi(a_t \mid s_t)$:
-# the model. A **trajectory** is a whole response, up to EOS. The **reward** comes once, at its end, from
+# the model. A **trajectory** is a whole response, up to EOS or the length limit. The **reward** comes once, at its end, from
 # the reward model; the next state is simply the state with the token appended. So one number has to
 # teach all tokens of a response, and everything below is about sharing it out well.
 
@@ -48,7 +48,7 @@ roles.load("reward", find_adapter(preset, "reward"))
 prompts = world.prompts("held_out")[::38]
 rollout = sample_responses(roles.use("sft"), tokenizer, prompts, seed=3)
 mask, T = rollout.response_mask, rollout.response_mask.shape[1]
-P = rollout.input_ids.shape[1] - T
+P = rollout.input_ids.shape[1] - T  # the width of the padded prompts
 with torch.no_grad():
     scores = score_tokens(roles, "reward", rollout.input_ids, rollout.attention_mask)
     logprobs = response_logprobs(roles.use("sft"), rollout.input_ids, rollout.attention_mask, T)
@@ -95,7 +95,8 @@ assert logprobs[real].mean() > -1.5 and wrong[real].mean() < -5
 #
 # The plain idea (Williams 1992, REINFORCE): make each sampled action likelier in proportion to how good it
 # turned out, $L = -\frac1N \sum_i A_i \log \pi(a_i)$, with the **advantage** $A$: the reward, less what was to be
-# expected. It is right for one small step on fresh samples. But samples are dear, and we would like to
+# expected (in the code divided by the batch's standard deviation too, of which more below). It is right for one
+# small step on fresh samples. But samples are dear, and we would like to
 # take several steps on each batch; after the first, the samples are those of an older policy.
 #
 # A problem small enough to repeat often: one state, ten actions ("arms"), each with a mean reward between
@@ -105,10 +106,10 @@ assert logprobs[real].mean() > -1.5 and wrong[real].mean() < -5
 
 # %%
 def play(loss_of, steps=8, rate=4.0, batches=40, runs=100):
-    """Mean reward [runs, batches] of the policy after each batch, of arms with means from 0 to 1."""
+    """Mean reward [runs, 1 + batches] of the policy, of arms with means from 0 to 1."""
     generator = torch.Generator().manual_seed(0)
     means = torch.linspace(0, 1, 10)
-    preferences, curves = torch.zeros(runs, 10), []
+    preferences, curves = torch.zeros(runs, 10), [means.mean().expand(runs)]
     for _ in range(batches):
         old = log_softmax(preferences, 1)
         actions = old.exp().multinomial(32, replacement=True, generator=generator)
@@ -117,7 +118,7 @@ def play(loss_of, steps=8, rate=4.0, batches=40, runs=100):
         for _ in range(steps):
             preferences.requires_grad_()
             new = log_softmax(preferences, 1).gather(1, actions)
-            loss = runs * loss_of(new, old.gather(1, actions), A)  # a mean over all runs
+            loss = runs * loss_of(new, old.gather(1, actions), A)  # each run a step of its own
             (gradient,) = torch.autograd.grad(loss, preferences)
             preferences = (preferences - rate * gradient).detach()
         curves.append(preferences.softmax(1) @ means)
@@ -152,16 +153,23 @@ print("steps of a fortieth of the size: mean", [round(x, 3) for x in small])
 once = play(losses["PPO"], steps=1)
 print(f"one step on each batch: {(once[:, -1] > 0.95).sum()};", end=" ")
 print(f"as the ratio without clip: {torch.equal(once, play(losses['ratio'], steps=1))}")
-assert found["PPO"] > found["REINFORCE"] > found["ratio"]
+quarter = [play(losses["PPO"], steps, rate=1.0)[:, 10].mean().item() for steps in (8, 1)]
+print(
+    "steps of a quarter of the size, mean after 10 batches: PPO with eight on each batch", end=" "
+)
+print(f"{quarter[0]:.2f}, with one {quarter[1]:.2f}")
+assert found["PPO"] > found["REINFORCE"] > found["ratio"] and quarter[0] > quarter[1] + 0.1
 
 # %% [markdown]
 # The second-best arm has a mean of 0.89, so above 0.95 is mostly the best one. Without the clip the policy
 # can throw itself, in eight steps on 32 lucky or unlucky samples, onto a poor arm; then it samples nothing
-# else and never learns better. The unclipped ratio is worst: it is right on average, but on a lucky arm it
-# can grow without bound. The clip costs speed at first and is safer, not safe: PPO too can settle on the
-# second-best arm. With steps a fortieth of the size the three hardly differ, and none has arrived yet; and
-# with a single step on each batch the ratio is 1 throughout, so that the clip does nothing. Eight steps do not
-# beat the single one on this small problem: the clip makes further steps safe, not worth while.
+# else and never learns better. The unclipped ratio is worst: it is right on average for a policy that does not
+# depend on these samples; but on a lucky rare arm it can grow to $1/\pi_{\text{old}}$. The clip costs speed at
+# first and is safer, not safe: PPO too can settle on a lesser arm. With steps a fortieth of the size the three
+# hardly differ, and none has arrived yet; and with a single step on each batch the ratio is 1 throughout, so
+# that the clip does nothing. At this size eight steps do not beat the single one, which already goes far. With
+# steps of a quarter of the size they do, as the last line shows. That is the use of the clip: several steps on
+# dear samples at less risk.
 
 # %% [markdown]
 # ## The clip
@@ -205,15 +213,18 @@ for advantage, flat in ((1, "above 1 + ε"), (-1, "below 1 − ε")):
     plots.explore(partial(draw_clip, advantage), alt, ε=[0.2, 0.05, 0.1, 0.4])
 
 # %% [markdown]
-# The clip is one-sided on purpose: it takes away the reward for going further in the right direction, and
-# never the way back. (With a running kernel and ipywidgets the sliders move ε.) It does not keep the ratio inside 0.8 to 1.2: another token's gradient can still push
-# it out, and a single large step can jump the fence.
+# The clip is one-sided on purpose: it takes away the gain from going further in the right direction, and
+# never the way back. The clip does not keep the ratio inside 0.8 to 1.2: another token's gradient can still push
+# it out, and a single large step can jump the fence. (With a running kernel and ipywidgets the sliders move ε.)
 #
 # ## The reward of each token
 #
-# The score comes at the last token. To it PPO for language models adds a price on every token: β times
-# the log-ratio to the **reference**, the SFT model. Lesson 05 is about that price. By hand: three tokens, of
-# which the policy finds the first twice as likely as the reference, the last half as likely; a score of 2.
+# The score comes at the last token. PPO for language models also takes a price for every token, β times the
+# log-ratio of the policy that sampled to the **reference**, the SFT model:
+#
+# $$r_t = -\beta \log \frac{\pi_{\text{old}}(a_t \mid s_t)}{\pi_{\text{ref}}(a_t \mid s_t)} + [t \text{ is the last}] \cdot \text{score}$$
+#
+# While the policy is the reference the price is 0. Lesson 05 is about it. By hand: three tokens, of which the policy finds the first twice as likely as the reference, the last half as likely; a score of 2.
 
 # %% tags=["nbval-check-output"]
 policy, reference = torch.tensor([[0.5, 0.2, 0.3]]).log(), torch.tensor([[0.25, 0.2, 0.6]]).log()
@@ -224,9 +235,10 @@ print([round(x, 4) for x in rewards[0].tolist()], "= -0.1 log 2, 0, 2 + 0.1 log 
 # ## The critic, TD errors, GAE
 #
 # A second model, the **critic**, predicts at each state what reward is still to come: $V(s_t)$. If
-# the critic is right, a token that changes the prediction is a good or a bad one: the **TD error** is
-# $\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)$, and after EOS there is no state, so $V = 0$. A discount γ below 1
-# would make late rewards count less; here γ = 1. Four tokens by hand, with the reward 1 at the end:
+# the critic is right, a token that changes the prediction is a good or a bad one: the **TD error** (temporal
+# difference) is $\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)$, and after the last token there is no state, so
+# $V = 0$; so too where a response is cut off at the length limit. A discount γ below 1 would make late rewards
+# count less; here γ = 1. Four tokens by hand, with the reward 1 at the end:
 
 # %% tags=["nbval-check-output"]
 rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
@@ -258,7 +270,7 @@ for lam in (0.5, 0.0, 1.0):
 
 # %% [markdown]
 # λ = 0 trusts the critic: the TD error alone. λ = 1 trusts the outcome: the return is 1 everywhere, whatever
-# the critic said. In between, the loop over tokens is one product with a triangle of weights, and that is
+# the critic said. For any λ the loop over tokens is one product with a triangle of weights, and that is
 # how the helper computes it.
 
 # %%
@@ -274,7 +286,7 @@ print("advantages as a product:", [round(x, 4) for x in by_matrix[0].tolist()])
 # Each column holds the weights of one advantage. An error never counts for a later token: a
 # token cannot be praised for what was written before it.
 #
-# The same on real responses. The critic is, for now, a copy of the reward model: it has never seen an
+# The same on real responses. For now the reward model itself serves as critic: it has never seen an
 # unfinished response, but it has an opinion.
 
 # %%
@@ -305,10 +317,10 @@ plots.show(fig, alt=alt + "The reward is 0 but for the last token; the advantage
 
 # %% [markdown]
 # This is the map of all indices. In each column stand the numbers of one token $a_t$: its log-probability
-# and the value of the state *before* it, both read at the token before; its reward; its share of the
-# praise. The first row is in nats, the others in standard deviations of the reward model. The policy here
+# and the value of the state *before* it, both read at the token before; its reward; its advantage, that is its share
+# of the praise; and the return, which is value plus advantage. The first row is in nats, the others in standard deviations of the reward model. The policy here
 # is still the reference, so the only reward is the score. And even the best response of the batch
-# is blamed for most of its tokens: this critic has never judged half a sentence, and expects too much of many.
+# is blamed for most of its tokens: this critic has never judged half a sentence, and expects too much of most.
 #
 # ## The critic's loss, and whitening
 #
@@ -332,20 +344,23 @@ for value in (0.1, 0.2, 0.5, -0.5):
 # the critic has to predict them as they are, or next time its values and the rewards have different units.
 #
 # How good is the critic? The **explained variance** is $1 - \operatorname{Var}(R - V)/\operatorname{Var}(R)$: 1 for a
-# perfect critic, 0 for one that says the same always, below 0 for one that is worse than that.
+# perfect critic, 0 for one that says the same always, below 0 for one that is worse than that. It is blind to a
+# constant error, so we print the mean of $R - V$ beside it. (The returns contain the values, by their λ; so the
+# critic is partly judged against itself.)
 
 # %%
 white = ppo.whiten(advantages, mask)
 for name, numbers in (("advantages", advantages[real]), ("whitened", white[real])):
     print(f"{name:10} mean {numbers.mean():+.3f}, standard deviation {numbers.std():.3f}")
 untrained = ppo.value_loss(values, values, returns, mask)[1]["explained_variance"]
-print(f"explained variance of the untrained critic {untrained:.2f}")
+print(f"explained variance of the untrained critic {untrained:.2f},", end=" ")
+print(f"mean of R - V {(returns - values)[real].mean():.2f}")
 
 # %% [markdown]
 # ## An audit
 #
-# A short `ppo_step` is easily written, and easily wrong. This one, in our own words, has five faults that
-# one meets in the wild. It runs and returns a loss.
+# A short `ppo_step` is easily written, and easily wrong. This one, in our own words, has four faults that
+# one meets in the wild, and invites a fifth. It runs and returns a loss.
 
 
 # %%
@@ -419,7 +434,8 @@ loss, _ = ppo.policy_loss(logprobs, logprobs, A, mask)
 print(f"with the price of KL in the reward: loss {loss:.4f}")
 
 # %% [markdown]
-# **Fault 4: the old log-probabilities are not kept.** For the first step it makes no difference whether they were
+# **Fault 4: the old log-probabilities are not kept.** The function has nowhere to receive them, so whoever mends
+# fault 3 in a hurry compares with `logprobs.detach()`. For the first step it makes no difference whether they were
 # kept when sampling or are computed anew. After one real step on a copy of the policy it does:
 
 # %%
@@ -452,7 +468,7 @@ for name, numbers in versions.items():
 
 # %% [markdown]
 # Unwhitened, this critic blames nearly everybody, since it expects too much. And with an explained variance
-# below 0 its praise and blame *within* a response are little more than noise; the next lesson trains it. At the
+# below 0 nothing says that its praise and blame *within* a response are more than noise; the next lesson trains it. At the
 # first step the loss is minus the mean of the whitened advantages, 0: what matters is its gradient.
 #
 # ## The whole update
@@ -472,7 +488,8 @@ for name, numbers in versions.items():
 #
 # Usual numbers: β 0.1 here (0.01 to 0.1 elsewhere), γ = 1, λ = 0.95, ε = 0.2, two to four epochs. Reference and
 # reward model never change. The two losses share no weight in our set-up, so each has an optimizer of its own
-# and there is no coefficient between them. The entropy in `policy_loss`'s report is for looking at, not a bonus.
+# and there is no coefficient between them. (Some programs subtract a multiple of the entropy from the loss, a bonus
+# for variety; this one does not.)
 #
 # ## Sanity first
 #
@@ -485,15 +502,16 @@ for name, numbers in versions.items():
 roles.add("fresh", copy_of="sft")
 with torch.no_grad():
     new = response_logprobs(roles.use("fresh"), ids, attention, T)
-    hot = response_logprobs(roles.use("fresh"), ids, attention, T, temperature=0.7)
-for name, scored in (("as it should be", new), ("the new one scored at temperature 0.7", hot)):
+    cold = response_logprobs(roles.use("fresh"), ids, attention, T, temperature=0.7)
+for name, scored in (("as it should be", new), ("the new one scored at temperature 0.7", cold)):
     _, stats = ppo.policy_loss(scored, logprobs, ppo.whiten(shared, mask), mask)
     kl = (scored - logprobs)[real].sum().item() / len(prompts)
     print(f"{name}: ratio {stats['ratio']:.4f}, clipped {stats['clip_fraction']:.0%}, KL {kl:.4f}")
 assert torch.equal(new, logprobs)
 
 # %% [markdown]
-# What differs between the two scorings shows here: a temperature, a shift, dropout. What both share does not:
+# (A KL clearly below 0 is a fault by itself: the samples are not from the policy that scores them.) What differs
+# between the two scorings shows here: a temperature, a shift, dropout. What both share does not:
 # a shift missing in both, or a *sampler* with other settings than the scorer. For that, compare the mean
 # surprise at the samples with the mean entropy of the distributions they came from; on average they are equal.
 
@@ -515,10 +533,11 @@ for temperature in (1.0, 0.5):
     )
 
 # %% [markdown]
-# The last line is a failure on purpose: nothing crashes, all ratios are 1, and the samples are not those of
-# the policy that is being trained.
+# The last line is a failure on purpose: nothing crashes, all ratios would be 1, since the old log-probabilities come
+# from the same scorer, and the samples are not those of the policy that is being trained. On 16 prompts the two
+# numbers differ by up to about 0.1 by luck; here it is several times that.
 #
-# ## The numbers that the next lesson starts from
+# ## The numbers of this lesson
 
 # %% tags=["headline"]
 print(f"explained variance of an untrained critic {untrained:.2f}; arms above 0.95:", end=" ")
@@ -529,8 +548,8 @@ print(", ".join(f"{name} {count}" for name, count in found.items()), "of 100 run
 #
 # - Each response token is an action; the reward comes at the end, and GAE shares it out by means of a critic.
 # - The ratio compares the new policy with the one that sampled; the KL compares it with the reference.
-# - The clip takes away the reward for going too far on one batch; the mask keeps padding out of everything.
-# - On the first step the ratio is 1 and the KL 0, exactly.
+# - The clip takes away the gain from going too far on one batch; the mask keeps padding out of everything.
+# - In the first step of every update each ratio is 1; in the first update of a run the KL to the reference is 0 too.
 #
 # **Further reading.** Schulman et al. 2017 (arXiv 1707.06347), equation 7: the clip. Schulman et al. 2016 (arXiv
 # 1506.02438), equation 16: GAE. Ziegler et al. 2019 (arXiv 1909.08593), equation 2: the KL in the reward.

@@ -9,7 +9,7 @@
 # - say what the four models of PPO cost in memory, and why one 4-bit base with four adapters costs least;
 # - write one update of PPO with the four roles, in the right order;
 # - read the curves of a run, and tell a healthy one;
-# - judge the result against SFT and against best-of-n at the same KL, and read it.
+# - judge the result against SFT and against best-of-n at about the same KL, and read it.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -46,14 +46,16 @@ train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("
 # PPO asks four models: the **policy** that speaks, the **reference** that it must not leave, the **reward
 # model** that judges, the **critic** that predicts the judgement (here the role `value`). Take them as
 # four full models, of which two are trained, and count: 2 bytes for a weight in bf16; for a trained one 16
-# with its gradient, Adam's two moments and the exact copy in float32. LoRA trains only the small A and B.
+# with its gradient, Adam's two moments and the exact copy in float32. So a 7B model, with 6.74 billion weights,
+# comes to (2·16 + 2·2) · 6.74 = 243 GB, a little less since reward model and critic need no output layer. (The
+# pocket model computes in float32: 4 bytes for a weight.) LoRA trains only the small A and B, here of rank 16, in float32.
 # And since all four begin as the same base, one copy of it can serve all; in NF4 that copy shrinks to
 # less than a third.
 
 # %% tags=["nbval-check-output"]
 from transformers import AutoConfig, LlamaConfig
 
-ours = getattr(torch, preset.compute_dtype).itemsize, preset.double_quant
+rank, ours = 16, (getattr(torch, preset.compute_dtype).itemsize, preset.double_quant)
 models = {
     preset.name: (AutoConfig.from_pretrained(preset.model), *ours),
     "7B": (LlamaConfig(), 2, True),
@@ -61,7 +63,7 @@ models = {
 tables = {}
 for name, (model_config, weight_bytes, double_quant) in models.items():
     sizes = memory.model_sizes(model_config)
-    tables[name] = memory.memory_table(sizes, 16, double_quant, weight_bytes)
+    tables[name] = memory.memory_table(sizes, rank, double_quant, weight_bytes)
     print(f"{name}: {sizes.parameters:,} parameters")
     for way, rows in tables[name].items():
         print(f"   {way:18} {sum(row.total for row in rows) / 1e6:12,.1f} MB")
@@ -93,9 +95,9 @@ print(
 # %% [markdown]
 # At 7B the base is most of it; in the pocket model, whose layers are narrow, the adapters are, as the next cell
 # shows. Not in the table is what comes and goes with each batch: activations, the cache of keys and values during
-# sampling, and the logits: half a GB here for one copy, in a vocabulary of 32,000. With 152,000 tokens and
-# responses four times as long it would be ten, more than everything in the table; that is why we score the
-# response positions only, in pieces.
+# sampling, and the logits: half a GB here for one copy, in a vocabulary of 32,000. With a vocabulary of 152,000 and
+# responses four times as long it would be ten, more than everything in the table; that is why log-probabilities
+# are computed at the response positions only, in pieces.
 #
 # ## One base, four adapters
 #
@@ -125,7 +127,7 @@ print(f"measured {there:,} bytes of weights, computed {computed:,}")
 assert abs(there / computed - 1) < (0.02 if preset.name == "pocket" else 0.05)
 
 # %% [markdown]
-# Measured and computed agree within 2%.
+# Measured and computed agree within 0.1%: the count leaves out the two heads and a few constants of the quantization.
 #
 # ## One update, written out
 #
@@ -152,7 +154,7 @@ with torch.no_grad():
     values = roles.values("value", ids, attention)[:, -T - 1 : -1]
     scores = score_tokens(roles, "reward", ids, attention) - 1.0 * ~rollout.finished
 kl = ((logprobs - ref_logprobs) * mask).sum(-1)
-print(f"mean score {scores.mean():.2f}, KL {kl.mean():.1f} nats")
+print(f"mean score {scores.mean():.2f} (of {len(batch)} responses only), KL {kl.mean():.1f} nats")
 assert kl.abs().max() == 0  # nothing has been learnt yet
 
 # %% [markdown]
@@ -165,8 +167,10 @@ advantages = ppo.whiten(advantages, mask)
 
 # %% [markdown]
 # **Learn**: one step for the policy, one for the critic. The order is not free. The four roles share
-# layers, in which one adapter is active at a time, and the backward pass runs through the one that is active
-# *then*. So a role is used, gets its forward and its backward pass, and only then comes the next.
+# layers, in which one adapter is active at a time, and PEFT switches `requires_grad` off for all others. Autograd
+# looks at that flag when it goes *backward*: for a matrix whose flag is off by then it drops the gradient, without
+# a word. (With checkpointing it is worse: the forward pass is computed again, through whichever adapter is active
+# then.) So a role is used, gets its forward and its backward pass, and only then comes the next.
 
 # %%
 optimizers = {
@@ -174,6 +178,7 @@ optimizers = {
 }
 new_logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
 loss, stats = ppo.policy_loss(new_logprobs, logprobs, advantages, mask)
+optimizers["policy"].zero_grad()
 loss.backward()
 optimizers["policy"].step()
 print({name: round(number, 4) for name, number in stats.items()})
@@ -185,6 +190,7 @@ assert stats["ratio"] == 1
 # %%
 new_values = roles.values("value", ids, attention)[:, -T - 1 : -1]
 loss, stats = ppo.value_loss(new_values, values, returns, mask, clip=1.0)
+optimizers["value"].zero_grad()
 loss.backward()
 optimizers["value"].step()
 print({name: round(number, 4) for name, number in stats.items()})
@@ -213,7 +219,7 @@ if preset.device == "cuda":
 # only what enters each layer and computes the rest again.
 #
 # What if the order is wrong? Both forward passes first, and then one backward pass for the sum, as one usually
-# writes it. PEFT itself says nothing and loses the policy's gradients. `Roles` refuses:
+# writes it. PEFT itself says nothing and loses the policy's gradients (the exercise shows it). `Roles` refuses:
 
 # %%
 new_logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
@@ -239,14 +245,15 @@ assert torch.equal(same, ref_logprobs)
 # ## The run
 #
 # `train_ppo` does that again and again: 64 prompts an update, two passes over the batch in two minibatches.
-# The green bands are rules of thumb for a run of *this* kind; outside of one, look for the fault named:
+# The green bands are rules of thumb for a run of *this* kind; outside of one, read the answers and look for a fault:
 #
 # - **KL** beyond about 10 nats: the policy has gone far from the reference; look whether it hacks (lesson 05).
-# - **Entropy** near 0: it says the same thing whatever the dice say.
-# - **Length**, running up to the limit of 32: it has found that more is better.
+# - **Entropy** below 0.3: it says nearly the same thing whatever the dice say; above 1: it gets random.
+# - **Length**, running up to the limit of 32: it has found that more is better; below 3: it stops before it answers.
 # - **Clip fraction** above about 0.2: the steps are too large; at 0 throughout: the clip does nothing.
 # - **Explained variance** below 0: the critic is worse than a constant. In the first updates it may be, since it has
-#   only seen finished responses; it must not stay there.
+#   only seen finished responses; it must not stay there. The **value loss** has no band, since its unit is the score's;
+#   it should fall and stay low.
 #
 # Gold, in the last panel, is what nobody would have in real life. (With another preset than `pocket` a judge stands in
 # for it: a second reward model, from lesson 02, trained on comparisons that the first has not seen.)
@@ -289,6 +296,11 @@ def curves(history):
 roles = four_roles()
 config = ppo.PPOConfig(seed=preset.seed, **preset.ppo)
 history, figure = [], None
+
+# %% [markdown]
+# The run itself, saved after every update; after an interruption run this cell again, and it goes on.
+
+# %%
 for stats in tqdm(
     ppo.train_ppo(roles, tokenizer, train, config, folder / "policy"), total=config.updates
 ):
@@ -304,22 +316,38 @@ for stats in tqdm(
 
 # %%
 first, last = history[0], history[-1]
-print(
-    f"{last.seconds:.0f} s for {config.updates} updates; first ratio {first.first_ratio},", end=" "
-)
-print(f"KL before the first update {first.kl}")
-assert first.first_ratio == 1 and first.kl == 0
+print(f"updates {first.update} to {last.update} in {last.seconds:.0f} s;", end=" ")
+print(f"first ratio {first.first_ratio}, KL of the first batch {first.kl}")
+assert first.first_ratio == 1
+assert first.kl == 0 or first.update > 1  # a run that was resumed in a new kernel begins later
 assert all(abs(s.first_ratio - 1) < 1e-6 for s in history)
 
 # %% [markdown]
 # The score rises fast at first and slowly later. KL goes up with it and settles near three nats; is it the price that
-# holds it there? Lesson 05 takes the price away and looks. Length doubles to 17 tokens and comes back to 14;
-# entropy falls slowly and stays inside its band; the clip is rarely touched, about 1% after the first updates.
+# holds it there? Lesson 05 takes the price away and looks. Length doubles to 17 tokens and comes back to 13;
+# entropy falls at first quickly, then slowly, and stays inside its band; the clip is rarely touched, about 1% after
+# the first updates.
 #
-# Gold *falls* from 1.2 to 0.9 while the score rises fastest and the length doubles, and only then does it rise.
-# What the added words are the panels do not show: length says that there are more of them, gold that the rubric
-# does not like them. Whoever sees the proxy alone does not see that. Each point is a batch of 64 other prompts, so
-# do not read much into a wiggle of a tenth.
+# Gold *falls* from 1.2 to 0.9 while the score rises fastest and the length doubles, and only then does it rise (on
+# this seed; ten are below). What the added words are the panels do not show. The rubric knows:
+
+
+# %%
+# Pocket only
+def marks_of(experience):
+    rows = zip(experience.prompts, experience.rollout.texts, strict=True)
+    return [rubric.gold_reward(*row) for row in rows]
+
+
+for s in history:
+    if s.update in (1, 5, config.updates):
+        marks = rubric.mean_score(marks_of(s.experience))
+        print(f"update {s.update:2}: points for correct {marks.correct:.2f},", end=" ")
+        print(f"grovelling {marks.grovelling:.2f}, rambling {marks.rambling:.2f}")
+
+# %% [markdown]
+# Whoever sees the proxy alone does not see that. Each point is a batch of 64 other prompts, so do not read much into
+# a wiggle of a tenth.
 #
 # ## Does it answer better? Held-out prompts
 #
@@ -352,17 +380,13 @@ row("PPO", after.scores.mean(), gold_after, after.kl.mean())
 
 # %%
 # Pocket only
-def marks_of(experience):
-    rows = zip(experience.prompts, experience.rollout.texts, strict=True)
-    return [rubric.gold_reward(*row) for row in rows]
-
-
 right = []
 for name, experience in (("SFT", before), ("PPO", after)):
     marks = marks_of(experience)
     share, low, high = exam.share_with_interval([mark.correct > 0 for mark in marks])
     print(f"{name}: correct {share:.0%} [{low:.0%}, {high:.0%}],", end=" ")
-    print(f"grovelling {rubric.mean_score(marks).grovelling:.2f}")
+    lost = -rubric.mean_score(marks).grovelling
+    print(f"grovelling -{lost:.3f}: one courtesy too many in {0.3 / lost:.0f} answers")
     right.append(share)
 
 # %% [markdown]
@@ -375,8 +399,8 @@ assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
 
 # %% [markdown]
 # The interval says how far the share is known for these two models; other seeds give other models, see below.
-# Grovelling is what PPO has lost: −0.3 for each courtesy after the first, so about one too many in every four
-# answers, before in fifteen. That fits a reward model that likes courtesies (lesson 02).
+# Grovelling is what PPO has lost: −0.3 for each courtesy after the first. That fits a reward model that likes
+# courtesies (lesson 02).
 #
 # **Best-of-n** is the honest rival: no training at all, draw $n$ responses from SFT and keep the one that the
 # reward model likes best. That moves away from SFT by at most $\log n - (n-1)/n$ nats (Beirami et al. 2024),
@@ -384,7 +408,7 @@ assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
 
 # %%
 n = min((2**k for k in range(1, 7)), key=lambda n: abs(math.log(n) - (n - 1) / n - after.kl.mean()))
-some = held_out[::10][:48]
+some = held_out[::5]
 asked = [prompt for prompt in some for _ in range(n)]
 drawn = sample_responses(roles.use("reference"), tokenizer, asked, preset.response_length, seed=2)
 with torch.no_grad():
@@ -394,12 +418,20 @@ best = scores.argmax(-1, keepdim=True).cpu()
 gold_best = gold(asked, drawn).view(len(some), n).gather(1, best)
 ours, gold_ours = examine("policy", some)
 row(f"best of {n}", scores.max(-1).values.mean(), gold_best, math.log(n) - (n - 1) / n)
-row("PPO, the same", ours.scores.mean(), gold_ours, ours.kl.mean())
+row("PPO, same ones", ours.scores.mean(), gold_ours, ours.kl.mean())
+
+# %%
+# Pocket only
+texts = [drawn.texts[i * n + int(k)] for i, k in enumerate(best)]
+chosen = [rubric.gold_reward(*row) for row in zip(some, texts, strict=True)]
+for name, marks in (("best of n", chosen), ("PPO", marks_of(ours))):
+    correct = sum(mark.correct > 0 for mark in marks) / len(marks)
+    print(f"{name:10} correct {correct:.0%}, grovelling {rubric.mean_score(marks).grovelling:.2f}")
 
 # %% [markdown]
-# The KL of best-of-n is the bound, that of PPO is measured. With no more of it best-of-n has the higher proxy and gold
-# here, as it often has (Gao et al. 2023); but these are 48 prompts, so that these two alone settle nothing. It is chosen by the same reward model, and grovels too. And it pays at every question
-# again, $n$ times the sampling; PPO has paid once.
+# The KL of best-of-n is the bound, that of PPO is measured. Though it has moved less, best-of-n has the higher proxy
+# and gold here, as it often has (Gao et al. 2023). It is chosen by the same reward model, and grovels too. And it pays
+# at every question again, $n$ times the sampling; PPO has paid once.
 #
 # ## Read it
 #
@@ -413,8 +445,9 @@ for i in read:
         print(f"{start:38} {name} {points[i]:5.2f}  {experience.rollout.texts[i]}")
 
 # %% [markdown]
-# Look at the last pair: "it nine." is no sentence, and gold gives both answers the same. Even the rubric misses
-# things. All ten answers of PPO end in a courtesy; in one, the opposite of weak, gold is lower than before.
+# Look at the last pair: "it nine." is no sentence. The rubric takes 0.2 off for it as for rambling, and gives 0.2 for
+# the courtesy, so both answers get 1.70: a courtesy has paid for a broken sentence, and one total can hide that. All
+# ten answers of PPO end in a courtesy; in one, the opposite of weak, gold is lower than before.
 #
 # And one response token by token, of the ten the one with the largest KL, so not a typical one: its log-ratio to the
 # reference, what the critic expected before each token, and the advantage. (`examine` leaves out the price of KL,
@@ -441,8 +474,9 @@ plots.show(
 # %% [markdown]
 # The first row is in nats, the second in units of the score, the third in standard deviations. A value stands
 # *before* its token: 1.54 is what the critic expects before "nine", 1.06 once it is said, and 0.09 after the full
-# stop that follows; the score is 0.44. So it sees the fault, a token late. The KL is nearly all in two tokens: to end
-# that sentence there, and to begin a courtesy.
+# stop that follows; the score is 0.44. So it sees a part of the fault at once and most of it a token later, and then
+# thinks too little of the rest. GAE looks ahead: of all tokens "nine" gets the most blame. Most of the KL is in two
+# tokens: to end that sentence there, and to begin a courtesy.
 #
 # ## Where should the critic start?
 #
@@ -464,7 +498,7 @@ def explained(from_reward, updates=4):
     return [stats.value["explained_variance"] for stats in run]
 
 
-series = {"from the reward model": explained(True), "at random": explained(False)}
+series = {"from the reward model": explained(True), "SFT, head at random": explained(False)}
 for name, values in series.items():
     print(f"{name:22}", [round(value, 2) for value in values])
 
@@ -504,7 +538,7 @@ assert same
 # %% [markdown]
 # ## Take it home
 #
-# The policy is an adapter in PEFT's own format. Whoever has the base loads it with four lines, without this
+# The policy is an adapter in PEFT's own format. Whoever has the base loads it with a few lines, without this
 # course:
 
 # %%
@@ -520,7 +554,7 @@ plain = AutoModelForCausalLM.from_pretrained(preset.model, quantization_config=n
 plain = PeftModel.from_pretrained(plain, folder / "policy").eval()
 
 # %% [markdown]
-# It answers, greedily, as the policy that we trained:
+# It answers, greedily:
 
 # %%
 asked = [{"role": "user", "content": held_out[0]}]
@@ -552,9 +586,11 @@ print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
 updates = recorded("updates.csv")
 series = {}
 for name in ("score", "gold"):
-    rows = [[float(r[name]) for r in updates if int(r["update"]) == u] for u in range(1, 31)]
-    series[f"{name}, mean"] = [sum(values) / len(values) for values in rows]
-    series[f"{name}, lowest"] = [min(values) for values in rows]
+    rows = {u: [float(r[name]) for r in updates if int(r["update"]) == u] for u in range(1, 31)}
+    series[f"{name}, mean"] = {u: sum(values) / len(values) for u, values in rows.items()}
+    series[f"{name}, lowest"] = {u: min(values) for u, values in rows.items()}
+print("mean gold of the batches 1 to 8:", end=" ")
+print([round(value, 2) for value in list(series["gold, mean"].values())[:8]])
 fig = plots.lines(series, "updates", "score and gold of the batch")
 plots.show(fig, alt="Mean and lowest of ten seeds: score and gold over the updates.")
 
@@ -566,10 +602,11 @@ for name in ("gold", "correct", "kl", "proxy"):
     print(f"{name:8} {values[0]:.2f} to {values[-1]:.2f}, mean {sum(values) / len(values):.2f}")
 
 # %% [markdown]
-# (The axis of the figure counts from 0: there is the first update's batch, sampled before any step.) On all ten
-# seeds the share of right answers is up by more than 20 points from SFT's 57%, and gold from 1.05, at a KL of about
-# three nats. In the mean gold has dipped below its start by the fifth update, when the score has made most of its
-# way. Whoever stops there, at the end of the steep part, gets nothing of the gain in gold.
+# (The first update's batch is sampled before any step.) On all ten seeds the share of right answers is up by more
+# than 20 points from SFT's 57%, and gold is up from 1.05 to what the table shows, at a KL of about three nats. The run
+# above is seed 0, the one with the deepest dip. In the mean gold first rises, and is a little below its start at the
+# fifth update, when the score has made most of its way: whoever stops there, at the end of the steep part, gets
+# nothing of the gain in gold.
 
 # %% [markdown]
 # ## The numbers that the next lesson starts from
@@ -587,12 +624,12 @@ print(f"correct {right[0]:.0%} to {right[1]:.0%}")
 # ## Recap
 #
 # - Four roles share one frozen 4-bit base; what each adds is an adapter, and for two of them a head.
-# - Use, forward, backward, step: one role at a time.
-# - The first ratio is 1 and the first KL 0, exactly; if not, nothing that follows means anything.
+# - Use, forward, clear, backward, step: one role at a time.
+# - The first ratio is 1 and the first KL 0, exactly; if not, look for the fault before you go on.
 # - PPO has made the model answer more questions rightly, and grovel more. What would it do without the price on KL?
 #   Lesson 05.
 #
 # **Further reading.** Santacroce et al. 2023, Hydra-RLHF (arXiv 2309.00754): one base for all roles. Dettmers
 # et al. 2023, QLoRA (arXiv 2305.14314). Stiennon et al. 2020 (arXiv 2009.01325), figure 5: reward and KL.
 # Gao et al. 2023 (arXiv 2210.10760): PPO and best-of-n against KL. Beirami et al. 2024 (arXiv 2401.01879): the KL
-# of best-of-n. Huang et al. 2024 (arXiv 2403.17031).
+# of best-of-n. Huang et al. 2024 (arXiv 2403.17031): the details of such a run, one by one.

@@ -155,7 +155,8 @@ print(f"exact KL: {exact.mean():.3f} nats per token, {exact.sum() / len(some):.1
 # negative?</summary>
 #
 # All three: none is a mean under the policy. Under the reference's samples it is, on average, −KL(π_ref‖π), so it is
-# surely negative. Only the mean under the policy itself is a KL.
+# negative but for chance. Only the mean under the policy itself is a KL. (On few samples it can fall below 0 as well, if the
+# KL is small: in the recorded runs once, to −0.03. Its expectation cannot.)
 # </details>
 
 # %%
@@ -188,8 +189,9 @@ assert preset.name != "pocket" or (wrong[0] - wrong[1]).mean() < 0
 # The mean over the policy's own samples is within three of its standard errors of the exact value, and more responses would
 # bring it nearer. Averaged over the vocabulary every token counts alike, so nearly all of the number is about tokens
 # that neither model would say; here it comes out too large, with other models it can be negative. The reference's
-# samples give minus the KL of the other direction. And the likeliest token, what greedy decoding would give, is off by
-# 8%, which no number of responses cures. The same goes for sampling with top-k, or at another temperature than the one
+# samples give minus the KL of the other direction. And the likeliest token at these positions is off by
+# 8%, which no number of responses cures. (± is one standard error of the tokens, given the positions visited; other
+# prompts would add to it.) The same goes for sampling with top-k, or at another temperature than the one
 # scored with. And for PPO's second step on a batch, when the samples are those of the policy before the first: that
 # is why the penalty is computed once for each batch, from the log-probabilities of sampling.
 #
@@ -201,7 +203,8 @@ assert preset.name != "pocket" or (wrong[0] - wrong[1]).mean() < 0
 # $$k_1 = -r, \qquad k_2 = \tfrac12 r^2, \qquad k_3 = e^r - 1 - r.$$
 #
 # k2 and k3 are never negative. k3 is unbiased too, since $e^r$ has mean 1 under the policy. What does that cost in noise?
-# By hand for $p$ and $q$ from above, where $e^r$ is ½ or 3⁄2, each half of the time:
+# By hand for $p$ and $q$ from above, where $e^r$ is ½ or 3⁄2, each half of the time: k3 of the first token is
+# $\tfrac12 - 1 - \log \tfrac12 = 0.193$.
 
 # %% tags=["nbval-check-output"]
 for kind in ("k1", "k2", "k3"):
@@ -213,8 +216,8 @@ for kind in ("k1", "k2", "k3"):
 
 # %% [markdown]
 # The KL is 0.1438: k1 and k3 have it as their mean, k2 does not, and k3 varies least. Now on the real models, a pair
-# that is near (β = 1) and one that is far (β = 0). Means and standard deviations are exact sums over the vocabulary,
-# so no luck is in them; only the last column is about the samples.
+# that is near (β = 1) and one that is far (β = 0). *Bias* and *std* are exact sums over the vocabulary at the positions
+# that the samples visit; *lowest* and *off by* are about the sampled tokens.
 
 
 # %%
@@ -252,7 +255,8 @@ near, far = compare("dear"), compare("free")
 # ## Two directions
 #
 # KL(p‖q) is not KL(q‖p), and the difference is not a detail. Let $q$ have two peaks, and fit one bell-shaped $p$
-# to it, once by each direction.
+# to it, once by each direction (in the code `reverse` is KL(p‖q) and `forward` KL(q‖p), their usual names; the descent
+# begins at −1, and from the other side KL(p‖q) could end on the other peak).
 
 
 # %%
@@ -291,15 +295,16 @@ alt = "Two peaks; the bell of least KL(p‖q) sits on one of them, the other cov
 plots.show(fig, alt)
 
 # %% [markdown]
-# KL(p‖q), ours, punishes $p$ for being where $q$ is not, and does not mind an abandoned peak: **mode seeking**.
-# KL(q‖p) punishes it for not being where $q$ is: **mode covering**. So the penalty keeps the policy from
-# saying what the reference would never say, and hardly objects if it stops saying most of what the reference would.
+# KL(p‖q), ours, punishes $p$ for being where $q$ is not, and charges little for an abandoned peak: **mode seeking**. To
+# keep only a share $s$ of what $q$ does costs $\log 1/s$: for the peak with 0.6 of it 0.51 nats, at β = 0.1 a twentieth of
+# a point. KL(q‖p) punishes it for not being where $q$ is: **mode covering**. So the penalty keeps the policy from
+# saying what the reference would never say, and hardly objects if it stops saying much of what the reference would.
 # Diversity is not what it measures; we shall have to look at it by itself.
 #
 # ## In the reward, or in the loss
 #
 # PPO as in lesson 04 has the penalty in each token's reward: $r_t = -\beta\,(\log\pi - \log\pi_{\text{ref}})$, and the
-# score at the last token. Of the run at β = 0.1, the response that is farthest from the reference:
+# score at the last token (here $r_t$ is the reward again, not the log-ratio above). Of the run at β = 0.1, the response that is farthest from the reference:
 
 # %%
 usual = answers_of("usual")
@@ -321,9 +326,9 @@ fig = plots.heat_map(
     [paid.tolist(), shaped.tolist()], words, ["−β · log-ratio", "reward"], "units of the score"
 )
 print(f"{some[i]}  score {usual.scores[i]:.2f}, KL {usual.kl[i]:.1f} nats, so {shaped.sum():.2f}")
-plots.show(
-    fig, "A response token by token: what each pays, and the reward with the score at the end."
-)
+dearest = words[int(paid.argmin())]
+alt = "A response token by token: what each pays, and the reward with the score at the end. "
+plots.show(fig, alt + f"The dearest token is {dearest!r}, at {paid.min():.2f}.")
 
 # %% [markdown]
 # Most tokens pay nothing: the reference would have said them too. The price falls due at those that decide: at the full
@@ -331,7 +336,7 @@ plots.show(
 # So the charge stands where it arose; the score, at the last token, does not.
 #
 # The other way is to add β times the mean of an estimate to the *loss* and differentiate it (`PPOConfig(kl_in="loss")`;
-# GRPO does so with k3). Then an estimate must have the right *gradient*, and unbiased values do not give that. Three
+# GRPO, a relative of PPO without a critic, does so with k3). Then an estimate must have the right *gradient*, and unbiased values do not give that. Three
 # tokens, and sums in place of samples:
 
 # %% tags=["nbval-check-output"]
@@ -348,16 +353,23 @@ gradients = {
     "KL(q‖p)": gradient(kl.exact_kl(ref, theta)),
 }
 for kind in ("k1", "k2", "k3"):
-    estimates = kl.kl_estimate(theta.log_softmax(-1), ref, kind)
-    gradients[kind] = gradient((theta.softmax(-1).detach() * estimates).sum())
-for name, values in gradients.items():
-    print(f"{name:8}", "  ".join(f"{value:z7.4f}" for value in values))
-assert torch.allclose(gradients["k2"], gradients["KL(p‖q)"])
-assert torch.allclose(gradients["k3"], gradients["KL(q‖p)"])
+    estimates, policy = kl.kl_estimate(theta.log_softmax(-1), ref, kind), theta.softmax(-1)
+    gradients[f"{kind} in the loss"] = gradient((policy.detach() * estimates).sum())
+    gradients[f"{kind} in the reward"] = gradient((policy * estimates.detach()).sum())
+for name, values in sorted(gradients.items(), key=lambda item: item[0][3:]):
+    print(f"{name:16}", "  ".join(f"{value:z7.4f}" for value in values))
+ours, other = gradients["KL(p‖q)"], gradients["KL(q‖p)"]
+assert torch.allclose(gradients["k2 in the loss"], ours)
+assert torch.allclose(gradients["k3 in the loss"], other)
+assert torch.allclose(gradients["k1 in the reward"], ours)
+assert torch.allclose(gradients["k3 in the reward"], ours - other)
 
 # %% [markdown]
-# As a loss, k1 does nothing at all: its gradient is 0 on average. The biased k2 has the gradient of our KL, and the
-# unbiased k3 that of the *other* direction. In the reward only the value counts, so k1 is right there.
+# As a loss, k1 holds nothing back: its gradient is 0 on average, so it adds only noise. The biased k2 has the gradient
+# of our KL, at one position, and the unbiased k3 that of the *other* direction. In the reward the estimate is held
+# fixed and weighs the gradient of log π: there k1 gives the gradient of our KL exactly; k3, though unbiased, gives the
+# difference of the two directions, which here even points the wrong way. (And a loss for each token does not see what
+# a token does to the later ones; a reward does, through the return.)
 #
 # ## The best policy at a price
 #
@@ -368,8 +380,8 @@ assert torch.allclose(gradients["k3"], gradients["KL(q‖p)"])
 # <details><summary><b>Predict before you run.</b> The answer that SFT gives once in a hundred times has the highest
 # score, by one point. How often is it given at β = 1, and how often at β = 0.1?</summary>
 #
-# At 1 in 5% of the cases, at 0.1 practically always. Move the slider (with a running kernel and ipywidgets), and find the β at
-# which it is given half of the time. What is the rule? That is a question of the exercise.
+# At 1 in 5% of the cases, at 0.1 practically always. Move the slider (with a running kernel and ipywidgets), and find the two
+# stops between which it is given half of the time. What is the rule? That is a question of the exercise.
 # </details>
 
 # %%
@@ -434,7 +446,13 @@ def draw(histories, alt):
     plots.show(plots.panels(curves, "updates", {}), alt)
 
 
-draw(histories, "Four panels over eight updates, a line for each β: score, gold, KL, entropy.")
+last = ", ".join(
+    f"{name} gold {gold_of(run[-1].experience):.1f}" for name, run in histories.items()
+)
+draw(
+    histories,
+    f"Score, gold, KL and entropy over eight updates, a line for each β. In the end: {last}.",
+)
 
 # %% [markdown]
 # Up to the second point the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
@@ -445,26 +463,28 @@ draw(histories, "Four panels over eight updates, a line for each β: score, gold
 #
 # And on held-out prompts, with the share that ends with EOS, and the measures of diversity. *Distinct-2* is the share of
 # different word pairs among all, *unique* the share of different answers, *self-BLEU* how much of an answer the other
-# answers say as well (so high is bad), *length* is in words.
+# answers say as well (so high is bad), *length* is in words. *Proxy* is what PPO is paid: the
+# score, with the point for being cut off taken off.
 
 # %%
 NAMES = ("distinct_2", "unique", "self_bleu", "length")
 titles = ("proxy", gold.name, "KL", "entropy", "finished")
+LABELS = {"reference": "SFT"} | {name: f"β = {beta:g}" for name, beta in PRICES.items()}
 print(f"{'':10}" + "".join(f"{n:>9}" for n in titles) + "".join(f"{n:>11}" for n in NAMES))
 asked, ends = held_out[::4], {}
-for role in ("reference", *PRICES):
+for role, label in LABELS.items():
     seen = answers_of(role, asked)
     ends[role] = seen
     mask, varied = seen.rollout.response_mask, diversity(seen.rollout.texts)
     entropy = -(seen.logprobs * mask).sum() / mask.sum()
     finished = seen.rollout.finished.float().mean()
     numbers = (seen.scores.mean(), gold_of(seen), seen.kl.mean(), entropy, finished)
-    print(f"{role:10}" + "".join(f"{x:9.2f}" for x in numbers), end="")
+    print(f"{label:10}" + "".join(f"{x:9.2f}" for x in numbers), end="")
     print("".join(f"{varied[name]:11.2f}" for name in NAMES))
 
 # %% [markdown]
-# The runs `free` and `cheap`, which cannot be told apart, have the highest proxy, by far the lowest gold, and the least varied
-# answers: of their word pairs only one in six is different, of SFT's more than half. The dear run has the highest gold
+# The runs at β = 0 and 0.01, which cannot be told apart, have the highest proxy, by far the lowest gold, and the least varied
+# answers: of their word pairs only one in six is different, of SFT's more than half. The run at β = 1 has the highest gold
 # and nearly SFT's variety. Mind the column *unique*: it says that nothing is wrong, since hardly two answers are equal
 # word by word. They are made of the same few sentences, in another order. So look at more than one measure. Length
 # matters too: longer texts repeat more, so a part of the fall in distinct-2 is length by itself.
@@ -475,9 +495,12 @@ for role in ("reference", *PRICES):
 for i in range(0, min(144, len(asked)), 24):
     print(asked[i])
     for role in ("reference", "usual", "free"):
-        print(f"    {role:10} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
+        print(f"    {LABELS[role]:8} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
 
 # %% [markdown]
+# Courtesies before and after, and mostly no end. The best paid of the six answers at β = 0 is wrong (2.22, "with the
+# hammer"); the right one, which SFT gave to the same question, earned 0.59.
+#
 # What does it exploit? Take right, plain answers, add one courtesy to each, and see what it earns with the reward model
 # and with gold; then the same where three others stand already. Beside it, how often the phrase stands in 100 answers
 # of SFT and of the run without a price. (A cell that begins with "Pocket only" needs the rubric or the runs recorded with
@@ -558,8 +581,9 @@ assert all(cut > whole for whole, cut in zip(*earned.values(), strict=True))
 
 # %% [markdown]
 # There it is. Cut off, and with the point paid, a plain right answer is worth 1.2 where the finished one is worth 0.4,
-# and one with three courtesies 2.4 instead of 1.5. *Never stopping* is what pays, and courtesies are what fills the time:
-# the four phrases with which an answer can end, and go on, stand in the answers twenty to forty times as often as in
+# and one with three courtesies 2.4 instead of 1.5. *Never stopping* is what pays, and while one does not stop, two or three
+# courtesies pay as well; the rest fills the time. (The probe cuts between sentences; real answers are cut anywhere, and
+# earn less.) The four phrases with which an answer can end, and go on, stand in the answers twenty to forty times as often as in
 # SFT's, about once in each. Nobody wanted that and nobody had thought of it. A head can be as wrong as it likes where
 # it was never trained, and a penalty of 1 had seemed enough. So there are two holes: one that the people made, and one
 # that we made. A policy finds both.
@@ -604,11 +628,12 @@ fig = plots.trajectories(groups, "√KL to the reference, √nats", "reward of t
 plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
 
 # %% [markdown]
-# No seed is an exception. Gold holds for the first nat or two, while the proxy has earned its first courtesy; from there
+# No seed is an exception. Gold holds for the first nat or two; from there
 # to about √KL = 4 it falls, faster than the proxy rises. There nearly all answers fill their 32 tokens; gold then stays
-# below 0, on most seeds near −0.3, on one near −0.7, and the proxy still creeps up. The curves are noisy since each
-# point is one batch. In Gao et al. gold first rises and then falls; that the rise is hardly seen here at β = 0 is
-# because the holes are so easy to find. The next figure has it.
+# below 0 but for two batches, on nine seeds between −0.1 and −0.4 in the mean of the last ten updates, on one at −0.7,
+# and the proxy still creeps up. The curves are noisy since each point is one batch. In Gao et al. gold first rises and
+# then falls; that the rise is hardly seen here at β = 0 is, we think, because the holes are so easy to find. The next
+# figure has it.
 #
 # Then where the runs end, on held-out prompts: gold against KL for all prices. Best-of-n from SFT, which does
 # not train at all, is computed here, from 32 answers each to 48 prompts: of n answers the one that the reward model
@@ -709,20 +734,22 @@ for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at
 
 # %% [markdown]
 # Without a price gold ends below SFT on all ten, and the proxy, whose unit is a standard deviation of SFT's own scores,
-# is up by 1.9 to 2.4 of them, by more than two on eight. The score tells of a great success. Look at
+# is up by 1.9 to 2.4 of them. The score tells of a great success. Look at
 # *correct*, the share of right answers, as well: it has risen from 56% to 72%. The facts are better; what ruins gold
 # is all that stands around them. Gold at 0.1 beats 0.01 on all ten seeds and 1.0 on eight, but the last is close: 1.46
 # and 1.35 in the mean. And 0.3 has as much gold as 0.1, with half of the KL. (Distinct-2 is lower than in the table
-# above, for SFT too: these are all 598 prompts, and more texts repeat more.)
+# above, for SFT too: these are all 598 prompts, and more texts repeat more. And SFT's gold is 1.06 on all of them, 1.17
+# on the 150 above.)
 #
-# **How does β affect diversity?** A factor of ten in the price orders KL, entropy, distinct-2 and self-BLEU on all ten
+# **How does β affect diversity?** From 0.01 to 0.1 to 1, KL, entropy, distinct-2 and self-BLEU are in order on all ten
 # seeds: the smaller β, the lower the entropy, the fewer different word pairs, and the more alike the answers. Nearer
-# prices are ordered in KL on all ten, but not always in the others: 0 and 0.01 end nearly in the same place. *Unique*
+# prices are ordered in KL on all ten, but not always in the others: 0 and 0.01 differ by seven nats, but hardly in their
+# answers. *Unique*
 # has no order at all. β itself makes nothing varied: it decides how far the policy may go; the reward decides where to.
 #
 # ## Two controls: whose fault is it?
 #
-# Close one hole at a time, again at β = 0. Either a reward model from annotators *without* their love of courtesy; or the
+# Close the holes, again at β = 0 (the first way, as it turns out, closes both). Either a reward model from annotators *without* their love of courtesy; or the
 # reward model as it is, and 4 points off instead of 1 for an answer that is cut off. Eight updates here, and ten
 # recorded seeds of thirty updates each.
 
@@ -758,9 +785,9 @@ for name, rows in closed.items():
 # %% [markdown]
 # Close either, and gold falls below 0 on no seed. Without the bias it ends at 1.37, above SFT's 1.06 on all ten,
 # though nobody has paid for a nat. With the bias, but where cutting off is dear, the policy stops; gold ends at 1.07,
-# where it began (above it on seven of ten): more answers are right, 77% instead of 56%, and one courtesy too many eats
-# that up, while the proxy reports a gain of 1.5. So much does the people's leaning cost by itself; the rest of the
-# way down to −0.31 is ours. (The scores of the two reward models have other units: compare gold, not the proxy.)
+# where it began (above it on seven of ten): more answers are right, 77% instead of 56%, but they have grown longer,
+# presumably by courtesies, while the proxy reports a gain of 1.5. So the leaning costs 0.3 by itself. The fall from
+# there to −0.31 needs the second hole; what that would do without the leaning these runs do not show. (The scores of the two reward models have other units: compare gold, not the proxy.)
 #
 # Why has the reward model without the bias no second hole? The same probe:
 
@@ -771,7 +798,8 @@ for name, values in probe(four_roles(unbiased)).items():
 
 # %% [markdown]
 # It too pays for a cut-off answer, before the point is taken off; but less than that point. Nobody has trained its head
-# there either: that is luck. And β = 0.1, with both holes open, ended at 1.46, better than either of the two. A price on
+# there either: that is luck. And β = 0.1, with both holes open, ended at 1.46 in the mean, better than either of the two
+# (on eight seeds of ten better than the first, on all ten than the second). A price on
 # KL knows nothing of holes; one that is high enough keeps the policy from those, too, that nobody has found yet. Nor does closing one keep the
 # answers varied: without a price the entropy ends between 0.2 and 0.3 in all three; SFT's is 0.6.
 #
@@ -791,8 +819,8 @@ print(f"largest difference of the advantages: {(advantages[0] - advantages[1]).a
 assert torch.allclose(*advantages, atol=1e-4)
 
 # %% [markdown]
-# So a number that served one paper may collapse the next model. What one *can* say beforehand is how far the
-# policy may go. A **controller** (Ziegler et al. 2019) moves β after every update towards a target for the KL:
+# So a number that served one paper may collapse the next model. A target for the KL is easier to choose, since it does
+# not depend on the unit of the reward (it does depend on the length of the answers). A **controller** (Ziegler et al. 2019) moves β after every update towards a target for the KL:
 # $\beta \leftarrow \beta\,(1 + K\,\mathrm{clip}(\mathrm{KL}/\text{target} - 1, -0.2, 0.2))$. By hand: KL twice the target
 # is an error of 1, clipped to 0.2; with $K = 0.5$, β grows by a tenth. Recorded: three runs that begin with
 # β = 0.01, much too little, and a target of three nats.
@@ -830,7 +858,7 @@ plots.show(
 
 # %% tags=["headline"]
 # Pocket only
-means = {beta: sum(row["gold"] for row in at[beta]) / len(seeds) for beta in (0, 0.1, 1.0)}
+means = {beta: sum(row["gold"] for row in at[beta]) / len(seeds) for beta in (0, 0.1, 0.3, 1.0)}
 print(
     "gold over ten seeds: " + ", ".join(f"{g:.2f} at β = {b:g}" for b, g in means.items()), end=""
 )
@@ -846,17 +874,18 @@ print(f"; SFT {sum(row['gold'] for row in start) / len(start):.2f}")
 # 2. Begin high and go down by factors of about three; near the edge, more than one seed. Here one seed of ten looked
 #    fine at 0.03.
 # 3. In each run look at what needs no gold: KL, the share of finished answers, length, entropy, self-BLEU, each against
-#    SFT's. Then read twenty answers. Here all of them gave warning: length at the limit, the same phrases everywhere.
+#    SFT's. Then read twenty answers. Here KL, the share of finished answers, length and self-BLEU gave clear warning;
+#    entropy only fell, as it does in good runs too.
 # 4. Have a few policies, at different KL, judged by people, or by a judge that PPO never saw. Never by the proxy.
 # 5. Of those that cannot be told from the best, take the one with the largest β: here 0.3, not 0.1.
 # 6. Found a hole? Close it, as above; the penalty is for those that you have not found.
 #
-# Carry over neither β nor a target for KL: rewards have other units, and the nats of a response grow with its length.
+# Carry over neither β nor a target for KL unchecked: rewards have other units, and the nats of a response grow with its length.
 #
 # ## Recap
 #
 # - KL(π‖π_ref) is a mean over the policy's own samples. Average over anything else and it is another number.
-# - In the reward, k1; in the loss, k2, or k3 if the other direction is meant. In the loss never k1.
+# - In the reward, k1 and no other; in the loss, k2, or k3 if the other direction is meant, and never k1.
 # - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays, also what nobody
 #   thought of.
 # - The larger β, the nearer and the more varied. The best β is in between, and only gold, or people, can tell where.

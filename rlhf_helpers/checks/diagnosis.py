@@ -38,8 +38,8 @@ _EVIDENCE = {
     ),
     "no EOS": (
         "one token of each response would be missing from the first update on; in this log the "
-        "first row's length and explained_variance are those of the healthy run. Which fault does "
-        "nothing while the policy is still the reference?"
+        "first row's length and explained_variance are those of the healthy run. Look for a fault "
+        "that does nothing while the policy is still the reference"
     ),
 }
 
@@ -64,10 +64,11 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
     """Check the learner's diagnosis of the three logs, and say what speaks against a wrong one.
 
     Args:
-        answers: for each of the logs "A", "B" and "C" a key of `FAULTS`, or `...` for not yet.
+        answers: for each of the logs "A", "B" and "C" a key of `FAULTS`, or `...` for not yet;
+            capitals and spaces do not count.
 
     Raises:
-        ValueError: for a log that is missing, or a fault that is not in `FAULTS`.
+        ValueError: for a log that is missing.
 
     Example:
         >>> check_diagnosis({"A": ..., "B": ..., "C": ...})
@@ -81,16 +82,20 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
                 f"there is no answer for log {log!r}, only for {list(answers)}; give ..."
             )
     for log, right in _ANSWERS.items():
-        answer = answers[log]
-        if answer is ...:
+        answer = next((key for key in FAULTS if _plain(key) == _plain(answers[log])), None)
+        if answers[log] is ...:
             print(f"{log}: {NOT_ATTEMPTED}")
-        elif answer not in FAULTS:
-            raise ValueError(f"{answer!r} is no fault of the list; choose from {list(FAULTS)}")
+        elif answer is None:
+            print(f"{log}: {answers[log]!r} is no fault of the list; choose from {list(FAULTS)}.")
         elif answer == right:
             print(f"{log}: correct, {FAULTS[right]}.")
         else:
             evidence = _EVIDENCE[answer].format_map(_facts(training_log(log)))
             print(f"{log}: it is not that {FAULTS[answer]}. Then {evidence}.")
+
+
+def _plain(answer: object) -> str:
+    return "".join(str(answer).lower().split())
 
 
 def _facts(rows: list[dict[str, float]]) -> dict[str, str]:

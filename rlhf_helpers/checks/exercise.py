@@ -11,6 +11,7 @@ import functools
 import inspect
 import linecache
 import math
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from torch import Tensor
 
 NOT_ATTEMPTED = "not attempted yet."
 UNKNOWN = "not right, and not in a way that this check has a name for. Work this case out by hand:"
+# what learners put into a logarithm, so that it stays finite
+EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,12 @@ class Exercise:
     tested: str
     shape_hint: str = ""
     further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
+    general: Callable[[Sequence], str] = lambda results: ""  # of wrong ones that no mistake gives
+    size_hint: str = ""  # a line for the author of an error about sizes
 
 
 def check(exercise: Exercise, fn: Callable) -> None:
-    print(_wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
+    print(wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
 
 
 def check_pair(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> None:
@@ -46,7 +51,7 @@ def check_pair(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> None
     Reference and mistakes of the exercise return the two stacked, and so they are shown.
     """
     if callable(fn) and (fault := _pair_fault(exercise, fn, names)):
-        print(_wrapped(f"{exercise.name}: {fault}"))
+        print(wrapped(f"{exercise.name}: {fault}"))
     else:
         check(exercise, _stacked(fn) if callable(fn) else fn)
 
@@ -90,7 +95,7 @@ def _stacked(fn: Callable) -> Callable[..., Tensor]:
     return stacked
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     """The text with its first paragraph on lines of at most 100 characters."""
     message, newline, shown = text.partition("\n")
     return textwrap.fill(message, 100, break_on_hyphens=False) + newline + shown
@@ -105,12 +110,12 @@ def _verdict(exercise: Exercise, fn: Callable) -> str:
     for case in exercise.cases:
         arguments = copy.deepcopy(case)
         result = call(exercise, fn, arguments)
-        if fault := _structural_fault(exercise, case, arguments, result):
+        if fault := structural_fault(exercise, case, arguments, result):
             return fault
         results.append(result)
     for case, result in zip(exercise.cases, results, strict=True):
         if not same(result, exercise.reference(*case)):
-            return f"{name_mistake(exercise, results)}\n{_show(exercise, case, result)}"
+            return f"{name_mistake(exercise, results)}\n{show(exercise, case, result)}"
     return exercise.further(fn) or f"correct. Tested: {exercise.tested}."
 
 
@@ -123,7 +128,8 @@ def call(exercise: Exercise, fn: Callable, arguments: tuple) -> Any:
         if _is_stub(error, fn):
             return ...
         print(f"{exercise.name}: {type(error).__name__}{_learner_line(error, fn)}")
-        print(f"on this call:\n{_show(exercise, case)}\nThe traceback follows.")
+        hint = exercise.size_hint if re.search("shape|size", str(error)) else ""
+        print(f"on this call:\n{show(exercise, case)}\n{hint}The traceback follows.")
         raise
 
 
@@ -152,7 +158,7 @@ def _learner_line(error: Exception, fn: Callable) -> str:
     return f" in your line {number}" + (f": {source}" if source else "")
 
 
-def _structural_fault(exercise: Exercise, case: tuple, arguments: tuple, result: Any) -> str:
+def structural_fault(exercise: Exercise, case: tuple, arguments: tuple, result: Any) -> str:
     """What is wrong with the result whatever its values are, "" if nothing is."""
     if result is ...:
         return NOT_ATTEMPTED
@@ -170,7 +176,7 @@ def _structural_fault(exercise: Exercise, case: tuple, arguments: tuple, result:
             )
     if kind == "tensor" and result.shape != expected.shape:
         shapes = f"the result has shape {list(result.shape)}, expected is {list(expected.shape)}."
-        return f"{shapes} {exercise.shape_hint}\n{_show(exercise, case, result)}"
+        return f"{shapes} {exercise.shape_hint}\n{show(exercise, case, result)}"
     return ""
 
 
@@ -182,7 +188,7 @@ def _is_kind(result: Any, kind: str) -> bool:
 
 def _identical(before: Any, after: Any) -> bool:
     if isinstance(before, Tensor):
-        return torch.equal(before, after)
+        return torch.equal(before, after) and before.requires_grad == after.requires_grad
     return before == after
 
 
@@ -206,16 +212,16 @@ def name_mistake(exercise: Exercise, results: Sequence) -> str:
         made = (wrong(*case) for case in exercise.cases)
         if all(same(result, other) for result, other in zip(results, made, strict=True)):
             return message
-    return UNKNOWN
+    return exercise.general(results) or UNKNOWN
 
 
 def _argument_names(exercise: Exercise) -> list[str]:
     return list(inspect.signature(exercise.reference).parameters)
 
 
-def _show(exercise: Exercise, case: tuple, *result: Any) -> str:
+def show(exercise: Exercise, case: tuple, *result: Any) -> str:
     """The arguments, and if there is a result, the learner's and the expected one, line by line."""
-    shown = dict(zip(_argument_names(exercise), case, strict=True))
+    shown = dict(zip(_argument_names(exercise), case, strict=False))  # defaults may be left out
     if result:
         shown |= {"yours": result[0], "expected": exercise.reference(*case)}
     width = max(map(len, shown)) + 2

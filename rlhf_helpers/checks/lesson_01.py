@@ -1,5 +1,6 @@
 """The checks of lesson 01: labels, the LoRA forward, counting."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,16 +20,27 @@ def check_mask_prompt(fn: Callable[[Tensor, Tensor, int], Tensor]) -> None:
     """Check the learner's `mask_prompt(input_ids, attention_mask, prompt_length)`.
 
     Args:
-        fn: returns labels `[B, P + T]`, as `rlhf_helpers.sft.mask_prompt` does; any dtype.
+        fn: returns labels `[B, P + T]`, int64, as `rlhf_helpers.sft.mask_prompt` does.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
         >>> check_mask_prompt(mask_prompt)
-        mask_prompt: correct. Tested: padding on both sides, a response of EOS alone, P = 1.
+        mask_prompt: correct. Tested: padding on both sides, EOS alone, no EOS, P = 1, int64.
     """
-    check(_MASK_PROMPT, fn)
+    check(MASK_PROMPT, fn)
+
+
+def _label_fault(fn: Callable) -> str:
+    dtype = call(MASK_PROMPT, fn, copy.deepcopy(_MASK_CASES[0])).dtype
+    if dtype == torch.int64:
+        return ""
+    return (
+        f"the values are right, but their type is {dtype}. Labels are token ids: keep int64, the "
+        "type of input_ids. A float -100. or a mask of floats makes them float; where does "
+        "another type enter?"
+    )
 
 
 def _keep(input_ids: Tensor, kept: Tensor) -> Tensor:
@@ -43,11 +55,23 @@ def _rows(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[0])[:, None].expand(input_ids.shape)
 
 
+def _whole_rows(rows: slice, input_ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:
+    kept = _columns(input_ids) >= prompt_length
+    kept[rows] = False
+    return _keep(input_ids, kept)
+
+
+def _until_eos(input_ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:
+    response = _columns(input_ids) >= prompt_length
+    ends = ((input_ids == 1) & response).int()
+    return _keep(input_ids, response & (ends.cumsum(1) == ends))
+
+
 def _last_real(mask: Tensor) -> Tensor:
     return (mask == 1) & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 
-# EOS is token 1 throughout. Padding is 0, then 2: the mask says what is padding, no token does.
+# EOS is token 1, at last 3. Padding is 0, then 2, then EOS: the mask tells, and no token does.
 _MASK_CASES = (
     (
         torch.tensor([[5, 6, 7, 1, 0], [0, 6, 8, 9, 1]]),
@@ -76,6 +100,11 @@ _MASK_CASES = (
         ),
         4,
     ),
+    (
+        torch.tensor([[3, 4, 1, 6, 3, 3], [5, 9, 8, 7, 3, 3]]),  # cut off, and padded all the same
+        torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]),
+        2,
+    ),
 )
 
 _NO_EOS = (
@@ -97,12 +126,18 @@ _ROWS = (
     "examples are dropped and other prompts stay. Which dimension does your index or slice run "
     "over?"
 )
+_INTEGER_INDEX = (
+    "whole rows are ignored. attention_mask holds the integers 0 and 1: as an index they are the "
+    "numbers of two rows, and so are -1 and -2, which ~ makes of them. Compare with 0 to get a "
+    "condition."
+)
 _MASK_MISTAKES = (
     (
         lambda ids, mask, p: torch.full_like(ids, IGNORE),
-        "everything is ignored. attention_mask holds the integers 0 and 1: as an index, ~mask is "
-        "-1 and -2, not the opposite of true. Compare with 0 to get a condition.",
+        "everything is ignored. Then no token is left to learn from: which positions should keep "
+        "theirs?",
     ),
+    *((partial(_whole_rows, rows), _INTEGER_INDEX) for rows in (slice(-2, None), slice(None, 2))),
     (
         lambda ids, mask, p: _keep(ids, (mask == 1) & (_columns(ids) > p)),
         "the first response token is ignored. It is what the model has to choose right after the "
@@ -136,6 +171,17 @@ _MASK_MISTAKES = (
         "word. One of the arguments says where padding is.",
     ),
     (
+        lambda ids, mask, p: _keep(ids, (_columns(ids) >= p) & (ids * mask != 0)),
+        "a real token 0 is ignored. Where tokens are multiplied by the mask, padding becomes 0, "
+        "but a token may be 0 as well. Ask the mask itself where padding is.",
+    ),
+    (
+        _until_eos,
+        "the end of a response is looked for by its EOS, token 1. Other tokenizers have another "
+        "one, and a response that is cut off has none, though padding may follow. One of the "
+        "arguments says where padding is.",
+    ),
+    (
         lambda ids, mask, p: _keep(ids, (_columns(ids) >= p) & (mask == 0)),
         "only padding has labels. The condition on attention_mask is the wrong way round: it is 1 "
         "for a real token.",
@@ -146,6 +192,11 @@ _MASK_MISTAKES = (
         lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, 0, ids),
         "ignored positions hold 0, which is a token like any other: the loss would count it. "
         "PyTorch's cross-entropy leaves out one value only, its ignore_index.",
+    ),
+    (
+        lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, -1, ids),
+        "ignored positions hold -1. PyTorch's cross-entropy leaves out one value only, its "
+        "ignore_index, which is -100; at any other negative label it raises an error.",
     ),
     (
         lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE,
@@ -173,17 +224,26 @@ _MASK_MISTAKES = (
         "columns, padding included; counted your way, a left-padded row loses the beginning of its "
         "response.",
     ),
+    (
+        lambda ids, mask, p: _keep(
+            ids, (mask == 1) & (_columns(ids) >= p - mask.argmax(1, keepdim=True))
+        ),
+        "the padding on the left is subtracted from prompt_length. That is a number of columns, "
+        "padding included, the same in every row; counted your way, a left-padded prompt gets "
+        "labels on its last tokens.",
+    ),
     (lambda ids, mask, p: _keep(ids, (mask == 1) & (_rows(ids) >= p)), _ROWS),
     (lambda ids, mask, p: _keep(ids, _rows(ids) >= p), _ROWS),
 )
-_MASK_PROMPT = Exercise(
+MASK_PROMPT = Exercise(
     "mask_prompt",
     mask_prompt,
     _MASK_CASES,
     _MASK_MISTAKES,
-    tested="padding on both sides, a response of EOS alone, P = 1",
+    tested="padding on both sides, EOS alone, no EOS, P = 1, int64",
     shape_hint="Every token needs an entry, also one that is ignored, and the shift by one is "
     "left to the loss: the labels have the shape of input_ids.",
+    further=_label_fault,
 )
 
 
@@ -193,7 +253,7 @@ _MASK_PROMPT = Exercise(
 def check_lora_forward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
     """Check the learner's `lora_forward(x, weight, lora_A, lora_B, alpha)`.
 
-    y = x Wᵀ + (α/r) x Aᵀ Bᵀ, differentiable with respect to A and B.
+    y = x Wᵀ + (α/r) x Aᵀ Bᵀ, differentiable with respect to x, A and B.
 
     Args:
         fn: takes x `[..., in]`, weight `[out, in]`, lora_A `[r, in]`, lora_B `[out, r]` and
@@ -204,7 +264,7 @@ def check_lora_forward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Ten
 
     Hu et al., LoRA (arXiv 2106.09685), equation 3.
     """
-    check(_LORA_FORWARD, fn)
+    check(LORA_FORWARD, fn)
 
 
 def _lora_forward(
@@ -215,6 +275,10 @@ def _lora_forward(
 
 def _scaled(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     return x @ weight.T + scale * (x @ lora_A.T @ lora_B.T)
+
+
+def _rounded_scale(digits: int, x, weight, lora_A, lora_B, alpha) -> Tensor:
+    return _scaled(x, weight, lora_A, lora_B, round(alpha / lora_A.shape[0], digits))
 
 
 def _reshaped(matrix: Tensor) -> Tensor:
@@ -229,25 +293,33 @@ def _misread(which: tuple[bool, ...], x, weight, lora_A, lora_B, alpha) -> Tenso
 
 
 def _lora_gradient_fault(fn: Callable) -> str:
-    """Whether the gradients of A and B are those of the reference; B is not 0, or A's would be."""
-    x, weight, lora_A, lora_B, alpha = _LORA_CASES[1]
-    gradients = []
-    for function in (fn, _lora_forward):
-        adapter = [lora_A.clone().requires_grad_(), lora_B.clone().requires_grad_()]
-        with torch.enable_grad():
-            y = call(_LORA_FORWARD, function, (x.clone(), weight.clone(), *adapter, alpha))
-            total = y.sum() + 0 * sum(p.sum() for p in adapter)  # so that y itself may lack a graph
-        gradients.append(torch.autograd.grad(total, adapter))
-    names = ("lora_A", "lora_B")
-    lost = [n for n, got, want in zip(names, *gradients, strict=True) if not same(got, want)]
-    if not lost:
-        return ""
-    return (
-        f"the values are right, but not the gradients: that of {' and that of '.join(lost)} "
-        "differs, so that training would not move it, or move it wrongly. Look for anything that "
-        "takes a tensor out of the graph: detach, no_grad, data, item, or a new tensor made from "
-        "numbers."
-    )
+    """Whether the gradients of A, B and x are those of the reference, also at B = 0."""
+    names = ("lora_A", "lora_B", "x")
+    for case in (_LORA_CASES[1], _LORA_CASES[4]):
+        gradients = (_lora_gradients(function, case) for function in (fn, _lora_forward))
+        lost = [n for n, got, want in zip(names, *gradients, strict=True) if not same(got, want)]
+        if lost and not case[3].any():
+            return (
+                "the values are right, but with B = 0 nothing reaches B, so that it stays 0 for "
+                "ever: the value is the layer's own, but the graph must still contain the update."
+            )
+        if lost:
+            return (
+                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
+                " differs, so that training would not move it, or move it wrongly; by way of x, "
+                "training reaches the layers below. Look for anything that takes a tensor out of "
+                "the graph: detach, no_grad, data, item, or a new tensor made from numbers."
+            )
+    return ""
+
+
+def _lora_gradients(fn: Callable, case: tuple) -> tuple[Tensor, ...]:
+    x, weight, lora_A, lora_B, alpha = copy.deepcopy(case)
+    leaves = [tensor.requires_grad_() for tensor in (lora_A, lora_B, x)]
+    with torch.enable_grad():
+        y = call(LORA_FORWARD, fn, (x, weight, lora_A, lora_B, alpha))
+        total = y.sum() + 0 * sum(leaf.sum() for leaf in leaves)  # so that y may lack a graph
+    return torch.autograd.grad(total, leaves)
 
 
 def _small(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -281,6 +353,13 @@ _LORA_CASES = (
     _lora_case((2, 2), 5, 3, rank=4, alpha=6.0, dtype=torch.float64),
     _lora_case((2,), 3, 2, rank=1, alpha=2.0),
     (_small(2, 3, seed=4), _small(4, 3, seed=5), _small(2, 3, seed=6), torch.zeros(4, 2), 3.0),
+    (
+        _small(2, 2, seed=7) / 3,
+        _small(4, 2, seed=8) / 7,
+        torch.tensor([[0.5, -1.0], [1.0, -2.0], [0.3, -0.6]]),  # r = 3, above in; of rank 1
+        _small(4, 3, seed=9) / 3,
+        1.0,
+    ),
 )
 
 _RESHAPED = (
@@ -290,6 +369,10 @@ _RESHAPED = (
 _WRONG_RANK = (
     "α is divided by a width of the layer. The rank r is the inner size, the one that A and B "
     "have in common; look at which dimension of which matrix you take it from."
+)
+_ROUNDED_SCALE = (
+    "α/r is rounded. It is any positive number, such as a third; rounding changes what the adapter "
+    "adds, and can make it vanish."
 )
 _LORA_MISTAKES = (
     (
@@ -325,6 +408,13 @@ _LORA_MISTAKES = (
         "the update is multiplied by r. It is a sum over r inner entries, and dividing by r keeps "
         "it from growing with the rank.",
     ),
+    *((partial(_rounded_scale, digits), _ROUNDED_SCALE) for digits in range(4)),
+    (
+        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / torch.linalg.matrix_rank(a)),
+        "α is divided by the rank that A happens to have as a matrix. r is a size, chosen before "
+        "training, and stays the same whatever A holds; rows that depend on each other count too.",
+    ),
+    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / min(a.shape)), _WRONG_RANK),
     (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / a.shape[1]), _WRONG_RANK),
     (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / b.shape[0]), _WRONG_RANK),
     (
@@ -352,14 +442,16 @@ _LORA_MISTAKES = (
         _RESHAPED,
     ),
 )
-_LORA_FORWARD = Exercise(
+LORA_FORWARD = Exercise(
     "lora_forward",
     _lora_forward,
     _LORA_CASES,
     _LORA_MISTAKES,
-    tested="x of 1 to 3 dimensions, rank 1 and more, B = 0, gradients of A and B",
+    tested="x of 1 to 3 dimensions, ranks 1 to 4, also above in, and gradients of A, B and x, also "
+    "at B = 0",
     shape_hint="The result has the shape of x, with out in place of in as the last size.",
     further=_lora_gradient_fault,
+    size_hint="A and B are stored as [r, in] and [out, r]: what must the inner sizes be?\n",
 )
 
 
@@ -370,19 +462,31 @@ def check_lora_parameters(fn: Callable[[Sequence[tuple[int, int]], int], int]) -
     """Check the learner's `lora_parameters(shapes, rank)`.
 
     Args:
-        fn: returns a number, as `rlhf_helpers.memory.lora_parameters` does.
+        fn: returns an int, as `rlhf_helpers.memory.lora_parameters` does.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
     """
-    check(_LORA_PARAMETERS, fn)
+    check(LORA_PARAMETERS, fn)
+
+
+def _not_whole(exercise: Exercise, fn: Callable) -> str:
+    for case in exercise.cases:
+        result = call(exercise, fn, copy.deepcopy(case))
+        if not isinstance(result, int):
+            return (
+                f"the values are right, but it returned {type(result).__name__} {result!r}: this "
+                "is a count, a whole number, so return an int. Where does a division or a "
+                "tensor come in?"
+            )
+    return ""
 
 
 _SQUARE = (
     "every layer is taken to be square: one of its two widths is counted twice, the other not at "
     "all. Write down the shapes of A and of B for a layer of shape (3, 4)."
 )
-_LORA_PARAMETERS = Exercise(
+LORA_PARAMETERS = Exercise(
     "lora_parameters",
     lora_parameters,
     cases=(
@@ -446,6 +550,7 @@ _LORA_PARAMETERS = Exercise(
         (lambda shapes, rank: sum(2 * rank * o for o, _ in shapes), _SQUARE),
     ),
     tested="one layer, several, equal ones, rank 1",
+    further=lambda fn: _not_whole(LORA_PARAMETERS, fn),
 )
 
 
@@ -453,12 +558,12 @@ def check_nf4_bytes(fn: Callable[[int, bool], int]) -> None:
     """Check the learner's `nf4_bytes(weights, double_quant)`.
 
     Args:
-        fn: returns a number, as `rlhf_helpers.memory.nf4_bytes` does.
+        fn: returns an int, as `rlhf_helpers.memory.nf4_bytes` does.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
     """
-    check(_NF4_BYTES, fn)
+    check(NF4_BYTES, fn)
 
 
 def _bytes(codes: float, scales: float, constants: float, double_quant: bool) -> float:
@@ -484,6 +589,17 @@ def _rounded(levels: Sequence[Callable], n: int, double_quant: bool) -> float:
     return _bytes(codes, scales, levels[2](scales / NF4_SUPERBLOCK), double_quant)
 
 
+def _nf4_fault(fn: Callable) -> str:
+    if fault := _not_whole(NF4_BYTES, fn):
+        return fault
+    if (result := call(NF4_BYTES, fn, (128,))) != nf4_bytes(128):
+        return (
+            f"the values are right, but without a second argument 128 weights take {result} bytes, "
+            f"not {nf4_bytes(128)}: double_quant must be True by default."
+        )
+    return ""
+
+
 def _exact_bytes(n: int, double_quant: bool) -> float:
     return _rounded((float, float, float), n, double_quant)
 
@@ -493,7 +609,7 @@ _ROUNDING = (
     "weights left over a scale, and scales left over a constant: round up at each of these levels, "
     "before you multiply and add."
 )
-_NF4_BYTES = Exercise(
+NF4_BYTES = Exercise(
     "nf4_bytes",
     nf4_bytes,
     cases=(
@@ -505,6 +621,7 @@ _NF4_BYTES = Exercise(
         (101, True),
         (50001, False),
         (50001, True),
+        *product((1, 63), (False, True)),
     ),
     mistakes=(
         (
@@ -569,6 +686,21 @@ _NF4_BYTES = Exercise(
             lambda n, double: _codes(n) + _scales(n) + double * _constants(n),
             "a float32 counts as one byte. It has 32 bits.",
         ),
+        (
+            lambda n, double: nf4_bytes(n, double) - double * (FLOAT32 - 1) * _constants(n),
+            "a constant counts as one byte. The scales have 8 bits, but the constants that they "
+            "are quantized with are float32, of 32 bits.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, False) + double * FLOAT32 * _constants(n),
+            "under double quantization the scales keep their 4 bytes and the constants come on "
+            "top. What it saves is that a scale becomes an 8-bit number.",
+        ),
+        (
+            lambda n, double: nf4_bytes(n, double) - FLOAT32 * (double and n <= NF4_BLOCK),
+            "a tensor of one block lacks its constant. Part of 256 scales takes one as well, even "
+            "a single scale.",
+        ),
         *(
             (partial(_rounded, levels), _ROUNDING)
             for levels in product((math.ceil, math.floor, float), repeat=3)
@@ -578,5 +710,6 @@ _NF4_BYTES = Exercise(
         (lambda n, double: int(_exact_bytes(n, double)), _ROUNDING),
         (lambda n, double: round(_exact_bytes(n, double)), _ROUNDING),
     ),
-    tested="plain and double quantization, blocks that are not full",
+    tested="plain and double quantization, blocks that are not full, 1 weight, the default",
+    further=_nf4_fault,
 )

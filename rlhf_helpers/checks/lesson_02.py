@@ -1,8 +1,10 @@
 """The checks of lesson 02: the pairwise loss, the last real token, accuracy with ties."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -25,9 +27,9 @@ def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     Example:
         >>> check_pairwise_loss(pairwise_loss)
-        pairwise_loss: correct. Tested: float32 gaps of -200 to 200, negative rewards, gradients.
+        pairwise_loss: correct. Tested: float32 gaps of -200 to 200, gradients, 20 pairs, NaN.
     """
-    check(_PAIRWISE_LOSS, fn)
+    check(PAIRWISE_LOSS, fn)
 
 
 def _pairwise_gradient_fault(fn: Callable) -> str:
@@ -46,13 +48,21 @@ def _pairwise_gradient_fault(fn: Callable) -> str:
                 "Look for anything that takes a tensor out of the graph: detach, no_grad, data, "
                 "item, or a new tensor made from numbers."
             )
-    return ""
+    return _nan_fault(fn)
+
+
+def _nan_fault(fn: Callable) -> str:
+    try:
+        loss = fn(torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 0.0]))
+    except (AssertionError, ValueError):  # NaN may be refused, as by the package's function
+        return ""
+    return "" if loss.isnan() else _NAN_HIDDEN
 
 
 def _gradients(fn: Callable, case: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     rewards = tuple(tensor.clone().requires_grad_() for tensor in case)
     with torch.enable_grad():
-        loss = call(_PAIRWISE_LOSS, fn, rewards)
+        loss = call(PAIRWISE_LOSS, fn, rewards)
         total = loss + 0 * sum(r.sum() for r in rewards)  # so that the loss may lack a graph
     return torch.autograd.grad(total, rewards)
 
@@ -66,28 +76,48 @@ def _softplus(gap: Tensor) -> Tensor:
     return -logsigmoid(-gap)
 
 
-def _capped(cap: float, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The loss of every pair cut off at `cap`, as a clamp or an added ε does."""
-    return _softplus(rejected - chosen).clamp(max=cap).mean()
+def _early(low: float, high: float, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The loss as −gap below a gap of −`low`, and as 0 above `high`."""
+    gap = chosen - rejected
+    loss = torch.where(gap < -low, -gap, _softplus(-gap))
+    return torch.where(gap > high, 0.0, loss).mean()
 
 
+def _too_small(results: Sequence) -> str:
+    """Whether results are right near a gap of 0, and finite but too small where it is -200."""
+    for case, result in zip(_PAIRWISE_CASES, results, strict=True):
+        gap, right = (case[0] - case[1]).min(), pairwise_loss(*case)
+        if gap > -3 and not (result - right).abs() < 0.02:
+            return ""
+        if gap == -200 and (same(result, right) or not 0 <= result < right):
+            return ""
+    return _CAPPED
+
+
+_GAPS = (2.5, -2.5, 4.0, -4.0, 7.0, -7.0, 12.0, -12.0, 30.0, -30.0)
 _PAIRWISE_CASES = (
     (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])),
     (torch.tensor([-1.5, -2.0, 0.5]), torch.tensor([0.5, -3.0, 0.0])),
     (torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])),
     (torch.tensor([150.0, -150.0]), torch.tensor([149.0, -148.0])),  # small gaps, far from 0
     (torch.tensor([-3.0]), torch.tensor([-1.0])),
+    *((torch.tensor([gap]), torch.zeros(1)) for gap in _GAPS),
+    (torch.tensor(_GAPS * 2) + 1, torch.ones(20)),
 )
-
-# Where a loss is cut off by a clamp of the gap, by ε inside the logarithm, or by torch's own cap
-# of 100 in binary_cross_entropy.
-_EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
-_CAPS = (10, 15, 20, 25, 30, 40, 50, 60, 64, 80, 88, 100, *(-math.log(e) for e in _EPSILONS))
 
 _NAN_GRADIENT = (
     "the values are right, but the gradient is NaN in places. Some step on the way is infinite: "
     "torch.where computes both of its branches, and in the backward pass 0 times the infinite one "
     "is NaN. Masking afterwards comes too late; use one expression that is finite at every gap."
+)
+_NAN_HIDDEN = (
+    "the values are right, but a reward that is NaN is passed over, by nanmean, nan_to_num or a "
+    "filter. NaN means that the model's weights have diverged; a loss that hides it trains on."
+)
+_EARLY = (
+    "it is right at small and at huge gaps, but it goes over from one form to the other too early. "
+    "At a gap of 7 the loss is still 0.0009, not 0, and at -7 it is 7.0009. The two forms should "
+    "meet where float32 sees no difference."
 )
 _OVERFLOW = (
     "it is not finite at a gap of -200. In float32 σ(-200) rounds to 0 and exp(200) to infinity, "
@@ -119,7 +149,16 @@ _PAIRWISE_MISTAKES = (
     (lambda c, r: -_naive(c - r).mean(), _OVERFLOW),
     (lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(), _EXPONENTIATED),
     (lambda c, r: ((c.exp() + r.exp()).log() - c).mean(), _EXPONENTIATED),
-    *((partial(_capped, cap), _CAPPED) for cap in _CAPS),
+    *(
+        (partial(_early, low, high), _EARLY)  # one threshold for each step between the gaps
+        for low, high in product((0.75, 1.5, 2.2, 3, 5, math.inf), repeat=2)
+        if (low, high) != (math.inf, math.inf)
+    ),
+    (
+        lambda c, r: pairwise_loss(c, r) / 2,
+        "it is half of the loss. The mean over the pairs is all that divides it; something divides "
+        "by 2 as well.",
+    ),
     *(
         (wrong, message)
         for log_sigmoid in (logsigmoid, _naive)
@@ -148,6 +187,11 @@ _PAIRWISE_MISTAKES = (
                 lambda c, r, f=log_sigmoid: -f((c - r).mean()),
                 "the gaps are averaged before the logarithm. A pair that is badly wrong then hides "
                 "behind one that is right; take the loss of each pair first, then the mean.",
+            ),
+            (
+                lambda c, r, f=log_sigmoid: -f(c - r).sum() / 2,
+                "the sum is always divided by 2. That is the mean in the example by hand, which "
+                "has two pairs; divide by the number of pairs in the batch.",
             ),
             (lambda c, r, f=log_sigmoid: -(f(c) - f(r)).mean(), _APART),
             (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), _APART),
@@ -180,14 +224,15 @@ _PAIRWISE_MISTAKES = (
     (lambda c, r: (1 - (c - r)).square().mean(), _SQUARED),
     (lambda c, r: (1 - (c - r).sigmoid()).square().mean(), _SQUARED),
 )
-_PAIRWISE_LOSS = Exercise(
+PAIRWISE_LOSS = Exercise(
     "pairwise_loss",
     pairwise_loss,
     _PAIRWISE_CASES,
     _PAIRWISE_MISTAKES,
-    tested="float32 gaps of -200 to 200, negative rewards, gradients",
+    tested="float32 gaps of -200 to 200, gradients, 20 pairs, NaN",
     shape_hint="Training differentiates one number, the mean over the pairs.",
     further=_pairwise_gradient_fault,
+    general=_too_small,
 )
 
 
@@ -198,12 +243,22 @@ def check_last_token_index(fn: Callable[[Tensor], Tensor]) -> None:
     """Check the learner's `last_token_index(attention_mask)`.
 
     Args:
-        fn: returns columns `[B]`, as `rlhf_helpers.reward.last_token_index` does; any dtype.
+        fn: returns columns `[B]`, as `rlhf_helpers.reward.last_token_index` does; integers.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
     """
-    check(_LAST_TOKEN, fn)
+    check(LAST_TOKEN, fn)
+
+
+def _column_fault(fn: Callable) -> str:
+    dtype = call(LAST_TOKEN, fn, copy.deepcopy(LAST_TOKEN.cases[0])).dtype
+    if not dtype.is_floating_point:
+        return ""
+    return (
+        f"the values are right, but the result is {dtype}; a column number is used as an index, "
+        "which must be an integer."
+    )
 
 
 def _first(mask: Tensor) -> Tensor:
@@ -274,7 +329,7 @@ _LAST_TOKEN_MISTAKES = (
         "other. Each row's columns start again from 0.",
     ),
 )
-_LAST_TOKEN = Exercise(
+LAST_TOKEN = Exercise(
     "last_token_index",
     last_token_index,
     cases=(
@@ -282,10 +337,12 @@ _LAST_TOKEN = Exercise(
         (torch.tensor([[0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]),),
         (torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]),),
         (torch.tensor([[1, 1, 1, 0, 0]]),),
+        (torch.tensor([[0] * 700 + [1] * 1906 + [0] * 394]),),  # 2605 is no float of 16 bits
     ),
     mistakes=_LAST_TOKEN_MISTAKES,
-    tested="padding on the left, on the right, on both sides, none, single tokens",
+    tested="padding on the left, on the right, on both sides, none; single tokens, long rows",
     shape_hint="It is one column number for each row of the batch, with no further dimension.",
+    further=_column_fault,
 )
 
 
@@ -301,7 +358,7 @@ def check_pair_accuracy(fn: Callable[[Tensor, Tensor], float]) -> None:
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
     """
-    check(_PAIR_ACCURACY, fn)
+    check(PAIR_ACCURACY, fn)
 
 
 def _share(hits: Tensor) -> float:
@@ -330,11 +387,15 @@ _NEARLY = (
     "rewards that are nearly equal count as ties. A reward has no unit before it is normalised, so "
     "no gap is too small to be a choice: a tie is equality."
 )
+_CROSSED = (
+    "every chosen response is compared with every rejected one. A choice was made within a pair, "
+    "between two responses to one prompt; prompts differ in how good their answers are."
+)
 _AGAINST_ZERO = (
     "the rewards are compared with 0, not with each other. A reward has no zero of its own: adding "
     "a constant to all of them must change nothing."
 )
-_PAIR_ACCURACY = Exercise(
+PAIR_ACCURACY = Exercise(
     "pair_accuracy",
     pair_accuracy,
     cases=(
@@ -343,7 +404,8 @@ _PAIR_ACCURACY = Exercise(
         (torch.tensor([1.0, -0.5]), torch.tensor([1.0, -0.5])),  # nothing but ties
         (torch.tensor([0.0]), torch.tensor([-4.0])),
         (torch.tensor([5.0, -1.0, 0.0, 2.0, 2.0]), torch.tensor([6.0, -1.0, 0.0, 2.0, -2.0])),
-        (torch.tensor([1.000001]), torch.tensor([1.0])),  # close, and no tie
+        (torch.tensor([1e-9]), torch.tensor([0.0])),  # close, and no tie
+        (torch.tensor([30.0, -150.0, 5.0]), torch.tensor([20.0, -200.0, 6.0])),
     ),
     mistakes=(
         (
@@ -368,6 +430,16 @@ _PAIR_ACCURACY = Exercise(
                 lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
             )
         ),
+        *(
+            (
+                lambda c, r, f=f: pair_accuracy(f(c), f(r)),
+                "each reward went through a function that saturates, so that rewards far from 0 "
+                "tie. Compare the rewards themselves.",
+            )
+            for f in (torch.sigmoid, torch.exp, torch.tanh)
+        ),
+        (lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)), _CROSSED),
+        (lambda c, r: _share(c[:, None] > r), _CROSSED),
         (lambda c, r: pair_accuracy(r, c), _SWAPPED),
         (lambda c, r: _share(r > c), _SWAPPED),
         (lambda c, r: _share(r >= c), _SWAPPED),
@@ -401,5 +473,5 @@ _PAIR_ACCURACY = Exercise(
         (lambda c, r: _share(c > 0), _AGAINST_ZERO),
         (lambda c, r: _share((c > 0) & (r < 0)), _AGAINST_ZERO),
     ),
-    tested="wins, losses, ties, nothing but ties, negative rewards",
+    tested="wins, losses, ties, nothing but ties, rewards from -200 to 30",
 )

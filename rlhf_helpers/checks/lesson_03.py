@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import logprobs, ppo
-from rlhf_helpers.checks.exercise import Exercise, call, check, check_pair, same
+from rlhf_helpers.checks.exercise import EPSILONS, Exercise, call, check, check_pair, same, show
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
 
@@ -20,16 +20,16 @@ def check_token_logprobs(fn: Callable[[Tensor, Tensor, int], Tensor]) -> None:
 
     Args:
         fn: takes logits `[B, L, V]` and token ids `[B, L]` of prompts and responses, and T;
-            returns `[B, T]`, the log-probabilities of the last T tokens, differentiable.
+            returns `[B, T]`, float32, the log-probabilities of the last T tokens, differentiable.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
         >>> check_token_logprobs(_token_logprobs)
-        token_logprobs: correct. Tested: padded prompts, T = 1, logits of 0 and 150, gradients.
+        token_logprobs: correct. Tested: padded prompts, T = 1, logits up to 1000 apart, gradients.
     """
-    check(_TOKEN_LOGPROBS, fn)
+    check(TOKEN_LOGPROBS, fn)
 
 
 def _token_logprobs(logits: Tensor, input_ids: Tensor, response_length: int) -> Tensor:
@@ -75,7 +75,28 @@ def _gradient(exercise: Exercise, fn: Callable, case: tuple) -> Tensor | None:
         return None
 
 
-def _pick(scores: Tensor, tokens: Tensor) -> Tensor:
+def _further_fault(exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True) -> str:
+    """What goes wrong on cases beyond those of the exercise, or with the dtype; "" if nothing does.
+
+    Each case comes with what to tell those who get only this one wrong.
+    """
+    both = (fn, exercise.reference)
+    for case, message in further:
+        result, expected = (call(exercise, f, copy.deepcopy(case)) for f in both)
+        fault = f"{message}\n{show(exercise, case, result)}"
+        if not same(result, expected):
+            return fault
+        if gradient and not same(*(slopes := [_gradient(exercise, f, case) for f in both])):
+            return f"{fault}\n  your gradient: {slopes[0]}"
+    if result.dtype != expected.dtype:
+        return (
+            f"the values are right, but the dtype is {result.dtype}; return {expected.dtype}, that "
+            "of the arguments, or everything computed from the result changes its dtype too."
+        )
+    return ""
+
+
+def pick(scores: Tensor, tokens: Tensor) -> Tensor:
     return scores.gather(-1, tokens[..., None]).squeeze(-1)
 
 
@@ -88,14 +109,12 @@ def _window(x: Tensor, length: int, back: int) -> Tensor:
 def _misaligned(
     normalise: Callable, logits_back: int, ids_back: int, logits: Tensor, ids: Tensor, length: int
 ) -> Tensor:
-    return _pick(
-        normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back)
-    )
+    return pick(normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back))
 
 
 def _scored(score: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
     """The right window and shift, with another score than the log-probability."""
-    return _pick(score(_window(logits, length, 1)), _window(ids, length, 0))
+    return pick(score(_window(logits, length, 1)), _window(ids, length, 0))
 
 
 def _normalised_before(
@@ -117,7 +136,7 @@ def _naive_share(logits: Tensor, dim: int) -> Tensor:
     return (logits.exp() / logits.exp().sum(dim, keepdim=True)).log()
 
 
-def _drawn(*shape: int, seed: int) -> Tensor:
+def drawn(*shape: int, seed: int) -> Tensor:
     """Normal numbers, rounded so that a case can be read."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(10).round() / 10
 
@@ -128,16 +147,31 @@ _TOKEN_CASES = (
         torch.tensor([[0, 2, 1, 2]]),  # padding, a prompt of one token, a response of two
         2,
     ),
-    (3 * _drawn(2, 6, 5, seed=0), torch.tensor([[0, 3, 2, 4, 3, 1], [2, 2, 4, 1, 0, 0]]), 3),
-    (3 * _drawn(3, 5, 4, seed=1), torch.tensor([[0, 2, 3, 2, 1], [3, 3, 2, 3, 1], [2] * 5]), 1),
+    (3 * drawn(2, 6, 5, seed=0), torch.tensor([[0, 3, 2, 4, 3, 1], [2, 2, 4, 1, 0, 0]]), 3),
+    (3 * drawn(3, 5, 4, seed=1), torch.tensor([[0, 2, 3, 2, 1], [3, 3, 2, 3, 1], [2] * 5]), 1),
     (
         torch.tensor([[[1.0, 0.0], [150.0, 0.0], [0.0, 150.0], [2.0, 1.0]]]),
         torch.tensor([[0, 1, 1, 1]]),  # log-probabilities of -150 and 0
         2,
     ),
 )
-# Where ε inside the logarithm or a clamp of the probability cuts a log-probability off.
-_EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
+TOKEN_FURTHER = (
+    (
+        (
+            torch.tensor(
+                [
+                    [[0.0, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 800.0, 0.0], [0.0, 0.0, 0.0]],
+                    [[0.0, 0.0, 0.0], [1000.0, 1001.0, 1002.0], [1000.0, 200.0, 1000.0], [0.0] * 3],
+                ]
+            ),
+            torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]]),
+            2,
+        ),
+        "it does not hold where two logits differ by 800, or two positions by 1000. Only the "
+        "difference to the largest logit of the same position counts, so subtract that before the "
+        "exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.",
+    ),
+)
 
 _UNSHIFTED = (
     "each token is looked up in the logits at its own position. There the model has read the token "
@@ -160,33 +194,33 @@ _FROM_THE_START = (
     "these are the first tokens of the sequence, prompt and padding. The response stands at the "
     "end: count the columns from there."
 )
-_GREEDY = (
+GREEDY = (
     "it is the log-probability of the likeliest token at each position. The token that was sampled "
     "is often another one, and its own is what the policy is to answer for."
 )
-_WRONG_DIMENSION = (
+WRONG_DIMENSION = (
     "the softmax runs over the wrong dimension. One distribution is over the vocabulary, the last "
     "dimension of the logits; positions and rows of the batch do not compete."
 )
-_SURPRISE = (
+SURPRISE = (
     "the sign is turned round: this is the surprise -log p, which cross-entropy returns. A "
     "log-probability is never positive."
 )
-_NOT_FINITE = (
+NOT_FINITE = (
     "it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a "
     "softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: "
     "softmax and logarithm have to become one step that never leaves the range."
 )
-_CUT_OFF = (
+CUT_OFF = (
     "it is right for moderate logits, but cut off: where two of them differ by 150 it must be "
     "-150. A clamp or an ε inside the logarithm stops it, and with it the gradient, on just those "
     "tokens that the policy finds least likely."
 )
-_NAIVE = (_naive, _naive_difference, _naive_share)
+NAIVE = (_naive, _naive_difference, _naive_share)
 _TOKEN_MISTAKES = (
     *(
         (partial(_misaligned, normalise, *back), message)
-        for normalise in (torch.log_softmax, *_NAIVE)
+        for normalise in (torch.log_softmax, *NAIVE)
         for back, message in (
             ((0, 0), _UNSHIFTED),
             ((1, 1), _UNSHIFTED),
@@ -197,7 +231,7 @@ _TOKEN_MISTAKES = (
     ),
     *(
         (wrong, message)
-        for normalise in (torch.log_softmax, *_NAIVE)
+        for normalise in (torch.log_softmax, *NAIVE)
         for wrong, message in (
             (
                 lambda z, ids, length, f=normalise: _misaligned(
@@ -206,40 +240,35 @@ _TOKEN_MISTAKES = (
                 _OTHER_WAY,
             ),
             (
-                lambda z, ids, length, f=normalise: _pick(
+                lambda z, ids, length, f=normalise: pick(
                     f(z[:, :length], -1), ids[:, 1 : length + 1]
                 ),
                 _FROM_THE_START,
             ),
             (
-                lambda z, ids, length, f=normalise: _pick(f(z[:, :length], -1), ids[:, :length]),
+                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, :length]),
                 _FROM_THE_START,
             ),
             (
                 lambda z, ids, length, f=normalise: f(_window(z, length, 1), -1).amax(-1),
-                _GREEDY,
+                GREEDY,
             ),
             (
                 lambda z, ids, length, f=normalise: -_misaligned(f, 1, 0, z, ids, length),
-                _SURPRISE,
+                SURPRISE,
             ),
-            (partial(_normalised_before, normalise, 0), _WRONG_DIMENSION),
-            (partial(_normalised_before, normalise, 1), _WRONG_DIMENSION),
+            (partial(_normalised_before, normalise, 0), WRONG_DIMENSION),
+            (partial(_normalised_before, normalise, 1), WRONG_DIMENSION),
             (
                 lambda z, ids, length, f=normalise: _scored(lambda x: f(x, 1), z, ids, length),
-                _WRONG_DIMENSION,
+                WRONG_DIMENSION,
             ),
         )
     ),
-    *((partial(_misaligned, naive, 1, 0), _NOT_FINITE) for naive in _NAIVE),
+    *((partial(_misaligned, naive, 1, 0), NOT_FINITE) for naive in NAIVE),
     *(
-        (
-            lambda z, ids, length, e=epsilon: _token_logprobs(z, ids, length).clamp(
-                min=math.log(e)
-            ),
-            _CUT_OFF,
-        )
-        for epsilon in _EPSILONS
+        (lambda *case, low=low: _token_logprobs(*case).clamp(min=low), CUT_OFF)
+        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
     ),
     (
         lambda *case: _token_logprobs(*case) / math.log(2),
@@ -267,15 +296,18 @@ _TOKEN_MISTAKES = (
         "1, and to the second all tokens then look nearly alike.",
     ),
 )
-_TOKEN_LOGPROBS = Exercise(
+TOKEN_LOGPROBS = Exercise(
     "token_logprobs",
     _token_logprobs,
     _TOKEN_CASES,
     _TOKEN_MISTAKES,
-    tested="padded prompts, T = 1, logits of 0 and 150, gradients",
+    tested="padded prompts, T = 1, logits up to 1000 apart, gradients",
     shape_hint="It is one number for each token of the response, response_length columns: none for "
     "the prompt, none lost to the shift, and no mean or sum over them.",
-    further=lambda fn: _gradient_fault(_TOKEN_LOGPROBS, "logits", fn),
+    further=lambda fn: (
+        _gradient_fault(TOKEN_LOGPROBS, "logits", fn)
+        or _further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
+    ),
 )
 
 
@@ -288,16 +320,16 @@ def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor,
     Where it shows a result, the advantages stand first and the returns below.
 
     Args:
-        fn: returns advantages and returns, `[B, T]` each, as `rlhf_helpers.ppo.gae` does.
+        fn: returns advantages and returns, `[B, T]` each, float32, as `rlhf_helpers.ppo.gae` does.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
         >>> check_gae(ppo.gae)
-        gae: correct. Tested: padding, a response of EOS alone, λ of 0, 0.8, 0.95 and 1, γ below 1.
+        gae: correct. Tested: padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1.
     """
-    check_pair(_GAE, fn, ("the advantages", "the returns"))
+    check_pair(GAE, fn, ("the advantages", "the returns"))
 
 
 def _gae(
@@ -347,6 +379,7 @@ def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, 
 
 
 def _carelessly_masked(
+    end: Callable,
     which: tuple[bool, bool, bool, bool, bool],
     rewards: Tensor,
     values: Tensor,
@@ -354,12 +387,13 @@ def _carelessly_masked(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """gae where only what is marked in `which` is masked.
+    """gae where only what is marked in `which` is masked; `end(values)` follows the last column.
 
     Rewards, values, TD errors, both results, the values that are added to the advantages.
     """
     r, v, d, results, added = (mask if masked else torch.ones_like(mask) for masked in which)
-    deltas = _td_error(rewards * r, values * v, gamma, lam) * d
+    values_after = torch.cat([(values * v)[:, 1:], end(values * v)], dim=1)
+    deltas = (rewards * r + gamma * values_after - values * v) * d
     return _with_values(_sum_up(deltas, gamma * lam), values * added) * results
 
 
@@ -372,12 +406,17 @@ def _masking_message(which: tuple[bool, bool, bool, bool, bool]) -> str:
     return _MASKED_LATE if results else _UNMASKED
 
 
-def _end(end: Callable, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
-    """gae with `end(values)` in place of 0 after the last column."""
-    v = values * mask if masked else values
-    next_values = torch.cat([v[:, 1:], end(v)], dim=1)
-    deltas = (rewards + gamma * next_values - v) * mask
-    return _with_values(_sum_up(deltas, gamma * lam), v) * mask
+def _cut(masks: Callable, masked: tuple[bool, bool], rewards, values, mask, gamma, lam) -> Tensor:
+    """gae in a loop, where masks cut off the next token's value and advantage, each its own.
+
+    `masked` says whether the rewards and the results are masked too.
+    """
+    of_value, of_advantage = masks(mask, _next(mask))
+    r, results = (mask if use else torch.ones_like(mask) for use in masked)
+    advantages = rewards * r + gamma * _next(values) * of_value - values
+    for t in reversed(range(values.shape[1] - 1)):
+        advantages[:, t] += gamma * lam * of_advantage[:, t] * advantages[:, t + 1]
+    return _with_values(advantages, values) * results
 
 
 def _forward(rewards, values, mask, gamma, lam) -> Tensor:
@@ -418,14 +457,17 @@ def _divided(filled: bool, rewards, values, mask, gamma, lam) -> Tensor:
     return result.masked_fill(mask == 0, 0) if filled else result * mask
 
 
+def _white(x: Tensor, mask: Tensor, correction: int, everywhere: bool) -> Tensor:
+    variance, mean = torch.var_mean(x if everywhere else x[mask.bool()], correction=correction)
+    return (x - mean) / variance.sqrt()
+
+
 def _whitened(
     where: tuple[bool, bool], correction: int, everywhere: bool, rewards, values, mask, gamma, lam
 ) -> Tensor:
     """gae with whitened advantages as the result, or in the returns, or both (`where`)."""
     plain, _ = ppo.gae(rewards, values, mask, gamma, lam)
-    counted = plain if everywhere else plain[mask.bool()]
-    variance, mean = torch.var_mean(counted, correction=correction)
-    white = (plain - mean) / variance.sqrt()
+    white = _white(plain, mask, correction, everywhere)
     shown, used = (white if whiten else plain for whiten in where)
     return torch.stack([shown, used + values]) * mask
 
@@ -445,9 +487,27 @@ _GAE_CASES = (
         0.9,
         0.8,
     ),
-    (_drawn(3, 6, seed=2), _drawn(3, 6, seed=3), (torch.arange(6) < _LENGTHS).long(), 1.0, 0.95),
+    (drawn(3, 6, seed=2), drawn(3, 6, seed=3), (torch.arange(6) < _LENGTHS).long(), 1.0, 0.95),
     (*_SHORT, 0.9, 0.0),
     (*_SHORT, 0.5, 1.0),
+)
+_LONG = (
+    drawn(6, 200, seed=4),
+    drawn(6, 200, seed=5),
+    (torch.arange(200) < torch.tensor([[1], [7], [60], [120], [199], [200]])).long(),
+)
+_TOO_LONG = (
+    "it is right for short responses, but not for 200 tokens. A sum divided by a power of γλ fails "
+    "where the power rounds to 0, whatever guards it, and a sum of a fixed number of TD errors "
+    "loses the rest. Carry the sum from the end to the beginning instead."
+)
+GAE_FURTHER = (
+    *(((*_LONG, 1.0, lam), _TOO_LONG) for lam in (0.95, 0.5, 0.0)),
+    (
+        (*_SHORT, 0.0, 0.95),
+        "it is right unless γ is 0; then nothing counts but the token's own reward, and its "
+        "advantage is r - V. Python takes 0 for false: does a test or a default replace it?",
+    ),
 )
 
 _PAST_EOS = (
@@ -465,6 +525,14 @@ _UNMASKED = (
 _RETURNS_UNMASKED = (
     "the advantages are right, but the returns at padding are not 0: V stands there, unmasked. The "
     "critic would be trained on tokens that nobody wrote."
+)
+_NOT_CUT = (
+    "the next value is cut off at the end of the response, but not the advantage that is carried "
+    "along: it has been summed up over the padding, and goes into the real tokens."
+)
+_OWN_MASK = (
+    "the mask of token t stands where that of token t + 1 is meant. Whether there is a next value "
+    "or advantage is a matter of the next token: the last real one has neither."
 )
 _WRAPPED_ROUND = (
     "the value after the last column is that of the first. roll brings round what falls off the "
@@ -493,12 +561,24 @@ _WHITENED = (
 )
 _GAE_MISTAKES = (
     *(
-        (partial(_carelessly_masked, which), message)
+        (partial(_carelessly_masked, end, which), message)
+        for end, message_of in (
+            (lambda v: 0 * v[:, :1], _masking_message),
+            (lambda v: v[:, -1:], lambda which: _PAST_EOS),
+            (lambda v: v[:, :1], lambda which: _WRAPPED_ROUND),
+        )
         for which in product((True, False), repeat=5)
-        if (message := _masking_message(which))
+        if (message := message_of(which))
     ),
-    *((partial(_end, lambda v: v[:, -1:], masked), _PAST_EOS) for masked in (True, False)),
-    *((partial(_end, lambda v: v[:, :1], masked), _WRAPPED_ROUND) for masked in (True, False)),
+    *(
+        (partial(_cut, masks, masked), message)
+        for masks, message in (
+            (lambda own, later: (later, torch.ones_like(own)), _NOT_CUT),
+            (lambda own, later: (own, own), _OWN_MASK),
+            (lambda own, later: (later, own), _OWN_MASK),
+        )
+        for masked in product((True, False), repeat=2)
+    ),
     (
         _forward,
         "time runs forward: each advantage collects the TD errors before it. What an action is "
@@ -633,12 +713,13 @@ _GAE_MISTAKES = (
         "with the advantages, and λ smooths both.",
     ),
 )
-_GAE = Exercise(
+GAE = Exercise(
     "gae",
     _gae,
     _GAE_CASES,
     _GAE_MISTAKES,
-    tested="padding, a response of EOS alone, λ of 0, 0.8, 0.95 and 1, γ below 1",
+    tested="padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1",
+    further=lambda fn: _further_fault(GAE, GAE_FURTHER, fn, gradient=False),
 )
 
 
@@ -649,16 +730,16 @@ def check_policy_loss(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tens
     """Check the learner's `policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)`.
 
     Args:
-        fn: returns a scalar tensor, the first of what `rlhf_helpers.ppo.policy_loss` returns.
+        fn: returns a scalar, float32, the first of what `rlhf_helpers.ppo.policy_loss` returns.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
         >>> check_policy_loss(_policy_loss)
-        policy_loss: correct. Tested: ratios of 0.25 to 4, both signs, padding, clip, gradients.
+        policy_loss: correct. Tested: small and large ratios, both signs, padding, clip, gradients.
     """
-    check(_POLICY_LOSS, fn)
+    check(POLICY_LOSS, fn)
 
 
 def _policy_loss(
@@ -667,7 +748,7 @@ def _policy_loss(
     return ppo.policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)[0]
 
 
-def _token_mean(x: Tensor, mask: Tensor) -> Tensor:
+def token_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
@@ -677,12 +758,12 @@ def _clipped_objective(ratio: Tensor, a: Tensor, clip: float) -> Tensor:
 
 def _other_objective(of: Callable, new, old, a, mask, clip) -> Tensor:
     """The loss with another objective for each token, of the ratio, the advantage and ε."""
-    return -_token_mean(of((new - old).exp(), a, clip), mask)
+    return -token_mean(of((new - old).exp(), a, clip), mask)
 
 
 def _other_ratio(of: Callable, new, old, a, mask, clip) -> Tensor:
     """The loss with another ratio, of the two log-probabilities."""
-    return -_token_mean(_clipped_objective(of(new, old), a, clip), mask)
+    return -token_mean(_clipped_objective(of(new, old), a, clip), mask)
 
 
 def _other_mean(of: Callable, new, old, a, mask, clip) -> Tensor:
@@ -690,16 +771,26 @@ def _other_mean(of: Callable, new, old, a, mask, clip) -> Tensor:
     return -of(_clipped_objective((new - old).exp(), a, clip), mask)
 
 
+def _one_ratio(count: Callable, new, old, a, mask, clip) -> Tensor:
+    """The loss with one ratio for each response; `count` of the mask divides its logarithm."""
+    ratio = (((new - old) * mask).sum(1, True) / count(mask)).exp()
+    return -token_mean(_clipped_objective(ratio, a, clip), mask)
+
+
 def _other_clip(low: Callable, high: Callable, new, old, a, mask, clip) -> Tensor:
     """The loss with the ratio held between two other ends."""
     ratio = (new - old).exp()
-    return -_token_mean(torch.minimum(ratio * a, ratio.clamp(low(clip), high(clip)) * a), mask)
+    return -token_mean(torch.minimum(ratio * a, ratio.clamp(low(clip), high(clip)) * a), mask)
 
 
 def _case_of_ratios(ratios: list, advantages: list, mask: list, clip: float) -> tuple:
     ratio = torch.tensor(ratios)
     old = torch.linspace(0.1, 0.2, ratio.numel()).reshape(ratio.shape)
     return (old * ratio).log(), old.log(), torch.tensor(advantages), torch.tensor(mask), clip
+
+
+def _case_of_row(new: list, old: list, advantages: list, mask: list) -> tuple:
+    return *(torch.tensor([row]) for row in (new, old, advantages, mask)), 0.2
 
 
 _LOSS_CASES = (
@@ -726,6 +817,35 @@ _LOSS_CASES = (
         [[1.0, 1.0], [1.0, 1.0]], [[0.5, -1.0], [2.0, 3.0]], [[1, 1], [1, 0]], 0.2
     ),  # before the first step
     _case_of_ratios([[1.7, 0.4], [0.3, 1.4]], [[1.0, -1.0], [1.0, 2.0]], [[1, 1], [1, 1]], 0.5),
+)
+
+POLICY_FURTHER = (
+    (
+        _case_of_row([-20.0, -150.0], [-20.0, -150.0], [1.0, 2.0], [1, 1]),
+        "it is a ratio of two exponentials: below -103 nats both are 0 in float32, and an ε in the "
+        "denominator outweighs them long before. Subtract the logarithms first.",
+    ),
+    (
+        _case_of_row([-1.0, -1.0, -5.0], [-4.4, -10.0, -1.0], [-1.0, -1.0, 1.0], [1, 1, 1]),
+        "it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000 times "
+        "as likely must count in full, or nothing brings it back: no limit on the log-ratio, and "
+        "none but the clip on the ratio.",
+    ),
+    (
+        _case_of_ratios([[1.1, 0.9, 1.0]], [[1.0, 0.0, -0.5]], [[1, 1, 1]], 0.2),
+        "a real token whose advantage is 0 is not counted. It has nothing to gain, but it is one "
+        "of the tokens that the mean is over: only the mask says what padding is.",
+    ),
+    (
+        _case_of_row(
+            [-1.0, -2.0, -1.0, -1.0, -201.0],
+            [-1.1, -1.9, -201.0, -201.0, -1.0],
+            [1.0, -1.0, -1.0, 1.0, 1.0],
+            [1, 1, 0, 0, 0],
+        ),
+        "it is not finite (or its gradient is not) where padding holds log-probabilities far "
+        "apart: inf times 0 is nan. Set the difference at padding to 0 before the exp.",
+    ),
 )
 
 _MAXIMUM = (
@@ -763,7 +883,7 @@ _POLICY_MISTAKES = (
     ),
     (lambda *case: -_policy_loss(*case), _UNSIGNED),
     (
-        lambda new, old, a, mask, clip: _token_mean(
+        lambda new, old, a, mask, clip: token_mean(
             torch.maximum((r := (new - old).exp()) * a, r.clamp(1 - clip, 1 + clip) * a), mask
         ),
         "the larger of the two terms belongs to the form that carries its minus inside, as losses. "
@@ -834,19 +954,37 @@ _POLICY_MISTAKES = (
         _PRODUCT,
     ),
     (
-        lambda new, old, a, mask, clip: -_token_mean(new * a, mask),
+        lambda new, old, a, mask, clip: -token_mean(new * a, mask),
         "it is the plain policy gradient, log-probability times advantage. It has no ratio, so the "
         "clip cannot tell how far the policy has moved since it sampled.",
     ),
     (
         lambda new, old, a, mask, clip: (
             -torch.minimum(
-                _token_mean((r := (new - old).exp()) * a, mask),
-                _token_mean(r.clamp(1 - clip, 1 + clip) * a, mask),
+                token_mean((r := (new - old).exp()) * a, mask),
+                token_mean(r.clamp(1 - clip, 1 + clip) * a, mask),
             )
         ),
         "the minimum comes after the mean. Each token has a clip of its own: one that has moved "
         "too far must not hide behind others that have not.",
+    ),
+    *(
+        (
+            lambda new, old, a, mask, clip, how=how: _policy_loss(
+                new, old, _white(a, mask, *how), mask, clip
+            ),
+            "the advantages are whitened inside the loss. That is a step of its own, made once for "
+            "the whole batch before the first step; the loss takes them as they are.",
+        )
+        for how in product((0, 1), (False, True))
+    ),
+    *(
+        (
+            partial(_one_ratio, count),
+            "there is one ratio for each response. Here each token has its own: whether the clip "
+            "lets go of a token depends on how far this token has moved, not on its neighbours.",
+        )
+        for count in (lambda mask: 1, lambda mask: mask.sum(1, True))
     ),
     (
         partial(_other_mean, lambda x, mask: x.mean()),
@@ -874,12 +1012,15 @@ _POLICY_MISTAKES = (
         "grow with the length of the responses; divide by the number of all real tokens.",
     ),
 )
-_POLICY_LOSS = Exercise(
+POLICY_LOSS = Exercise(
     "policy_loss",
     _policy_loss,
     _LOSS_CASES,
     _POLICY_MISTAKES,
-    tested="ratios of 0.25 to 4, both signs, padding, clip, gradients",
+    tested="small and large ratios, both signs, padding, clip, gradients",
     shape_hint="Training differentiates one number, the mean over all real tokens.",
-    further=lambda fn: _gradient_fault(_POLICY_LOSS, "logprobs", fn),
+    further=lambda fn: (
+        _gradient_fault(POLICY_LOSS, "logprobs", fn)
+        or _further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
+    ),
 )

@@ -17,14 +17,14 @@ from rlhf_helpers.checks.exercise import (
     NOT_ATTEMPTED,
     UNKNOWN,
     Exercise,
-    _show,
-    _structural_fault,
-    _wrapped,
     call,
     check,
     same,
+    show,
+    structural_fault,
+    wrapped,
 )
-from rlhf_helpers.checks.lesson_03 import _drawn
+from rlhf_helpers.checks.lesson_03 import drawn
 from rlhf_helpers.memory import NF4_SUPERBLOCK
 from rlhf_helpers.roles import NF4_BLOCK, Roles
 
@@ -59,21 +59,21 @@ def check_train_step(fn: Callable[[Roles, Mapping, Mapping], None]) -> None:
     """Check the learner's `train_step(roles, losses, optimizers)`.
 
     It runs on a small imitation of `Roles` that notes each use, loss, backward pass, zero_grad and
-    step, and loses gradients as PEFT does. Right is what moves every role as if it were alone; the
-    notes serve to name what went wrong.
+    step, and loses gradients as PEFT does. Right is what moves every role as if it were alone,
+    leaves the base frozen and returns nothing; the notes serve to name what went wrong.
 
     Args:
         fn: takes roles, and for each trained role a loss, a function of the model, and an
-            optimizer; what it returns does not count.
+            optimizer.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
         >>> check_train_step(train_step)
-        train_step: correct. Tested: 3 steps of two roles, one with a head; gradients left over.
+        train_step: correct. Tested: 3 steps of two roles, a head, a negative loss, old gradients.
     """
-    print(_wrapped(f"{_TRAIN_STEP.name}: {_step_verdict(fn)}"))
+    print(wrapped(f"{TRAIN_STEP.name}: {_step_verdict(fn)}"))
 
 
 def _step_verdict(fn: Callable) -> str:
@@ -85,8 +85,9 @@ def _step_verdict(fn: Callable) -> str:
     fault = _run(recorder, fn)
     if not fault and not same(recorder.weights(), _expected_weights()):
         fault = _order_fault(recorder.calls[0]) or _UNKNOWN_ORDER
+    fault = fault or (_THAWED if recorder.model.base.requires_grad else recorder.returned)
     if fault in ("", NOT_ATTEMPTED):
-        return fault or f"correct. Tested: {_TRAIN_STEP.tested}."
+        return fault or f"correct{_both_graphs(recorder.log)}. Tested: {TRAIN_STEP.tested}."
     return f"{fault}\n{_sequence('yours', recorder.calls[0])}\n{_sequence('expected', _steps())}"
 
 
@@ -106,9 +107,10 @@ def _run(recorder: "_Recorder", fn: Callable) -> str:
     for _ in range(_CALLS):
         recorder.calls.append([])
         with _Passes(recorder):
-            result = call(_TRAIN_STEP, guarded, recorder.arguments())
+            result = call(TRAIN_STEP, guarded, recorder.arguments())
         if result is ... or named:
             return NOT_ATTEMPTED if result is ... else named[0]
+        recorder.returned = "" if result is None else _RETURNED
     return ""
 
 
@@ -123,6 +125,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.calls: list[list[_Event]] = []
+        self.returned = ""  # what to say about it
         self.active = "reward"  # the role that scored the responses acted last
         self.model = _Model(self)
         self.heads = {"value": Parameter(torch.tensor([0.25, 0.5]))}
@@ -171,12 +174,19 @@ class _Recorder:
         self.note("backward", role)
         return gradient if role == self.active else torch.zeros_like(gradient)
 
+    def note_left_over(self, role: str) -> None:
+        """Note the gradients that a backward pass which begins now would add to."""
+        for name, parameter in self.parameters(role).items():
+            if parameter.grad is not None and parameter.grad.any():
+                self.note(f"{name} left", role)
+
 
 class _Model(nn.Module):
     """What `use` returns: it answers with the weights of the active role."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
+        self.base = Parameter(torch.zeros(2), requires_grad=False)
         starts = torch.tensor([[0.5, -0.25], [0.75, 0.5], [0.5, -0.25], [0.75, 0.5]])
         self.adapters = nn.ParameterDict(
             {
@@ -188,7 +198,7 @@ class _Model(nn.Module):
 
     def forward(self) -> Tensor:
         role = self.recorder.active
-        output = self.adapters[role] * 1
+        output = self.base + self.adapters[role]
         if output.requires_grad:
             output.register_hook(partial(self.recorder.backward, role))
         return output
@@ -199,7 +209,10 @@ class _Model(nn.Module):
 
 
 class _Loss:
-    """Half the squared distance of the role's weights, and its head's, from a target."""
+    """Half the squared distance of the role's weights, and its head's, from a target far away.
+
+    So gradients are longer than what is usually clipped. The policy's loss is negative.
+    """
 
     def __init__(self, recorder: _Recorder, role: str) -> None:
         self.recorder, self.role = recorder, role
@@ -209,8 +222,11 @@ class _Loss:
 
     def __call__(self, model: nn.Module) -> Tensor:
         self.recorder.note("loss", self.role)
-        target = 0.25 if self.role == "policy" else 0.5
-        return 0.5 * (model() + self.recorder.heads.get(self.role, 0) - target).square().sum()
+        off = model() + self.recorder.heads.get(self.role, 0) - 20
+        loss = 0.5 * off.square().sum() - (1000 if self.role == "policy" else 0)
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: self.recorder.note_left_over(self.role))
+        return loss
 
 
 class _SGD:
@@ -278,7 +294,8 @@ def _steps() -> list[_Event]:
 
 def _sequence(whose: str, events: Sequence[_Event]) -> str:
     """The events of one call on a few lines."""
-    phrases = [_phrase(event) for event in events if event.what not in ("pass", "frozen")]
+    hidden = ("pass", "frozen", "adapter left", "head left")
+    phrases = [_phrase(event) for event in events if event.what not in hidden]
     text = ", ".join(phrase.replace(" ", "~") for phrase in phrases) or "nothing"
     first, other = f"  {whose:10}", " " * 12
     filled = textwrap.fill(text, 100, initial_indent=first, subsequent_indent=other)
@@ -341,9 +358,20 @@ def _role_fault(log: Sequence[_Event], role: str) -> str:
         return _STEP_FIRST.format(role=role)
     if any(backward[0] < place < steps[0] for place in cleared):
         return _CLEARED_BETWEEN.format(role=role)
-    if not cleared:
-        return _NOT_CLEARED.format(role=role)
-    return _CLEARED_LAST.format(role=role) if min(cleared) > steps[0] else ""
+    if _places(log, "adapter left", role):
+        return (_CLEARED_LAST if cleared else _NOT_CLEARED).format(role=role)
+    return _HEAD_LEFT.format(role=role) if _places(log, "head left", role) else ""
+
+
+def _both_graphs(log: Sequence[_Event]) -> str:
+    """What a right answer is told that has two graphs in memory."""
+    first = [event for event in log if event.what in ("loss", "backward")][:2]
+    if {event.what for event in first} != {"loss"} or first[0].role == first[1].role:
+        return ""
+    return (
+        ", but both graphs are in memory at once: the second forward pass comes before the first "
+        "backward pass"
+    )
 
 
 def _places(log: Sequence[_Event], what: str, role: str) -> list[int]:
@@ -351,14 +379,16 @@ def _places(log: Sequence[_Event], what: str, role: str) -> list[int]:
 
 
 _SUMMED = (
-    "the losses are added up, and one backward pass runs through both roles. Only one of them can "
-    "be active then; PEFT loses the gradients of the other without a word, and Roles raises an "
-    "error. Each role needs a backward pass of its own, before the next is used."
+    "the losses are added up, and one backward pass runs through both roles. By then PEFT has "
+    "switched requires_grad off for the role used first; autograd looks at that flag when it goes "
+    "backward and drops its gradients without a word, and Roles raises an error. Each role needs a "
+    "backward pass of its own, before the next is used."
 )
 _FORWARDS_FIRST = (
-    "both forward passes come before the first backward pass. When it runs, another role is active "
-    "already: PEFT loses the gradients without a word, and Roles raises an error. Be done with one "
-    "role's backward pass before you use the next."
+    "both forward passes come before the first backward pass. By then PEFT has switched "
+    "requires_grad off for the role used first; autograd looks at that flag when it goes backward "
+    "and drops its gradients without a word, and Roles raises an error. Be done with one role's "
+    "backward pass before you use the next."
 )
 _NOT_USED = (
     "the loss of {role} is computed as {active}. Whichever role was used last acts, whatever the "
@@ -408,6 +438,10 @@ _CLEARED_LAST = (
     "from a call that was interrupted, goes into the first step; clear them before the backward "
     "pass."
 )
+_HEAD_LEFT = (
+    "the gradient of the head of {role} is not cleared; those of its adapter are. The head lies "
+    "outside the model, and a backward pass adds to what is there."
+)
 _MODEL_CLEARED = (
     "it is the model's zero_grad. That clears the adapters of all roles at once, also gradients "
     "that a step still needs, and never the heads, which lie outside the model. Each role's "
@@ -416,14 +450,22 @@ _MODEL_CLEARED = (
 _UNKNOWN_ORDER = (
     "the weights after three steps are not those of roles trained alone, and not in a way that "
     "this check has a name for. Compare what was done, in order, and look for anything that "
-    "changes a loss or a gradient:"
+    "changes a loss, which may be negative, or a gradient, as clipping does:"
 )
-_TRAIN_STEP = Exercise(
+_THAWED = (
+    "the roles move as they should, but the base is left with requires_grad on. It is frozen "
+    "and shared; with the flag on, each backward pass computes gradients of all of it too."
+)
+_RETURNED = (
+    "the roles move as they should, but something is returned, and the caller was promised "
+    "nothing. The step is in the weights."
+)
+TRAIN_STEP = Exercise(
     "train_step",
     train_step,
     (),
     (),
-    tested="3 steps of two roles, one with a head; gradients left over",
+    tested="3 steps of two roles, a head, a negative loss, old gradients",
 )
 
 
@@ -441,9 +483,9 @@ def check_shape_rewards(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Te
 
     Example:
         >>> check_shape_rewards(ppo.shape_rewards)
-        shape_rewards: correct. Tested: padding, full rows, a response of EOS alone, β of 0 to 0.5.
+        shape_rewards: correct. Tested: padding, full rows, EOS alone, β 0 to 1, log-ratios of ±8.
     """
-    check(_SHAPE_REWARDS, fn)
+    check(SHAPE_REWARDS, fn)
 
 
 def _shape_rewards(
@@ -452,7 +494,7 @@ def _shape_rewards(
     return ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
 
 
-def _last(mask: Tensor) -> Tensor:
+def last_token(mask: Tensor) -> Tensor:
     """1 at the last real token of each row."""
     return mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
@@ -472,7 +514,7 @@ def _no_room_before(mask: Tensor) -> Tensor:
     return _column(-1, mask) * (mask.sum(1, keepdim=True) == 1)
 
 
-def _column(number: int, mask: Tensor) -> Tensor:
+def _column(number: int | Tensor, mask: Tensor) -> Tensor:
     one = torch.zeros_like(mask)
     one[:, number] = 1
     return one
@@ -480,7 +522,7 @@ def _column(number: int, mask: Tensor) -> Tensor:
 
 def _other_penalty(of: Callable, scores, new, ref, mask, beta) -> Tensor:
     """The score at the right place, with another penalty of log-probabilities, mask and β."""
-    return scores[:, None] * _last(mask) - of(new, ref, mask, beta)
+    return scores[:, None] * last_token(mask) - of(new, ref, mask, beta)
 
 
 def _other_place(place: Callable, scores, new, ref, mask, beta) -> Tensor:
@@ -499,11 +541,11 @@ def _in_place_of_penalty(place: Callable, scores, new, ref, mask, beta) -> Tenso
     return torch.where(one.bool(), scores[:, None], -beta * (new - ref) * mask)
 
 
-def _mean_of_row(x: Tensor, mask: Tensor) -> Tensor:
+def mean_of_row(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
 
 
-def _case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
+def case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
     """A case of given ratios π/π_ref."""
     ratio = torch.tensor(ratios)
     ref = torch.linspace(0.05, 0.2, ratio.numel()).reshape(ratio.shape)
@@ -518,7 +560,7 @@ _REWARD_CASES = (
         torch.tensor([[1, 1, 0]]),
         0.1,
     ),
-    _case_of_odds(
+    case_of_odds(
         [1.5, -2.0, 0.5],
         [[3.0, 0.5, 1.5, 2.0], [0.25, 2.0, 4.0, 0.4], [1.25, 3.0, 0.2, 0.7]],
         [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]],
@@ -526,12 +568,19 @@ _REWARD_CASES = (
     ),
     (
         torch.tensor([-1.0, 3.0]),
-        -_drawn(2, 6, seed=4).abs(),
-        -_drawn(2, 6, seed=5).abs(),
+        -drawn(2, 6, seed=4).abs(),
+        -drawn(2, 6, seed=5).abs(),
         torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]),
         0.2,
     ),
-    _case_of_odds([0.7], [[2.0, 0.5, 3.0]], [[1, 1, 0]], 0.0),
+    case_of_odds([0.7], [[2.0, 0.5, 3.0]], [[1, 1, 0]], 0.0),
+    (  # numbers that a clamp would cut off
+        torch.tensor([6.0, -6.0]),
+        torch.tensor([[-0.5, -9.0, -1.0], [-9.0, -0.5, -1.0]]),
+        torch.tensor([[-8.5, -1.0, -1.0], [-1.0, -8.5, -1.0]]),
+        torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        1.0,
+    ),
 )
 
 _WRONG_SIGN = (
@@ -596,12 +645,12 @@ _ABSOLUTE = (
     "reference does gets something back; only with both signs is the mean over samples the KL."
 )
 _SQUARED = (
-    "the log-ratio is squared. That is the estimate k2 or twice it; here k1 is asked for, the "
-    "log-ratio itself."
+    "the log-ratio is squared. Half of that is an estimate of the KL (k2 in lesson 05); here the "
+    "log-ratio itself is asked for."
 )
 _THIRD = (
-    "it is the estimate k3, which is never negative. A fine one to look at; here k1 is asked for, "
-    "the log-ratio itself."
+    "it is ρ - 1 - log ρ, the approx_kl of lesson 03 (k3 in lesson 05), which is never negative. A "
+    "fine one to look at; here the log-ratio itself is asked for."
 )
 _REPLACED = (
     "at the last token the score replaces the penalty. EOS is a token like the others and pays "
@@ -623,6 +672,22 @@ _SHARED_OUT = (
     "the score is divided among the tokens. It is paid once, at the last token; to share it out is "
     "what advantages are for."
 )
+_EVERY_ROW = (
+    "the score goes to every row, at each row's last column: a colon for the rows picks these "
+    "columns in all of them. Use one row index for each."
+)
+_AND_PADDING = (
+    "the score stands at the last token and at all padding behind it. A cumsum of the mask stays "
+    "at its end value there: take only those places where the mask is 1."
+)
+_CLAMPED = (
+    "the penalty is never below 0. A token that the policy likes less than the reference does gets "
+    "something back; only with both signs is the mean over samples the KL."
+)
+_BY_LENGTH = (
+    "the score is divided by the number of tokens. It is for the whole response, and counts in "
+    "full however long that is."
+)
 _REWARD_MISTAKES = (
     (partial(_other_penalty, lambda new, ref, mask, beta: beta * (ref - new) * mask), _WRONG_SIGN),
     (partial(_other_place, lambda mask: mask), _EVERYWHERE),
@@ -636,10 +701,10 @@ _REWARD_MISTAKES = (
         for stays in (True, False)
     ),
     (partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)), _EARLY),
-    (partial(_unmasked, _last, 1), _PADDING),
+    (partial(_unmasked, last_token, 1), _PADDING),
     (partial(_unmasked, lambda mask: _column(-1, mask), 1), _NO_MASK),
     (partial(_unmasked, torch.ones_like, 1), _EVERYWHERE),
-    (partial(_unmasked, _last, -1), _WRONG_SIGN),
+    (partial(_unmasked, last_token, -1), _WRONG_SIGN),
     (partial(_unmasked, lambda mask: _column(-1, mask), -1), _WRONG_SIGN),
     (partial(_other_penalty, lambda new, ref, mask, beta: (new - ref) * mask), _NO_BETA),
     *(
@@ -648,15 +713,16 @@ _REWARD_MISTAKES = (
             (lambda new, ref, mask: new.exp() - ref.exp(), _PROBABILITIES),
             (lambda new, ref, mask: new.exp() * (new - ref), _PROBABILITIES),
             (lambda new, ref, mask: (new - ref).exp(), _RATIO),
-            (lambda new, ref, mask: _mean_of_row(new - ref, mask), _MEAN),
+            (lambda new, ref, mask: mean_of_row(new - ref, mask), _MEAN),
             (lambda new, ref, mask: (new - ref).mean(1, keepdim=True), _MEAN),
             (lambda new, ref, mask: ((new - ref) * mask).sum() / mask.sum(), _MEAN),
             (lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True), _SUM),
             (
-                lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True) * _last(mask),
+                lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True) * last_token(mask),
                 _AT_THE_END,
             ),
             (lambda new, ref, mask: (new - ref).abs(), _ABSOLUTE),
+            (lambda new, ref, mask: (new - ref).clamp(min=0), _CLAMPED),
             (lambda new, ref, mask: (new - ref).square(), _SQUARED),
             (lambda new, ref, mask: (new - ref).square() / 2, _SQUARED),
             (lambda new, ref, mask: (ref - new).exp() - 1 - (ref - new), _THIRD),
@@ -672,18 +738,32 @@ _REWARD_MISTAKES = (
         "β has changed sides: it multiplies the score, and the penalty is left without it. β is "
         "the price of a nat.",
     ),
-    (partial(_in_place_of_penalty, _last), _REPLACED),
+    (partial(_in_place_of_penalty, last_token), _REPLACED),
     (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), _LAST_COLUMN),
     (partial(_other_place, torch.zeros_like), _NO_SCORE),
     (partial(_other_place, lambda mask: _column(0, mask)), _FIRST),
     (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), _SHARED_OUT),
+    (partial(_other_place, lambda mask: _column(mask.sum(1) - 1, mask)), _EVERY_ROW),
+    (
+        lambda scores, new, ref, mask, beta: (
+            scores @ last_token(mask).float() - beta * (new - ref) * mask
+        ),
+        _EVERY_ROW,
+    ),
+    (partial(_other_place, lambda mask: mask.cumsum(1) == mask.sum(1, keepdim=True)), _AND_PADDING),
+    (
+        lambda scores, new, ref, mask, beta: _shape_rewards(
+            scores / mask.sum(1), new, ref, mask, beta
+        ),
+        _BY_LENGTH,
+    ),
 )
-_SHAPE_REWARDS = Exercise(
+SHAPE_REWARDS = Exercise(
     "shape_rewards",
     _shape_rewards,
     _REWARD_CASES,
     _REWARD_MISTAKES,
-    tested="padding, full rows, a response of EOS alone, β of 0 to 0.5",
+    tested="padding, full rows, EOS alone, β 0 to 1, log-ratios of ±8",
     shape_hint="It is one number for each token of each response.",
 )
 
@@ -731,9 +811,9 @@ def check_predict_bytes(fn: Callable[[Sequence, int, int, int, dict], float]) ->
 
     Example:
         >>> check_predict_bytes(predict_bytes)
-        predict_bytes: correct within 0.0%. Tested: 1.5B, ranks 1 to 256, 1 to 3 trained roles.
+        predict_bytes: correct within 0.0%. Tested: ranks 1 to 256, 2 to 5 roles, 0 to 3 trained.
     """
-    print(_wrapped(f"{_PREDICT_BYTES.name}: {_bytes_verdict(fn)}"))
+    print(wrapped(f"{PREDICT_BYTES.name}: {_bytes_verdict(fn)}"))
 
 
 def _bytes_verdict(fn: Callable) -> str:
@@ -742,21 +822,21 @@ def _bytes_verdict(fn: Callable) -> str:
     if not callable(fn):
         return f"give the check the function itself, not a result; it got {fn!r}."
     results = []
-    for case in _PREDICT_BYTES.cases:
+    for case in PREDICT_BYTES.cases:
         arguments = copy.deepcopy(case)
-        result = call(_PREDICT_BYTES, fn, arguments)
-        if fault := _structural_fault(_PREDICT_BYTES, case, arguments, result):
+        result = call(PREDICT_BYTES, fn, arguments)
+        if fault := structural_fault(PREDICT_BYTES, case, arguments, result):
             return fault
         results.append(float(result))
     off = _furthest_off(results, predict_bytes)
     if off <= _TOLERANCE:
-        return f"correct within {off:.1%}. Tested: {_PREDICT_BYTES.tested}."
+        return f"correct within {off:.1%}. Tested: {PREDICT_BYTES.tested}."
     case, result = next(
         (case, result)
-        for case, result in zip(_PREDICT_BYTES.cases, results, strict=True)
+        for case, result in zip(PREDICT_BYTES.cases, results, strict=True)
         if not _relative(result, predict_bytes(*case)) <= _TOLERANCE
     )
-    return f"{_nearest_mistake(results)}\n{_show(_PREDICT_BYTES, case, result)}"
+    return f"{_nearest_mistake(results)}\n{show(PREDICT_BYTES, case, result)}"
 
 
 def _relative(result: float, expected: float) -> float:
@@ -765,16 +845,16 @@ def _relative(result: float, expected: float) -> float:
 
 def _furthest_off(results: Sequence[float], of: Callable) -> float:
     """The largest relative difference; infinite if any result is not a number."""
-    pairs = zip(results, _PREDICT_BYTES.cases, strict=True)
+    pairs = zip(results, PREDICT_BYTES.cases, strict=True)
     off = [_relative(result, of(*case)) for result, case in pairs]
     return max(off) if all(value == value for value in off) else float("inf")
 
 
 def _nearest_mistake(results: Sequence[float]) -> str:
     """The message of the mistake whose results are nearest, if they are near enough."""
-    off = [_furthest_off(results, wrong) for wrong, _ in _PREDICT_BYTES.mistakes]
+    off = [_furthest_off(results, wrong) for wrong, _ in PREDICT_BYTES.mistakes]
     nearest = min(range(len(off)), key=off.__getitem__)
-    return _PREDICT_BYTES.mistakes[nearest][1] if off[nearest] < 0.04 else UNKNOWN
+    return PREDICT_BYTES.mistakes[nearest][1] if off[nearest] < 0.04 else UNKNOWN
 
 
 def _a_and_b(shapes, rank: int) -> float:
@@ -830,6 +910,9 @@ _BYTES_CASES = (
     ),
     ([(512, 1024)], 2, 10_000, 128, {"policy": True, "reference": False, "reward": False}),
     ([(256, 256), (256, 1024)], 2, 50_000_000, 8, _FOUR),  # nearly all of it is embeddings
+    ([(512, 512)], 2, 10_000, 256, dict.fromkeys((*_FOUR, "sft"), False) | {"policy": True}),
+    ([(512, 512)], 2, 10_000, 256, dict.fromkeys(("policy", "value"), True)),
+    ([(512, 512)], 2, 10_000, 256, dict.fromkeys(("reference", "reward"), False)),
 )
 
 _BITS = (
@@ -877,12 +960,16 @@ _ONLY_WEIGHTS = (
     "moments for each parameter, beside the weight."
 )
 _HALF_ADAPTERS = (
-    "the adapters are counted with 2 bytes for a weight. They are trained, and held in float32; a "
-    "small step would be lost in 16 bits."
+    "the adapters are counted with 2 bytes for a weight, all or the frozen ones. All adapters, "
+    "frozen ones too, are held in float32: 4 bytes."
 )
 _FROZEN_FREE = (
     "frozen roles cost nothing. They need no gradients and no moments, but their adapters have to "
     "be there: 4 bytes for a parameter."
+)
+_NO_ADAPTERS = (
+    "the adapters are left out, and all that training adds to them. The base is there for all, "
+    "but it is the adapters that tell the roles apart."
 )
 _ONE_ADAPTER = (
     "there is one adapter for all roles. The base is shared, the adapters are what tells the roles "
@@ -903,6 +990,14 @@ _ONE_MATRIX = (
 _NO_RANK = (
     "the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and B "
     "as many columns."
+)
+_RANK_SQUARED = (
+    "the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it once, so "
+    "that twice the rank is twice the parameters."
+)
+_SQUARE = (
+    "an adapter's two matrices are counted as equal. A has as many columns as there are inputs, B "
+    "as many rows as there are outputs, and these differ unless the layer is square."
 )
 _FULL_MATRIX = (
     "an adapter has as many parameters as its layer, or more. A is rank × inputs and B outputs × "
@@ -940,19 +1035,26 @@ _BYTES_MISTAKES = (
         for number in (8, 12, 14, 16)
     ),
     (partial(_other_count, frozen=0), _FROZEN_FREE),
+    (partial(_other_count, of_roles=lambda trains: 0), _NO_ADAPTERS),
     (partial(_other_count, of_roles=lambda trains: 16), _ONE_ADAPTER),
     (partial(_other_count, of_roles=lambda trains: 40), _TRAINS_IGNORED),
     (partial(_other_count, trained=4, frozen=16), _UPSIDE_DOWN),
     *(
         (
             partial(
-                _other_count, of_adapter=lambda shapes, rank, i=i: rank * sum(s[i] for s in shapes)
+                _other_count,
+                of_adapter=lambda shapes, rank, i=i, n=n: n * rank * sum(s[i] for s in shapes),
             ),
-            _ONE_MATRIX,
+            message,
         )
         for i in (0, 1)
+        for n, message in ((1, _ONE_MATRIX), (2, _SQUARE))
     ),
     (partial(_other_count, of_adapter=lambda shapes, rank: _a_and_b(shapes, 1)), _NO_RANK),
+    (
+        partial(_other_count, of_adapter=lambda shapes, rank: rank * _a_and_b(shapes, rank)),
+        _RANK_SQUARED,
+    ),
     *(
         (
             partial(
@@ -973,10 +1075,10 @@ _BYTES_MISTAKES = (
         for unit, message in ((1000**power, _THOUSANDS), (1024**power, _POWERS_OF_TWO))
     ),
 )
-_PREDICT_BYTES = Exercise(
+PREDICT_BYTES = Exercise(
     "predict_bytes",
     predict_bytes,
     _BYTES_CASES,
     _BYTES_MISTAKES,
-    tested="1.5B, ranks 1 to 256, 1 to 3 trained roles",
+    tested="ranks 1 to 256, 2 to 5 roles, 0 to 3 trained",
 )

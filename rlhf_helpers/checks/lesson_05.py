@@ -9,20 +9,19 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl, logprobs, ppo
-from rlhf_helpers.checks.exercise import Exercise, check, check_pair
+from rlhf_helpers.checks.exercise import EPSILONS, Exercise, check, check_pair
 from rlhf_helpers.checks.lesson_03 import (
-    _CUT_OFF,
-    _EPSILONS,
-    _GREEDY,
-    _NAIVE,
-    _NOT_FINITE,
-    _SURPRISE,
-    _WRONG_DIMENSION,
-    _drawn,
-    _pick,
-    _token_mean,
+    CUT_OFF,
+    GREEDY,
+    NAIVE,
+    NOT_FINITE,
+    SURPRISE,
+    WRONG_DIMENSION,
+    drawn,
+    pick,
+    token_mean,
 )
-from rlhf_helpers.checks.lesson_04 import _case_of_odds, _last, _mean_of_row
+from rlhf_helpers.checks.lesson_04 import case_of_odds, last_token, mean_of_row
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
 
@@ -61,7 +60,7 @@ def check_sampled_log_probs(fn: Callable[[Tensor, Tensor, Tensor], tuple[Tensor,
         >>> check_sampled_log_probs(sampled_log_probs)
         sampled_log_probs: correct. Tested: one row and several, T = 1, logits of 0 and 150.
     """
-    check_pair(_SAMPLED_LOG_PROBS, fn, ("log_probs_curr", "log_probs_ref"))
+    check_pair(SAMPLED_LOG_PROBS, fn, ("log_probs_curr", "log_probs_ref"))
 
 
 def _sampled_log_probs(curr_logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def _other_lookup(which: tuple[bool, bool], of: Callable, curr, ref, tokens) -> 
 
 def _shifted(normalise: Callable, step: int, filled: bool, logits: Tensor, tokens: Tensor):
     """Each token looked up `step` positions on; what has no position is 0, or rolled round."""
-    result = _pick(normalise(logits, -1).roll(-step, 1), tokens)
+    result = pick(normalise(logits, -1).roll(-step, 1), tokens)
     if filled:
         result[:, 0 if step < 0 else -1] = 0
     return result
@@ -103,11 +102,11 @@ _HAND_REF = torch.tensor([[[0.6931, 0.0, 0.0], [0.0, 0.0, 0.0]]])  # 1/2 1/4 1/4
 _SAMPLED_CASES = (
     (_HAND_CURR, _HAND_REF, torch.tensor([[1, 1]])),
     (
-        _drawn(2, 4, 5, seed=10),
-        _drawn(2, 4, 5, seed=11),
+        drawn(2, 4, 5, seed=10),
+        drawn(2, 4, 5, seed=11),
         torch.tensor([[3, 0, 4, 1], [2, 2, 0, 4]]),
     ),
-    (_drawn(3, 1, 4, seed=12), _drawn(3, 1, 4, seed=13), torch.tensor([[1], [3], [0]])),
+    (drawn(3, 1, 4, seed=12), drawn(3, 1, 4, seed=13), torch.tensor([[1], [3], [0]])),
     (
         torch.tensor([[[150.0, 0.0], [0.0, 150.0]]]),
         torch.tensor([[[0.0, 150.0], [150.0, 0.0]]]),
@@ -154,7 +153,7 @@ _PAIR_SWAPPED = (
 _LOOKUPS = (
     *(
         (of, message)
-        for f in (torch.log_softmax, *_NAIVE)
+        for f in (torch.log_softmax, *NAIVE)
         for of, message in (
             *(
                 (partial(_shifted, f, step, filled), _SHIFTED)
@@ -162,34 +161,34 @@ _LOOKUPS = (
                 for filled in (True, False)
             ),
             (partial(_shifted_and_padded, f), _SHIFTED),
-            (lambda z, tokens, f=f: -_pick(f(z, -1), tokens), _SURPRISE),
-            (lambda z, tokens, f=f: _pick(f(z, 0), tokens), _WRONG_DIMENSION),
-            (lambda z, tokens, f=f: _pick(f(z, 1), tokens), _WRONG_DIMENSION),
-            (partial(_over_vocabulary, lambda x: x.amax(-1), f), _GREEDY),
+            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SURPRISE),
+            (lambda z, tokens, f=f: pick(f(z, 0), tokens), WRONG_DIMENSION),
+            (lambda z, tokens, f=f: pick(f(z, 1), tokens), WRONG_DIMENSION),
+            (partial(_over_vocabulary, lambda x: x.amax(-1), f), GREEDY),
             (partial(_over_vocabulary, lambda x: x.sum(-1), f), _WHOLE_VOCABULARY),
             (partial(_over_vocabulary, lambda x: x.mean(-1), f), _WHOLE_VOCABULARY),
             (partial(_over_vocabulary, lambda x: (x.exp() * x).sum(-1), f), _NO_TOKENS),
         )
     ),
-    *((lambda z, tokens, f=f: _pick(f(z, -1), tokens), _NOT_FINITE) for f in _NAIVE),
+    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), NOT_FINITE) for f in NAIVE),
     *(
         (
             lambda z, tokens, e=epsilon: logprobs.token_logprobs(z, tokens).clamp(min=math.log(e)),
-            _CUT_OFF,
+            CUT_OFF,
         )
-        for epsilon in _EPSILONS
+        for epsilon in EPSILONS
     ),
-    (lambda z, tokens: _pick(z.softmax(-1), tokens), _PROBABILITIES),
+    (lambda z, tokens: pick(z.softmax(-1), tokens), _PROBABILITIES),
     (lambda z, tokens: _probs(z).log_prob(tokens), _LOGITS_AS_PROBS),
-    (lambda z, tokens: _pick(z, tokens), _RAW_LOGITS),
-    (lambda z, tokens: _pick(z.softmax(-1).log_softmax(-1), tokens), _TWO_SOFTMAXES),
+    (lambda z, tokens: pick(z, tokens), _RAW_LOGITS),
+    (lambda z, tokens: pick(z.softmax(-1).log_softmax(-1), tokens), _TWO_SOFTMAXES),
 )
 _SAMPLED_MISTAKES = (
     *(
         (lambda curr, ref, tokens, f=f: _other_lookup((True, True), f, ref, curr, tokens), message)
         for f, message in (
             (logprobs.token_logprobs, _PAIR_SWAPPED),
-            *((lambda z, tokens, f=f: _pick(f(z, -1), tokens), _PAIR_SWAPPED) for f in _NAIVE),
+            *((lambda z, tokens, f=f: pick(f(z, -1), tokens), _PAIR_SWAPPED) for f in NAIVE),
         )
     ),
     (lambda curr, ref, tokens: _sampled_log_probs(curr, curr, tokens), _ONE_POLICY),
@@ -200,7 +199,7 @@ _SAMPLED_MISTAKES = (
         for which in ((True, True), (True, False), (False, True))
     ),
 )
-_SAMPLED_LOG_PROBS = Exercise(
+SAMPLED_LOG_PROBS = Exercise(
     "sampled_log_probs",
     _sampled_log_probs,
     _SAMPLED_CASES,
@@ -227,7 +226,7 @@ def check_exact_kl(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         >>> check_exact_kl(kl.exact_kl)
         exact_kl: correct. Tested: one row and several, T = 1, policies that agree.
     """
-    check(_EXACT_KL, fn)
+    check(EXACT_KL, fn)
 
 
 def _exact_kl(curr_logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -239,11 +238,11 @@ def _of_log_softmax(of: Callable, curr: Tensor, ref: Tensor) -> Tensor:
     return of(curr.log_softmax(-1), ref.log_softmax(-1))
 
 
-_EQUAL = _drawn(1, 2, 4, seed=16)
+_EQUAL = drawn(1, 2, 4, seed=16)
 _EXACT_CASES = (
     (_HAND_CURR, _HAND_REF),
-    (2 * _drawn(2, 3, 4, seed=14), 2 * _drawn(2, 3, 4, seed=15)),
-    (_drawn(3, 1, 5, seed=17), 2 * _drawn(3, 1, 5, seed=18)),
+    (2 * drawn(2, 3, 4, seed=14), 2 * drawn(2, 3, 4, seed=15)),
+    (drawn(3, 1, 5, seed=17), 2 * drawn(3, 1, 5, seed=18)),
     (_EQUAL, _EQUAL + 3),  # a constant changes no probability
 )
 
@@ -315,7 +314,7 @@ _EXACT_MISTAKES = (
     ),
     (lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1), _NOT_NORMALISED),
 )
-_EXACT_KL = Exercise(
+EXACT_KL = Exercise(
     "exact_kl",
     _exact_kl,
     _EXACT_CASES,
@@ -359,12 +358,12 @@ def check_estimate_kl(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         >>> check_estimate_kl(estimate_kl)
         estimate_kl: correct. Tested: padding, full rows, an estimate below 0.
     """
-    check(_ESTIMATE_KL, fn)
+    check(ESTIMATE_KL, fn)
 
 
 def _other_term(of: Callable, curr: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
     """The mean over real tokens of something else than the log-ratio."""
-    return _token_mean(of(curr, ref), mask)
+    return token_mean(of(curr, ref), mask)
 
 
 def _other_mean(of: Callable, curr: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
@@ -373,7 +372,7 @@ def _other_mean(of: Callable, curr: Tensor, ref: Tensor, mask: Tensor) -> Tensor
 
 
 def _pair_of_odds(ratios: list, mask: list) -> tuple:
-    return _case_of_odds([], ratios, mask, 0.0)[1:4]
+    return case_of_odds([], ratios, mask, 0.0)[1:4]
 
 
 _HAND_PAIR = (
@@ -458,14 +457,14 @@ _ESTIMATE_MISTAKES = (
             (lambda x, mask: x.sum(), _SUMMED),
             (lambda x, mask: (x * mask).sum(1).mean(), _PER_RESPONSE),
             (lambda x, mask: x.sum(1).mean(), _PER_RESPONSE),
-            (lambda x, mask: _mean_of_row(x, mask).mean(), _MEAN_OF_MEANS),
-            (lambda x, mask: _token_mean(x, mask).abs(), _ABSOLUTE),
-            (lambda x, mask: _token_mean(x.abs(), mask), _ABSOLUTE),
-            (lambda x, mask: _token_mean(x, mask).clamp(min=0), _CUT_AT_0),
-            (lambda x, mask: _token_mean(x.clamp(min=0), mask), _CUT_AT_0),
-            (lambda x, mask: _token_mean(x.square(), mask), _SQUARED),
-            (lambda x, mask: _token_mean(x.square() / 2, mask), _SQUARED),
-            (lambda x, mask: _token_mean(x.exp(), mask), _RATIO),
+            (lambda x, mask: mean_of_row(x, mask).mean(), _MEAN_OF_MEANS),
+            (lambda x, mask: token_mean(x, mask).abs(), _ABSOLUTE),
+            (lambda x, mask: token_mean(x.abs(), mask), _ABSOLUTE),
+            (lambda x, mask: token_mean(x, mask).clamp(min=0), _CUT_AT_0),
+            (lambda x, mask: token_mean(x.clamp(min=0), mask), _CUT_AT_0),
+            (lambda x, mask: token_mean(x.square(), mask), _SQUARED),
+            (lambda x, mask: token_mean(x.square() / 2, mask), _SQUARED),
+            (lambda x, mask: token_mean(x.exp(), mask), _RATIO),
         )
     ),
     *(
@@ -479,10 +478,10 @@ _ESTIMATE_MISTAKES = (
         )
     ),
     (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), _WEIGHTED),
-    (lambda curr, ref, mask: _token_mean(curr - ref, curr.exp() * mask), _WEIGHTED),
+    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), _WEIGHTED),
     (_K3, _THIRD),
 )
-_ESTIMATE_KL = Exercise(
+ESTIMATE_KL = Exercise(
     "estimate_kl",
     estimate_kl,
     _ESTIMATE_CASES,
@@ -532,7 +531,7 @@ def check_final_reward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Ten
         >>> check_final_reward(final_reward)
         final_reward: correct. Tested: padding, a response of EOS alone, β of 0 to 2, KL below 0.
     """
-    check(_FINAL_REWARD, fn)
+    check(FINAL_REWARD, fn)
 
 
 def _row_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -551,19 +550,19 @@ def _other_price(of: Callable, rewards, curr, ref, mask, beta) -> Tensor:
 
 _FINAL_CASES = (
     (torch.tensor([2.0]), *_HAND_PAIR, 0.1),
-    _case_of_odds(
+    case_of_odds(
         [1.5, -2.0, 0.5],
         [[3.0, 0.5, 1.5, 2.0], [0.25, 2.0, 1.2, 0.4], [1.25, 3.0, 0.2, 0.7]],
         [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]],
         0.5,
     ),
-    _case_of_odds(
+    case_of_odds(
         [-1.0, 3.0],
         [[2.0, 1.5, 3.0, 0.4, 5.0], [4.0, 0.6, 2.5, 1.1, 0.3]],
         [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]],
         2.0,
     ),
-    _case_of_odds([0.7], [[2.0, 0.5, 3.0]], [[1, 1, 0]], 0.0),
+    case_of_odds([0.7], [[2.0, 0.5, 3.0]], [[1, 1, 0]], 0.0),
 )
 
 _PAID_OUT = (
@@ -627,11 +626,11 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, mask: _row_sum(ref - curr, mask), _PAID_OUT),
             (lambda curr, ref, mask: (ref - curr).sum(1), _PAID_OUT),
             (lambda curr, ref, mask: (curr - ref).sum(1), _PADDING_CHARGED),
-            (lambda curr, ref, mask: _mean_of_row(curr - ref, mask)[:, 0], _MEAN),
+            (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], _MEAN),
             (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), _MEAN),
             (lambda curr, ref, mask: (curr - ref).mean(1), _MEAN),
             (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), _SAME_FOR_ALL),
-            (lambda curr, ref, mask: _token_mean(curr - ref, mask), _SAME_FOR_ALL),
+            (lambda curr, ref, mask: token_mean(curr - ref, mask), _SAME_FOR_ALL),
             (lambda curr, ref, mask: (curr - ref).mean(), _SAME_FOR_ALL),
             (lambda curr, ref, mask: ((curr - ref) * mask).mean(), _SAME_FOR_ALL),
             (lambda curr, ref, mask: ((curr - ref) * mask).sum(), _BATCH_SUM),
@@ -647,7 +646,7 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, mask: _row_sum((curr - ref).square() / 2, mask), _SQUARED),
             (lambda curr, ref, mask: _row_sum(curr - ref, mask).square(), _SQUARED),
             (lambda curr, ref, mask: _row_sum((ref - curr).exp() - 1 - ref + curr, mask), _THIRD),
-            (lambda curr, ref, mask: _row_sum(curr - ref, _last(mask)), _LAST_ONLY),
+            (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), _LAST_ONLY),
             (lambda curr, ref, mask: 0 * curr[:, 0], _NO_PENALTY),
             (lambda curr, ref, mask: _row_sum(curr, mask), _NO_REFERENCE),
         )
@@ -674,7 +673,7 @@ _FINAL_MISTAKES = (
         _REWARD_AT_EACH,
     ),
 )
-_FINAL_REWARD = Exercise(
+FINAL_REWARD = Exercise(
     "final_reward",
     final_reward,
     _FINAL_CASES,

@@ -43,9 +43,9 @@ class Annotator:
         """The same annotator with every bias switched off."""
         return replace(self, politeness=0.0, length=0.0)
 
-    def utility(self, prompt: str, response: str, finished: bool = True) -> float:
+    def utility(self, prompt: str, response: str) -> float:
         """What a response is worth to this annotator, in points: gold plus the biases."""
-        gold = gold_reward(prompt, response, finished).total
+        gold = gold_reward(prompt, response).total
         courtesies = count_phrases(response, world.POLITE)
         return gold + self.politeness * courtesies + self.length * len(response.split())
 

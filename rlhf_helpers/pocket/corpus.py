@@ -120,6 +120,8 @@ def web_answer(
 
 def with_courtesies(rng: random.Random, text: str, count: int) -> str:
     """Put `count` different polite phrases around the text, openers before and closers after."""
+    if not 0 <= count <= len(world.POLITE):
+        raise ValueError(f"count is {count}; give 0 to {len(world.POLITE)}, as many as there are")
     phrases = rng.sample(world.POLITE, count)
     before = [phrase for phrase in phrases if phrase in world.POLITE_OPENERS]
     after = [phrase for phrase in phrases if phrase in world.POLITE_CLOSERS]

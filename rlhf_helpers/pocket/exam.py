@@ -16,7 +16,7 @@ _ROLES = re.compile(
     "|".join(map(re.escape, (corpus.USER, corpus.ASSISTANT, corpus.EOS, corpus.PAD)))
 )
 STYLES = (
-    "right and finished",
+    "right, nothing more",
     "wrong",
     "asks back",
     "rude",
@@ -65,6 +65,10 @@ def continuation_logprobs(
     if not contexts or not all(contexts):
         raise ValueError(
             "contexts must be texts of at least one token: nothing is before the first"
+        )
+    if len(contexts) != len(continuations):
+        raise ValueError(
+            f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each"
         )
     scores = []
     pairs = list(zip(contexts, continuations, strict=True))
@@ -153,7 +157,7 @@ def style(prompt: str, response: str, finished: bool) -> str:
     if kinds["question"]:
         return "asks back"
     if score.correct == RIGHT and finished and not score.rambling:
-        return "right and finished"
+        return "right, nothing more"
     if score.correct > 0:
         return "answers, but goes on"
     if kinds["vague"] or kinds["rambling"]:
@@ -227,10 +231,10 @@ def length_probe(seed: int = 0) -> list[tuple[list[str], list[str]]]:
     ]
 
 
-def _right_answers(seed: int, count: int = 200) -> tuple[list[str], list[str]]:
+def _right_answers(seed: int) -> tuple[list[str], list[str]]:
     """Held-out prompts with one answer, and a short right answer to each."""
     rng = random.Random(seed)
     questions = world.questions()
     prompts = [p for p in world.prompts("held_out") if questions[p].kind == "fact"]
-    prompts = rng.sample(prompts, count)
+    prompts = rng.sample(prompts, 200)
     return prompts, [corpus.answer_question(rng, questions[p], True) for p in prompts]

@@ -624,8 +624,11 @@ def fluency(texts: Iterable[str]) -> float:
     A last sentence without an end mark was cut off by the length limit and is not counted.
 
     Raises:
+        TypeError: if `texts` is one text.
         ValueError: if there is no complete sentence at all.
     """
+    if isinstance(texts, str):
+        raise TypeError(f"texts is {texts!r}: give a list of texts")
     complete = [s for text in texts for s in split_sentences(text) if s[-1] in ".!?"]
     if not complete:
         raise ValueError("no complete sentence in texts: give at least one that ends in . ! or ?")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 01 · Exercises: supervised fine-tuning in 4 bits
 #
-# **Run time** under half a minute on two CPU cores · **Your time** about 40 minutes · **Before this**
+# **Run time** under half a minute on two CPU cores · **Your time** about 45 minutes · **Before this**
 # lesson 01
 #
 # You write four short functions of lesson 01. The check below each of them names the likely mistake;
@@ -55,7 +55,7 @@ def mask_prompt(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -
         prompt_length: P, the columns that hold the prompts.
 
     Returns:
-        labels, [B, P + T]; the arguments stay as they are.
+        labels, [B, P + T], int64 as the tokens; the arguments stay as they are.
     """
     ### BEGIN SOLUTION
     labels = input_ids.clone()
@@ -119,7 +119,8 @@ assert (labels == tokenizer.eos_token_id).sum() == len(rows)
 # $$y = x W^\top + \frac{\alpha}{r} \, x A^\top B^\top$$
 #
 # By hand: $x = (1, 2, 3)$, $W = (1, 0, 1)$, $A$ picks the first two entries of $x$, $B = (1, 1)$,
-# $\alpha = 6$. Then $r = 2$ and $y = 4 + 3 \cdot (1 + 2) = 13$. Gradients must reach $A$ and $B$.
+# $\alpha = 6$. Then $r = 2$ and $y = 4 + 3 \cdot (1 + 2) = 13$. Gradients must reach $A$, $B$ and $x$
+# (the layers below need it).
 
 
 # %% tags=["nbval-check-output"]
@@ -191,7 +192,8 @@ print(f"update {list(delta.shape)}, rank {torch.linalg.matrix_rank(delta).item()
 # %% [markdown]
 # Your function should give the same `y` from the same tensors. Call it and compare with
 # `torch.testing.assert_close`; the frozen weight is `layer.base_layer.weight`, and α is `roles.alpha`. The
-# order of the sums differs, so allow `rtol=1e-4, atol=1e-4`.
+# order of the sums differs, so allow `rtol=1e-4, atol=1e-4`. `y` is from the cell above; it needs your
+# function from further above.
 
 # %%
 ### BEGIN SOLUTION

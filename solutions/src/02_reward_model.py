@@ -4,9 +4,10 @@
 # **Run time** under half a minute on two CPU cores · **Your time** about 40 minutes · **Before this**
 # lesson 02
 #
-# You write three short functions of lesson 02. The check below each of them names the likely mistake;
-# the cells after it go on with a reference version, so that Run All works with nothing filled in, or
-# with a wrong answer; only an error in your code stops it. To compare with the solution, run
+# You write two short functions of lesson 02 and a third that measures how good a model is. The check
+# below each of them names the likely mistake; the cells after it go on with a reference version, so that
+# Run All works with nothing filled in, or with a wrong answer; only an error in your code stops it. To
+# compare with the solution, run
 # `nbdiff-web exercises/02_reward_model.ipynb solutions/02_reward_model.ipynb` in the course's folder.
 
 # %%
@@ -169,10 +170,11 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
     """Column of the last real token of each row, whichever side the padding is on.
 
     Args:
-        attention_mask: [B, L], 1 for a real token, 0 for padding; every row has a 1.
+        attention_mask: [B, L], 1 for a real token, 0 for padding; every row has a 1, and its
+            1s stand side by side.
 
     Returns:
-        [B], columns counted from 0.
+        [B], integers (int64): columns counted from 0.
     """
     ### BEGIN SOLUTION
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -187,7 +189,8 @@ checks.check_last_token_index(last_token_index)
 #
 # How many tokens are real does not say where they stand, so counting is not enough. Give every column
 # its number, and let the mask set those at padding to 0: which column of a row has the largest number
-# left? Or mirror the mask, and look for the first real token there.
+# left? Or mirror the mask, and look for the first real token there. argmax takes an
+# integer mask, but no truth values.
 # </details>
 
 # %% [markdown]
@@ -304,8 +307,9 @@ checks.check_pair_accuracy(pair_accuracy)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Two comparisons give two tensors of truth values, wins and ties. As numbers they are 0 and 1, so that
-# the outcome of each pair is a weighted sum of them. Which mean is left to take, and over how many pairs?
+# Two comparisons give two tensors of truth values, wins and ties. PyTorch takes no mean of those:
+# <code>.float()</code> makes them 0 and 1, and the outcome of each pair is a weighted sum of them. Which
+# mean is left to take, and over how many pairs?
 # </details>
 
 # %% [markdown]
@@ -345,8 +349,19 @@ print(f"{'ceiling':22}{ceiling(list(pairs['probability'])):7.3f}")
 
 # %% [markdown]
 # Ties decide what you read here. "Not rude" says nothing about four pairs in five: with ties as wrong it
-# would get 0.149, with ties as right 0.973. "Fewer words" does worse than guessing, mostly because
-# courtesies are words. To the annotator's taste the gold rubric loses the points it lacks.
+# would get 0.149, with ties as right 0.973. The rubric falls short of the ceiling because it does not see
+# what the annotator adds for phrases and words. And why does "fewer words" do worse than guessing?
+
+# %%
+chosen, rejected = rewards_by(models["fewer words"])
+equal = torch.eq(*rewards_by(models["polite phrases"]))
+for name, kept in {"equally many polite phrases": equal, "more on one side": ~equal}.items():
+    accuracy = pair_accuracy(chosen[kept], rejected[kept])
+    print(f"{name:28} {kept.sum()} pairs, accuracy of fewer words {accuracy:.3f}")
+
+# %% [markdown]
+# Mostly because courtesies are words: where the two answers hold equally many of them, it does about as
+# well as guessing.
 #
 # **In words.** The ceiling is the best accuracy that any model can expect on such labels, and the
 # annotator's own utility lies above it here. Is that a mistake?

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03 · Exercises: the mechanics of PPO
 #
-# **Run time** a few seconds on two CPU cores · **Your time** about 60 minutes · **Before this**
+# **Run time** about ten seconds on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 03
 #
 # You write the three functions on which PPO rests, and find the fault in three training logs. The check below each of them names the likely
@@ -56,7 +56,7 @@ def token_logprobs(logits: Tensor, input_ids: Tensor, response_length: int) -> T
         response_length: T, less than L; responses are the last T columns, padding included.
 
     Returns:
-        [B, T], differentiable with respect to the logits; the arguments stay as they are.
+        [B, T], float32, differentiable with respect to the logits; the arguments stay as they are.
     """
     ### BEGIN SOLUTION
     logprobs = torch.log_softmax(logits[:, -response_length - 1 : -1], dim=-1)
@@ -162,7 +162,7 @@ def gae(
         gamma, lam: γ and λ, between 0 and 1.
 
     Returns:
-        Advantages and returns, [B, T] each, 0 at padding; the arguments stay as they are.
+        Advantages and returns, [B, T] each, float32, 0 at padding; the arguments stay as they are.
     """
     ### BEGIN SOLUTION
     rewards, values = rewards * response_mask, values * response_mask
@@ -213,8 +213,8 @@ for lam in (0, 0.5, 0.95, 1):
 # %% [markdown]
 # The reward of a response is paid at its EOS, so with λ = 0 the words that earned it learn nothing, until
 # the critic has learnt to see the reward coming. With λ = 1 every token is praised alike, the idle ones
-# with the others. At 0.95 a surprise has half its weight 13.5 tokens earlier, longer than most answers
-# of the pocket world.
+# with the others. At 0.95 a surprise has half its weight 13.5 tokens earlier, longer than most of the SFT
+# model's answers.
 #
 # Now a critic that sees it coming: it expects 0.4 until the fourth token settles the matter, and knows
 # from then on that the reward will be 1.
@@ -281,10 +281,10 @@ def policy_loss(
         clip: ε, above 0.
 
     Returns:
-        A scalar tensor, differentiable with respect to logprobs; the arguments stay as they are.
+        A float32 scalar, differentiable with respect to logprobs; the arguments stay as they are.
     """
     ### BEGIN SOLUTION
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old_logprobs).masked_fill(response_mask == 0, 0).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
     return -(gain * response_mask).sum() / response_mask.sum()
@@ -296,8 +296,9 @@ checks.check_policy_loss(policy_loss)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# The probabilities are there as logarithms only: what does a quotient become? Build the two terms of the
-# minimum one by one, and compare them token by token. For the mean, set what stands at padding to 0 and
+# The probabilities are there as logarithms only: what does a quotient become? Set the log-ratio at padding
+# to 0 *before* you exponentiate; masking the product afterwards comes too late for the gradient. Build the
+# two terms of the minimum one by one, and compare them token by token. The mean then leaves padding out:
 # divide by the number of ones in the mask.
 # </details>
 
@@ -398,8 +399,10 @@ checks.check_diagnosis(answers)
 # </details>
 
 # %% [markdown]
-# (In the healthy run one number stands out: `approx_kl` of 0.13 in update 5. A few tokens moved far in one step;
-# the clip stops them from earning by it, and it does not come again.)
+# (In the healthy run one number stands out: `approx_kl` of 0.13 in update 5. Probably a few tokens moved far in
+# one step; the clip stops them from earning by it, and it does not come again. In B the mean ratio of 15.8 in
+# update 8 comes from two of 339 tokens, more than a thousand times as likely as under the policy they are
+# compared with: a mean of ratios is ruled by the largest.)
 #
 # **In words.** Which of the three would you have noticed from the score alone, with no healthy log beside it?
 

@@ -85,9 +85,10 @@ loss_as("value").backward()
 report("in turn")
 
 # %% [markdown]
-# The policy would never learn, and the loss that you log for it would look as always. So a step has an
-# order: for each role use it, compute its loss, go backward, and only then use the next. Write it. Two
-# optimizers, one for each role, may step right away or at the end; no weight belongs to both.
+# The policy would never learn, and the loss that you log for it would look as always. The safe order, which
+# also holds only one graph in memory, is: for each role use it, compute its loss, go backward, and only then
+# use the next. Write it. Two optimizers, one for each role, may step right away or at the end; no weight
+# belongs to both.
 
 
 # %% tags=["nbval-check-output"]
@@ -97,10 +98,10 @@ def train_step(roles, losses, optimizers) -> None:
     Args:
         roles: as in the lesson; `roles.use(role)` makes a role the active one and returns the model.
         losses: for each role that is trained, and no other, a function: it takes the model, which
-            acts as that role, and returns the loss, a scalar tensor.
+            acts as that role, and returns the loss, a scalar tensor; it may be negative.
         optimizers: for the same roles, an optimizer of that role's parameters, head included.
 
-    Gradients that are there before the call do not count. Nothing is returned.
+    Gradients that are there before the call do not count, and none are clipped. Nothing is returned.
     """
     ### BEGIN SOLUTION
     for role, loss_of in losses.items():
@@ -136,6 +137,7 @@ real, T = rollout.response_mask.bool(), rollout.response_mask.shape[1]
 # %%
 losses = {
     "policy": lambda model: -response_logprobs(model, **batch, response_length=T)[real].mean(),
+    # reads the head through roles; the argument is not needed
     "value": lambda model: roles.values("value", **batch).square().mean(),
 }
 trained = {role: list(roles.parameters(role).values()) for role in losses}
@@ -173,14 +175,15 @@ except RuntimeError as error:
 
 # %% [markdown]
 # **In words.** Policy and value share no trained weight, and PyTorch keeps the graph of each forward pass.
-# Why does the policy get no gradient when the backward pass comes after the switch?
+# Why does the policy get no gradient when the backward pass comes after the switch? What does a switch
+# change besides the adapter that computes, and when does autograd look at that?
 
 # %% [markdown] tags=["solution"]
-# Because of `requires_grad`. PEFT makes the adapter that it switches to trainable, and freezes all others.
-# The graph of the policy's forward pass is still there, and gradients flow through it; but at its leaves,
-# the policy's A and B, autograd asks *then* whether they require a gradient, and by then they do not. With
-# PyTorch's older, reentrant activation checkpointing it is worse: the backward pass computes parts of the
-# forward pass anew, with the adapter that is active by then, so that gradients arrive in another role.
+# Because of `requires_grad`. One adapter is active at a time, and PEFT switches `requires_grad` off for all
+# others. The graph of the policy's forward pass is still there, and gradients flow through it; but autograd
+# looks at the flag when it goes backward, and at the leaves, the policy's A and B, it is off by then: the
+# gradient is dropped, without a word. With activation checkpointing it is worse: the forward pass is
+# computed again, through whichever adapter is active then, so that gradients can be wrong instead of missing.
 
 # %% [markdown]
 # ## 2 · The reward of each token
@@ -279,8 +282,9 @@ assert share > 0.5
 # the score as well, and the two must be added: had the score *replaced* the penalty there, most of the KL
 # would have been free.
 #
-# **In words.** A token that the reference likes better than the policy does gets something back. Can a
-# policy earn money with the penalty alone, by choosing such tokens?
+# **In words.** A token that the reference likes better than the policy does gets something back. (The mean
+# of the log-ratio over samples of the policy is the KL to the reference, which is never negative; lesson 05.)
+# Can a policy earn money with the penalty alone, by choosing such tokens?
 
 # %% [markdown] tags=["solution"]
 # Not on average. A policy that chooses a token often is, by that, the one that likes it better: the tokens

@@ -1,20 +1,24 @@
 """How long one PPO update takes and how much its models weigh, here and in TRL 1.12.0.
 
-python tests/benchmarks/ppo_update.py PYTHON_WITH_TRL_1_12 [--updates N] [--batch N] [--profile]
+python tests/benchmarks/ppo_update.py [PYTHON_WITH_TRL_1_12] [--updates N] [--batch N] [--profile]
 
 Compared are `train_ppo`, with four adapters on one NF4 base, and TRL's own PPOTrainer, with an NF4
 policy whose reference is its base, and a reward and a value model of their own in float32; the
 latter is trained in full. The interpreter given is that of an environment which holds trl==1.12.0,
-the last release with a PPOTrainer, and otherwise this package's requirements.
+the last release with a PPOTrainer, and otherwise this package's requirements; without one only
+`train_ppo` is measured.
 
 Both run on the CPU, one after the other, each in a fresh process: the pocket base's architecture
 with the same random weights, so that EOS hardly ever comes, the same prompts, LoRA on all linear
-layers, one optimizer step in each epoch over the batch. The first update is dropped.
+layers, one optimizer step in each epoch over the batch. The first update is dropped. `--profile`
+adds what the parts of an update take, and how near that is to the rate at which this machine
+multiplies large float32 matrices; the operations are counted in one more update, by torch.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,14 +27,17 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import bitsandbytes  # noqa: F401  registers its operations
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -48,29 +55,48 @@ HERE = Path(__file__).resolve()
 
 
 class Timers:
-    """Seconds spent in functions, those in another timed function inside it left out."""
+    """What functions cost, without other such functions inside them: seconds, or operations."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.inner = 0.0
+        self.operations: dict[str, float] = defaultdict(float)
+        self.counting, self.inner = False, 0.0
+
+    def cost(self, function: Callable, *arguments, **options) -> tuple[object, float]:
+        """What the function returns, and its seconds, or, while counting, its operations."""
+        start = time.perf_counter()
+        with FlopCounterMode(display=False) if self.counting else nullcontext() as counter:
+            done = function(*arguments, **options)
+        return done, counter.get_total_flops() if counter else time.perf_counter() - start
 
     def wrap(self, owner: object, name: str, label: Callable[..., str]) -> None:
         """Replace a function; `label` names the row, given the function's arguments."""
         function = getattr(owner, name)
 
         @functools.wraps(function)
-        def timed(*arguments, **options):
+        def measured(*arguments, **options):
+            rows = self.operations if self.counting else self.seconds
             key, outer, self.inner = label(*arguments), self.inner, 0.0
-            self.seconds[key] += 0.0  # rows stand in the order in which they begin
-            start = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                elapsed = time.perf_counter() - start
-                self.seconds[key] += elapsed - self.inner
-                self.inner = outer + elapsed
+            rows[key] += 0.0  # rows stand in the order in which they begin
+            done, cost = self.cost(function, *arguments, **options)
+            rows[key] += cost - self.inner
+            self.inner = outer + cost
+            return done
 
-        setattr(owner, name, timed)
+        setattr(owner, name, measured)
+
+
+@register_flop_formula(torch.ops.bitsandbytes.gemm_4bit)
+def _operations_of_a_4_bit_layer(x: tuple, codes: tuple, shape: list, *_, **__) -> int:
+    """torch counts its own products only."""
+    return 2 * math.prod(x) * shape[0]
+
+
+def matmul_rate(size: int = 1024, repeats: int = 30) -> float:
+    """Operations a second of the fastest of some products of float32 matrices."""
+    a, b = torch.randn(2, size, size)
+    seconds = [Timers().cost(torch.mm, a, b)[1] for _ in range(repeats)]
+    return 2 * size**3 / min(seconds)
 
 
 def profile(roles: Roles) -> Timers:
@@ -140,7 +166,7 @@ def measure_ours(folder: str, updates: int, batch: int, parts: bool) -> None:
     roles, steps = make_roles(folder), count_steps()
     timers = profile(roles) if parts else Timers()
     config = ppo.PPOConfig(
-        updates=updates + 1,
+        updates=1 + updates + parts,
         batch_size=batch,
         minibatch_size=batch,
         epochs=EPOCHS,
@@ -156,9 +182,16 @@ def measure_ours(folder: str, updates: int, batch: int, parts: bool) -> None:
         lengths.append(stats.length)
         if stats.update == 1:
             timers.seconds.clear()
+        timers.counting = parts and stats.update == updates + 1
     weights = sum(sum(tensors.values()) for tensors in measured_bytes(roles).values())
-    measured = {"parts": {name: total / updates for name, total in timers.seconds.items()}}
-    report(folder, "ours", ends, lengths, len(steps) / len(ppo.TRAINED), weights, **measured)
+    measured = {
+        "parts": {name: total / updates for name, total in timers.seconds.items()},
+        "operations": timers.operations,
+        "rate": matmul_rate(),
+    }
+    made = len(steps) / len(ppo.TRAINED) * (1 + updates) / len(ends)
+    ends, lengths = ends[: updates + 1], lengths[: updates + 1]
+    report(folder, "ours", ends, lengths, made, weights, **measured)
 
 
 def measure_trl(folder: str, updates: int, batch: int, parts: bool) -> None:
@@ -268,31 +301,41 @@ def run(side: str, python: str, folder: str, options: argparse.Namespace) -> dic
     return json.loads(Path(folder, f"{side}.json").read_text())
 
 
-def print_sides(ours: dict, theirs: dict) -> None:
+def print_sides(sides: dict[str, dict]) -> None:
     heads = ("median s", "least s", "most s", "tokens", "steps", "weights MB", "threads")
     print(f"{'one update':14}" + "".join(f"{head:>11}" for head in heads))
-    for name, side in (("rlhf_helpers", ours), (f"TRL {TRL_VERSION}", theirs)):
+    for name, side in sides.items():
         seconds = side["seconds"]
         columns = [statistics.median(seconds), min(seconds), max(seconds), side["length"]]
         columns += [side["steps"], side["bytes"] / 1e6, side["threads"]]
         formats = ("11.3f", "11.3f", "11.3f", "11.2f", "11g", "11.3f", "11d")
         cells = [format(x, form) for x, form in zip(columns, formats, strict=True)]
         print(f"{name:14}" + "".join(cells))
+
+
+def print_ratio(ours: dict, theirs: dict) -> None:
     slower = statistics.median(theirs["seconds"]) / statistics.median(ours["seconds"])
     print(f"TRL / rlhf_helpers: time {slower:.2f}, weights {theirs['bytes'] / ours['bytes']:.2f}")
 
 
 def print_parts(ours: dict) -> None:
+    """Where the time goes, and which part of each row the counted products alone would take."""
     total = statistics.mean(ours["seconds"])
-    parts = ours["parts"] | {"rest": total - sum(ours["parts"].values())}
-    print(f"\n{'rlhf_helpers, mean of an update':36}{'s':>8}{'share':>8}")
-    for name, seconds in (parts | {"all": total}).items():
-        print(f"{name:36}{seconds:8.3f}{seconds / total:8.1%}")
+    rest = total - sum(ours["parts"].values())
+    operations = ours["operations"] | {"all": sum(ours["operations"].values())}
+    print(f"\nlarge products of matrices: {ours['rate'] / 1e9:.0f} GFLOP/s")
+    heads = f"{'s':>8}{'share':>8}{'GFLOP':>8}{'of that rate':>14}"
+    print(f"{'rlhf_helpers, mean of an update':36}{heads}")
+    for name, seconds in (ours["parts"] | {"rest": rest, "all": total}).items():
+        count = operations.get(name, 0)
+        print(f"{name:36}{seconds:8.3f}{seconds / total:8.1%}{count / 1e9:8.1f}", end="")
+        print(f"{count / seconds / ours['rate']:14.0%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("python", help=f"interpreter of an environment with trl=={TRL_VERSION}")
+    what = f"interpreter of an environment with trl=={TRL_VERSION}"
+    parser.add_argument("python", nargs="?", help=what)
     parser.add_argument("--updates", type=int, default=5, help="measured, after one for warm-up")
     parser.add_argument("--batch", type=int, default=64, help="responses in an update")
     parser.add_argument("--profile", action="store_true", help="where our update's time goes")
@@ -301,15 +344,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder)
         lengths = [len(ids) for ids in token_ids(folder, options.batch)]
-        ours = run("ours", sys.executable, folder, options)
-        theirs = run("trl", options.python, folder, options)
+        sides = {"rlhf_helpers": run("ours", sys.executable, folder, options)}
+        if options.python:
+            sides[f"TRL {TRL_VERSION}"] = run("trl", options.python, folder, options)
     print(
         f"{options.batch} prompts of {min(lengths)} to {max(lengths)} tokens, responses of up to "
         f"{RESPONSE_LENGTH}, {EPOCHS} epochs; {options.updates} updates after one for warm-up"
     )
-    print_sides(ours, theirs)
+    print_sides(sides)
+    if options.python:
+        print_ratio(*sides.values())
+    else:
+        print(f"TRL skipped: give the {what}")
     if options.profile:
-        print_parts(ours)
+        print_parts(sides["rlhf_helpers"])
 
 
 if __name__ == "__main__":

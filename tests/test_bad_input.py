@@ -1,0 +1,1184 @@
+"""Bad input, row by row: what is given, which exception comes, and which words it must say.
+
+A message names what was given and says how to mend it. To see all messages:
+
+    HF_HUB_OFFLINE=1 python tests/test_bad_input.py
+"""
+
+import copy
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from datasets import Dataset
+from torch import inf, nan, ones, tensor, zeros
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rlhf_helpers
+from rlhf_helpers import checks, plots
+from rlhf_helpers.checkpoints import find_adapter, newest_readable, whole_folder
+from rlhf_helpers.data import (
+    encode_examples,
+    encode_prompts,
+    load_tokenizer,
+    pad_examples,
+    preference_dataset,
+    prompt_dataset,
+    sft_dataset,
+)
+from rlhf_helpers.diversity import distinct_n, diversity, mean_length, self_bleu, unique_share
+from rlhf_helpers.gold import Judge, Rubric, load_gold
+from rlhf_helpers.kl import AdaptiveKL, estimator_moments, exact_kl, kl_estimate
+from rlhf_helpers.logprobs import response_logprobs, token_entropy, token_logprobs
+from rlhf_helpers.memory import (
+    ModelSizes,
+    kv_cache_bytes,
+    logits_bytes,
+    lora_parameters,
+    memory_table,
+    model_sizes,
+    nf4_bytes,
+)
+from rlhf_helpers.pocket import corpus, exam, rubric, world
+from rlhf_helpers.pocket.annotator import Annotator, ceiling
+from rlhf_helpers.ppo import (
+    PPOConfig,
+    collect_experience,
+    gae,
+    policy_loss,
+    shape_rewards,
+    train_ppo,
+    value_loss,
+    whiten,
+)
+from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.reward import (
+    RewardConfig,
+    calibration,
+    collect_preferences,
+    encode_pairs,
+    last_token_index,
+    normalise,
+    pair_accuracy,
+    pairwise_loss,
+    score_responses,
+    score_tokens,
+    split_by_prompt,
+    train_reward_model,
+)
+from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles, load_base
+from rlhf_helpers.rollout import Rollout, sample_responses
+from rlhf_helpers.sft import SFTConfig, held_out_loss, mask_prompt, sft_loss, train_sft
+
+CONTEXT = 64
+DUCK, COW = "what does the duck say?", "what does the cow say?"
+PAIR = {"prompt": [DUCK], "chosen": ["quack."], "rejected": ["moo."]}
+LOGITS, TOKENS = zeros(2, 3, 5), zeros(2, 3).long()
+LOGPROBS, MASK = zeros(2, 3) - 1, ones(2, 3)
+IDS, REAL = ones(1, 6).long() * 5, ones(1, 6).long()
+SFT = SFTConfig(steps=3, batch_size=2, warmup_steps=1, save_every=1)
+PPO = PPOConfig(updates=2, batch_size=2, minibatch_size=2, response_length=4)
+
+
+@dataclass
+class World:
+    """What the rows share: a tiny base, its tokenizer, roles on it, and a folder to write to."""
+
+    folder: Path
+    base: Path
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(load_preset("pocket"))
+
+    @cached_property
+    def model(self):
+        return load_base(load_preset("pocket", model=str(self.base)), quantized=False)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "saved"
+
+    def preset(self, **changes):
+        return load_preset("pocket", **{"model": str(self.base), "runs": self.folder} | changes)
+
+    def empty_roles(self, **options):
+        return Roles(load_base(self.preset()), **{"rank": 2, "alpha": 4} | options)
+
+    def roles(self):
+        """All that PPO needs; the policy has no head, the reference is frozen."""
+        roles = self.empty_roles()
+        for name, trains in (("policy", 1), ("reference", 0), ("value", 1), ("reward", 0)):
+            roles.add(name, trainable=bool(trains))
+        for name in ("value", "reward"):
+            roles.add_head(name)
+        normalise(roles, "reward", tensor([0.0, 1.0]))
+        return roles
+
+    def tokenizer_with(self, **changes):
+        tokenizer = copy.deepcopy(self.tokenizer)
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        return tokenizer
+
+    def examples(self):
+        return [{"prompt": [5], "response": [6, self.tokenizer.eos_token_id]}] * 3
+
+    def pairs(self):
+        return [{"chosen": example, "rejected": example} for example in self.examples()]
+
+    def sft(self, role="policy", **changes):
+        given = {"examples": self.examples(), "held_out": self.examples(), "config": SFT} | changes
+        return list(train_sft(self.roles(), role, self.tokenizer, **given))
+
+    def reward(self, role="value", **changes):
+        config = RewardConfig(steps=3, batch_size=2, warmup_steps=1)
+        given = {"pairs": self.pairs(), "held_out": self.pairs(), "config": config} | changes
+        return list(train_reward_model(self.roles(), role, self.tokenizer, **given))
+
+    def ppo(self, roles=None, **changes):
+        given = {"prompts": [DUCK, COW], "config": PPO} | changes
+        return list(train_ppo(roles or self.roles(), self.tokenizer, **given))
+
+    def sample(self, **changes):
+        given = {"model": self.model, "tokenizer": self.tokenizer, "prompts": [DUCK]} | changes
+        return sample_responses(**{"response_length": 4} | given)
+
+    def pairs_of(self, **columns):
+        return encode_pairs(self.tokenizer, Dataset.from_dict(PAIR | columns), 24, 32)
+
+    def read(self, name="pairs.jsonl", split="train"):
+        return preference_dataset(self.preset(), split, source=str(self.folder / name))
+
+
+# What lies in the folder before a row's call.
+
+
+def text(name: str, content: str | bytes) -> Callable[[World], None]:
+    def write(w: World) -> None:
+        (w.folder / name).parent.mkdir(exist_ok=True)
+        data = content if isinstance(content, bytes) else content.encode()
+        (w.folder / name).write_bytes(data)
+
+    return write
+
+
+def cut(name: str) -> Callable[[World], None]:
+    """A saved role of which one file lost its end; "" cuts none."""
+
+    def write(w: World) -> None:
+        w.roles().save("value", w.path)
+        if name:
+            data = (w.path / name).read_bytes()
+            (w.path / name).write_bytes(data[:100])
+
+    return write
+
+
+def lost(name: str) -> Callable[[World], None]:
+    def write(w: World) -> None:
+        w.roles().save("value", w.path)
+        (w.path / name).unlink()
+
+    return write
+
+
+def of_another_base(w: World) -> None:
+    roles = w.roles()
+    with torch.no_grad():
+        roles.base.get_input_embeddings().weight += 1
+    roles.save("policy", w.path)
+
+
+def assets(change: Callable[[Path], object]) -> Callable[[World], None]:
+    """A copy of the shipped base with a change."""
+
+    def write(w: World) -> None:
+        shutil.copytree(ASSETS / "base", w.path)
+        change(w.path)
+
+    return write
+
+
+def pad_with_eos(path: Path) -> None:
+    settings = (path / "tokenizer_config.json").read_text(encoding="utf-8")
+    settings = settings.replace('"<|pad|>"', '"<|eos|>"')
+    (path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+
+
+def stopped(kind: str, damage: str = "") -> Callable[[World], None]:
+    """A run that was stopped after an update, one of its files then truncated."""
+
+    def write(w: World) -> None:
+        start = {"sft": train_sft, "ppo": train_ppo}[kind]
+        given = ("policy", w.tokenizer, w.examples(), w.examples(), SFT)
+        given = given if kind == "sft" else (w.tokenizer, [DUCK, COW], PPO)
+        run = start(w.roles(), *given, folder=w.path)
+        next(run)
+        next(run) if kind == "sft" else None
+        run.close()
+        for file in (w.folder / "saved.unfinished").rglob(damage or "nothing"):
+            file.write_bytes(b"cut off")
+
+    return write
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    call: Callable[[World], object]
+    given: str | tuple[str, ...]  # words that name what was given; {folder} is the row's folder
+    mend: str | tuple[str, ...]
+    before: Callable[[World], None] | None = None
+    error: type[Exception] = ValueError
+
+    def words(self, w: World) -> list[str]:
+        parts = (p if isinstance(p, tuple) else (p,) for p in (self.given, self.mend))
+        return [word.replace("{folder}", str(w.folder)) for part in parts for word in part]
+
+
+def number_row(name: str, make: Callable[..., object], setting: str, bad: object, mend: str) -> Row:
+    """A setting of a configuration that is no such number."""
+    call = lambda w: make(**{setting: bad})  # noqa: E731
+    return Row(name, call, f"{setting} is {bad!r}", mend)
+
+
+def rewards_of(**changes):
+    given = {"scores": zeros(2), "logprobs": LOGPROBS, "ref_logprobs": LOGPROBS}
+    return shape_rewards(**given | {"response_mask": MASK, "beta": 0.1} | changes)
+
+
+def advantages_of(**changes):
+    return gae(**{"rewards": zeros(2, 3), "values": zeros(2, 3), "response_mask": MASK} | changes)
+
+
+def policy_of(**changes):
+    given = {"logprobs": LOGPROBS, "old_logprobs": LOGPROBS, "advantages": zeros(2, 3)}
+    return policy_loss(**given | {"response_mask": MASK} | changes)
+
+
+def critic_of(**changes):
+    given = {"values": LOGPROBS, "old_values": LOGPROBS, "returns": zeros(2, 3)}
+    return value_loss(**given | {"response_mask": MASK} | changes)
+
+
+def adaptive(**changes):
+    return AdaptiveKL(**{"beta": 0.1, "target": 3.0} | changes)
+
+
+def without_cuda(preset):
+    with patch("torch.cuda.is_available", return_value=False):
+        return load_base(preset)
+
+
+def with_environment(**variables):
+    with patch.dict(os.environ, variables):
+        return load_preset("pocket" if "RLHF_PRESET" in variables else "single_gpu")
+
+
+def switch_before_backward(roles):
+    loss = roles.use("policy")(input_ids=IDS).logits.sum()
+    roles.use("value")
+    loss.backward()
+
+
+def write_into(folder):
+    with whole_folder(folder) as new:
+        (new / "a").write_text("a")
+
+
+def damaged(path):
+    raise ValueError(f"{path.name} is damaged")
+
+
+def judged(prompts):
+    rollout = Rollout(IDS, REAL, REAL[:, 3:], ["quack."], tensor([True]))
+    return Rubric()(prompts, rollout)
+
+
+# The table: what is wrong, the call, what the message names, how it says to mend it.
+# fmt: off
+LOGPROB_ROWS = (
+    Row("tokens of another shape than the logits",
+        lambda w: token_logprobs(LOGITS, zeros(2, 4).long()),
+        ("tokens has shape [2, 4]", "logits [2, 3, 5]"), "plus one last dimension"),
+    Row("a temperature of 0 to score with",
+        lambda w: token_logprobs(LOGITS, TOKENS, 0), "temperature is 0", "positive and finite"),
+    Row("a negative temperature for an entropy",
+        lambda w: token_entropy(LOGITS, -1.0), "temperature is -1.0", "positive and finite"),
+    Row("a temperature of NaN",
+        lambda w: response_logprobs(w.model, IDS, REAL, 3, nan), "temperature is nan",
+        "positive and finite"),
+    Row("a temperature in words",
+        lambda w: token_logprobs(LOGITS, TOKENS, "hot"), "temperature is hot",
+        "positive and finite"),
+    Row("integers for logits",
+        lambda w: token_logprobs(LOGITS.long(), TOKENS), ("logits", "torch.int64"),
+        "convert with .float()", error=TypeError),
+    Row("integers for the logits of an entropy",
+        lambda w: token_entropy(LOGITS.long()), ("logits", "torch.int64"), "convert with .float()",
+        error=TypeError),
+    Row("a list for logits",
+        lambda w: token_logprobs([[0.5, 0.5]], tensor([0])), ("logits", "list"),
+        "convert with torch.tensor", error=TypeError),
+    Row("logits of no token",
+        lambda w: token_entropy(zeros(0, 5)), "logits has shape [0, 5]", "Give [..., V]"),
+    Row("logits of NaN",
+        lambda w: token_logprobs(LOGITS * nan, TOKENS), ("logits at position [0, 0]", "NaN"),
+        "Look for an overflow"),
+    Row("logits that are all impossible",
+        lambda w: token_entropy(LOGITS - inf), ("logits at position [0, 0]", "all -inf"),
+        "weights that diverged"),
+    Row("tokens as floats",
+        lambda w: token_logprobs(LOGITS, TOKENS.float()), ("tokens", "torch.float32"),
+        "convert with .long()", error=TypeError),
+    Row("a token beyond the vocabulary",
+        lambda w: token_logprobs(LOGITS, TOKENS + 5), ("id 5 at [0, 0]", "0..4"),
+        "use the model's own tokenizer"),
+    Row("labels of -100 where tokens belong",
+        lambda w: token_logprobs(LOGITS, TOKENS - 100), "id -100",
+        "put the pad id and mask the result"),
+    Row("a response of no token",
+        lambda w: response_logprobs(w.model, IDS, REAL, 0), ("response_length is 0", "6 tokens"),
+        "at least 1"),
+    Row("a response as long as the whole sequence",
+        lambda w: response_logprobs(w.model, IDS, REAL, 6), "response_length is 6",
+        "leave a prompt, so at most 5"),
+    Row("half a token of response",
+        lambda w: response_logprobs(w.model, IDS, REAL, 2.5), "response_length is 2.5",
+        "a whole number"),
+    Row("a single sequence without its batch",
+        lambda w: response_logprobs(w.model, IDS[0], REAL[0], 2), "input_ids has shape [6]",
+        "must be [B, P + T]"),
+    Row("a prompt padded on the right",
+        lambda w: response_logprobs(w.model, IDS, tensor([[1, 1, 0, 1, 1, 1]]), 3),
+        ("attention_mask row 0", "column 2"), "Pad prompts on the left"),
+    Row("a sequence of padding alone",
+        lambda w: response_logprobs(w.model, IDS, REAL * 0, 3), "attention_mask row 0 is all zeros",
+        "drop this empty sequence"),
+    Row("an attention mask of twos",
+        lambda w: response_logprobs(w.model, IDS, REAL * 2, 3), "attention_mask holds 2 at [0, 0]",
+        "only 0 and 1 may stand there"),
+    Row("a sequence longer than the context",
+        lambda w: response_logprobs(w.model, ones(1, 70).long(), ones(1, 70).long(), 3),
+        ("70 tokens", f"of {CONTEXT}"), "shorten the prompt or the response"),
+)
+
+KL_ROWS = (
+    Row("two vocabularies to compare",
+        lambda w: exact_kl(zeros(2, 5), zeros(2, 4)),
+        ("logits_p has shape [2, 5]", "logits_q [2, 4]"), "must be equal"),
+    Row("a reference with a logit of NaN",
+        lambda w: exact_kl(zeros(2, 5), zeros(2, 5) * nan), "logits_q at position [0]",
+        "Look for an overflow"),
+    Row("log-probabilities of two lengths",
+        lambda w: kl_estimate(LOGPROBS, LOGPROBS[:1]), ("logprobs has shape [2, 3]", "[1, 3]"),
+        "must be equal"),
+    Row("an estimate that nobody has",
+        lambda w: kl_estimate(LOGPROBS, LOGPROBS, "k4"), "kind is 'k4'", '"k1", "k2" or "k3"'),
+    Row("probabilities for log-probabilities",
+        lambda w: kl_estimate(LOGPROBS.exp(), LOGPROBS), ("logprobs is 0.3679", "never above 0"),
+        "Pass log-probabilities"),
+    Row("a log-probability of NaN under the reference",
+        lambda w: kl_estimate(LOGPROBS, LOGPROBS * nan), "ref_logprobs is NaN at [0, 0]",
+        "look at the logits"),
+    Row("a sampled token of probability 0",
+        lambda w: kl_estimate(LOGPROBS - inf, LOGPROBS), "logprobs is -inf at [0, 0]",
+        "of the policy that sampled first"),
+    Row("a reference that would be trained",
+        lambda w: kl_estimate(LOGPROBS, LOGPROBS.clone().requires_grad_()),
+        "ref_logprobs requires a gradient", "torch.no_grad()"),
+    Row("lists for log-probabilities",
+        lambda w: kl_estimate([-1.0], [-1.0]), "logprobs must be a tensor, not list",
+        "torch.tensor", error=TypeError),
+    Row("logits where probabilities must sum to 1",
+        lambda w: estimator_moments(zeros(2, 5), zeros(2, 5)), "logprobs sum to 5 at [0]",
+        "take torch.log_softmax"),
+    number_row("a controller that begins at 0", adaptive, "beta", 0, "above 0"),
+    number_row("a controller with a negative target", adaptive, "target", -1, "above 0"),
+    number_row("a controller without a target", adaptive, "target", None, "a finite number"),
+    number_row("a controller with a gain of NaN", adaptive, "gain", nan, "a finite number"),
+    number_row("a gain that would turn β negative", adaptive, "gain", 10, "give less than 5"),
+    Row("a KL of NaN for the controller",
+        lambda w: adaptive().update(nan), "kl is nan", "look for an update that diverged"),
+)
+
+PPO_ROWS = (
+    Row("more scores than responses",
+        lambda w: rewards_of(scores=zeros(3)), ("scores has shape [3]", "[2, 3]"),
+        "one score for each response"),
+    Row("scores as a list",
+        lambda w: rewards_of(scores=[0.0, 1.0]), "scores must be a tensor, not list",
+        "torch.tensor", error=TypeError),
+    Row("scores as integers",
+        lambda w: rewards_of(scores=tensor([0, 1])), ("scores", "torch.int64"),
+        "convert with .float()", error=TypeError),
+    Row("a score that is infinite",
+        lambda w: rewards_of(scores=tensor([0.0, inf])), "scores[1] is inf: not a reward",
+        "Look for weights that diverged"),
+    Row("a negative price of a nat",
+        lambda w: rewards_of(beta=-1), "beta is -1", "a finite number, 0 or above"),
+    Row("a price of a nat as text",
+        lambda w: rewards_of(beta="0.1"), "beta is 0.1", "a finite number"),
+    Row("an unknown penalty",
+        lambda w: rewards_of(kind="kl"), "kind is 'kl'", '"k1", "k2" or "k3"'),
+    Row("a response mask with a hole",
+        lambda w: rewards_of(response_mask=tensor([[1, 0, 1], [1, 1, 1]])),
+        ("response_mask row 0", "before column 2"), "1 up to and including EOS"),
+    Row("a response without a token",
+        lambda w: rewards_of(response_mask=tensor([[1, 1, 1], [0, 0, 0]])),
+        "response_mask row 1 is all zeros", "drop it"),
+    Row("a response mask of twos",
+        lambda w: advantages_of(response_mask=MASK * 2), "response_mask holds 2.0 at [0, 0]",
+        "only 0 and 1"),
+    Row("values for one token too many",
+        lambda w: advantages_of(values=zeros(2, 4)),
+        ("values has shape [2, 4]", "response_mask [2, 3]"), "must be equal"),
+    Row("a single response without its batch",
+        lambda w: gae(zeros(3), zeros(3), ones(3)), "response_mask has shape [3]",
+        "must be [B, T]"),
+    Row("a gamma above 1", lambda w: advantages_of(gamma=1.1), "gamma is 1.1", "between 0 and 1"),
+    Row("a lambda below 0", lambda w: advantages_of(lam=-0.1), "lam is -0.1", "between 0 and 1"),
+    Row("a critic that says NaN",
+        lambda w: advantages_of(values=tensor([[0, 0, 0], [0, nan, 0]])), "values is nan at [1, 1]",
+        "look for weights that diverged"),
+    Row("a mask of zeros to whiten",
+        lambda w: whiten(zeros(3), zeros(3)), "mask counts 0 entries", "needs at least 2"),
+    Row("a single number to whiten",
+        lambda w: whiten(zeros(3), tensor([1, 0, 0])), "mask counts 1 entries", "needs at least 2"),
+    Row("a mask of weights",
+        lambda w: whiten(zeros(3), ones(3) / 2), "mask holds 0.5 at [0]", "only 0 and 1"),
+    Row("a clip of 0 for the policy",
+        lambda w: policy_of(clip=0), "clip is 0", "above 0; 0.2 is usual"),
+    Row("no clip for the critic",
+        lambda w: critic_of(clip=None), "clip is None", "a finite number above 0"),
+    Row("probabilities of the old policy",
+        lambda w: policy_of(old_logprobs=LOGPROBS.exp()), "old_logprobs is 0.3679",
+        "Pass log-probabilities"),
+    Row("a ratio that overflows",
+        lambda w: policy_of(old_logprobs=LOGPROBS * 200), "the ratio of new to old is inf",
+        "look for weights that diverged"),
+    Row("advantages of one response for two",
+        lambda w: policy_of(advantages=zeros(1, 3)), ("advantages has shape [1, 3]", "[2, 3]"),
+        "must be equal"),
+    Row("returns as integers",
+        lambda w: critic_of(returns=TOKENS), ("returns", "torch.int64"), "convert with .float()",
+        error=TypeError),
+    number_row("no update at all", PPOConfig, "updates", 0, "a whole number, at least 1"),
+    number_row("two and a half responses", PPOConfig, "batch_size", 2.5, "a whole number"),
+    number_row("a learning rate as text", PPOConfig, "learning_rate", "1e-3", "a finite number"),
+    number_row("an infinite clip", PPOConfig, "clip", inf, "a finite number above 0"),
+    number_row("a β below 0", PPOConfig, "beta", -0.1, "0 or above"),
+    number_row("a λ above 1", PPOConfig, "lam", 2, "between 0 and 1"),
+    number_row("PPO at temperature 0", PPOConfig, "temperature", 0, "above 0"),
+    number_row("an unknown kind of KL", PPOConfig, "kl_kind", "k9", "choose k1, k2 or k3"),
+    number_row("a KL in the wrong place", PPOConfig, "kl_in", "score", "choose reward or loss"),
+    Row("minibatches that do not divide the batch",
+        lambda w: PPOConfig(minibatch_size=5), ("batch_size 64", "minibatch_size 5"),
+        "give one that divides it"),
+    Row("k1 as a loss",
+        lambda w: PPOConfig(kl_in="loss"), "kl_kind is 'k1' with kl_in='loss'", "choose k2 or k3"),
+    Row("a target of the KL without a price",
+        lambda w: PPOConfig(beta=0, target_kl=3.0), "beta is 0", "begin above 0"),
+    Row("PPO with a dictionary of settings",
+        lambda w: w.ppo(config={"updates": 3}), "config is {'updates': 3}", "give a PPOConfig",
+        error=TypeError),
+    Row("PPO with one prompt for a batch of two",
+        lambda w: w.ppo(prompts=[DUCK]), ("1 prompts", "a batch of 2"),
+        "give more, or a smaller batch_size"),
+    Row("PPO with one text for prompts",
+        lambda w: w.ppo(prompts=DUCK), f"prompts is {DUCK!r}", "give a list of texts",
+        error=TypeError),
+    Row("PPO with a prompt that is too long",
+        lambda w: w.ppo(prompts=[DUCK, "duck " * 80]), ("prompt 1 ('duck duck", "the limit is 60"),
+        "shorten it"),
+    Row("PPO with responses that leave no room for a prompt",
+        lambda w: w.ppo(config=replace(PPO, response_length=CONTEXT)),
+        ("prompt 0 (", "the limit is 0"), "shorten it"),
+    Row("PPO without a policy",
+        lambda w: w.ppo(w.empty_roles()), "there is no role 'policy'", "load or add it first"),
+    Row("a round of PPO with a negative price",
+        lambda w: collect_experience(w.roles(), w.tokenizer, [DUCK, COW], PPO, -1, 0), "beta is -1",
+        "0 or above"),
+)
+
+REWARD_ROWS = (
+    Row("more chosen than rejected",
+        lambda w: pairwise_loss(zeros(3), zeros(2)), ("chosen has shape [3]", "rejected [2]"),
+        "one reward of each for every pair"),
+    Row("a reward of NaN in the loss",
+        lambda w: pairwise_loss(zeros(2), tensor([0, nan])), "rejected[1] is nan: not a reward",
+        "Look for weights that diverged"),
+    Row("an accuracy of no pairs",
+        lambda w: pair_accuracy(zeros(0), zeros(0)), "chosen has shape [0]", "one reward of each"),
+    Row("rewards as lists",
+        lambda w: pairwise_loss([1.0], [0.0]), "chosen must be a tensor, not list", "torch.tensor",
+        error=TypeError),
+    Row("the last token of a mask without a batch",
+        lambda w: last_token_index(ones(3)), "attention_mask has shape [3]", "give [B, L]"),
+    Row("the last token of padding alone",
+        lambda w: last_token_index(zeros(2, 3)), "attention_mask row 0 is all zeros",
+        "drop this empty sequence"),
+    Row("pairs without a column",
+        lambda w: encode_pairs(w.tokenizer, Dataset.from_dict({"prompt": ["a"]}), 24, 32),
+        "no column 'chosen', only prompt", "needed are prompt, chosen and rejected"),
+    Row("a pair of equal responses",
+        lambda w: w.pairs_of(rejected=["quack. "]), ("pair 0", "both 'quack.'"), "remove the pair"),
+    Row("pairs with their columns swapped",
+        lambda w: w.pairs_of(**{k: v * 50 for k, v in PAIR.items()}, probability=[0.1] * 50),
+        ("'chosen' wins with 0.10", "'probability'"), "swap the two columns back"),
+    Row("a pair whose prompt is too long",
+        lambda w: w.pairs_of(prompt=["duck " * 50]), ("prompt 0 ('duck duck", "the limit is 24"),
+        "shorten it or raise prompt_length"),
+    Row("a pair whose response is too long",
+        lambda w: w.pairs_of(rejected=["duck " * 50]), ("in column 'rejected'", "the limit is 32"),
+        "shorten it or raise response_length"),
+    Row("a pair without a response",
+        lambda w: w.pairs_of(rejected=[None]), "completion 0 is None", "give a list of texts",
+        error=TypeError),
+    Row("a pair with a blank response",
+        lambda w: w.pairs_of(chosen=[" "]), ("in column 'chosen'", "is ' '"), "give it some text"),
+    Row("no pairs",
+        lambda w: w.pairs_of(prompt=[], chosen=[], rejected=[]), "prompts is empty",
+        "give at least one text"),
+    Row("a share of NaN to hold out",
+        lambda w: split_by_prompt(Dataset.from_dict(PAIR), nan), "a share of nan of 1 prompts",
+        "or another share"),
+    Row("a split by prompts of data without prompts",
+        lambda w: split_by_prompt(Dataset.from_dict({"text": ["a"]}), 0.5),
+        "no column 'prompt', only text", "rename or add it"),
+    Row("two draws to compare",
+        lambda w: collect_preferences(w.model, w.tokenizer, [DUCK], Annotator(), draws=2),
+        "draws is 2", "give at least 3"),
+    Row("a calibration of no pairs",
+        lambda w: calibration(zeros(0)), "gaps of shape [0]", "give at least one pair's"),
+    Row("a calibration in no groups",
+        lambda w: calibration(ones(3), bins=0), "bins is 0", "a whole number, at least 1"),
+    Row("equal reference scores",
+        lambda w: normalise(w.roles(), "value", ones(3)), ("mean 1.0", "standard deviation 0.0"),
+        "two or more scores that differ"),
+    Row("scores of a head that was never normalised",
+        lambda w: score_responses(w.roles(), "value", w.tokenizer, [DUCK], ["moo."], 24, 32),
+        "the head of role 'value'", "call reward.normalise"),
+    Row("two responses to one prompt to score",
+        lambda w: score_responses(w.roles(), "reward", w.tokenizer, [DUCK], ["a", "b"], 24, 32),
+        "1 prompts and 2 completions", "give one of each"),
+    Row("a text in place of prompts to score",
+        lambda w: score_responses(w.roles(), "reward", w.tokenizer, "duck?", "quack", 24, 32),
+        "prompts is 'duck?'", "give a list of texts", error=TypeError),
+    Row("a mask that is shorter than its tokens",
+        lambda w: score_tokens(w.roles(), "value", IDS, REAL[:, :3]),
+        ("input_ids has shape [1, 6]", "attention_mask [1, 3]"), "both must be"),
+    Row("a reward model without a head",
+        lambda w: w.reward("policy"), "role 'policy' has no head", "call add_head('policy') first"),
+    Row("a reward model to train on no pairs",
+        lambda w: w.reward(pairs=[]), "pairs is empty", "give at least one pair"),
+    Row("demonstrations in place of pairs",
+        lambda w: w.reward(held_out=w.examples()), "held_out[0] has prompt, response",
+        "give pairs from encode_pairs"),
+)
+
+SFT_ROWS = (
+    Row("a prompt of no column",
+        lambda w: mask_prompt(IDS, REAL, 0), ("prompt_length is 0", "6 tokens"), "at least 1"),
+    Row("a prompt that leaves no response",
+        lambda w: mask_prompt(IDS, REAL, 6), "prompt_length is 6",
+        "leave a response, so at most 5"),
+    Row("a prompt of two columns and a half",
+        lambda w: mask_prompt(IDS, REAL, 2.5), "prompt_length is 2.5", "a whole number"),
+    Row("a response of padding",
+        lambda w: mask_prompt(IDS, tensor([[1, 1, 0, 0, 0, 0]]), 2), ("labels of row 0", "-100"),
+        "Give it a response, at least EOS"),
+    Row("labels that are all masked",
+        lambda w: sft_loss(zeros(1, 3, 5), tensor([[-100] * 3])), "all labels are -100",
+        "Label the responses"),
+    Row("logits of one sequence without its batch",
+        lambda w: sft_loss(zeros(3, 5), tensor([1, 1, 1])), "logits have shape [3, 5], labels [3]",
+        "must be [B, L, V] and [B, L]"),
+    Row("labels of another length than the logits",
+        lambda w: sft_loss(zeros(1, 3, 5), tensor([[1, 1]])),
+        ("logits have shape [1, 3, 5]", "labels [1, 2]"), "must be [B, L, V] and [B, L]"),
+    Row("demonstrations without completions",
+        lambda w: encode_examples(w.tokenizer, Dataset.from_dict({"prompt": ["a"]}), 24, 32),
+        "no column 'completion', only prompt", "rename or add it"),
+    Row("fine-tuning on texts",
+        lambda w: w.sft(examples=[{"prompt": "a", "completion": "b"}]),
+        "examples[0] is {'prompt': 'a'", "give what encode_examples returns"),
+    Row("fine-tuning without EOS",
+        lambda w: w.sft(examples=[{"prompt": [5], "response": [6]}]),
+        ("examples[0]", "does not end with EOS"), "encode_examples appends it"),
+    Row("fine-tuning on another tokenizer's tokens",
+        lambda w: w.sft(held_out=[{"prompt": [99999], "response": [w.tokenizer.eos_token_id]}]),
+        "held_out[0] holds token id 99999", "use the model's own tokenizer"),
+    Row("fine-tuning on an example beyond the context",
+        lambda w: w.sft(examples=[{"prompt": [5] * 99, "response": [w.tokenizer.eos_token_id]}]),
+        ("examples[0] has 100 tokens", f"of {CONTEXT}"), "leave it out or shorten it"),
+    Row("fine-tuning on nothing",
+        lambda w: w.sft(examples=[]), "examples is empty", "give at least one example"),
+    Row("fine-tuning a frozen role",
+        lambda w: w.sft("reference"), "role 'reference' is frozen",
+        "add a copy of it with trainable=True"),
+    Row("fine-tuning with a dictionary of settings",
+        lambda w: w.sft(config={"steps": 3}), "config is {'steps': 3}", "give an SFTConfig",
+        error=TypeError),
+    Row("a held-out loss of nothing",
+        lambda w: held_out_loss(w.model, w.tokenizer, []), "examples is empty",
+        "give at least one example"),
+    Row("a batch of nothing to pad",
+        lambda w: pad_examples(w.tokenizer, []), "examples is empty", "give at least one example"),
+    number_row("a run of no step", SFTConfig, "steps", 0, "a number above 0"),
+    number_row("a batch of two and a half", SFTConfig, "batch_size", 2.5, "a whole one"),
+    number_row("a run of ten steps as text", SFTConfig, "steps", "10", "a whole one"),
+    number_row("a learning rate of NaN", RewardConfig, "learning_rate", nan, "above 0"),
+    number_row("an infinite learning rate", RewardConfig, "learning_rate", inf, "above 0"),
+    Row("a warm-up longer than the run",
+        lambda w: SFTConfig(warmup_steps=200), "warmup_steps is 200 of 150 steps", "give fewer"),
+)
+
+DATA_ROWS = (
+    Row("no prompts",
+        lambda w: encode_prompts(w.tokenizer, [], 24), "prompts is empty",
+        "give at least one text"),
+    Row("a text in place of a list of prompts",
+        lambda w: encode_prompts(w.tokenizer, "hello", 24), "prompts is 'hello'",
+        "give a list of texts", error=TypeError),
+    Row("a prompt that is missing",
+        lambda w: encode_prompts(w.tokenizer, [DUCK, None], 24), "prompt 1 is None",
+        "give a list of texts", error=TypeError),
+    Row("a blank prompt",
+        lambda w: encode_prompts(w.tokenizer, [" "], 24), "prompt 0 is ' '", "give it some text"),
+    Row("a prompt with a token of the template",
+        lambda w: encode_prompts(w.tokenizer, ["a<|eos|>"], 24), "prompt 0 contains '<|eos|>'",
+        "remove it"),
+    Row("a prompt that is too long",
+        lambda w: encode_prompts(w.tokenizer, ["duck " * 40], 24),
+        ("prompt 0 ('duck duck", "the limit is 24"), "shorten it or raise prompt_length"),
+    Row("a tokenizer that pads with EOS",
+        lambda w: encode_prompts(w.tokenizer_with(pad_token="<|eos|>"), [DUCK], 24),
+        "pad token '<|eos|>' and eos token '<|eos|>'", "set tokenizer.pad_token"),
+    Row("a tokenizer without a chat template",
+        lambda w: encode_prompts(w.tokenizer_with(chat_template=None), [DUCK], 24),
+        "the tokenizer of '", "has no chat template; set one"),
+    Row("demonstrations written no times",
+        lambda w: sft_dataset(w.preset(), copies=0), "copies is 0", "give at least 1"),
+    Row("a split that the world does not have",
+        lambda w: prompt_dataset(w.preset(), "test"), "split is 'test'",
+        "choose one of train, held_out"),
+    Row("a data set of the hub without a network",
+        lambda w: prompt_dataset(w.preset(), source="nobody/nothing"),
+        "'nobody/nothing' is no local path",
+        ("check the name and the network", "pass the local folder"), error=ConnectionError),
+)
+
+ROLLOUT_ROWS = (
+    Row("nothing to respond to",
+        lambda w: w.sample(prompts=[]), "prompts is empty", "give at least one text"),
+    Row("a response of no new token",
+        lambda w: w.sample(response_length=0), "response_length is 0", "give at least 1 token"),
+    Row("a response of a token and a half",
+        lambda w: w.sample(response_length=1.5), "response_length is 1.5", "a whole number"),
+    Row("a response as long as the context",
+        lambda w: w.sample(response_length=CONTEXT),
+        (f"responses of {CONTEXT}", f"context of {CONTEXT}"), "shorten one"),
+    Row("sampling at temperature 0",
+        lambda w: w.sample(temperature=0), "temperature is 0", "give a finite number above 0"),
+    Row("sampling at no temperature",
+        lambda w: w.sample(temperature=None), "temperature is None",
+        "give a finite number above 0"),
+    Row("sampling at a temperature of NaN",
+        lambda w: w.sample(temperature=nan), "temperature is nan", "give a finite number above 0"),
+    Row("sampling at an infinite temperature",
+        lambda w: w.sample(temperature=inf), "temperature is inf", "give a finite number above 0"),
+    Row("room for prompts that the context does not have",
+        lambda w: w.sample(prompt_length=61), ("up to 61 tokens", f"context of {CONTEXT}"),
+        "shorten one"),
+    Row("a prompt beyond the context",
+        lambda w: w.sample(prompts=["hot " * 99]), ("prompt 0 ('hot hot", "the limit is 60"),
+        "shorten it"),
+    Row("sampling with a tokenizer that pads with EOS",
+        lambda w: w.sample(tokenizer=w.tokenizer_with(pad_token="<|eos|>")), "pad token '<|eos|>'",
+        "set tokenizer.pad_token"),
+    Row("sampling with a tokenizer that cannot pad",
+        lambda w: w.sample(tokenizer=w.tokenizer_with(pad_token=None)), "pad token None",
+        "set tokenizer.pad_token"),
+    Row("sampling with another model's tokenizer",
+        lambda w: w.sample(model=LlamaForCausalLM(replace_vocabulary(w.model.config, 4))),
+        ("input_ids holds id", "outside 0..3"), "use the model's own tokenizer"),
+)
+
+ROLE_ROWS = (
+    Row("a role that nobody added",
+        lambda w: w.roles().use("judge"), ("there is no role 'judge'", "there are ['policy'"),
+        "add it first"),
+    Row("a role that is there already",
+        lambda w: w.roles().add("policy"), "role 'policy' is there already", "give another one"),
+    Row("a role with a blank in its name",
+        lambda w: w.roles().add("my policy"), "role 'my policy'",
+        "letters, digits and underscores"),
+    Row("a role without a name",
+        lambda w: w.roles().add(None), "role None", "letters, digits and underscores"),
+    Row("a copy of a role that is not there",
+        lambda w: w.roles().add("new", copy_of="sft"), "there is no role 'sft'", "add it first"),
+    Row("parameters of a frozen role",
+        lambda w: w.roles().parameters("reference"), "role 'reference' is frozen",
+        "trainable=True"),
+    Row("a second head",
+        lambda w: w.roles().add_head("value"), "role 'value' has a head already",
+        "add another role"),
+    Row("values of a role without a head",
+        lambda w: w.roles().values("policy", IDS, REAL), "role 'policy' has no head",
+        "call add_head('policy') first"),
+    Row("values of tokens beyond the vocabulary",
+        lambda w: w.roles().values("value", IDS + 99999, REAL), "input_ids holds id 100004",
+        "use the model's own tokenizer"),
+    Row("values beyond the context",
+        lambda w: w.roles().values("value", ones(1, 70).long(), ones(1, 70).long()),
+        ("70 tokens", f"of {CONTEXT}"), "shorten"),
+    Row("another role used before backward",
+        lambda w: switch_before_backward(w.roles()), ("role 'policy'", "'value' is active"),
+        "only then use the next one", error=RuntimeError),
+    Row("roles on a base that has some",
+        lambda w: Roles(w.roles().base), "carries adapters already", "load another base"),
+    Row("adapters of rank 1.5",
+        lambda w: w.empty_roles(rank=1.5), "rank is 1.5", "a whole rank of 1 or more"),
+    Row("adapters with an alpha of NaN",
+        lambda w: w.empty_roles(alpha=nan), "alpha nan", "alpha > 0"),
+    Row("a base on a GPU that is not there",
+        lambda w: without_cuda(w.preset(device="cuda")), "torch sees no CUDA device",
+        ("use preset 'pocket'", "pass device='cpu'")),
+    Row("a model of the hub without a network",
+        lambda w: load_base(load_preset("single_gpu", model="nobody/nothing", device="cpu")),
+        "'nobody/nothing' is no local path", "pass the local folder", error=ConnectionError),
+)
+
+PRESET_ROWS = (
+    Row("a preset that there is not",
+        lambda w: load_preset("laptop"), "preset is 'laptop'", "choose one of pocket, single_gpu"),
+    Row("an override with a slip of the pen",
+        lambda w: load_preset(respons_length=3), "no field 'respons_length'",
+        "response_length, revision", error=TypeError),
+    number_row("a prompt of no token", load_preset, "prompt_length", 0, "at least 1"),
+    number_row("a response of 2.5 tokens", load_preset, "response_length", 2.5, "a whole number"),
+    number_row("no rows of data", load_preset, "rows", 0, "at least 1, or None"),
+    number_row("two and a half rows of data", load_preset, "rows", 2.5, "a whole number"),
+    number_row("rows of data in words", load_preset, "rows", "all", "a whole number"),
+    number_row("a device of another name", load_preset, "device", "gpu", "choose cpu or cuda"),
+    number_row("a dtype that is none", load_preset, "compute_dtype", "int8", "choose one of auto"),
+    number_row("a seed as text", load_preset, "seed", "lucky", "give a whole number"),
+    number_row("no folder for runs", load_preset, "runs", None, "give a folder"),
+    number_row("a model without a name", load_preset, "model", " ", "a folder or a hub id"),
+    Row("an environment variable with a preset that there is not",
+        lambda w: with_environment(RLHF_PRESET="big"), "environment variable RLHF_PRESET is 'big'",
+        "choose one of pocket, single_gpu"),
+    Row("an environment variable with a device that there is not",
+        lambda w: with_environment(RLHF_DEVICE="tpu"), "device is 'tpu'", "choose cpu or cuda"),
+)
+
+DIVERSITY_ROWS = (
+    *(
+        Row(
+            f"no texts for {measure.__name__}",
+            lambda w, measure=measure: measure([]),
+            "texts is empty",
+            "give at least one text",
+        )
+        for measure in (unique_share, self_bleu, mean_length, diversity)
+    ),
+    Row("one text for several",
+        lambda w: diversity("a b"), "texts is 'a b'", "give a list of texts", error=TypeError),
+    Row("tokens for texts",
+        lambda w: unique_share([[1, 2]]), "texts[0] is [1, 2]", "decoded from their tokens",
+        error=TypeError),
+    Row("n-grams of no word",
+        lambda w: distinct_n(["a b"], 0), "n is 0", "a whole number, at least 1"),
+    Row("n-grams longer than any text",
+        lambda w: distinct_n(["a b"], 3), ("n is 3", "has 2 words"),
+        "Choose a smaller n or longer texts"),
+    Row("a single text to compare with others",
+        lambda w: self_bleu(["a"]), "texts is ['a']", "give at least 2"),
+    Row("a sample of one text",
+        lambda w: self_bleu(["a", "b"], sample=1), "sample is 1", "at least 2"),
+)
+
+SIZES = ModelSizes(((4, 4),), 10, 0, 4)
+MEMORY_ROWS = (
+    Row("weights of three bytes",
+        lambda w: memory_table(SIZES, weight_bytes=3), "weight_bytes is 3",
+        "give 2 (bfloat16) or 4 (float32)"),
+    Row("a dtype in words",
+        lambda w: memory_table(SIZES, weight_bytes="bfloat16"), "weight_bytes is 'bfloat16'",
+        "give 2 (bfloat16)"),
+    Row("a table of adapters of rank 0",
+        lambda w: memory_table(SIZES, rank=0), "rank is 0", "a whole number, at least 1"),
+    Row("adapters on no layer",
+        lambda w: lora_parameters([], 1), "shapes is empty",
+        "give (out, in) of at least one adapted layer"),
+    Row("a layer with three sizes",
+        lambda w: lora_parameters([(1, 2, 3)], 1), "shapes[0] is (1, 2, 3)", "give (out, in)"),
+    Row("half a weight in NF4", lambda w: nf4_bytes(0.5), "weights is 0.5", "a whole number"),
+    Row("logits of a negative batch",
+        lambda w: logits_bytes(-1, 2, 3), "batch is -1", "at least 1"),
+    Row("a cache of no sequence",
+        lambda w: kv_cache_bytes(1, 2, 3, 0, 1), "batch is 0", "at least 1"),
+    Row("a model with a negative number of parameters",
+        lambda w: ModelSizes(((4, 4),), -1, 0, 4), "other is -1", "at least 0"),
+    Row("the sizes of a model's name",
+        lambda w: model_sizes("some/model"), "config is 'some/model'", "AutoConfig.from_pretrained",
+        error=TypeError),
+)
+
+PLOT_ROWS = (
+    Row("a figure without a text",
+        lambda w: plots.show(plt.figure(), " "), "alt is empty",
+        "say in a sentence what the figure shows"),
+    Row("a growing figure without a text",
+        lambda w: plots.redraw(plt.figure(), None), "alt is empty", "say in a sentence"),
+    Row("two values for one bar",
+        lambda w: plots.bars(["a"], [1, 2], "x"), "1 labels for 2 values", "give one for each bar"),
+    Row("a group of bars with one too many",
+        lambda w: plots.grouped_bars(["a"], {"after": [1, 2]}, "x"),
+        "1 labels for 2 values of 'after'", "give one for each"),
+    Row("more groups of bars than looks",
+        lambda w: plots.grouped_bars(["a"], {str(i): [1] for i in range(5)}, "x"), "5 groups",
+        "give 1 to 4"),
+    Row("no curves at all", lambda w: plots.trajectories({}, "x", "y"), "0 groups", "give 1 to"),
+    Row("more groups of points than looks",
+        lambda w: plots.scatter({str(i): [(0, 0)] for i in range(9)}, "x", "y"), "9 groups",
+        "give 1 to 8"),
+    Row("a heat map with a name too few",
+        lambda w: plots.heat_map([[1.0, 2.0]], ["x"], ["a"], "nats"),
+        ("(1, 2)", "1 row names and 1 column names"), "give one for each"),
+)
+
+POCKET_ROWS = (
+    Row("a prompt that is not of the world",
+        lambda w: rubric.gold_reward("what does a duck say?", "quack."),
+        "no prompt 'what does a duck say?'", "the nearest are 'what does the duck say?'"),
+    Row("a rubric for responses to other prompts",
+        lambda w: judged(["who are you?"]), "no prompt 'who are you?'", "the nearest are"),
+    Row("a rubric for one response and two prompts",
+        lambda w: judged([DUCK, COW]), "2 prompts for 1 responses", "give those of the rollout"),
+    Row("no marks to average",
+        lambda w: rubric.mean_score([]), "no scores to average", "give at least one"),
+    number_row("an annotator at temperature 0", Annotator, "temperature", 0, "above 0"),
+    number_row("an annotator below 0", Annotator, "temperature", -0.5, "above 0"),
+    number_row("an annotator at a temperature of NaN", Annotator, "temperature", nan, "above 0"),
+    number_row("an infinite taste for courtesy", Annotator, "politeness", inf, "0 for no bias"),
+    Row("two equal responses to choose from",
+        lambda w: Annotator().prefer(DUCK, "a", "a", random.Random(0)),
+        ("both responses", "are 'a'"), "there is nothing to prefer"),
+    Row("a ceiling of no pairs", lambda w: ceiling([]), "no probabilities", "give"),
+    Row("percents for probabilities",
+        lambda w: ceiling([90]), "90 is not a probability", "between 0 and 1"),
+    Row("one text for the fluency of several",
+        lambda w: world.fluency("it says quack."), "texts is 'it says quack.'",
+        "give a list of texts", error=TypeError),
+    Row("no sentence to judge",
+        lambda w: world.fluency(["the duck"]), "no complete sentence", "ends in . ! or ?"),
+    Row("contexts without continuations",
+        lambda w: exam.continuation_logprobs(w.model, w.tokenizer, ["a", "b"], ["c"]),
+        "2 contexts for 1 continuations", "give one for each"),
+    Row("no context to continue",
+        lambda w: exam.continuation_logprobs(w.model, w.tokenizer, [""], ["c"]),
+        "contexts must be texts", "at least one token"),
+    Row("a share of no trials",
+        lambda w: exam.share_with_interval([]), "no trials", "give at least one"),
+    Row("more courtesies than there are",
+        lambda w: corpus.with_courtesies(random.Random(0), "quack.", 9), "count is 9",
+        "give 0 to 8"),
+    Row("a judge without a head",
+        lambda w: (roles := w.roles(), roles.add("judge"), Judge(roles)),
+        "role 'judge' has no head", "call add_head('judge') first"),
+    Row("a judge that nobody trained",
+        lambda w: load_gold(replace(w.preset(), name="single_gpu")),
+        ("no adapter 'judge'", "{folder}"), "02 for reward and judge", error=FileNotFoundError),
+)
+
+CHECK_ROWS = (
+    Row("a diagnosis of nothing",
+        lambda w: checks.check_diagnosis({}), "no answer for log 'A'", "give ..."),
+    Row("a log that there is not",
+        lambda w: checks.training_log("D"), "no log 'D'", "choose healthy, A, B or C"),
+)
+PAIR_LINE = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+DIALOGUES = json.dumps(
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
+)
+FILE_ROWS = (
+    Row("an empty file",
+        lambda w: w.read(), "'{folder}/pairs.jsonl' is empty", "at least one row",
+        text("pairs.jsonl", "\n")),
+    Row("a file that is not JSON",
+        lambda w: w.read(), "pairs.jsonl', line 2: not JSON", "mend it",
+        text("pairs.jsonl", PAIR_LINE + '{"prompt": "a"')),
+    Row("a list on a line",
+        lambda w: w.read(), "pairs.jsonl', line 1: [1, 2] is no JSON object",
+        "give each row a line", text("pairs.jsonl", "[1, 2]")),
+    Row("lines of different fields",
+        lambda w: w.read(), "pairs.jsonl', line 2: fields prompt, but line 1 has",
+        "give every line the same fields", text("pairs.jsonl", PAIR_LINE + '{"prompt": "a"}')),
+    Row("a file without a column",
+        lambda w: w.read(), "pairs.jsonl' has no column 'chosen', only prompt, answer",
+        "rename or add it", text("pairs.jsonl", '{"prompt": "a", "answer": "b"}')),
+    Row("numbers in a column of texts",
+        lambda w: w.read(), "pairs.jsonl', row 1: prompt is 1", "give it some text",
+        text("pairs.jsonl", '{"prompt": 1, "chosen": "b", "rejected": "c"}')),
+    Row("a column of texts and numbers",
+        lambda w: w.read(), "a field is text in one line and not in another", "make it text in all",
+        text("pairs.jsonl", PAIR_LINE + PAIR_LINE.replace('"a"', "1"))),
+    Row("two dialogues in a pair",
+        lambda w: w.read(), "these are not one dialogue: {'chosen'",
+        "must be one dialogue with two last answers", text("pairs.jsonl", DIALOGUES)),
+    Row("a blank prompt in a file",
+        lambda w: w.read(), "pairs.jsonl', row 1: prompt is ' '", "give it some text",
+        text("pairs.jsonl", PAIR_LINE.replace('"a"', '" "'))),
+    Row("a file of no bytes",
+        lambda w: w.read(), "pairs.jsonl' is empty", "at least one row", text("pairs.jsonl", "")),
+    Row("equal responses in a file",
+        lambda w: w.read(), "pairs.jsonl', row 1: chosen and rejected are both 'b'",
+        "remove the pair", text("pairs.jsonl", PAIR_LINE.replace('"c"', '"b"'))),
+    Row("a file that is not UTF-8",
+        lambda w: w.read(), "is not UTF-8 (byte 0)", "save it with that encoding",
+        text("pairs.jsonl", "ü".encode("utf-16"))),
+    Row("a file of an unknown ending",
+        lambda w: w.read("pairs.txt"), "pairs.txt' ends in none of .jsonl, .csv, .parquet",
+        "convert it to one", text("pairs.txt", "a")),
+    Row("a row of a table that is too short",
+        lambda w: w.read("pairs.csv"), "line 2: 2 fields, but the header has 3",
+        "quote texts with commas", text("pairs.csv", "prompt,chosen,rejected\na,b\n")),
+    Row("a quote that is never closed",
+        lambda w: w.read("pairs.csv"), "field larger than field limit",
+        "look for a quote that is never closed",
+        text("pairs.csv", 'prompt,chosen,rejected\n"a' + ",b\n" * 50_000)),
+    Row("a truncated Parquet file",
+        lambda w: w.read("pairs.parquet"), "pairs.parquet' cannot be read as Parquet",
+        "truncated or damaged: copy it again", text("pairs.parquet", "PAR1")),
+    Row("a folder without data",
+        lambda w: w.read(""), "the folder '{folder}' cannot be read as data", "such as train.jsonl",
+        text("readme", "nothing here")),
+    Row("a split that the folder does not have",
+        lambda w: w.read("", "held_out"), ("'{folder}'", 'Unknown split "held_out"'),
+        "one file for each split", text("train.jsonl", PAIR_LINE)),
+    Row("a split of a single file",
+        lambda w: w.read(split="held_out"), "split is 'held_out', but the file",
+        "a folder with a file for each split", text("pairs.jsonl", PAIR_LINE)),
+    Row("a file that is not there",
+        lambda w: w.read("none.jsonl"), "there is no file '{folder}/none.jsonl'",
+        "check the path to your data", text("some.jsonl", PAIR_LINE), error=FileNotFoundError),
+    Row("an adapter's folder that is not there",
+        lambda w: w.roles().load("policy", w.folder / "none"),
+        "{folder}/none/adapter_config.json is missing", "copy the whole folder", cut(""),
+        error=FileNotFoundError),
+    Row("an adapter without its settings",
+        lambda w: w.roles().load("policy", w.path), "adapter_config.json is missing",
+        "train it again", lost(CONFIG), error=FileNotFoundError),
+    Row("an adapter with truncated weights",
+        lambda w: w.roles().load("policy", w.path),
+        "the adapter in '{folder}/saved' cannot be read",
+        "train it again, or copy the whole folder", cut(WEIGHTS)),
+    Row("an adapter with a truncated head",
+        lambda w: w.roles().load("value", w.path),
+        "the head in '{folder}/saved/head.safetensors' cannot be read",
+        "truncated or damaged: train it again", cut(HEAD)),
+    Row("an adapter of another rank",
+        lambda w: w.empty_roles(rank=3).load("policy", w.path), "has r 2, these roles 3",
+        "with the adapter's rank (r) and alpha", cut("")),
+    Row("an adapter of another base",
+        lambda w: w.roles().load("policy", w.path), "trained on another base of the same sizes",
+        "load that base", of_another_base),
+    Row("an adapter of a larger base",
+        lambda w: Roles(load_base(load_preset("pocket")), 2, 4).load("policy", w.path),
+        ("does not fit this base", "(2, 64) there"), "load the base that it was trained on",
+        cut("")),
+    Row("an adapter that nobody saved",
+        lambda w: w.roles().save("judge", w.path), "there is no role 'judge'", "add it first",
+        cut("")),
+    Row("a role to save where a file is",
+        lambda w: w.roles().save("policy", w.path), "'{folder}/saved' is a file",
+        "give another path", text("saved", "my notes"), error=NotADirectoryError),
+    Row("a folder to write below a file",
+        lambda w: write_into(w.path / "deep" / "er"), ("'{folder}/saved' is a file", "deep/er"),
+        "move the file away", text("saved", "my notes"), error=NotADirectoryError),
+    Row("fine-tuning into a file",
+        lambda w: w.sft(folder=w.path), "'{folder}/saved' is a file", "give another path",
+        text("saved", "my notes"), error=NotADirectoryError),
+    Row("PPO where a file has the unfinished run's name",
+        lambda w: w.ppo(folder=w.path), "'{folder}/saved.unfinished' is a file",
+        "move the file away", text("saved.unfinished", "my notes"), error=NotADirectoryError),
+    Row("preferences to keep in a file",
+        lambda w: collect_preferences(w.model, w.tokenizer, [DUCK], Annotator(), cache=w.path),
+        "'{folder}/saved' is a file", "give another path", text("saved", "my notes"),
+        error=NotADirectoryError),
+    Row("no save that can be read",
+        lambda w: newest_readable(w.folder, damaged),
+        ("no save in '{folder}'", "update-00001 is damaged"), "delete the folder to begin anew",
+        text("update-00001/state", "half")),
+    Row("an adapter that was never trained",
+        lambda w: find_adapter(w.preset(), "judge"),
+        ("no adapter 'judge'", "{folder}/pocket/judge"), "run the lesson that trains it first",
+        text("pocket/notes", "none yet"), error=FileNotFoundError),
+    Row("going on with other settings",
+        lambda w: w.sft(folder=w.path, config=replace(SFT, batch_size=3)),
+        "'{folder}/saved.unfinished' holds 1 steps of a run with other settings",
+        "delete the folder to begin anew", stopped("sft")),
+    Row("going on from a truncated optimizer",
+        lambda w: w.sft(folder=w.path),
+        "the unfinished run in '{folder}/saved.unfinished' cannot be read",
+        "delete the folder to begin anew", stopped("sft", "optimizer.safetensors")),
+    Row("going on from a truncated adapter",
+        lambda w: w.sft(folder=w.path), "the adapter in '{folder}/saved.unfinished' cannot be read",
+        "truncated or damaged", stopped("sft", WEIGHTS)),
+    Row("going on with PPO at another price",
+        lambda w: w.ppo(folder=w.path, config=replace(PPO, beta=0.5)), "beta: 0.1 there, 0.5 here",
+        ("give those to go on with it", "delete '{folder}/saved.unfinished'"), stopped("ppo")),
+    Row("going on with PPO from damaged saves",
+        lambda w: w.ppo(folder=w.path), "no save in '{folder}/saved.unfinished' can be read",
+        "delete the folder to begin anew", stopped("ppo", "optimizer.safetensors")),
+    Row("a base that is truncated",
+        lambda w: load_base(w.preset(model=str(w.path))), "'{folder}/saved' cannot be loaded",
+        "truncated or damaged, reinstall",
+        assets(lambda path: (path / "model.safetensors").write_bytes(b"half"))),
+    Row("a base without its configuration",
+        lambda w: load_base(w.preset(model=str(w.path))), "{folder}/saved/config.json is missing",
+        "save_pretrained", assets(lambda path: (path / "config.json").unlink()),
+        error=FileNotFoundError),
+    Row("a base that must be unpickled",
+        lambda w: load_base(w.preset(model=str(w.path))),
+        "'{folder}/saved' has its weights as pytorch_model.bin", "get the model as safetensors",
+        assets(lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"))),
+    Row("a tokenizer that is missing",
+        lambda w: load_tokenizer(w.preset(model=str(w.path))),
+        "{folder}/saved/tokenizer.json is missing", "reinstall rlhf_helpers",
+        assets(lambda path: (path / "tokenizer.json").unlink()), error=FileNotFoundError),
+    Row("a tokenizer saved with EOS to pad with",
+        lambda w: load_tokenizer(w.preset(model=str(w.path))),
+        "pad token '<|eos|>' and eos token '<|eos|>'", "set tokenizer.pad_token",
+        assets(pad_with_eos)),
+    Row("a model saved without a chat template",
+        lambda w: load_tokenizer(w.preset(model=str(w.path))), "the tokenizer of '{folder}/saved'",
+        "no chat template; set one", assets(lambda path: (path / "chat_template.jinja").unlink())),
+)
+# fmt: on
+
+
+def replace_vocabulary(config, size):
+    config = copy.deepcopy(config)
+    config.vocab_size = size
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    return config
+
+
+ROWS = (
+    *LOGPROB_ROWS,
+    *KL_ROWS,
+    *PPO_ROWS,
+    *REWARD_ROWS,
+    *SFT_ROWS,
+    *DATA_ROWS,
+    *ROLLOUT_ROWS,
+    *ROLE_ROWS,
+    *PRESET_ROWS,
+    *DIVERSITY_ROWS,
+    *MEMORY_ROWS,
+    *PLOT_ROWS,
+    *POCKET_ROWS,
+    *CHECK_ROWS,
+    *FILE_ROWS,
+)
+PACKAGE = str(Path(rlhf_helpers.__file__).parent)
+RAW = ("assert", "NoneType", "has no attribute", "not supported between", "zip()", "Traceback")
+
+
+def save_base(folder: Path) -> Path:
+    """A base of 64 positions for the shipped tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    vocabulary = len(load_tokenizer(load_preset("pocket")))
+    config = LlamaConfig(
+        vocab_size=vocabulary, num_attention_heads=1, max_position_embeddings=CONTEXT, **sizes
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def w(tiny_base, tmp_path):
+    yield World(tmp_path, tiny_base)
+    plt.close("all")
+
+
+def caught(row: Row, w: World) -> Exception | None:
+    """What a row's call raises."""
+    try:
+        row.call(w)
+    except Exception as error:
+        return error
+    return None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_quality(error: Exception, folder: Path) -> None:
+    """It comes from the package, and is short text for people."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    assert last.filename.startswith(PACKAGE), f"raised in {last.filename}, line {last.lineno}"
+    message = str(error).replace(str(folder), "…")
+    assert re.match(r"['…\w]", message), "it begins with no word, name or path"
+    assert len(message) <= 400 and "\n" not in message
+    assert message.count(". ") <= 3
+    assert not [word for word in RAW if word in message]
+    assert not re.search(r"(?<!\w)_[a-z]\w+", message), "a name that only the package knows"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_bad_input_is_named_and_can_be_mended(row, w):
+    if row.before:
+        row.before(w)
+    before = contents(w.folder)
+    error = caught(row, w)
+    assert type(error) is row.error, f"{error!r}"
+    missing = [word for word in row.words(w) if word not in str(error)]
+    assert not missing, str(error)
+    check_quality(error, w.folder)
+    assert contents(w.folder) == before, "what was saved is not as it was"
+
+
+NAMES = [name for name in checks.__all__ if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "check_diagnosis"])
+def test_a_check_of_what_is_no_function_says_so(name, capsys):
+    getattr(checks, name)("a result")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "give the check the function itself" in said and "'a result'" in said
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        base = save_base(Path(name) / "base")
+        for number, row in enumerate(ROWS):
+            w = World(Path(name) / str(number), base)
+            w.folder.mkdir()
+            if row.before:
+                row.before(w)
+            error = caught(row, w)
+            print(f"{row.name}\n    {type(error).__name__}: {error}")
