@@ -304,7 +304,10 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
-    fig.colorbar(image).set_label(quantity, fontsize=8)
+    bar = fig.colorbar(image)
+    bar.set_label(quantity, fontsize=8)
+    if np.nanmin(values) >= 0:
+        bar.ax.set_ylim(0, top)  # no colours that stand for nothing
     return fig
 
 

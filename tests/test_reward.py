@@ -33,6 +33,7 @@ from rlhf_helpers.reward import (
     pair_accuracy,
     pair_scores,
     pairwise_loss,
+    preference_card,
     score_examples,
     score_responses,
     score_tokens,
@@ -200,6 +201,38 @@ def test_calibration_by_hand():
     assert sum(count for *_, count in calibration(3 * normal(100))) == 100
 
 
+def test_groups_of_a_calibration_are_equally_wide():
+    """Four groups from ½ to 1: [½, 0.625), [0.625, 0.75), [0.75, 0.875), [0.875, 1]."""
+    confidence = torch.tensor([0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0], dtype=torch.float64)
+    found = calibration(confidence.logit(), bins=4)
+    assert [count for *_, count in found] == [2, 1, 1, 3]
+    assert all(right == 1 for _, right, _ in found)
+    assert calibration(confidence.logit()) == calibration(confidence.logit(), bins=8)
+
+
+# --- preference_card -----------------------------------------------------------------------
+
+
+def test_the_data_card_by_hand():
+    """In the first pair gold agrees, in the second it does not, the third is equal in gold."""
+    rows = [
+        ("what does the duck say?", "it says quack.", "it says moo.", 0.9),
+        ("what does the duck say?", "it says moo. have a nice day!", "it says quack.", 0.6),
+        ("what does the dog say?", "it says woof.", "woof.", 0.5),
+    ]
+    names = ("prompt", "chosen", "rejected", "probability")
+    table = Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows])
+    card = preference_card(table, Annotator(politeness=0.7, length=0.02, temperature=0.5))
+    assert "3 pairs of responses to 2 prompts" in card
+    assert "plus 0.7 for each\npolite phrase and 0.02 for each word" in card
+    assert "temperature of\n0.50 points" in card
+    assert "in expectation: 66.7%" in card
+    assert "in 50.0% of the 2 pairs that differ in gold" in card
+    assert "words: chosen 4.3, rejected 2.3" in card
+    alike = preference_card(table.select([2]), Annotator())
+    assert "in 0.0% of the" in alike  # none differs
+
+
 # --- split_by_prompt -----------------------------------------------------------------------
 
 TABLE = Dataset.from_list(
@@ -207,7 +240,7 @@ TABLE = Dataset.from_list(
 )
 
 
-@pytest.mark.parametrize("share, count", [(1 / 8, 2), (1 / 4, 4), (0.5, 8), (0.9, 14)])
+@pytest.mark.parametrize("share, count", [(1 / 16, 1), (1 / 8, 2), (1 / 4, 4), (0.5, 8), (0.9, 14)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_prompt_is_on_one_side_only(share, count, seed):
     train, held_out = split_by_prompt(TABLE, share, seed)
@@ -227,6 +260,7 @@ def test_the_seed_decides_the_split_and_the_order():
     for a, b in zip(first, again, strict=True):
         assert list(a) == list(b)
     assert set(first[1]["prompt"]) != set(other[1]["prompt"])
+    assert list(split_by_prompt(TABLE)[0]) == list(split_by_prompt(TABLE, seed=0)[0])
     numbers = [int(chosen[1:]) for chosen in first[0]["chosen"]]
     assert numbers != sorted(numbers)  # the collected order goes prompt by prompt, draw by draw
     held = [int(chosen[1:]) for chosen in first[1]["chosen"]]
