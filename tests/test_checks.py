@@ -8,6 +8,7 @@ import math
 from functools import partial
 
 import helpers_checks as shared
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -583,6 +584,7 @@ PARAMETERS_RIGHT = [
     parameters_of_real_matrices,
     lambda shapes, rank: rank * sum(map(sum, shapes)),
     lambda shapes, rank: int(rank * torch.tensor(shapes).sum()),
+    lambda shapes, rank: rank * np.sum(shapes),  # NumPy's int64
 ]
 
 
@@ -725,6 +727,7 @@ BYTES_RIGHT = [
     lambda n, double=True: (
         up(n, 2) + (up(n, 64) + 4 * up(up(n, 64), 256) if double else 4 * up(n, 64))
     ),
+    lambda n, double=True: bytes_by_loop(np.int64(n), double),
 ]
 
 # --- pairwise_loss, wrong ---
@@ -896,8 +899,43 @@ def loss_by_cross_entropy(chosen, rejected):
     return F.cross_entropy(logits, torch.zeros(len(chosen), dtype=torch.long))
 
 
+def loss_by_sign(chosen, rejected):
+    gap = chosen - rejected
+    right, wrong = gap[gap >= 0], gap[gap < 0]
+    losses = torch.log1p(torch.exp(-right)), torch.log1p(torch.exp(wrong)) - wrong
+    return torch.cat(losses).mean()
+
+
+def loss_by_sign_in_place(chosen, rejected):
+    gap = chosen - rejected
+    losses = torch.zeros_like(gap)
+    losses[gap >= 0] = torch.log1p(torch.exp(-gap[gap >= 0]))
+    losses[gap < 0] = torch.log1p(torch.exp(gap[gap < 0])) - gap[gap < 0]
+    return losses.sum() / len(gap)
+
+
+def loss_by_cases(chosen, rejected):
+    total = 0
+    for gap in chosen - rejected:
+        if gap >= 0:
+            total = total + torch.log1p(torch.exp(-gap))
+        elif gap < 0:
+            total = total - gap + torch.log1p(torch.exp(gap))
+    return total / len(chosen)
+
+
+def loss_that_refuses_nan(chosen, rejected):
+    if torch.isnan(chosen - rejected).any():
+        raise RuntimeError("NaN")
+    return F.softplus(rejected - chosen).mean()
+
+
 LOSS_RIGHT = [
     loss_by_loop,
+    loss_by_sign,
+    loss_by_sign_in_place,
+    loss_by_cases,
+    loss_that_refuses_nan,
     loss_by_shifted_exponentials,
     loss_by_cross_entropy,
     lambda c, r: F.softplus(r - c).mean(),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers_checks import run
 
-from rlhf_helpers.checks import check_gae, lesson_03
+from rlhf_helpers.checks import FAULTS, check_diagnosis, check_gae, lesson_03
 
 EXERCISES = (lesson_03.TOKEN_LOGPROBS, lesson_03.GAE, lesson_03.POLICY_LOSS)
 NAMES = [exercise.name for exercise in EXERCISES]
@@ -396,6 +396,17 @@ def cumulative_but_for_zero(rewards, values, response_mask, gamma, lam):
     return cumulative(rewards, values, response_mask, gamma, lam)
 
 
+def by_negative_powers(rewards, values, response_mask, gamma, lam, at_least=0.0):
+    """A triangle of weights, made with factors of 0."""
+    mask = response_mask.float()
+    v = values * mask
+    delta = rewards * mask + gamma * F.pad(v, (0, 1))[:, 1:] - v
+    ahead = torch.arange(v.shape[1]) - torch.arange(v.shape[1])[:, None]
+    weights = max(gamma * lam, at_least) ** ahead.float() * (ahead >= 0)
+    advantages = delta @ weights.T * mask
+    return advantages, advantages + v
+
+
 def of_six_errors(rewards, values, response_mask, gamma, lam):
     mask = response_mask.float()
     v = values * mask
@@ -493,10 +504,12 @@ GAE_MISTAKES = [
     (TOO_LONG, lambda *case: cumulative(*case, at_least=1e-6)),
     (TOO_LONG, cumulative_but_for_zero),
     (TOO_LONG, of_six_errors),
+    (TOO_LONG, lambda *case: by_negative_powers(*case, at_least=1e-6)),
     ("it is right unless γ is 0", lambda r, v, m, g, lam: right_loop(r, v, m, g or 1.0, lam)),
     (DTYPE, in_float64(right_loop)),
     (ZERO_BY_ZERO, cumulative),
     (ZERO_BY_ZERO, cumulative_times_mask),
+    (ZERO_BY_ZERO, by_negative_powers),
     ("λ stands inside the TD error.", loop(delta=lambda r, v, n, g, lam: r + g * lam * n - v)),
     ("γ and λ have changed places", loop(delta=lambda r, v, n, g, lam: r + lam * n - v)),
     ("γ and λ have changed places", lambda r, v, m, gamma, lam: right_loop(r, v, m, lam, gamma)),
@@ -1135,3 +1148,13 @@ def test_gradients_are_checked_where_they_are_switched_off(name, capsys):
     with torch.no_grad():
         assert "correct" in run(name, right, capsys)
         assert "gradient" in run(name, wrong, capsys)
+
+
+# --- the diagnosis ---
+
+
+@pytest.mark.parametrize("written", [FAULTS.get, "{}.".format, lambda key: key.replace(" ", "_")])
+def test_a_right_diagnosis_may_be_written_in_other_ways(written, capsys):
+    right = {"A": "penalty sign", "B": "reference ratio", "C": "fresh old"}
+    check_diagnosis({log: written(fault) for log, fault in right.items()})
+    assert capsys.readouterr().out.count(": correct, ") == 3

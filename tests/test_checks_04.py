@@ -377,6 +377,25 @@ def by_autograd_grad(roles, losses, optimizers):
         optimizers[role].step()
 
 
+def by_closures(roles, losses, optimizers):
+    for role in losses:
+
+        def closure(role=role):
+            optimizers[role].zero_grad()
+            loss = losses[role](roles.use(role))
+            loss.backward()
+            return loss
+
+        optimizers[role].step(closure)
+
+
+def asks_what_is_trainable(roles, losses, optimizers):
+    for role in filter(roles.trainable, roles.names):
+        optimizers[role].zero_grad()
+        losses[role](roles.use(role)).backward()
+        optimizers[role].step()
+
+
 def cleared_before_and_after(roles, losses, optimizers):
     clear(optimizers)
     cleared_last(roles, losses, optimizers)
@@ -398,6 +417,8 @@ STEP_RIGHT = [
     used_again_before_backward,
     cleared_by_hand,
     by_autograd_grad,
+    by_closures,
+    asks_what_is_trainable,
     cleared_before_and_after,
     looks_at_all_names,
 ]
@@ -942,7 +963,7 @@ def test_the_imitation_moves_each_role_as_if_it_were_alone():
 
 def test_the_imitation_has_the_names_of_the_original():
     recorder = lesson_04._Recorder()
-    for name in ("names", "active", "use", "parameters"):
+    for name in ("names", "active", "use", "parameters", "trainable"):
         assert hasattr(Roles, name)
         assert hasattr(recorder, name)
 

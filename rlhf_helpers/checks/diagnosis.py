@@ -64,8 +64,8 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
     """Check the learner's diagnosis of the three logs, and say what speaks against a wrong one.
 
     Args:
-        answers: for each of the logs "A", "B" and "C" a key of `FAULTS`, or `...` for not yet;
-            capitals and spaces do not count.
+        answers: for each of the logs "A", "B" and "C" a key of `FAULTS` or what it stands for, or
+            `...` for not yet; only letters and digits count, and not their case.
 
     Raises:
         ValueError: for a log that is missing.
@@ -82,7 +82,8 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
                 f"there is no answer for log {log!r}, only for {list(answers)}; give ..."
             )
     for log, right in _ANSWERS.items():
-        answer = next((key for key in FAULTS if _plain(key) == _plain(answers[log])), None)
+        plain = _plain(answers[log])
+        answer = next((key for key in FAULTS if plain in map(_plain, (key, FAULTS[key]))), None)
         if answers[log] is ...:
             print(f"{log}: {NOT_ATTEMPTED}")
         elif answer is None:
@@ -95,7 +96,7 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
 
 
 def _plain(answer: object) -> str:
-    return "".join(str(answer).lower().split())
+    return "".join(filter(str.isalnum, str(answer).lower()))
 
 
 def _facts(rows: list[dict[str, float]]) -> dict[str, str]:

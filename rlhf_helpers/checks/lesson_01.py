@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -473,7 +474,7 @@ def check_lora_parameters(fn: Callable[[Sequence[tuple[int, int]], int], int]) -
 def _not_whole(exercise: Exercise, fn: Callable) -> str:
     for case in exercise.cases:
         result = call(exercise, fn, copy.deepcopy(case))
-        if not isinstance(result, int):
+        if not isinstance(result, Integral):  # NumPy's whole numbers too
             return (
                 f"the values are right, but it returned {type(result).__name__} {result!r}: this "
                 "is a count, a whole number, so return an int. Where does a division or a "

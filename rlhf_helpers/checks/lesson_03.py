@@ -497,9 +497,9 @@ _LONG = (
     (torch.arange(200) < torch.tensor([[1], [7], [60], [120], [199], [200]])).long(),
 )
 _TOO_LONG = (
-    "it is right for short responses, but not for 200 tokens. A sum divided by a power of γλ fails "
-    "where the power rounds to 0, whatever guards it, and a sum of a fixed number of TD errors "
-    "loses the rest. Carry the sum from the end to the beginning instead."
+    "it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a "
+    "negative power, fails where the power rounds to 0, whatever guards it, and a sum of a fixed "
+    "number of TD errors loses the rest. Carry the sum from the end to the beginning instead."
 )
 GAE_FURTHER = (
     *(((*_LONG, 1.0, lam), _TOO_LONG) for lam in (0.95, 0.5, 0.0)),
@@ -547,9 +547,9 @@ _LAST_LEFT_OUT = (
     "reward for the whole response is paid there: without it nothing is left to learn from."
 )
 _ZERO_BY_ZERO = (
-    "it is right as long as γλ is above 0. The sum is divided by a power of γλ, which is 0/0 at λ "
-    "= 0; with long responses the power rounds to 0 before that. Carry the sum from the end to "
-    "the beginning instead."
+    "it is right as long as γλ is above 0. A division by a power of γλ, or a negative power, gives "
+    "inf or nan at λ = 0, and no factor of 0 takes that away; with long responses the power rounds "
+    "to 0 before that. Carry the sum from the end to the beginning instead."
 )
 _WHITENED_RETURNS = (
     "the returns are made of whitened advantages. The critic is to predict rewards on their own "

@@ -5,7 +5,7 @@ import functools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,9 @@ class _Recorder:
         head = {"head": self.heads[name]} if name in self.heads else {}
         return {"adapter": self.model.adapters[name], **head}
 
+    def trainable(self, name: str) -> bool:
+        return name in _TRAINED
+
     def arguments(self) -> tuple:
         return self, self.losses, self.optimizers
 
@@ -242,11 +245,13 @@ class _SGD:
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None if closure is None else closure()
         self.recorder.note("step", self.role)
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
                 parameter.data -= self.param_groups[0]["lr"] * parameter.grad
+        return loss
 
 
 class _OfTrained(dict):
