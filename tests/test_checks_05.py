@@ -540,6 +540,14 @@ def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsy
     assert message in run(name, answer, capsys)
 
 
+def test_a_real_token_on_which_both_agree_counts(capsys):
+    def estimate(curr, ref, mask):
+        difference = (curr - ref) * mask
+        return difference[difference != 0].mean()
+
+    assert "not in a way that this check has a name for" in run("estimate_kl", estimate, capsys)
+
+
 def shift_of_whole_sequences(logits, tokens):
     return right_lookup(logits[:, :-1], tokens[:, 1:])
 

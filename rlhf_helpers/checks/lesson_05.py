@@ -384,8 +384,8 @@ _ESTIMATE_CASES = (
     _HAND_PAIR,
     _pair_of_odds([[3.0, 2.5, 1.5, 0.2], [0.4, 2.0, 4.0, 0.8]], [[1, 1, 0, 0], [1, 1, 1, 1]]),
     _pair_of_odds(
-        [[0.5, 0.8, 2.0], [0.3, 1.5, 4.0], [1.2, 3.0, 2.0]], [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
-    ),  # an estimate below 0
+        [[0.5, 0.8, 2.0], [0.3, 1.5, 4.0], [1.0, 3.0, 2.0]], [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    ),  # an estimate below 0, and a token on which both agree
 )
 
 _ESTIMATE_SWAPPED = (
