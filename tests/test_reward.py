@@ -390,6 +390,21 @@ def test_what_carries_no_preference_is_left_out(base, tokenizer, monkeypatch):
     assert found == Counter((prompt, frozenset(pair)) for row in expected for pair in row)
 
 
+def test_responses_that_are_all_alike_cannot_be_compared(base, tokenizer, monkeypatch):
+    fake(monkeypatch, [["a"]] * 3)
+    message = (
+        "no pair of 3 responses to 1 prompts can be compared.*; give more prompts, or a longer"
+    )
+    with pytest.raises(ValueError, match=message):
+        collect_preferences(base, tokenizer, PROMPTS[:1], Annotator(), draws=3)
+
+
+def test_four_draws_with_the_first_seeds_by_default(base, tokenizer, monkeypatch):
+    seeds = fake(monkeypatch, [["a"], ["b"], ["c"], ["d"]])
+    assert len(collect_preferences(base, tokenizer, PROMPTS[:1], Annotator())) == 4
+    assert seeds == [0, 1, 2, 3]
+
+
 def test_no_two_draws_share_a_seed(base, tokenizer, monkeypatch):
     seeds = fake(monkeypatch, [["a"], ["b"], ["c"]])
     for seed in range(4):
