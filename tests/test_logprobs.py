@@ -259,8 +259,12 @@ def test_backward_makes_no_more_than_the_gradient_and_its_parts(eight_chunks, bi
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("grad", [False, True])
-def test_response_logprobs_never_have_the_logits_in_full(eight_chunks, grad, temperature, tmp_path):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_response_logprobs_never_have_the_logits_in_full(
+    eight_chunks, grad, temperature, adapted, tmp_path
+):
     model = tiny_llama(vocab_size=V)
+    asked = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapted else model
     input_ids = random_tokens(B, 4 + T, vocab_size=V)
     mask = torch.ones_like(input_ids)
     logits_bytes = 4 * B * (T + 1) * V
@@ -277,8 +281,14 @@ def test_response_logprobs_never_have_the_logits_in_full(eight_chunks, grad, tem
 
     body_alone = peak_of(lambda: model.model(input_ids, attention_mask=mask).last_hidden_state)
     assert peak_of(naive) > body_alone + 1.5 * logits_bytes  # flagged
-    peak = peak_of(lambda: response_logprobs(model, input_ids, mask, T, temperature))
+    peak = peak_of(lambda: response_logprobs(asked, input_ids, mask, T, temperature))
     assert peak < body_alone + 3.5 * CHUNK_BYTES
+
+
+def test_temperature_1_is_the_default():
+    model, input_ids = tiny_llama(), random_tokens(2, 6, vocab_size=97)
+    arguments = (model, input_ids, torch.ones_like(input_ids), 3)
+    assert torch.equal(response_logprobs(*arguments), response_logprobs(*arguments, 1.0))
 
 
 # --- response_logprobs ---
