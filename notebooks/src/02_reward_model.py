@@ -255,8 +255,8 @@ if preset.name == "pocket":
 # %% [markdown]
 # Before the first update the head's weights are random, and what it ranks rightly then is chance; guessing
 # would get a half. The ceiling is an expectation: on 500 pairs the choices may by luck agree with a good model
-# more often or less, as the last line shows. The interval says how much 500 pairs can tell. (Pairs of one
-# prompt share responses; drawing whole prompts anew gives nearly the same interval.) Accuracy is near its
+# more often or less, as the last line shows. The interval says how much 500 pairs can tell. (It takes
+# the pairs as independent, although pairs of one prompt share responses.) Accuracy is near its
 # ceiling while the loss is not at its floor: the order is learnt better than the size of the gaps.
 #
 # Does the model rank as *gold* does? That is another question: the people it learnt from do not always.
@@ -539,8 +539,8 @@ print(f"held-out accuracy: ours {share:.3f}, TRL {theirs:.3f}")
 assert abs(share - theirs) < 0.02
 
 # %% [markdown]
-# Both begin at the same accuracy and take the same pairs in the same order. What differs after that is rounding,
-# which 200 updates magnify: the bias cancels in a gap.
+# Both begin at the same accuracy and take the same pairs in the same order. The bias cannot be what parts them after
+# that, since it cancels in a gap; rounding can, which 200 updates magnify.
 
 # %% [markdown]
 # ## Where there is no rubric: a judge

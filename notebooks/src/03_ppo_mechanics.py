@@ -535,7 +535,7 @@ for temperature in (1.0, 0.5):
 # %% [markdown]
 # The last line is a failure on purpose: nothing crashes, all ratios would be 1, since the old log-probabilities come
 # from the same scorer, and the samples are not those of the policy that is being trained. On 16 prompts the two
-# numbers differ by up to about 0.1 by luck; here it is several times that.
+# numbers differ by luck as well: try other seeds, to see by how much.
 #
 # ## The numbers of this lesson
 
