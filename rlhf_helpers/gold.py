@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.pocket import rubric
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.reward import score_tokens
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout
 
 ROWS = 64  # responses that the judge reads at a time

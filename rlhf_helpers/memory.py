@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlhf_helpers.roles import NF4_BLOCK, Roles, linear_shapes
+from rlhf_helpers.base import NF4_BLOCK, linear_shapes
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.validation import check_whole
 
 NF4_SUPERBLOCK = 256  # scales that share one float32 under double quantization

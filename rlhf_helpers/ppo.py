@@ -26,12 +26,12 @@ from rlhf_helpers.checkpoints import (
     require_no_file,
     restore_adam,
 )
-from rlhf_helpers.data import encode_prompts
 from rlhf_helpers.kl import AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
+from rlhf_helpers.text import encode_prompts
 from rlhf_helpers.training import backward
 from rlhf_helpers.validation import (
     check_binary,

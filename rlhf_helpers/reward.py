@@ -16,13 +16,19 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_helpers.checkpoints import require_no_file
-from rlhf_helpers.data import check_examples, encode_examples, pad_examples, require_columns
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import check_examples, encode_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
-from rlhf_helpers.validation import check_floating, check_whole, first_index, in_range
+from rlhf_helpers.validation import (
+    check_floating,
+    check_whole,
+    first_index,
+    in_range,
+    require_columns,
+)
 
 ROWS = 128  # responses scored at a time
 

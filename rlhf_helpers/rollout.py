@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.data import encode_prompts
 from rlhf_helpers.logprobs import check_sequences
+from rlhf_helpers.text import encode_prompts
 from rlhf_helpers.validation import in_range
 
 

@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.data import check_examples, pad_examples
 from rlhf_helpers.logprobs import token_logprobs
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.text import check_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss

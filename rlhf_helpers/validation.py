@@ -1,4 +1,4 @@
-"""Checks of tensors that several modules share; each message names the argument."""
+"""Checks that several modules share; each message names the argument."""
 
 import math
 
@@ -90,4 +90,14 @@ def check_normalised(name: str, logprobs: Tensor) -> None:
         raise ValueError(
             f"the probabilities of {name} sum to {sums[tuple(index)].item():.4g} at {index}, not "
             "to 1: take torch.log_softmax of the logits first."
+        )
+
+
+def require_columns(dataset: object, source: str, columns: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the source, unless a data set has all these columns."""
+    names = list(getattr(dataset, "column_names", dataset))
+    if missing := [c for c in columns if c not in names]:
+        raise ValueError(
+            f"{source!r} has no column {missing[0]!r}, only {', '.join(names)}; "
+            f"rename or add it: needed are {', '.join(columns)}"
         )

@@ -7,9 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fa
 
 import pytest
 
-from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.base import load_base
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import load_base
+from rlhf_helpers.text import load_tokenizer
 
 pytest.register_assert_rewrite("helpers_checks")  # so that a failure in it shows its values
 

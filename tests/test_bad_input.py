@@ -28,16 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlhf_helpers
 from rlhf_helpers import checks, plots
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter, newest_readable, whole_folder
-from rlhf_helpers.data import (
-    encode_examples,
-    encode_prompts,
-    load_tokenizer,
-    pad_examples,
-    preference_dataset,
-    prompt_dataset,
-    sft_dataset,
-)
+from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.diversity import distinct_n, diversity, mean_length, self_bleu, unique_share
 from rlhf_helpers.gold import Judge, Rubric, load_gold
 from rlhf_helpers.kl import AdaptiveKL, estimator_moments, exact_kl, kl_estimate
@@ -78,9 +71,10 @@ from rlhf_helpers.reward import (
     split_by_prompt,
     train_reward_model,
 )
-from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles, load_base
+from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.sft import SFTConfig, held_out_loss, mask_prompt, sft_loss, train_sft
+from rlhf_helpers.text import encode_examples, encode_prompts, load_tokenizer, pad_examples
 
 CONTEXT = 64
 DUCK, COW = "what does the duck say?", "what does the cow say?"

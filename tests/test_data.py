@@ -7,20 +7,18 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlhf_helpers.data import (
-    encode_examples,
-    encode_prompts,
-    load_tokenizer,
-    pad_examples,
-    preference_dataset,
-    prompt_dataset,
-    render_prompt,
-    sft_dataset,
-)
+from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.rubric import answer_in, look_up
 from rlhf_helpers.presets import load_preset
+from rlhf_helpers.text import (
+    encode_examples,
+    encode_prompts,
+    load_tokenizer,
+    pad_examples,
+    render_prompt,
+)
 
 PAIR = {"prompt": "what is hot?", "chosen": "the sun.", "rejected": "the snow."}
 

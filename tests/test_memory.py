@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from rlhf_helpers import memory
+from rlhf_helpers.base import load_base
 from rlhf_helpers.memory import (
     ModelSizes,
     RoleBytes,
@@ -24,7 +25,7 @@ from rlhf_helpers.memory import (
     nf4_bytes,
 )
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 
 FULL, SEPARATE = "4 full models", "LoRA on 4 bases"
 SHARED, NF4 = "LoRA on 1 base", "LoRA on 1 NF4 base"

@@ -21,6 +21,7 @@ from test_roles import base_bits, fill, same, save_tiny
 from trl import RewardTrainer
 
 from rlhf_helpers import reward
+from rlhf_helpers.base import load_base
 from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.reward import (
@@ -40,7 +41,7 @@ from rlhf_helpers.reward import (
     split_by_prompt,
     train_reward_model,
 )
-from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles, load_base
+from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles
 
 NAN, INF = float("nan"), float("inf")
 

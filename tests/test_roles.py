@@ -12,9 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf_helpers import base as base_module
 from rlhf_helpers import roles
+from rlhf_helpers.base import load_base
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, ScalarHead, load_base
+from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, ScalarHead
 from rlhf_helpers.roles import HEAD as HEAD_FILE
 
 
@@ -87,7 +89,7 @@ def test_the_guard_covers_every_4bit_layer(tmp_path):
     for layer in layers:
         assert layer.support_avx512bf16_for_cpu is False
         layer.support_avx512bf16_for_cpu = True
-    roles._switch_off_repacking(model)
+    base_module._switch_off_repacking(model)
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
@@ -165,8 +167,9 @@ def test_pocket_never_opens_a_connection():
         "socket.create_connection = refuse\n"
         "socket.getaddrinfo = refuse\n"
         "from rlhf_helpers.presets import load_preset\n"
-        "from rlhf_helpers.data import load_tokenizer, sft_dataset\n"
-        "from rlhf_helpers.roles import load_base\n"
+        "from rlhf_helpers.data import sft_dataset\n"
+        "from rlhf_helpers.text import load_tokenizer\n"
+        "from rlhf_helpers.base import load_base\n"
         "from rlhf_helpers.rollout import sample_responses\n"
         "p = load_preset('pocket')\n"
         "sft_dataset(p)\n"

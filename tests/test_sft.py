@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from test_roles import base_bits, fill, same, save_tiny
 
 from rlhf_helpers import sft
-from rlhf_helpers.data import encode_examples, pad_examples, sft_dataset
+from rlhf_helpers.base import load_base
+from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, load_base
+from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles
 from rlhf_helpers.sft import (
     IGNORE,
     SFTConfig,
@@ -27,6 +28,7 @@ from rlhf_helpers.sft import (
     sft_loss,
     train_sft,
 )
+from rlhf_helpers.text import encode_examples, pad_examples
 from rlhf_helpers.training import TrainStats
 
 # --- mask_prompt ---------------------------------------------------------------------------

@@ -24,16 +24,11 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from rlhf_helpers import data, roles
-from rlhf_helpers.data import (
-    encode_examples,
-    encode_prompts,
-    load_tokenizer,
-    preference_dataset,
-    prompt_dataset,
-    render_prompt,
-    sft_dataset,
-)
+from rlhf_helpers import base as base_module
+from rlhf_helpers import data
+from rlhf_helpers import text as text_module
+from rlhf_helpers.base import linear_shapes, load_base
+from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.ppo import PPOConfig, train_ppo
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.reward import (
@@ -43,8 +38,9 @@ from rlhf_helpers.reward import (
     score_examples,
     train_reward_model,
 )
-from rlhf_helpers.roles import Roles, linear_shapes, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.sft import SFTConfig, train_sft
+from rlhf_helpers.text import encode_examples, encode_prompts, load_tokenizer, render_prompt
 from rlhf_helpers.training import backward
 
 NAMES = ["qwen2", "llama", "gpt_neox"]
@@ -530,7 +526,7 @@ def test_weights_that_must_be_unpickled_are_refused(folders, tmp_path, monkeypat
     made = load_preset("single_gpu", model=str(folder), device="cpu")
     with pytest.raises(ValueError, match="pytorch_model.bin, which only unpickling can read"):
         load_base(made)
-    monkeypatch.setattr(roles, "_require_weights", lambda folder: None)  # as for a hub id
+    monkeypatch.setattr(base_module, "_require_weights", lambda folder: None)  # as for a hub id
     with pytest.raises(ValueError, match="cannot be loaded .*safetensors"):
         load_base(made)
 
@@ -541,13 +537,13 @@ def test_the_bytes_that_are_asked_for_are_those_of_the_model(preset):
     loaded = sum(p.numel() * p.element_size() for p in base.parameters())
     config = base.config
     del config.quantization_config
-    estimate = roles._weight_bytes(config, made, quantized=True)
+    estimate = base_module._weight_bytes(config, made, quantized=True)
     layers = linear_shapes(base).values()
     scales = sum(outputs * inputs for outputs, inputs in layers) / 64 * (1 + 4 / 256)
     assert estimate == pytest.approx(loaded + scales)
     plain = load_base(made, quantized=False)
     expected = sum(p.numel() * p.element_size() for p in plain.parameters())
-    assert roles._weight_bytes(config, made, quantized=False) == expected
+    assert base_module._weight_bytes(config, made, quantized=False) == expected
 
 
 @pytest.mark.parametrize("free", [10_000, 5_000_000])
@@ -558,7 +554,9 @@ def test_too_little_gpu_memory_is_said_before_any_weights_are_read(preset, monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    monkeypatch.setattr(roles, "_load_weights", lambda *_: read.append(1) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(
+        base_module, "_load_weights", lambda *_: read.append(1) or torch.nn.Linear(1, 1)
+    )
     if free > 10**6:
         load_base(made)
         assert read
@@ -588,8 +586,8 @@ def test_a_hub_that_refuses_says_what_to_do(monkeypatch, kind, message):
     def refuse(*_, **__):
         raise OSError("You are trying to access a gated repo.") from hub_error(kind)
 
-    monkeypatch.setattr(roles.AutoConfig, "from_pretrained", refuse)
-    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(base_module.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(text_module.AutoTokenizer, "from_pretrained", refuse)
     made = load_preset("single_gpu", model="my/model", device="cpu")
     for load in (load_base, load_tokenizer):
         with pytest.raises(ConnectionError, match="'my/model' is no local path.*" + message):

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from rlhf_helpers import ppo
 from rlhf_helpers import roles as roles_module
-from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.base import load_base
 from rlhf_helpers.kl import AdaptiveKL
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.ppo import (
@@ -39,8 +39,9 @@ from rlhf_helpers.ppo import (
     whiten,
 )
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles, load_base
+from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import load_tokenizer
 
 NAN, INF = float("nan"), float("inf")
 KILLS = 3  # random moments at which a run is killed; set it to 20 for a thorough test by hand

@@ -27,12 +27,13 @@ import transformers
 from tqdm.auto import tqdm
 
 from rlhf_helpers import plots, ppo
-from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.base import load_base
 from rlhf_helpers.diversity import diversity
 from rlhf_helpers.pocket import rubric, world
 from rlhf_helpers.ppo import Experience, PPOConfig, PPOStats
 from rlhf_helpers.presets import ASSETS, load_preset
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.text import load_tokenizer
 
 STUDY = ASSETS / "ppo"
 CONTROL = ASSETS / "ppo_unbiased"

@@ -25,13 +25,15 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_helpers import reward, sft
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import adam_state, restore_adam, whole_folder
-from rlhf_helpers.data import encode_examples, load_tokenizer, sft_dataset
+from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.presets import load_preset
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import encode_examples, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "rlhf_helpers" / "assets"

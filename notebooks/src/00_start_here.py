@@ -19,11 +19,12 @@ import torch
 import transformers
 
 from rlhf_helpers import plots
-from rlhf_helpers.data import load_tokenizer, prompt_dataset, render_prompt
+from rlhf_helpers.base import load_base
+from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.presets import PRESETS
-from rlhf_helpers.roles import load_base
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import load_tokenizer, render_prompt
 
 # %% [markdown]
 # ## What this machine has

@@ -22,18 +22,14 @@ from torch.distributions import Normal
 from tqdm.auto import tqdm
 
 from rlhf_helpers import notebook, plots, sft
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import (
-    encode_examples,
-    load_tokenizer,
-    pad_examples,
-    prompt_dataset,
-    sft_dataset,
-)
+from rlhf_helpers.data import prompt_dataset, sft_dataset
 from rlhf_helpers.pocket import exam, rubric
 from rlhf_helpers.presets import ASSETS, load_preset
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import encode_examples, load_tokenizer, pad_examples
 
 # %%
 preset = load_preset(PRESET)

@@ -20,12 +20,14 @@ import torch
 from tqdm.auto import tqdm
 
 from rlhf_helpers import notebook, plots, reward
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer, pad_examples, preference_dataset
+from rlhf_helpers.data import preference_dataset
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.presets import ASSETS, load_preset
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.text import load_tokenizer, pad_examples
 
 # %%
 preset = load_preset(PRESET)

@@ -18,14 +18,15 @@ import torch
 from torch.nn.functional import log_softmax
 
 from rlhf_helpers import plots, ppo
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.pocket import world
 from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.reward import score_tokens
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import load_tokenizer
 
 # %%
 preset = PRESETS["pocket"]  # always: every number below is about this model

@@ -22,15 +22,17 @@ import torch
 from tqdm.auto import tqdm
 
 from rlhf_helpers import memory, notebook, plots, ppo
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer, prompt_dataset
+from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.gold import load_gold
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.pocket import exam, rubric
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_tokens
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import load_tokenizer
 
 # %%
 preset = load_preset(PRESET)

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from rlhf_helpers import ppo
+from rlhf_helpers.base import NF4_BLOCK
 from rlhf_helpers.checks.exercise import (
     NOT_ATTEMPTED,
     UNKNOWN,
@@ -26,7 +27,7 @@ from rlhf_helpers.checks.exercise import (
 )
 from rlhf_helpers.checks.lesson_03 import drawn
 from rlhf_helpers.memory import NF4_SUPERBLOCK
-from rlhf_helpers.roles import NF4_BLOCK, Roles
+from rlhf_helpers.roles import Roles
 
 # --- lesson 04: one role after the other -----------------------------------------------------
 

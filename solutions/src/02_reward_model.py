@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import checks
-from rlhf_helpers.data import encode_examples, load_tokenizer, pad_examples, preference_dataset
+from rlhf_helpers.base import load_base
+from rlhf_helpers.data import preference_dataset
 from rlhf_helpers.pocket import exam, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import count_phrases, gold_reward
 from rlhf_helpers.presets import PRESETS
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.text import encode_examples, load_tokenizer, pad_examples
 
 # %%
 preset = PRESETS["pocket"]  # always: every number below is about this model

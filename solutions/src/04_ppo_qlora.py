@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from rlhf_helpers import checks, memory
+from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import load_tokenizer
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.presets import PRESETS
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import load_tokenizer
 
 # %%
 preset = PRESETS["pocket"]  # always: every number below is about this model

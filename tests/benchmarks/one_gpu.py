@@ -18,10 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from rlhf_helpers import ppo
-from rlhf_helpers.data import load_tokenizer
+from rlhf_helpers.base import load_base
 from rlhf_helpers.memory import measured_bytes, memory_table, model_sizes
 from rlhf_helpers.presets import PRESETS, Preset, load_preset
-from rlhf_helpers.roles import Roles, load_base
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.text import load_tokenizer
 
 RANK = 16
 QWEN = {

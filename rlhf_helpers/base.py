@@ -1,0 +1,182 @@
+"""One frozen base, its linear layers in NF4."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from rlhf_helpers.hub import from_hub, require_files
+from rlhf_helpers.presets import Preset
+
+NF4_BLOCK = 64  # weights that share one scale
+SAFETENSORS = "model.safetensors"
+
+
+def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) -> PreTrainedModel:
+    """Load the preset's base model, frozen, without dropout, its linear layers in NF4.
+
+    Embeddings, norms and the output layer stay unquantized, in the preset's `compute_dtype`. Only
+    safetensors are read: nothing is unpickled, and no code of a model's author is run. On a GPU
+    the bytes that the model needs are counted before any weights are read. On processors with
+    AVX512-BF16, bitsandbytes would repack the 4-bit weights at the first forward without gradients,
+    and LoRA gradients afterwards would be wrong; that fast path is switched off here.
+
+    Args:
+        preset: names the model, its device and how it computes.
+        quantized: False keeps every weight unquantized, to compare with.
+        classifier: True gives the body a new linear layer to one score in place of the output
+            layer, as TRL's RewardTrainer takes it.
+
+    Returns:
+        The model in eval mode, no parameter requiring gradients.
+
+    Raises:
+        FileNotFoundError: if a file of a local model is missing.
+        ValueError: if a local model's weights are truncated or not in safetensors, a layer's width
+            is no multiple of 64, or the preset asks for CUDA where there is none or too little
+            memory.
+        ConnectionError: if the model is a hub id and the hub cannot be reached, or refuses.
+
+    Example:
+        >>> base = load_base(load_preset("pocket"))        # doctest: +SKIP
+        >>> sum(p.requires_grad for p in base.parameters())  # doctest: +SKIP
+        0
+
+    Source: Dettmers et al., QLoRA (arXiv 2305.14314), section 3. Lesson 01 derives NF4.
+    """
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"preset {preset.name!r} runs on CUDA, and torch sees no CUDA device here; use preset "
+            "'pocket', or pass device='cpu' for a small model"
+        )
+    if preset.offline:
+        _require_weights(Path(preset.model))
+    options = {"revision": preset.revision, "local_files_only": preset.offline}
+    config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **options)
+    _switch_off_dropout(config)
+    if quantized:
+        _require_blocks(config, preset.model)
+    if preset.device == "cuda":
+        _require_memory(config, preset, quantized)
+    if quantized:
+        options["quantization_config"] = _nf4(preset)
+    model = _load_weights(preset, config, options, classifier)
+    _switch_off_repacking(model)
+    if preset.checkpointing:  # it works in training mode only, so sampling and scoring lose no time
+        older = "gradient_checkpointing_enable"  # its name in older transformers
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
+        enable({"use_reentrant": False})
+    return model.requires_grad_(False).eval()
+
+
+def _require_weights(folder: Path) -> None:
+    """Raise unless a folder has a config and safetensors, in one file or in all their parts."""
+    require_files(folder, "config.json")
+    index = folder / f"{SAFETENSORS}.index.json"
+    if not (folder / SAFETENSORS).is_file() and index.is_file():
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"'{index}' cannot be read ({type(error).__name__}: {error}); it is truncated or "
+                "damaged: copy the whole folder again"
+            ) from error
+        return require_files(folder, *sorted(parts))
+    if not (folder / SAFETENSORS).is_file() and any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
+            "that can run any code; get the model as safetensors, or convert it where you trust it"
+        )
+    require_files(folder, SAFETENSORS)
+
+
+def _switch_off_dropout(config) -> None:
+    """Dropout would make the policy differ from itself, in training mode."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
+            setattr(config, name, 0.0)
+
+
+def _require_memory(config, preset: Preset, quantized: bool) -> None:
+    """Raise ValueError unless the weights and a fifth more fit the GPU's free memory."""
+    needed = 1.2 * _weight_bytes(config, preset, quantized)
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own cache
+    free = torch.cuda.mem_get_info()[0] + unused
+    if needed > free:
+        raise ValueError(
+            f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and "
+            f"{free / 1e9:.1f} GB of the GPU's memory are free; choose a smaller model, end what "
+            "else uses the GPU, or use preset 'pocket'; if it is training that does not fit, a "
+            "smaller response_length or batch helps"
+        )
+
+
+def _weight_bytes(config, preset: Preset, quantized: bool) -> float:
+    """Bytes of the weights on the device, from the configuration alone."""
+    with torch.device("meta"):  # shapes, and no memory
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    linear = sum(outputs * inputs for outputs, inputs in linear_shapes(model).values())
+    plain = getattr(torch, preset.compute_dtype).itemsize
+    scale = 1 + 4 / 256 if preset.double_quant else 4  # bytes for each block
+    each = 0.5 + scale / NF4_BLOCK if quantized else plain
+    return linear * each + (sum(p.numel() for p in model.parameters()) - linear) * plain
+
+
+def _nf4(preset: Preset) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, preset.compute_dtype),
+        bnb_4bit_use_double_quant=preset.double_quant,
+    )
+
+
+def _require_blocks(config, name: str) -> None:
+    for width in ("hidden_size", "intermediate_size"):
+        size = getattr(config, width, NF4_BLOCK)  # some architectures have other names
+        if size % NF4_BLOCK:
+            raise ValueError(
+                f"{width} of {name!r} is {size}, no multiple of {NF4_BLOCK}: NF4 quantizes in "
+                f"blocks of {NF4_BLOCK} weights; choose another model or quantized=False"
+            )
+
+
+def _load_weights(preset: Preset, config, options: dict, classifier: bool) -> PreTrainedModel:
+    load = AutoModelForCausalLM.from_pretrained
+    if classifier:
+        load = AutoModelForSequenceClassification.from_pretrained
+        config.num_labels = 1
+        if "quantization_config" in options:
+            options["quantization_config"].llm_int8_skip_modules = ["score"]
+    options |= {
+        "config": config,
+        "dtype": getattr(torch, preset.compute_dtype),
+        "device_map": {"": preset.device},
+        "use_safetensors": True,
+    }
+    return from_hub(preset.model, load, preset.model, **options)
+
+
+def _switch_off_repacking(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def linear_shapes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every layer that gets an adapter: all linear ones but the last."""
+    last = base.get_output_embeddings()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not last
+    }

@@ -1,0 +1,51 @@
+"""Loading from a folder or the hub, with errors that say what to do."""
+
+from pathlib import Path
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+
+def require_files(folder: Path, *names: str) -> None:
+    """Raise FileNotFoundError, saying how to mend it, unless the folder has all these files."""
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder / missing[0]} is missing; reinstall rlhf_helpers, or, if this is a folder of "
+            "your own, save a model and its tokenizer there with save_pretrained"
+        )
+
+
+def from_hub(source: str, load, *args, **kwargs):
+    """Call a loader of a folder or hub id; if it fails, say what to do instead."""
+    try:
+        return load(*args, **kwargs)
+    except Exception as error:
+        if Path(source).is_dir():
+            raise ValueError(
+                f"{source!r} cannot be loaded ({type(error).__name__}: {error}); if a file is "
+                "truncated or damaged, reinstall rlhf_helpers, or save model and tokenizer again"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        raise ConnectionError(
+            f"{source!r} is no local path, and {_refusal(error)}, or download it elsewhere and "
+            "pass the local folder"
+        ) from error
+
+
+def _refusal(error: BaseException) -> str:
+    """Why the hub gave nothing, and what to do; the loaders hide the reason among the causes."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            "the hub gives it only to those who accepted its licence; do so on its page at "
+            "huggingface.co and log in with `hf auth login`"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            "the hub shows you none of that name; check the name, log in with `hf auth login` if "
+            "it is private"
+        )
+    detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"the hub did not give it ({detail}); check the name and the network"
