@@ -1,26 +1,38 @@
 """Data sets in TRL's columns: generated, local or from the hub."""
 
 import csv
-import io
+import glob
+import gzip
 import json
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-import pyarrow
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers.hub import from_hub
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.presets import Preset
-from rlhf_helpers.text import bare_tokenizer, render_prompt
+from rlhf_helpers.text import (
+    HALF,
+    Message,
+    Unfit,
+    as_messages,
+    bare_tokenizer,
+    messages_of,
+    prompt_tokens,
+    render,
+    reserved,
+    response_tokens,
+)
 from rlhf_helpers.validation import require_columns
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # who speaks in a transcript of hh-rlhf
+ASSISTANT = "\n\nAssistant:"
+MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # who speaks in a transcript of hh-rlhf
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 ANSWERS = ("completion", "chosen", "rejected")
 HELD_OUT = ("held_out", "held_out_phrasing", "held_out_fact")
 
@@ -30,18 +42,22 @@ def prompt_dataset(preset: Preset, split: str = "train", source: str | None = No
 
     With `preset.drop_unfit`, rows of a source that cannot be used are left out, a line says how
     many and why, and at most `preset.rows` of the others are used, in an order of `preset.seed`.
-    `held_out` is then the source's test or validation split, else the last tenth of its only one.
+    `held_out` is then the source's test or validation split, else the last tenth of the prompts of
+    its only one; no prompt of it is in `train`.
+
+    A prompt is everything before the last answer: a question, or a dialogue. Where some rows have
+    dialogues, prompts and answers are lists of messages, as TRL has them, else texts.
 
     Args:
         split: `train`, `held_out`, and in the generated world its parts `held_out_phrasing` and
             `held_out_fact`; for other sources also the name of a split of theirs.
-        source: a hub id, a folder or a file (.jsonl, .csv, .parquet); None for the preset's data.
-            Its columns may be `chosen` and `rejected` transcripts ("\\n\\nHuman: …
-            \\n\\nAssistant: …", as in hh-rlhf), or `prompt` with `chosen` and `rejected` or with
-            `completion`, each a text or a list of messages.
+        source: a hub id, a folder or a file (.jsonl, .json, .csv, .parquet, or one of them with
+            .gz); None for the preset's data. Its columns may be `chosen` and `rejected` transcripts
+            ("\\n\\nHuman: … \\n\\nAssistant: …", as in hh-rlhf), or `prompt` with `chosen` and
+            `rejected` or with `completion`, each a text or a list of messages.
 
     Raises:
-        ValueError: for a file that is empty, not UTF-8, uneven, or lacks the column; for a split
+        ValueError: for a file that is empty or cannot be read, or lacks the column; for a split
             that is not there, or without a row that can be used.
     """
     if source := source or preset.data:
@@ -85,7 +101,7 @@ def preference_dataset(
 
     Args:
         split, source: as for `prompt_dataset`. With `preset.drop_unfit`, the pairs of a source to
-            train on are halved: `train` is for the reward model, `judge` for one that it never met.
+            train on are halved by prompt: `train` is for the reward model, `judge` for another.
         annotator: who labels generated pairs; None for `Annotator()`.
 
     Raises:
@@ -112,19 +128,33 @@ def _pair(rng: random.Random, annotator: Annotator, prompt: str) -> dict:
 def _read(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> Dataset:
     """Read a file, a folder or a hub data set, and check its columns."""
     if preset.drop_unfit:
-        dataset = Dataset.from_list(_fit_part(source, split, columns, preset))
+        rows = _fit_part(source, split, columns, preset)
     else:
-        dataset = _as_texts(_load(source, preset, split), source)
-    if columns == ("prompt", "completion") and "completion" not in dataset.column_names:
-        if "chosen" in dataset.column_names:  # preferred responses serve as demonstrations
-            dataset = dataset.rename_column("chosen", "completion")
-    return _check_columns(dataset, source, columns)
+        rows = _all_rows(_load(source, preset, split), source, columns)
+    if "completion" in columns and "completion" not in rows[0]:
+        rows = [row | {"completion": row["chosen"]} for row in rows]  # the preferred one serves
+    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+
+
+def _in_columns(rows: list[dict]) -> list[dict]:
+    """Rows as texts, or, where some prompts have several turns, all as TRL's lists of messages."""
+    if all(len(row["prompt"]) == 1 for row in rows):
+        return [row | {"prompt": row["prompt"][0]["content"]} for row in rows]
+    names = [name for name in ANSWERS if name in rows[0]]
+    return [
+        row | {name: [{"role": "assistant", "content": row[name]}] for name in names}
+        for row in rows
+    ]
+
+
+# --- reading -------------------------------------------------------------------------------
 
 
 def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | dict[str, Dataset]:
     """One split of a source as it is, or, without a name, all of them by their names."""
     path = Path(source)
-    if path.suffix in _READERS:
+    kind = FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
+    if kind and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
         if split not in (None, "train"):
@@ -132,10 +162,10 @@ def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | di
                 f"split is {split!r}, but the file {source!r} is one split, 'train'; give another "
                 "file, or a folder with a file for each split"
             )
-        dataset = _READERS[path.suffix](path)
+        dataset = _read_file(path, kind)
         return {"train": dataset} if split is None else dataset
     if path.is_file():
-        raise ValueError(f"{source!r} ends in none of {', '.join(_READERS)}; convert it to one")
+        raise ValueError(f"{source!r} ends in none of {', '.join(FORMATS)}; convert it to one")
     options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
     if path.is_dir():
         try:
@@ -151,51 +181,180 @@ def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | di
     return from_hub(source, load_dataset, source, **options)
 
 
+def _read_file(path: Path, kind: str) -> Dataset:
+    """One file, by the `datasets` library; texts of a CSV file stay texts, even "12" and "NA"."""
+    if not path.stat().st_size:
+        raise ValueError(f"'{path}' is empty: it needs at least one row")
+    options = {}
+    if kind == "csv":
+        _check_csv(path)
+        converters = dict.fromkeys(("prompt", *ANSWERS), str)
+        options = {"converters": converters, "keep_default_na": False}
+    files = {"train": [glob.escape(str(path))]}
+    try:
+        dataset = load_dataset(kind, data_files=files, split="train", **options)
+        dataset[:]  # finds what is not UTF-8
+        return dataset
+    except Exception as error:
+        causes = [error.__cause__ or error, error]
+        if isinstance(causes[0], StopIteration) or "no data" in str(error):
+            raise ValueError(f"'{path}' is empty: it needs at least one row") from error
+        found = _bad_line(path) if path.suffix == ".jsonl" else None
+        if any(isinstance(cause, UnicodeDecodeError) for cause in causes):
+            found = "it is not UTF-8; save it with that encoding"
+        detail = found or str(causes[0]).strip().partition("\n")[0]
+        raise ValueError(
+            f"'{path}' cannot be read as {kind} ({detail}); mend that, or, if the file is "
+            "truncated or damaged, copy it again"
+        ) from error
+
+
+def _check_csv(path: Path) -> None:
+    """Rows of another length than the header: the library would shift or drop columns."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"'{path}', line {rows.line_num}: {len(row)} fields, but the header has "
+                        f"{len(header)}; give every line the same number, and quote texts with "
+                        "commas"
+                    )
+    except csv.Error as error:
+        raise ValueError(f"'{path}': {error}; look for a quote that is never closed") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8; save it with that encoding") from error
+
+
+def _bad_line(path: Path) -> str | None:
+    """Where a file of JSON lines is wrong; the library names a row of a block, or none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8 (byte {error.start}); save it with that encoding"
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            return f"line {number} is not JSON: {error}"
+        if not isinstance(row, dict):
+            return f"line {number} is {row!r:.99}, no JSON object such as {{'prompt': …}}"
+        for name, value in row.items():
+            if HALF.search(str(value)):
+                return f"line {number} has half of a character, a lone surrogate, in {name!r}"
+    return None
+
+
+# --- rows ----------------------------------------------------------------------------------
+
+
+def _all_rows(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[dict]:
+    """All rows, each as `_parse` gives it; ValueError for the first that cannot be used."""
+    names = _names(dataset, source, columns)
+    rows = []
+    for number, row in enumerate(dataset.select_columns(names).to_list(), 1):
+        bad = [n for n in names if not isinstance(row[n], str | list) or not row[n]]
+        bad += [n for n in names if isinstance(row[n], str) and not row[n].strip()]
+        if bad:
+            raise ValueError(
+                f"{source!r}, row {number}: {bad[0]} is {row[bad[0]]!r:.99}, give it some text"
+            )
+        try:
+            rows.append(_parse(row))
+        except Unfit as reason:
+            if "prompt" not in row:
+                raise ValueError(
+                    f"{source!r}: without a prompt column, chosen and rejected must be one "
+                    f"dialogue with two last answers after {ASSISTANT!r}; these are not one "
+                    f"dialogue: {row!s:.99}"
+                ) from None
+            raise ValueError(
+                f"{source!r}, row {number} is {reason}: {row!s:.200}; mend or remove it"
+            ) from None
+        if "chosen" in columns and rows[-1]["chosen"] == rows[-1]["rejected"]:
+            raise ValueError(
+                f"{source!r}, row {number}: chosen and rejected are both "
+                f"{rows[-1]['chosen']!r:.99}; "
+                "remove the pair, it carries no preference"
+            )
+    if not rows:
+        raise ValueError(f"{source!r} is empty: it needs at least one row")
+    return _in_columns(rows)
+
+
+def _names(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[str]:
+    """Which columns of a data set are read for these; ValueError if they do not suffice."""
+    there = dataset.column_names
+    if "chosen" in there and "completion" not in there:  # preferred responses serve
+        columns = tuple("chosen" if name == "completion" else name for name in columns)
+    if "prompt" not in there and "chosen" in there:  # the prompt is in the transcripts
+        columns = tuple(name for name in columns if name != "prompt") or ("chosen",)
+    require_columns(dataset, source, columns)
+    return list(columns)
+
+
 def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> list[dict]:
-    """The rows of a split that can be used; the source's own splits go before the course's."""
+    """The rows of a split that can be used; the source's own splits go before the course's.
+
+    No prompt stands in two of `train`, `judge` and `held_out`: what is measured on a prompt that
+    was trained on measures memory.
+    """
     splits, pairs = _load(source, preset), "rejected" in columns
     names = list(splits)
     train = names[0] if len(names) == 1 else "train"
     own = next((name for name in ("test", "validation") if name in names and name != train), None)
+    for name in names:
+        _names(splits[name], source, columns)
     if split in names and split != "train":
-        return _fit_rows(splits[split], source, split, columns, preset)
+        return _fit_rows(splits[split], source, split, preset)
     if split in HELD_OUT and own:
-        return _fit_rows(splits[own], source, own, columns, preset)
+        return _fit_rows(splits[own], source, own, preset)
     if train not in names or split not in ("train", "judge", *HELD_OUT):
         raise ValueError(
             f"{source!r} has no split {split!r}; it has {', '.join(names)}; choose one of those"
         )
     if split == "judge" and not pairs:
         raise ValueError("split is 'judge', which holds pairs: only preference_dataset has it")
-    rows = _fit_rows(splits[train], source, train, columns, preset)
-    if own is None:
-        last = len(rows) - len(rows) // 10
-        rows = rows[last:] if split in HELD_OUT else rows[:last]
+    held_out = _prompts(splits[own]) if own else set()
+    rows = _fit_rows(splits[train], source, train, preset, held_out)
+    prompts = list(dict.fromkeys(_key(row["prompt"]) for row in rows))
+    last = len(prompts) if own else len(prompts) - len(prompts) // 10
+    wanted = prompts[last:] if split in HELD_OUT else prompts[:last]
     if pairs and split not in HELD_OUT:
-        rows = rows[1::2] if split == "judge" else rows[::2]
+        wanted = wanted[1::2] if split == "judge" else wanted[::2]
+    wanted = set(wanted)
+    rows = [row for row in rows if _key(row["prompt"]) in wanted]
     if not rows:
         raise ValueError(
             f"{source!r} has too few rows that can be used for a split {split!r}; held_out needs "
-            "10, judge needs 2; give more data"
+            "10 prompts, judge needs 2; give more data"
         )
     return rows
 
 
 def _fit_rows(
-    dataset: Dataset, source: str, split: str, columns: tuple[str, ...], preset: Preset
+    dataset: Dataset, source: str, split: str, preset: Preset, held_out: set[str] = frozenset()
 ) -> list[dict]:
     """Rows that can be used, shuffled, at most `preset.rows`; a line says what was left out."""
-    names = [name for name in ("prompt", *ANSWERS) if name in dataset.column_names]
-    if "chosen" not in names or ("rejected" in columns and "rejected" not in names):
-        require_columns(dataset, source, columns)  # else the prompt may be in a transcript
     tokenizer = bare_tokenizer(preset)
-    marks = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
-    left_out, rows = Counter(), []
-    for row in map(_texts, dataset.select_columns(names).to_list()):
-        if reason := _unfit(row, marks):
-            left_out[reason] += 1
-        else:
-            rows.append({name: text.strip() for name, text in row.items()})
+    marks = reserved(tokenizer)
+    left_out, rows, seen = Counter(), [], set()
+    for row in _columns_read(dataset).to_list():
+        try:
+            row = _parse(row)
+            rendered = _rendered(tokenizer, marks, row)
+            if _key(row["prompt"]) in held_out:
+                raise Unfit("of a held-out prompt")
+            if _key(row) in seen:
+                raise Unfit("copies")
+        except Unfit as reason:
+            left_out[str(reason)] += 1
+            continue
+        seen.add(_key(row))
+        rows.append((row, rendered))
     short = _short_enough(rows, tokenizer, preset)
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
@@ -208,7 +367,26 @@ def _fit_rows(
         )
     _report(source, split, len(dataset), len(short), reasons, preset.rows)
     random.Random(preset.seed).shuffle(short)
-    return short[: preset.rows]
+    return _in_columns(short[: preset.rows])
+
+
+def _columns_read(dataset: Dataset) -> Dataset:
+    return dataset.select_columns([n for n in ("prompt", *ANSWERS) if n in dataset.column_names])
+
+
+def _key(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _prompts(dataset: Dataset) -> set[str]:
+    """The prompts of all rows, as keys; rows without one are passed over."""
+    found = set()
+    for row in _columns_read(dataset).to_list():
+        try:
+            found.add(_key(_parse(row)["prompt"]))
+        except Unfit:
+            continue
+    return found
 
 
 def _report(
@@ -223,169 +401,85 @@ def _report(
     print(line)
 
 
-def _unfit(row: dict, marks: re.Pattern) -> str | None:
-    """Why a row cannot be used, whatever its length; None if it can."""
-    if row["prompt"] is None:
-        return "of two prompts"
-    if not all(isinstance(text, str) and text.strip() for text in row.values()):
-        return "empty"
-    if any(mark in text for text in row.values() for mark in (HUMAN, ASSISTANT)):
-        return "with several turns"
-    if {"chosen", "rejected"} <= row.keys() and row["chosen"].strip() == row["rejected"].strip():
-        return "equal pairs"
-    if any(marks.search(text) for text in row.values()):
-        return "with a template token"
-    return None
+def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) -> str:
+    """A parsed row's prompt in the chat template; Unfit for a pair or texts that cannot be used."""
+    answers = [row[name] for name in ANSWERS if name in row]
+    if not all(answers):
+        raise Unfit("empty")
+    if row.get("chosen") is not None and row["chosen"] == row.get("rejected"):
+        raise Unfit("equal pairs")
+    if any(map(marks.search, (*answers, *(turn["content"] for turn in row["prompt"])))):
+        raise Unfit("with a special token")
+    return render(tokenizer, row["prompt"])
 
 
 def _short_enough(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, preset: Preset
+    rows: list[tuple[dict, str]], tokenizer: PreTrainedTokenizerBase, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
-    fits = [True] * len(rows)
-    for name in rows[0] if rows else ():
-        texts, limit = [row[name] for row in rows], preset.response_length - 1
-        if name == "prompt":
-            texts = [render_prompt(tokenizer, text) for text in texts]
-            limit = preset.prompt_length
-        tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        fits = [fit and len(ids) <= limit for fit, ids in zip(fits, tokens, strict=True)]
-    return [row for row, fit in zip(rows, fits, strict=True) if fit]
+    rendered = [text for _, text in rows]
+    lengths = [(prompt_tokens(tokenizer, rendered) if rows else [], preset.prompt_length)]
+    for name in (name for name in ANSWERS if rows and name in rows[0][0]):
+        answers = [row[name] for row, _ in rows]
+        lengths.append((response_tokens(tokenizer, rendered, answers), preset.response_length))
+    fits = zip(*([len(ids) <= limit for ids in column] for column, limit in lengths), strict=True)
+    return [row for (row, _), fit in zip(rows, fits, strict=True) if all(fit)]
 
 
-def _check_columns(dataset: Dataset, source: str, columns: tuple[str, ...]) -> Dataset:
-    require_columns(dataset, source, columns)
-    if not len(dataset):
-        raise ValueError(f"{source!r} is empty: it needs at least one row")
-    dataset = dataset.select_columns(list(columns))
-    for number, row in enumerate(dataset, 1):
-        if bad := [c for c in columns if not isinstance(row[c], str) or not row[c].strip()]:
-            raise ValueError(
-                f"{source!r}, row {number}: {bad[0]} is {row[bad[0]]!r}, give it some text"
-            )
-        if "chosen" in columns and row["chosen"] == row["rejected"]:
-            raise ValueError(
-                f"{source!r}, row {number}: chosen and rejected are both {row['chosen']!r}; "
-                "remove the pair, it carries no preference"
-            )
-    return dataset
+# --- one row -------------------------------------------------------------------------------
 
 
-def _as_texts(dataset: Dataset, source: str) -> Dataset:
-    """Give transcripts without a prompt column one, and make texts of messages."""
-    names = [name for name in ("prompt", *ANSWERS) if name in dataset.column_names]
-    messages = any(isinstance(row[name], list) for row in dataset.take(1) for name in names)
-    if not messages and ("prompt" in names or "chosen" not in names):
-        return dataset
+def _parse(row: dict) -> dict:
+    """A row's prompt as messages, its answers as texts.
 
-    def split(row: dict) -> dict:
-        texts = _texts({name: row[name] for name in names})
-        if not texts["prompt"]:
-            raise ValueError(
-                f"{source!r}: without a prompt column, chosen and rejected must be one dialogue "
-                f"with two last answers after {ASSISTANT!r}; these are not one dialogue: "
-                f"{row!s:.99}"
-            )
-        return texts
+    A transcript or a list of messages without a prompt beside it is one up to its last turn, which
+    is the answer.
 
-    return dataset.map(split)
-
-
-def _texts(row: dict) -> dict:
-    """A row's prompt and answers as texts.
-
-    Messages become a transcript, as in hh-rlhf; a transcript is split at its last answer. The
-    prompt is None if the answers are to different ones.
+    Raises:
+        Unfit: if it has no prompt, or two, or an answer that is none, and as `as_messages`.
     """
-    prompts, texts = {_bare(row.get("prompt"))}, {}
+    prompts, answers = [], {}
+    if row.get("prompt"):
+        prompts = [_turns(row["prompt"])]
+        if prompts[0][-1:] == [{"role": "assistant", "content": ""}]:
+            prompts[0].pop()  # the mark behind which the answer is to begin
     for name in (name for name in ANSWERS if name in row):
-        texts[name] = row[name]
-        if "prompt" not in row or isinstance(row[name], list):
-            prompt, _, answer = _transcript(row[name]).rpartition(ASSISTANT)
-            texts[name] = answer.strip()
-            prompts.add(_bare(prompt))
-    prompts.discard("")  # an answer alone names no prompt
-    return {"prompt": None if len(prompts) > 1 else next(iter(prompts), ""), **texts}
-
-
-def _bare(prompt: object) -> str:
-    """A prompt without the marks of who speaks first and last."""
-    text = _transcript(prompt).rstrip().removesuffix(ASSISTANT)
-    return text.removeprefix(HUMAN).strip()
-
-
-def _transcript(value: object) -> str:
-    if not isinstance(value, list):
-        return value if isinstance(value, str) else ""
-    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        raise ValueError(f"{value!r:.99} is no list of messages; give each a role and content")
-    marks = {"user": HUMAN, "assistant": ASSISTANT}
-    return "".join(f"{marks.get(turn['role'], '')} {turn['content'] or ''}" for turn in value)
-
-
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"'{path}' is not UTF-8 (byte {error.start}); save it with that encoding"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"'{path}' is empty: it needs at least one row")
-    return text
-
-
-def _read_jsonl(path: Path) -> Dataset:
-    rows: list[dict] = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
+        if "prompt" in row and not isinstance(row[name], list):
+            answers[name] = _clean(row[name])
+            if MARK.search(answers[name]):
+                raise Unfit("with turns behind the answer")
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}', line {number}: not JSON ({error}); mend it") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"'{path}', line {number}: {row!r:.99} is no JSON object; give each row a line, "
-                '{"prompt": …}'
-            )
-        rows.append(row)
-        if row.keys() != rows[0].keys():
-            raise ValueError(
-                f"'{path}', line {number}: fields {', '.join(row)}, but line 1 has "
-                f"{', '.join(rows[0])}; give every line the same fields"
-            )
-    try:
-        return Dataset.from_list(rows)
-    except pyarrow.ArrowException as error:
-        raise ValueError(
-            f"'{path}': a field is text in one line and not in another; make it text in all"
-        ) from error
+        *before, last = _turns(row[name]) or [{}]
+        if last.get("role") != "assistant":
+            raise Unfit("without an answer")
+        answers[name] = last["content"]
+        if before:
+            prompts.append(before)
+    talks = {_key(talk): talk for talk in map(as_messages, prompts)}
+    if len(talks) != 1:
+        raise Unfit("of two prompts" if talks else "empty")
+    return {"prompt": next(iter(talks.values())), **answers}
 
 
-def _read_csv(path: Path) -> Dataset:
-    try:
-        header, *rows = csv.reader(io.StringIO(_text(path), newline=""))
-    except csv.Error as error:
-        raise ValueError(f"'{path}': {error}; look for a quote that is never closed") from error
-    rows = [row for row in rows if row]
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise ValueError(
-                f"'{path}', line {number}: {len(row)} fields, but the header has {len(header)}; "
-                "give every line the same number, and quote texts with commas"
-            )
-    return Dataset.from_dict({name: [row[i] for row in rows] for i, name in enumerate(header)})
+def _turns(value: object) -> list[Message]:
+    """The messages of a prompt or dialogue, given as messages or as a transcript of hh-rlhf.
+
+    What stands before the first mark is the user's, or, before the user's, a system message.
+    """
+    if isinstance(value, list):
+        return [turn | {"content": _clean(turn["content"])} for turn in messages_of(value)]
+    before, *rest = MARK.split(_clean(value))
+    speakers, contents = rest[::2], rest[1::2]
+    if before:
+        speakers.insert(0, "System" if speakers[:1] == ["Human"] else "Human")
+        contents.insert(0, before)
+    names = {"System": "system", "Human": "user", "Assistant": "assistant"}
+    turns = zip((names[s] for s in speakers), map(str.strip, contents), strict=True)
+    return [{"role": role, "content": content} for role, content in turns]
 
 
-def _read_parquet(path: Path) -> Dataset:
-    try:
-        return Dataset.from_parquet(str(path))
-    except (pyarrow.ArrowException, DatasetGenerationError) as error:
-        raise ValueError(
-            f"'{path}' cannot be read as Parquet ({error}); it is truncated or damaged: copy it "
-            "again"
-        ) from error
-
-
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+def _clean(value: object) -> str:
+    """A text without blanks around it, its lines ended by newlines alone."""
+    if not isinstance(value, str | None):
+        raise Unfit("neither text nor messages")
+    return re.sub(r"\r\n?", "\n", value or "").strip()

@@ -10,6 +10,7 @@ from rlhf_helpers.presets import Preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout
+from rlhf_helpers.text import Prompt
 
 ROWS = 64  # responses that the judge reads at a time
 
@@ -47,7 +48,7 @@ class Judge:
         roles.require_head("judge")
         self.roles = roles
 
-    def __call__(self, prompts: list[str], rollout: Rollout) -> Tensor:
+    def __call__(self, prompts: list[Prompt], rollout: Rollout) -> Tensor:
         """Rewards `[B]` of sampled responses, in standard deviations, on the CPU."""
         device, active = self.roles.base.device, self.roles.active
         parts = zip(rollout.input_ids.split(ROWS), rollout.attention_mask.split(ROWS), strict=True)

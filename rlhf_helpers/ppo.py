@@ -31,7 +31,7 @@ from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
-from rlhf_helpers.text import encode_prompts
+from rlhf_helpers.text import Prompt, encode_prompts
 from rlhf_helpers.training import backward
 from rlhf_helpers.validation import (
     check_binary,
@@ -432,7 +432,7 @@ class Experience:
     """Sampled responses, and all that the two losses need to know of them.
 
     Attributes:
-        prompts: B questions.
+        prompts: B questions or dialogues.
         rollout: the responses.
         scores: `[B]`, from the reward model, less the penalty for a missing EOS.
         logprobs, ref_logprobs: `[B, T]`, under the policy that sampled, and under the reference.
@@ -440,7 +440,7 @@ class Experience:
         rewards, advantages, returns: `[B, T]`; the advantages are whitened.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     rollout: Rollout
     scores: Tensor
     logprobs: Tensor
@@ -493,7 +493,7 @@ class PPOStats:
 def collect_experience(
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[Prompt],
     config: PPOConfig,
     beta: float,
     seed: int,
@@ -559,7 +559,7 @@ def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> T
 def train_ppo(
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[Prompt],
     config: PPOConfig | None = None,
     folder: Path | None = None,
 ) -> Iterator[PPOStats]:
@@ -577,7 +577,7 @@ def train_ppo(
     Args:
         roles: `policy` and `value` trainable, the latter with a head; `reference` and `reward`
             frozen, the latter with a normalised head.
-        prompts: at least `batch_size` questions to draw from.
+        prompts: at least `batch_size` questions or dialogues to draw from.
 
     Yields:
         `PPOStats`.
@@ -615,7 +615,7 @@ class _Run:
     """Where a PPO run stands, and how that is kept on disk."""
 
     def __init__(
-        self, roles: Roles, prompts: list[str], config: PPOConfig, folder: Path | None
+        self, roles: Roles, prompts: list[Prompt], config: PPOConfig, folder: Path | None
     ) -> None:
         self.roles, self.prompts, self.config = roles, prompts, config
         self.folder = None if folder is None else Path(folder).absolute()

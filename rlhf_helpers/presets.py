@@ -58,11 +58,14 @@ class Preset:
     runs: Path = Path("runs")
 
     def __post_init__(self) -> None:
-        for name, what in (("model", "a folder or a hub id"), ("runs", "a folder")):
+        for name, kind in (("model", str), ("data", str), ("runs", Path)):  # text and path will do
             value = getattr(self, name)
+            if name == "data" and value is None:
+                continue
             if not isinstance(value, str | Path) or not str(value).strip():
+                what = "a folder" if name == "runs" else "a folder or a hub id"
                 raise ValueError(f"{name} is {value!r}; give {what}")
-        object.__setattr__(self, "runs", Path(self.runs))  # a text will do
+            object.__setattr__(self, name, kind(os.path.expanduser(value)))
         for name in ("prompt_length", "response_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -96,7 +99,7 @@ PRESETS = {
         device="cuda",
         compute_dtype="auto",
         double_quant=True,
-        prompt_length=128,
+        prompt_length=256,
         response_length=64,
         drop_unfit=True,
         rows=4000,

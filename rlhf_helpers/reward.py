@@ -20,7 +20,7 @@ from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import check_examples, encode_examples, pad_examples
+from rlhf_helpers.text import Prompt, answer_text, check_examples, encode_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
 from rlhf_helpers.validation import (
     check_floating,
@@ -273,7 +273,7 @@ def encode_pairs(
         except ValueError as error:
             raise ValueError(f"in column {side!r}, {error}") from error
     for i, row in enumerate(dataset):
-        if row["chosen"].strip() == row["rejected"].strip():
+        if answer_text(row["chosen"]).strip() == answer_text(row["rejected"]).strip():
             raise ValueError(
                 f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair, it "
                 "carries no preference"
@@ -328,12 +328,12 @@ def score_responses(
     roles: Roles,
     role: str,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     responses: Sequence[str],
     prompt_length: int,
     response_length: int,
 ) -> Tensor:
-    """Normalised rewards `[N]` of responses to prompts, as texts; EOS is appended.
+    """Normalised rewards `[N]` of responses to prompts; EOS is appended.
 
     Raises:
         ValueError: if the head was never normalised (`normalise`), and for empty or long texts.

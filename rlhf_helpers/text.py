@@ -1,12 +1,15 @@
-"""From texts to token ids: tokenizer, chat template, prompts and demonstrations, padding."""
+"""From texts to token ids: tokenizer, chat template, BOS and EOS, dialogues, padding."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,6 +20,13 @@ from transformers.tokenization_utils_base import BatchEncoding
 from rlhf_helpers.hub import from_hub, require_files
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.validation import require_columns
+
+Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
+Prompt = str | list[Message]  # a question, or a dialogue that ends with the user's turn
+ROLES = ("system", "user", "assistant")
+# For templates that write today's date: prompts must not change over night.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no UTF-8
 
 # Reserved tokens that no text holds, by which vocabularies have one to pad with.
 PADS = (
@@ -30,10 +40,20 @@ PADS = (
 )
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% else %}{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + (eos_token if loop.last else '') }}"
+    "{% else %}{{ '' if loop.first else '\n\n' }}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% else %}{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}{% endif %}{% endif %}"
     "{% endfor %}"
 )
+
+
+class Unfit(ValueError):
+    """A text or dialogue that cannot be used; the message is the reason, to be counted or shown."""
+
+
+# --- the tokenizer -------------------------------------------------------------------------
 
 
 def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
@@ -45,8 +65,8 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: if a shipped file is missing.
         ConnectionError: if the model is a hub id and the hub cannot be reached.
-        ValueError: if pad and eos are the same token and no other is to be had, or the pocket
-            model has no chat template.
+        ValueError: if pad and eos are the same token, or pad has no embedding, and no other is to
+            be had; or the pocket model has no chat template.
     """
     tokenizer = bare_tokenizer(preset)
     if tokenizer.chat_template == PLAIN_TEMPLATE:
@@ -55,6 +75,7 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
 
 
 def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, but it prints nothing."""
     if preset.name == "pocket":
         require_files(Path(preset.model), "tokenizer.json", "tokenizer_config.json")
         # AutoTokenizer guesses the class from the model's config and can guess wrong.
@@ -62,20 +83,11 @@ def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
     else:
         with_hub = {"revision": preset.revision, "local_files_only": preset.offline}
         tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
-        _complete(tokenizer)
+        config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **with_hub)
+        _complete(tokenizer, config.get_text_config().vocab_size)
     tokenizer.padding_side = "left"
     _check_tokenizer(tokenizer)
     return tokenizer
-
-
-def _complete(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a base model's tokenizer what it lacks: a pad token that is not EOS, a template."""
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        vocabulary = tokenizer.get_vocab()
-        reserved = (name for name in PADS if name in vocabulary and name != tokenizer.eos_token)
-        tokenizer.pad_token = next(reserved, tokenizer.pad_token)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,25 +102,229 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"the tokenizer of {source!r} has no chat template; set one")
 
 
+def _complete(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Give a base model's tokenizer what it lacks: a pad token that is not EOS, a template."""
+    pad = tokenizer.pad_token_id
+    if pad in (None, tokenizer.eos_token_id) or pad >= embeddings:
+        ids = tokenizer.get_vocab()
+        reserved = (p for p in PADS if p in ids and p != tokenizer.eos_token)
+        tokenizer.pad_token = next(
+            (p for p in reserved if ids[p] < embeddings), tokenizer.pad_token
+        )
+    for name in ("pad", "eos"):
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number >= embeddings:
+            raise ValueError(
+                f"{name} token {getattr(tokenizer, f'{name}_token')!r} has id {number}, and the "
+                f"model has embeddings for {embeddings} tokens; set tokenizer.{name}_token to one "
+                "of those and save the tokenizer again"
+            )
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+    tokenizer.chat_template = FIXED_DATE + template if "strftime_now" in template else template
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer puts before plain text, which its model was trained to see: BOS.
+
+    Example: `[2]` for Gemma's, `[]` for Qwen's and for the pocket tokenizer.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:start]
+
+
+def reserved(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Matches what must not stand in a text, since it would be read as a special token.
+
+    These are the tokens marked as special, those of the form <|…|>, and others that the chat
+    template is made with.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    marks = {token.content for token in added if token.special}
+    plain = {token.content for token in added if token.content.strip()} - marks
+    marks |= {m for m in plain if m in tokenizer.chat_template or re.fullmatch(r"<\|.*\|>", m)}
+    marks |= set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+
+
+# --- dialogues -----------------------------------------------------------------------------
+
+
+def content_text(content: object) -> str:
+    """A message's content as one text: itself, or the text parts of a list, joined.
+
+    Raises:
+        Unfit: for a part that is no text, such as an image.
+
+    Example:
+        >>> content_text([{"type": "text", "text": "what is "}, {"type": "text", "text": "tea?"}])
+        'what is tea?'
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unfit("with parts that are no text")
+    return "".join(texts)
+
+
+def messages_of(value: Prompt) -> list[Message]:
+    """A text, which is what the user says, or a list of messages, as role and text of each.
+
+    Raises:
+        Unfit: for what is neither, and as `content_text`.
+    """
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value
+    ):
+        raise Unfit("neither text nor messages")
+    return [{"role": turn["role"], "content": content_text(turn["content"])} for turn in value]
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as the messages of a dialogue; an empty system message is left out.
+
+    Raises:
+        Unfit: as `messages_of`; for an empty message; a role that is not system, user or assistant;
+            or turns that do not alternate, from the user's first to the user's last, behind one
+            system message at most.
+
+    Example:
+        >>> as_messages("what is tea?")
+        [{'role': 'user', 'content': 'what is tea?'}]
+    """
+    talk = messages_of(prompt)
+    if talk and talk[0]["role"] == "system" and not talk[0]["content"].strip():
+        talk = talk[1:]
+    if any(turn["role"] not in ROLES for turn in talk):
+        raise Unfit("with other roles")
+    if not talk or not all(turn["content"].strip() for turn in talk):
+        raise Unfit("empty")
+    turns = [turn["role"] for turn in talk[talk[0]["role"] == "system" :]]
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise Unfit("with turns that do not alternate")
+    return talk
+
+
+def answer_text(answer: Prompt) -> str:
+    """An answer as text; in TRL's conversational format it is a list of one assistant message.
+
+    Raises:
+        Unfit: for anything else.
+
+    Example:
+        >>> answer_text([{"role": "assistant", "content": "a drink."}])
+        'a drink.'
+    """
+    if isinstance(answer, str):
+        return answer
+    one = isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
+    if not one or answer[0].get("role") != "assistant":
+        raise Unfit("neither a text nor one message of the assistant")
+    return content_text(answer[0].get("content"))
+
+
+def readable(prompt: Prompt) -> str:
+    """A prompt to print: the question, or of a dialogue each turn behind who speaks.
+
+    Example:
+        >>> print(readable([{"role": "user", "content": "hi"}, {"role": "assistant", "content":
+        ...     "hello"}, {"role": "user", "content": "why?"}]))
+        user: hi
+        assistant: hello
+        user: why?
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {content_text(turn['content'])}" for turn in prompt)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """A prompt in the chat template, up to where the assistant's response begins.
+
+    Raises:
+        Unfit: as `as_messages`, and for a dialogue that the template refuses or leaves out a part
+            of; many know no system message.
+
+    Example: "what is hot?" becomes "<|user|> what is hot?<|assistant|>" for the pocket tokenizer.
+    """
+    messages = as_messages(prompt)
+    text = _apply(tokenizer, messages, add_generation_prompt=True)
+    if not all(message["content"].strip() in text for message in messages):
+        raise Unfit("not repeated in full by the chat template")
+    return text
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, TypeError) as error:  # TypeError: adding None, for example
+        raise Unfit("refused by the chat template") from error
+
+
+# --- token ids -----------------------------------------------------------------------------
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, with BOS once where the tokenizer puts it before plain text.
+
+    Without it many models are lost: Gemma 3 270M needs 5 nats per token of a human answer, 2.6 with
+    it. A template may have written it already.
+    """
+    first = opening(tokenizer)
+    rows = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    return [row if row[: len(first)] == first else [*first, *row] for row in rows]
+
+
+def response_tokens(
+    tokenizer: PreTrainedTokenizerBase, rendered: list[str], answers: list[str]
+) -> list[list[int]]:
+    """Token ids of answers as they stand in the dialogue, behind the prompt, closed by one EOS.
+
+    Some templates put a blank before the answer, and some tokenizers one before every text. So the
+    ids are those that the whole dialogue has behind its prompt's; where the two cannot be told
+    apart, since a token spans both, those of the answer alone.
+    """
+    asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": "b"}
+    prompt = _apply(tokenizer, asked, add_generation_prompt=True)
+    behind = _apply(tokenizer, [*asked, answer]).removeprefix(prompt)
+    blank = behind[: len(behind) - len(behind.lstrip())]
+    blank = blank if behind.lstrip().startswith("b") else ""
+    texts = [blank + answer for answer in answers]
+    wholes = [prompt + text for prompt, text in zip(rendered, texts, strict=True)]
+    rows = []
+    encoded = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in (rendered, wholes, texts)
+    )
+    for before, whole, alone in zip(*encoded, strict=True):
+        joined = whole[len(before) :] if whole[: len(before)] == before else alone
+        rows.append([*joined, tokenizer.eos_token_id])
+    return rows
+
+
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], prompt_length: int
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], prompt_length: int
 ) -> BatchEncoding:
     """Apply the chat template and left-pad to the longest prompt of the batch.
 
     Args:
-        prompts: B questions as plain text.
+        prompts: B questions as plain text, or dialogues as messages, the user's last.
         prompt_length: the most tokens that a prompt may have with its template.
 
     Returns:
         `input_ids` and `attention_mask`, int64 [B, P] with P ≤ prompt_length.
 
     Raises:
-        TypeError: if `prompts` is not a list of texts.
+        TypeError: if `prompts` is not a list of texts or dialogues.
         ValueError: for a tokenizer without a chat template or a pad token of its own, no prompts,
-            an empty one, one that contains a special token, or one that is too long: it is never
-            cut.
+            an empty one, a dialogue that `as_messages` or the template refuses, one that contains a
+            special token, or one that is too long: it is never cut.
     """
-    rows = _prompt_tokens(tokenizer, prompts, prompt_length)
+    rows = prompt_tokens(tokenizer, _render_all(tokenizer, prompts))
+    _check_lengths("prompt", prompts, rows, "prompt_length", prompt_length)
     return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
 
@@ -121,17 +337,17 @@ def encode_examples(
     """Token ids of demonstrations: prompts in the chat template, completions closed by EOS.
 
     Args:
-        dataset: columns `prompt` and `completion`.
+        dataset: columns `prompt` and `completion`, texts or TRL's lists of messages.
         prompt_length, response_length: the most tokens of each, template and EOS included.
 
     Returns:
         For each row its token ids, as `{"prompt": [...], "response": [...]}`.
 
     Raises:
-        TypeError: if a column holds something else than texts.
+        TypeError: if a column holds something else than texts or messages.
         ValueError: for a missing column, columns of different lengths, no rows, a text that is
-            empty or contains a token of the template, or one that is too long: nothing is cut,
-            since a cut response would have lost its EOS.
+            empty or contains a special token, a dialogue that cannot be used, or one that is too
+            long: nothing is cut, since a cut response would have lost its EOS.
 
     Example: for the pocket tokenizer "what is hot?" and "fire." become the tokens of
     "<|user|> what is hot?<|assistant|>" and of " fire.<|eos|>".
@@ -141,18 +357,77 @@ def encode_examples(
         texts if isinstance(texts, str) else list(texts)
         for texts in (dataset["prompt"], dataset["completion"])
     )
-    prompt_rows = _prompt_tokens(tokenizer, prompts, prompt_length)
-    _check_texts(tokenizer, "completion", completions)
+    rendered = _render_all(tokenizer, prompts)
+    answers = _check_texts(tokenizer, "completion", completions, answer_text)
     if len(prompts) != len(completions):
         raise ValueError(
             f"there are {len(prompts)} prompts and {len(completions)} completions; give one of "
             "each for every example"
         )
-    rows = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    response_rows = [[*row, tokenizer.eos_token_id] for row in rows]
-    _check_lengths("completion", completions, response_rows, "response_length", response_length)
-    pairs = zip(prompt_rows, response_rows, strict=True)
+    prompt_rows = prompt_tokens(tokenizer, rendered)
+    _check_lengths("prompt", prompts, prompt_rows, "prompt_length", prompt_length)
+    rows = response_tokens(tokenizer, rendered, answers)
+    _check_lengths("completion", answers, rows, "response_length", response_length)
+    pairs = zip(prompt_rows, rows, strict=True)
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]
+
+
+def _render_all(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[str]:
+    _check_tokenizer(tokenizer)
+    _check_texts(tokenizer, "prompt", prompts, _contents)
+    texts = []
+    for i, prompt in enumerate(prompts):
+        try:
+            texts.append(render(tokenizer, prompt))
+        except Unfit as reason:
+            raise ValueError(f"prompt {i} is {prompt!r:.99}, {reason}; mend or remove it") from None
+    return texts
+
+
+def _contents(prompt: Prompt) -> str:
+    return "\n".join(turn["content"] for turn in as_messages(prompt))
+
+
+def _check_texts(
+    tokenizer: PreTrainedTokenizerBase, name: str, values: list[Prompt], text_of
+) -> list[str]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}s is {values!r:.99}: give a list of texts")
+    if bad := [i for i, value in enumerate(values) if not isinstance(value, str | list)]:
+        raise TypeError(f"{name} {bad[0]} is {values[bad[0]]!r:.99}: give a list of texts")
+    if not values:
+        raise ValueError(f"{name}s is empty: give at least one text")
+    marks, texts = reserved(tokenizer), []
+    for i, value in enumerate(values):
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name} {i} is {value!r}: give it some text")
+        try:
+            texts.append(text_of(value))
+        except Unfit as reason:
+            raise ValueError(
+                f"{name} {i} is {value!r:.99}, {reason}; give a text, or messages: a system's at "
+                "most, then user and assistant in turn"
+            ) from None
+        if half := HALF.search(texts[-1]):
+            raise ValueError(
+                f"{name} {i} has half of a character, {half[0]!r}, at {half.start()}: mend or "
+                "remove it"
+            )
+        if mark := marks.search(texts[-1]):
+            raise ValueError(
+                f"{name} {i} contains {mark[0]!r}, a special token, as which it would be read: "
+                "remove it"
+            )
+    return texts
+
+
+def _check_lengths(name: str, texts: list[Prompt], rows: list, limit_name: str, limit: int) -> None:
+    if long := [i for i, row in enumerate(rows) if len(row) > limit]:
+        i = long[0]
+        raise ValueError(
+            f"{name} {i} ({readable(texts[i])[:60]!r}) has {len(rows[i])} tokens with its template,"
+            f" and the limit is {limit}; shorten it or raise {limit_name}"
+        )
 
 
 def check_examples(
@@ -168,7 +443,7 @@ def check_examples(
     """
     if not examples:
         raise ValueError(f"{name} is empty: give at least one example")
-    eos, context = tokenizer.eos_token_id, model.config.max_position_embeddings
+    eos, context = tokenizer.eos_token_id, getattr(model.config, "max_position_embeddings", None)
     for i, example in enumerate(examples):
         if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
             raise ValueError(
@@ -187,7 +462,7 @@ def check_examples(
                 f"{name}[{i}] holds token id {largest}, and the model has "
                 f"{model.config.vocab_size} tokens; use the model's own tokenizer"
             )
-        if len(prompt) + len(response) > context:
+        if context is not None and len(prompt) + len(response) > context:
             raise ValueError(
                 f"{name}[{i}] has {len(prompt) + len(response)} tokens, more than the model's "
                 f"context of {context}; leave it out or shorten it"
@@ -219,48 +494,3 @@ def pad_examples(
     names = ("input_ids", "attention_mask")
     input_ids, mask = (torch.cat([prompts[name], responses[name]], dim=1) for name in names)
     return input_ids, mask, prompts["input_ids"].shape[1]
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt in the chat template, up to where the assistant's response begins.
-
-    Example: "what is hot?" becomes "<|user|> what is hot?<|assistant|>" for the pocket tokenizer.
-    """
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-
-def _prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], prompt_length: int
-) -> list[list[int]]:
-    _check_tokenizer(tokenizer)
-    _check_texts(tokenizer, "prompt", prompts)
-    texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    _check_lengths("prompt", prompts, rows, "prompt_length", prompt_length)
-    return rows
-
-
-def _check_texts(tokenizer: PreTrainedTokenizerBase, name: str, texts: list[str]) -> None:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name}s is {texts!r:.99}: give a list of texts")
-    if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
-        raise TypeError(f"{name} {bad[0]} is {texts[bad[0]]!r:.99}: give a list of texts")
-    if not texts:
-        raise ValueError(f"{name}s is empty: give at least one text")
-    for i, text in enumerate(texts):
-        if not text.strip():
-            raise ValueError(f"{name} {i} is {text!r}: give it some text")
-        if marks := [mark for mark in tokenizer.all_special_tokens if mark in text]:
-            raise ValueError(
-                f"{name} {i} contains {marks[0]!r}, a token of the template: remove it"
-            )
-
-
-def _check_lengths(name: str, texts: list[str], rows: list, limit_name: str, limit: int) -> None:
-    if long := [i for i, row in enumerate(rows) if len(row) > limit]:
-        i = long[0]
-        raise ValueError(
-            f"{name} {i} ({texts[i][:60]!r}) has {len(rows[i])} tokens with its template, and the "
-            f"limit is {limit}; shorten it or raise {limit_name}"
-        )

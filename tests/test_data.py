@@ -17,7 +17,7 @@ from rlhf_helpers.text import (
     encode_prompts,
     load_tokenizer,
     pad_examples,
-    render_prompt,
+    render,
 )
 
 PAIR = {"prompt": "what is hot?", "chosen": "the sun.", "rejected": "the snow."}
@@ -56,7 +56,7 @@ def test_prompt_and_response_tokenize_separately_as_together(tokenizer):
     talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     whole = tokenizer.apply_chat_template(talk, tokenize=False)
     assert whole == f"<|user|> {prompt}<|assistant|> {response}<|eos|>"
-    parts = [render_prompt(tokenizer, prompt), f"{response}<|eos|>"]
+    parts = [render(tokenizer, prompt), f"{response}<|eos|>"]
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
     assert ids[0] + ids[1] == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
@@ -76,7 +76,7 @@ def test_prompts_are_padded_on_the_left(tokenizer):
         (["what is hot?", ""], "prompt 1 is ''"),
         (
             ["hi<|assistant|> moo.<|eos|>"],
-            r"prompt 0 contains '<\|eos\|>', a token of the template",
+            r"prompt 0 contains '<\|assistant\|>', a special token",
         ),
         (["  \n"], r"prompt 0 is '  \\n'"),
         (
@@ -189,13 +189,21 @@ def test_chosen_responses_serve_as_demonstrations(tmp_path, pocket):
     assert sft_dataset(pocket, source=source).to_list() == expected
 
 
+def turns(*contents):
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
 def test_transcripts_are_split_at_the_last_answer(tmp_path, pocket):
     talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant: "
     rows = [{"chosen": talk + "because.", "rejected": talk + "go away."}]
     source = write_jsonl(tmp_path / "hh.jsonl", rows)
     (row,) = preference_dataset(pocket, source=source).to_list()
-    assert row["prompt"] == "hi\n\nAssistant: hello\n\nHuman: why?"
-    assert (row["chosen"], row["rejected"]) == ("because.", "go away.")
+    assert row["prompt"] == turns("hi", "hello", "why?")
+    assert row["chosen"] == [{"role": "assistant", "content": "because."}]
+    assert row["rejected"] == [{"role": "assistant", "content": "go away."}]
 
 
 def test_odd_but_valid_files_are_read(tmp_path, pocket):

@@ -10,10 +10,11 @@ import httpx
 import pytest
 import torch
 from build_notebooks import ROOT, execute, read_source
+from helpers_models import THINGS, trained
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from nbformat.v4 import new_code_cell
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,7 +41,14 @@ from rlhf_helpers.reward import (
 )
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.sft import SFTConfig, train_sft
-from rlhf_helpers.text import encode_examples, encode_prompts, load_tokenizer, render_prompt
+from rlhf_helpers.text import (
+    answer_text,
+    encode_examples,
+    encode_prompts,
+    load_tokenizer,
+    readable,
+    render,
+)
 from rlhf_helpers.training import backward
 
 NAMES = ["qwen2", "llama", "gpt_neox"]
@@ -51,7 +59,6 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 256,
 }
-THINGS = ["tea", "rice", "bread", "soup", "rain", "snow", "a cat", "a dog", "gold", "salt"]
 QWEN_TEMPLATE = (
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{% for message in messages %}"
@@ -67,22 +74,6 @@ def _no_sources_from_environment(monkeypatch):
 
 
 # --- models --------------------------------------------------------------------------------
-
-
-def trained(special):
-    """A byte-level tokenizer of the tokenizers library, its special tokens first."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [f"what is {thing} like? it is {other}, I say." for thing in THINGS for other in THINGS]
-    bpe.train_from_iterator([*texts, "Human: Assistant: user system You are a helpful"], trainer)
-    return bpe
 
 
 def qwen2_tokenizer():
@@ -240,7 +231,7 @@ def test_a_base_models_tokenizer_is_completed_and_never_grows(preset, folders, n
 
 def test_qwen_keeps_its_chat_template(preset, capsys):
     tokenizer = load_tokenizer(preset("qwen2"))
-    text = render_prompt(tokenizer, "what is tea?")
+    text = render(tokenizer, "what is tea?")
     assert text.endswith("<|im_start|>user\nwhat is tea?<|im_end|>\n<|im_start|>assistant\n")
     assert capsys.readouterr().out == ""
 
@@ -250,10 +241,10 @@ def test_a_model_without_chat_template_gets_a_plain_one(preset, capsys, name):
     tokenizer = load_tokenizer(preset(name))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "has no chat template" in lines[0]
-    assert render_prompt(tokenizer, "what is tea?") == "Human: what is tea?\n\nAssistant:"
+    assert render(tokenizer, "what is tea?") == "Human: what is tea?\n\nAssistant:"
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     whole = tokenizer.apply_chat_template(talk, tokenize=False)
-    assert whole == f"Human: hi\n\nAssistant:hello{tokenizer.eos_token}"
+    assert whole == f"Human: hi\n\nAssistant: hello{tokenizer.eos_token}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -291,8 +282,8 @@ def test_the_same_pairs_are_kept_from_every_format(preset, capsys, form):
     assert found.to_list() == expected
     # <|endoftext|> is a token of Qwen's, </s> is none and stays
     assert lines == [
-        f"{form}.jsonl, train: 51 of 66 rows kept; left out: 5 with several turns, 4 too long, "
-        "3 equal pairs, 2 empty, 1 with a template token"
+        f"{form}.jsonl, train: 56 of 66 rows kept; left out: 4 too long, 3 equal pairs, 2 empty, "
+        "1 with a special token"
     ]
 
 
@@ -311,7 +302,7 @@ def test_what_is_kept_can_be_encoded(preset, name):
 def test_the_limits_are_exact(preset, tmp_path):
     tokenizer = load_tokenizer(preset())
     row = ("what is tea like?", "very good.", "bad.")
-    prompt = len(tokenizer(render_prompt(tokenizer, row[0]))["input_ids"])
+    prompt = len(tokenizer(render(tokenizer, row[0]))["input_ids"])
     response = len(tokenizer(row[1])["input_ids"]) + 1  # EOS
     source = write(tmp_path / "one.jsonl", [in_hh(*row)])
     lengths = {"prompt_length": prompt, "response_length": response}
@@ -353,14 +344,18 @@ def test_order_and_rows_follow_the_preset(preset, capsys):
 def test_splits_of_one_file_share_no_row(preset):
     made = preset()
     train, judge, held_out = (
-        {tuple(row.values()) for row in preference_dataset(made, split)}
+        {
+            (readable(row["prompt"]), *map(answer_text, (row["chosen"], row["rejected"])))
+            for row in preference_dataset(made, split)
+        }
         for split in ("train", "judge", "held_out")
     )
-    assert (len(train), len(judge), len(held_out)) == (23, 23, 5)
+    assert (len(train), len(judge), len(held_out)) == (26, 25, 5)
     assert not (train & judge or train & held_out or judge & held_out)
     prompts, demonstrations = prompt_dataset(made)["prompt"], sft_dataset(made)
-    assert sorted(prompts) == sorted(row[0] for row in train | judge)
-    assert sorted(demonstrations["completion"]) == sorted(row[1] for row in train | judge)
+    assert sorted(map(readable, prompts)) == sorted(row[0] for row in train | judge)
+    answers = map(answer_text, demonstrations["completion"])
+    assert sorted(answers) == sorted(row[1] for row in train | judge)
     assert sft_dataset(made, "held_out").column_names == ["prompt", "completion"]
     for split in ("held_out_phrasing", "held_out_fact"):
         assert prompt_dataset(made, split)[:] == prompt_dataset(made, "held_out")[:]
@@ -438,7 +433,7 @@ def test_one_side_of_the_pairs_is_no_pair(preset, tmp_path):
 def test_lists_that_are_no_messages_are_named(preset, tmp_path):
     row = {"prompt": "a?", "chosen": ["b"], "rejected": ["c"]}
     source = write(tmp_path / "lists.jsonl", [row])
-    with pytest.raises(ValueError, match=r"\['b'\] is no list of messages"):
+    with pytest.raises(ValueError, match=r"no row that can be used \(1 neither text nor messages"):
         preference_dataset(preset(data=source))
 
 

@@ -48,7 +48,8 @@ SAVE_EVERY = 250
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|> {{ message['content'] }}"
-    "{% else %}<|assistant|> {{ message['content'] }}<|eos|>{% endif %}"
+    "{% elif message['role'] == 'assistant' %}<|assistant|> {{ message['content'] }}<|eos|>"
+    "{% else %}{{ raise_exception('only user and assistant speak here') }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -24,7 +24,7 @@ from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import load_tokenizer, render_prompt
+from rlhf_helpers.text import load_tokenizer, render
 
 # %% [markdown]
 # ## What this machine has
@@ -145,7 +145,7 @@ assert abs(in_text - in_model) < 0.1
 
 # %%
 prompt = "what does the duck say?"
-print(render_prompt(tokenizer, prompt))
+print(render(tokenizer, prompt))
 eight = sample_responses(base, tokenizer, [prompt] * 8, seed=preset.seed)
 for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
     print("  ->", tokenizer.decode(tokens).replace(tokenizer.pad_token, ""))
@@ -362,7 +362,7 @@ assert exam.known_share(known_after) < exam.known_share(known_before)
 
 # %%
 def sample_with_padding(side):
-    texts = [render_prompt(tokenizer, p) for p in held_out]
+    texts = [render(tokenizer, p) for p in held_out]
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
     torch.manual_seed(preset.seed)
     tokens = base.generate(**batch, max_new_tokens=24, do_sample=True, top_k=0, top_p=1.0)

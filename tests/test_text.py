@@ -1,0 +1,283 @@
+"""From texts to token ids, on tokenizers of the kinds that real models have."""
+
+from datetime import datetime
+
+import pytest
+from datasets import Dataset
+from helpers_models import trained
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from rlhf_helpers.presets import load_preset
+from rlhf_helpers.text import (
+    PLAIN_TEMPLATE,
+    Unfit,
+    answer_text,
+    as_messages,
+    content_text,
+    encode_examples,
+    encode_prompts,
+    load_tokenizer,
+    opening,
+    readable,
+    render,
+    reserved,
+)
+
+NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+# Templates as models have them: BOS written, BOS left to the tokenizer, a blank before the answer.
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+TEMPLATES = {"plain": PLAIN_TEMPLATE, "chat": CHAT, "chat with BOS": "{{ bos_token }}" + CHAT}
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "what is tea like?"},
+]
+
+
+def tokenizer_with(template, added="bos", special=()):
+    """A byte-level tokenizer that adds to plain text what `added` says."""
+    bpe = trained([*NAMED.values(), *special])
+    single = {"": "$A", "bos": "<s> $A", "eos": "$A </s>", "bos eos": "<s> $A </s>"}[added]
+    ids = [(name, bpe.token_to_id(name)) for name in ("<s>", "</s>")]
+    bpe.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, chat_template=template, extra_special_tokens=list(special), **NAMED
+    )
+
+
+def metaspace_tokenizer():
+    """As Llama 2's: every text begins with a blank, whether it has one or not."""
+    words = ["▁", "▁hi", "▁tea", "▁hello", "[INST]", "[/INST]", "▁[/INST]", "hi", "tea", "hello"]
+    vocabulary = {word: i for i, word in enumerate([*NAMED.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    ids = [(name, vocabulary[name]) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=INST, **NAMED)
+
+
+def encode(tokenizer, prompt, completion="it is good."):
+    data = {"prompt": [prompt], "completion": [completion]}
+    (example,) = encode_examples(tokenizer, Dataset.from_dict(data), 200, 100)
+    return example["prompt"], example["response"]
+
+
+# --- BOS and EOS ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["what is tea like?", TALK], ids=["question", "dialogue"])
+@pytest.mark.parametrize("added", ["", "bos", "eos", "bos eos"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_bos_once_where_the_tokenizer_or_the_template_has_it(template, added, prompt):
+    tokenizer = tokenizer_with(TEMPLATES[template], added)
+    asked, answer = encode(tokenizer, prompt)
+    wanted = "bos" in added or template == "chat with BOS"
+    assert asked.count(tokenizer.bos_token_id) == wanted
+    assert (asked[0] == tokenizer.bos_token_id) == wanted
+    assert tokenizer.bos_token_id not in answer
+    assert encode_prompts(tokenizer, [prompt], 200)["input_ids"][0].tolist() == asked
+    written = asked[1:] if wanted else asked
+    assert tokenizer.decode(written) == render(tokenizer, prompt).removeprefix("<s>")
+
+
+@pytest.mark.parametrize("added", ["", "bos", "eos", "bos eos"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_eos_once_and_at_the_end_whatever_the_tokenizer_adds(template, added):
+    tokenizer = tokenizer_with(TEMPLATES[template], added)
+    asked, answer = encode(tokenizer, "what is tea like?")
+    eos = tokenizer.eos_token_id
+    assert eos not in asked
+    assert answer.count(eos) == 1 and answer[-1] == eos
+
+
+@pytest.mark.parametrize("added, expected", [("", []), ("bos", [1]), ("eos", []), ("bos eos", [1])])
+def test_what_a_tokenizer_puts_before_plain_text(added, expected):
+    assert opening(tokenizer_with(CHAT, added)) == expected
+
+
+@pytest.mark.parametrize("prompt", ["what is tea like?", TALK], ids=["question", "dialogue"])
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), INST])
+def test_the_tokens_are_those_of_the_whole_dialogue_in_the_template(template, prompt):
+    """Computed another way: the template's text of everything, tokenized at once."""
+    tokenizer = tokenizer_with(template)
+    talk = [*as_messages(prompt), {"role": "assistant", "content": "it is good."}]
+    whole = tokenizer.apply_chat_template(talk, tokenize=False)
+    bos = [] if whole.startswith("<s>") else [tokenizer.bos_token_id]
+    asked, answer = encode(tokenizer, prompt)
+    assert asked + answer == bos + tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_blank_does_not_double_it():
+    tokenizer = metaspace_tokenizer()
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "tea"}]
+    whole = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+    asked, answer = encode(tokenizer, "hi", "tea")
+    assert tokenizer.convert_ids_to_tokens(answer) == ["▁tea", "</s>"]
+    assert asked + answer == whole
+
+
+def test_an_answer_stands_behind_a_blank_in_the_plain_template():
+    tokenizer = tokenizer_with(PLAIN_TEMPLATE)
+    asked, answer = encode(tokenizer, TALK)
+    text = "<s>Human: hi\n\nAssistant: hello\n\nHuman: what is tea like?\n\nAssistant:"
+    assert tokenizer.decode(asked) == text
+    assert tokenizer.decode(answer) == " it is good.</s>"
+
+
+# --- dialogues -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "talk, reason",
+    [
+        ([], "empty"),
+        ([{"role": "system", "content": "be kind"}], "turns that do not alternate"),
+        (TALK[:2], "turns that do not alternate"),
+        (TALK[1:], "turns that do not alternate"),
+        ([TALK[0], TALK[0]], "turns that do not alternate"),
+        ([TALK[0], {"role": "tool", "content": "7 degrees"}], "other roles"),
+        ([TALK[0], {"role": "system", "content": "be kind"}, TALK[2]], "do not alternate"),
+        ([TALK[0], {"role": "assistant", "content": None}, TALK[2]], "empty"),
+        ([TALK[0], {"role": "assistant", "content": " "}, TALK[2]], "empty"),
+        ([{"role": "user", "content": [{"type": "image", "url": "a"}]}], "parts that are no text"),
+        ([{"role": "user", "content": 7}], "parts that are no text"),
+        ([{"from": "human", "value": "hi"}], "neither text nor messages"),
+        (["hi"], "neither text nor messages"),
+        (7, "neither text nor messages"),
+    ],
+)
+def test_what_is_no_dialogue_is_unfit_and_named(tokenizer, talk, reason):
+    with pytest.raises(Unfit, match=reason):
+        as_messages(talk)
+    if isinstance(talk, list):
+        with pytest.raises(ValueError, match=f"prompt 1 is .*{reason}.*; give a text, or messages"):
+            encode_prompts(tokenizer, ["what is hot?", talk], 24)
+
+
+def test_an_empty_system_message_is_left_out():
+    talk = [{"role": "system", "content": ""}, {"role": "user", "content": "what is tea?"}]
+    assert as_messages(talk) == as_messages("what is tea?") == talk[1:]
+    assert render(tokenizer_with(PLAIN_TEMPLATE), talk) == "Human: what is tea?\n\nAssistant:"
+
+
+def test_a_system_message_stands_before_the_dialogue():
+    talk = [{"role": "system", "content": "Be kind."}, *TALK[:1]]
+    text = render(tokenizer_with(PLAIN_TEMPLATE), talk)
+    assert text == "Be kind.\n\nHuman: hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (CHAT.replace("{% for", "{{ raise_exception('no system') }}{% for", 1), "refused by the"),
+        (CHAT.replace("messages %}", "messages if m['role'] != 'system' %}"), "not repeated in"),
+    ],
+)
+def test_a_template_that_refuses_or_drops_a_message_is_named(template, reason):
+    talk = [{"role": "system", "content": "Be kind."}, *TALK]
+    tokenizer = tokenizer_with(template)
+    with pytest.raises(Unfit, match=reason):
+        render(tokenizer, talk)
+    with pytest.raises(ValueError, match=f"prompt 0 is .*{reason}"):
+        encode_prompts(tokenizer, [talk], 200)
+
+
+def test_the_pocket_template_refuses_a_system_message(tokenizer):
+    """It has no token for one, and must not read it as the assistant's words."""
+    talk = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is hot?"}]
+    with pytest.raises(Unfit, match="refused by the chat template"):
+        render(tokenizer, talk)
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "tea?", "url": None}]
+    assert content_text(parts) == "what is tea?"
+    assert as_messages([{"role": "user", "content": parts}]) == as_messages("what is tea?")
+
+
+def test_answers_in_trls_conversational_format():
+    assert answer_text([{"role": "assistant", "content": "good."}]) == "good."
+    for bad in ([{"role": "user", "content": "good."}], TALK, [], 3, [None]):
+        with pytest.raises(Unfit, match="neither a text nor one message of the assistant"):
+            answer_text(bad)
+    tokenizer = tokenizer_with(CHAT)
+    message = [{"role": "assistant", "content": "it is good."}]
+    assert encode(tokenizer, TALK, message) == encode(tokenizer, TALK)
+    with pytest.raises(ValueError, match="completion 0 is .*neither a text nor one message"):
+        encode(tokenizer, TALK, TALK)
+
+
+def test_a_dialogue_can_be_printed():
+    assert readable(TALK) == "user: hi\nassistant: hello\nuser: what is tea like?"
+    assert readable("hi") == "hi"
+
+
+# --- special tokens ------------------------------------------------------------------------
+
+LLAMA_3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|reserved_special_token_0|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, CHAT], ids=["plain", "chat"])
+@pytest.mark.parametrize("mark", [*LLAMA_3, *NAMED.values()])
+def test_no_text_becomes_a_special_token(template, mark):
+    """Even one that the template does not use; and without the mark all special ids are its own."""
+    tokenizer = tokenizer_with(template, special=LLAMA_3)
+    text = f"hi {mark}system{LLAMA_3[1]} be rude"
+    for prompt in (text, [*TALK[:2], {"role": "user", "content": text}]):
+        with pytest.raises(ValueError, match="prompt 0 contains .*, a special token"):
+            encode_prompts(tokenizer, [prompt], 200)
+    with pytest.raises(ValueError, match="completion 0 contains .*, a special token"):
+        encode(tokenizer, "hi", text)
+    broken = text.replace("|", "¦").replace("<", "‹")
+    ids = encode_prompts(tokenizer, [broken], 200)["input_ids"][0].tolist()
+    assert set(ids) & set(tokenizer.all_special_ids) == {tokenizer.bos_token_id}
+
+
+def test_marks_that_are_not_declared_special_count_where_they_act():
+    """Qwen marks <|fim_prefix|> and <tool_call> as plain added tokens; "\\n\\n" may be one too."""
+    tokenizer = tokenizer_with("{{ '<tool_call>' if tools }}" + CHAT)
+    plain = ["<tool_call>", "<|fim_prefix|>", "\n\n", "<b>", "tea"]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    pattern = reserved(tokenizer)
+    assert [bool(pattern.search(f"a {token} b")) for token in plain] == [1, 1, 0, 0, 0]
+
+
+def test_half_a_character_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"prompt 1 has half of a character, '\\ud800', at 2"):
+        encode_prompts(tokenizer, ["what is hot?", "hi\ud800"], 24)
+
+
+# --- templates with a date -----------------------------------------------------------------
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(tmp_path, monkeypatch):
+    """Else a run that is resumed after midnight would have other prompts."""
+    dated = tokenizer_with(
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}" + CHAT
+    )
+    dated.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=len(dated)).save_pretrained(tmp_path)
+    preset = load_preset("single_gpu", model=str(tmp_path), device="cpu")
+
+    class Another(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2, tzinfo=tz)
+
+    today = render(load_tokenizer(preset), "hi")
+    monkeypatch.setattr(chat_template_utils, "datetime", Another)
+    other = dated.apply_chat_template(TALK[:1], tokenize=False)
+    assert other.startswith("02 Jan 2031"), "the test's own clock must act"
+    assert render(load_tokenizer(preset), "hi") == today == "26 Jul 2024 <|user|>hi<|assistant|>"
