@@ -20,7 +20,14 @@ from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import Prompt, answer_text, check_examples, encode_examples, pad_examples
+from rlhf_helpers.text import (
+    Prompt,
+    answer_text,
+    check_examples,
+    encode_examples,
+    pad_examples,
+    readable,
+)
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
 from rlhf_helpers.validation import (
     check_floating,
@@ -238,7 +245,8 @@ def split_by_prompt(
             both sides.
     """
     require_columns(dataset, "dataset", ("prompt",))
-    prompts = sorted(set(dataset["prompt"]))
+    keys = [readable(prompt) for prompt in dataset["prompt"]]
+    prompts = sorted(set(keys))
     count = round(share * len(prompts)) if in_range(share, 0, 1) else 0
     if not 0 < count < len(prompts):
         raise ValueError(
@@ -246,7 +254,7 @@ def split_by_prompt(
             "more prompts, or another share"
         )
     held_out = set(random.Random(seed).sample(prompts, count))
-    sides = [prompt in held_out for prompt in dataset["prompt"]]
+    sides = [key in held_out for key in keys]
     train = dataset.select([i for i, held in enumerate(sides) if not held])
     return train.shuffle(seed=seed), dataset.select([i for i, held in enumerate(sides) if held])
 

@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from peft import (
     LoraConfig,
     PeftModel,
@@ -12,6 +14,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -256,6 +259,43 @@ class Roles:
         set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self._trainable[name] = trainable
         self._activate(self.active)
+
+    @torch.no_grad()
+    def merged(self, name: str) -> PreTrainedModel:
+        """A plain model in float32 that answers as a role does: W + (α/r) B A in place of W, A, B.
+
+        W is what this base computes with: in NF4 the decoded weights, so that the copy is the model
+        that was trained, within rounding. (PEFT's own merge would round the sum to NF4 again.) On a
+        base loaded unquantized W are the original weights, to which the adapter was not fitted. In
+        half precision a small BA would be rounded away.
+
+        Returns:
+            A model of its own, without adapters or head, in eval mode, 4 bytes a parameter; its
+            `save_pretrained` writes what plain transformers loads.
+
+        Raises:
+            ValueError: for an unknown role.
+
+        Lesson 04 compares both ways.
+        """
+        self._require(name)
+        config = copy.deepcopy(self.base.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device(self.base.device):
+            model = type(self.base)(config).float()
+        own = {k: v for k, v in self.base.state_dict().items() if ".lora_" not in k}
+        for layer, module in self.base.named_modules():
+            if isinstance(module, LoraLayer):
+                weight = module.base_layer.weight
+                if isinstance(weight, Params4bit):
+                    weight = dequantize_4bit(weight.data, weight.quant_state)
+                delta = module.get_delta_weight(name).float()
+                own[f"{layer}.base_layer.weight"] = weight.float() + delta
+        own = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items()}
+        wanted = model.state_dict()
+        model.load_state_dict({key: own[key].float() for key in wanted})
+        return model.requires_grad_(False).eval()
 
     def check_folder(self, folder: Path, head: bool = False) -> None:
         """Raise what `load` would raise for a saved role, and if a head is wanted and missing."""

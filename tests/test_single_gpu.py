@@ -783,7 +783,9 @@ presets.PRESETS["single_gpu"] = replace(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lessons_run_on_a_real_architecture(folders, name, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_PRESET", "single_gpu")
-    rows = [in_hh(f"what is {THINGS[i % 10]} like {i}?", "good.", "bad.") for i in range(1300)]
+    asked = [f"what is {THINGS[i % 10]} like {i}?" for i in range(1300)]
+    asked[::3] = [f"hi\n\nAssistant: yes\n\nHuman: {question}" for question in asked[::3]]
+    rows = [in_hh(question, "good.", "bad.") for question in asked]
     data = write(tmp_path / "pairs.jsonl", rows)
     words = {"model": str(folders[name]), "data": data, "runs": str(tmp_path)}
     lessons = [f"notebooks/src/{n}.py" for n in ("01_sft", "02_reward_model", "04_ppo_qlora")]

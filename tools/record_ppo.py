@@ -180,13 +180,18 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     os.replace(part, path)
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a run computes."""
+    libraries = (torch, transformers, peft, bitsandbytes)
+    return {library.__name__: library.__version__ for library in libraries}
+
+
 def write_about(path: Path, config: PPOConfig) -> None:
     """On what machine, with which versions and when the runs were made."""
-    libraries = (torch, transformers, peft, bitsandbytes)
     about = {
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
         "threads": torch.get_num_threads(),
-        "versions": {library.__name__: library.__version__ for library in libraries},
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "config": {k: v for k, v in vars(config).items() if k not in ("beta", "seed")},
     }

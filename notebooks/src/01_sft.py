@@ -29,7 +29,7 @@ from rlhf_helpers.pocket import exam, rubric
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import encode_examples, load_tokenizer, pad_examples
+from rlhf_helpers.text import answer_text, as_messages, encode_examples, load_tokenizer, pad_examples, readable
 
 # %%
 preset = load_preset(PRESET)
@@ -75,8 +75,8 @@ print(f"{share_right(demonstrations):.0%} of the demonstrations are right")
 
 # %% tags=["nbval-check-output"]
 two = demonstrations.select([4, 28])
-question, answer = two[0]["prompt"], two[0]["completion"]
-messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+question, answer = two[0]["prompt"], answer_text(two[0]["completion"])
+messages = [*as_messages(question), {"role": "assistant", "content": answer}]
 print(tokenizer.apply_chat_template(messages, tokenize=False))
 examples = encode_examples(tokenizer, two, preset.prompt_length, preset.response_length)
 for example in examples:
@@ -437,7 +437,7 @@ def respond(model):
 roles.add("untrained", trainable=False)  # B = 0: the base
 rows_before, rows_after = respond(roles.use("untrained")), respond(roles.use("sft"))
 for i in range(0, len(prompts), 120):
-    print(f"{prompts[i]}\n   before: {rows_before[i][1]}\n   after:  {rows_after[i][1]}")
+    print(f"{readable(prompts[i])}\n   before: {rows_before[i][1]}\n   after:  {rows_after[i][1]}")
 
 # %% [markdown]
 # Both are marked by the rubric of lesson 00.

@@ -27,7 +27,7 @@ from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.text import load_tokenizer, pad_examples
+from rlhf_helpers.text import answer_text, load_tokenizer, pad_examples, readable
 
 # %%
 preset = load_preset(PRESET)
@@ -111,10 +111,13 @@ if preset.name == "pocket":
         roles.use("sft"), tokenizer, prompts, annotator, seed=preset.seed, cache=folder
     )
 else:  # real people were asked once, so their choice counts as certain
-    pairs = preference_dataset(preset)
-    pairs = pairs.add_column("probability", [1.0] * len(pairs))
+    pairs, never_seen = (
+        rows.add_column("probability", [1.0] * len(rows))
+        for rows in (preference_dataset(preset, split) for split in ("train", "held_out"))
+    )
 for row in pairs.select(range(0, min(2000, len(pairs)), 400)):
-    print(f"{row['prompt']}\n   chosen:   {row['chosen']}\n   rejected: {row['rejected']}")
+    print(readable(row["prompt"]))
+    print(f"   chosen:   {answer_text(row['chosen'])}\n   rejected: {answer_text(row['rejected'])}")
     print(f"   chosen with probability {row['probability']:.2f}")
 
 # %% [markdown]
@@ -133,10 +136,14 @@ print(reward.preference_card(pairs, annotator))
 # the same prompt were on both sides, remembering its answers would look like judging.
 
 # %%
-train, held_out = reward.split_by_prompt(pairs, seed=preset.seed)
+if preset.name == "pocket":
+    train, held_out = reward.split_by_prompt(pairs, seed=preset.seed)
+else:  # SFT has imitated the chosen answers of all pairs but these
+    train, held_out = pairs, never_seen
 best = ceiling(held_out["probability"])
 print(f"{len(train)} pairs to train on, {len(held_out)} held out; shared prompts:", end=" ")
-print(f"{len(set(train['prompt']) & set(held_out['prompt']))}; ceiling {best:.3f}")
+shared = set(map(readable, train["prompt"])) & set(map(readable, held_out["prompt"]))
+print(f"{len(shared)}; ceiling {best:.3f}")
 
 # %% [markdown]
 # ## A head on the last real token
@@ -558,7 +565,7 @@ assert abs(share - theirs) < 0.02
 if preset.name == "pocket":
     print("the pocket world has its rubric; no judge is needed")
 else:
-    other_half = reward.split_by_prompt(preference_dataset(preset, "judge"), seed=preset.seed)
+    other_half = preference_dataset(preset, "judge"), never_seen
     encoded = [reward.encode_pairs(tokenizer, rows, *lengths) for rows in other_half]
     roles.add("judge", copy_of="sft")
     roles.add_head("judge", seed=preset.seed + 1)

@@ -32,7 +32,7 @@ from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import load_tokenizer
+from rlhf_helpers.text import load_tokenizer, readable
 
 # %%
 preset = load_preset(PRESET)
@@ -443,7 +443,7 @@ for name, marks in (("best of n", chosen), ("PPO", marks_of(ours))):
 read = range(0, min(600, len(held_out)), 60)
 for i in read:
     for name, experience, points in (("SFT", before, gold_before), ("PPO", after, gold_after)):
-        start = held_out[i] if name == "SFT" else ""
+        start = readable(held_out[i]) if name == "SFT" else ""
         print(f"{start:38} {name} {points[i]:5.2f}  {experience.rollout.texts[i]}")
 
 # %% [markdown]
@@ -468,7 +468,7 @@ rows = {
 words = [tokenizer.decode(token).strip() for token in tokens]
 table = [numbers[real].tolist() for numbers in rows.values()]
 fig = plots.heat_map(table, words, list(rows), "nats, or standard deviations")
-print(f"{held_out[i]}  score {after.scores[i]:.2f}, KL {after.kl[i]:.2f}")
+print(f"{readable(held_out[i])}  score {after.scores[i]:.2f}, KL {after.kl[i]:.2f}")
 plots.show(
     fig, alt="A response token by token: its log-ratio to the reference, value and advantage."
 )

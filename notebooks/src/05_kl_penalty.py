@@ -34,7 +34,7 @@ from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_examples, score_responses, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import encode_examples, load_tokenizer
+from rlhf_helpers.text import encode_examples, load_tokenizer, readable
 
 # %%
 preset = load_preset(PRESET)
@@ -495,7 +495,7 @@ for role, label in LABELS.items():
 
 # %%
 for i in range(0, min(144, len(asked)), 24):
-    print(asked[i])
+    print(readable(asked[i]))
     for role in ("reference", "usual", "free"):
         print(f"    {LABELS[role]:8} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
 

@@ -27,7 +27,7 @@ from rlhf_helpers.presets import load_preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import load_tokenizer
+from rlhf_helpers.text import load_tokenizer, readable
 
 # %% [markdown]
 # In parts 1 to 4 nothing is trained. The current policy is the SFT model there, and its reference the pretrained
@@ -135,7 +135,7 @@ from rlhf_helpers.checks.lesson_05 import sampled_log_probs
 
 log_probs_curr, log_probs_ref = sampled_log_probs(curr_logits, ref_logits, tokens)
 some = len(asked) // 5
-print(f"{asked[some]}\ntoken        current   reference   difference")
+print(f"{readable(asked[some])}\ntoken        current   reference   difference")
 for t in range(mask[some].sum()):
     pair = log_probs_curr[some, t], log_probs_ref[some, t]
     print(f"{tokenizer.decode(tokens[some, t]).strip():10}", end="")
@@ -581,7 +581,7 @@ plots.show(fig, alt=f"Diversity for SFT and three β. Distinct-2 is {pairs}.")
 
 # %%
 for i in range(0, len(asked), len(asked) // 4):
-    print(asked[i])
+    print(readable(asked[i]))
     for name, experience in after.items():
         print(f"   {name:9} {experience.rollout.texts[i]}")
 
