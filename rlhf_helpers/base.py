@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
 SAFETENSORS = "model.safetensors"
+EXACT = 5e-4  # how far two devices' sums of the same weights may differ, in norms
 
 
 def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) -> PreTrainedModel:
@@ -180,3 +182,76 @@ def linear_shapes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and module is not last
     }
+
+
+def fingerprint(base: PreTrainedModel) -> dict[str, object]:
+    """A few numbers of every weight tensor, which tell a base from others.
+
+    Of W `[out, in]` its norm |W|, and for k = 1 to 4 the sum Σ cos(k (i+1)²) W_ij cos(k (j+1)²),
+    all divided by the root of W's size. Rounding and merged adapters change |W| little; but the
+    signs of the sums' terms look random, so that each sum moves about as far as W does, |ΔW|.
+
+    Returns:
+        `dtype` and `quantization`, and the numbers of the `linear` layers' weights and of the
+        `other` tensors, in the order of the model.
+    """
+    layers = {f"{name}.weight" for name in linear_shapes(base)}
+    found = {"dtype": str(base.dtype).removeprefix("torch."), "quantization": "none"}
+    found |= {"linear": [], "other": []}
+    for name, weight in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        if state := getattr(weight, "quant_state", None):
+            found["quantization"] = "double" if state.nested else "plain"
+            weight = dequantize_4bit(weight.data, state)
+        found["linear" if name in layers else "other"].append(_numbers(weight.detach()))
+    return found
+
+
+def _numbers(weight: Tensor) -> list[float]:
+    rows = weight.reshape(len(weight) if weight.dim() > 1 else 1, -1)
+    left, right = (_waves(size).to(weight.device) for size in rows.shape)
+    pieces = zip(rows.split(4096), left.split(4096), strict=True)  # none large in float32
+    sums = sum(((piece.float() @ right) * wave).sum(0) for piece, wave in pieces)
+    norm = torch.linalg.vector_norm(weight, dtype=torch.float32)
+    scaled = torch.cat([norm[None], sums]) / weight.numel() ** 0.5
+    return [float(f"{number:.6g}") for number in scaled.tolist()]
+
+
+def _waves(size: int) -> Tensor:
+    """√2 cos(k i²) for i = 1 to size and k = 1 to 4, `[size, 4]`: of mean square 1."""
+    squares = torch.arange(1, size + 1, dtype=torch.float64) ** 2
+    return (2**0.5 * torch.cos(squares[:, None] * torch.arange(1, 5))).float()
+
+
+def same_base(first: dict, second: dict) -> bool:
+    """Whether two fingerprints are of one base, possibly in other dtypes or quantized otherwise.
+
+    In one form, a merged adapter whose |ΔW| is a thousandth of |W| is told apart. Between bfloat16
+    and float32 about a hundredth is needed; between NF4 and no quantization half of |W| in a linear
+    layer, since NF4's own rounding moves weights by a tenth.
+    """
+    for kind in ("linear", "other"):
+        if [len(row) for row in first[kind]] != [len(row) for row in second[kind]]:
+            return False
+        a, b = (torch.tensor(side[kind]).reshape(-1, 5) for side in (first, second))
+        limit = _rounding(first, second, kind == "linear") * b[:, :1].clamp(min=1e-12)
+        if not ((a - b).abs() <= limit).all():
+            return False
+    return True
+
+
+def _rounding(first: dict, second: dict, linear: bool) -> float:
+    """How far rounding may move a fingerprint's number, in norms: at least 6 standard deviations.
+
+    Measured on the pocket base: 0.22 ε between dtypes, 0.21 √ε between dtypes rounded to NF4, 0.003
+    for double quantization and 0.09 between NF4 and none.
+    """
+    dtypes = {first["dtype"], second["dtype"]}
+    eps = max(torch.finfo(getattr(torch, name)).eps for name in dtypes) if len(dtypes) > 1 else 0
+    forms = {first["quantization"], second["quantization"]}
+    if not linear or forms == {"none"}:
+        return EXACT + 1.5 * eps
+    if "none" in forms:
+        return 0.5
+    return EXACT + 1.5 * eps**0.5 + 0.02 * (len(forms) - 1)
