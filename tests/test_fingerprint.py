@@ -77,10 +77,8 @@ def test_numbers_by_hand():
         assert number == pytest.approx(expected.item() / 2, rel=1e-5)
     assert base_module._numbers(weight)[0] == 2.5
     assert base_module._numbers(weight.bfloat16()) == base_module._numbers(weight)
-    large = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))  # more than one piece
-    left, right = (base_module._waves(size) for size in large.shape)
-    expected = torch.einsum("ik,ij,jk->k", left, large, right) / 15000**0.5
-    assert torch.allclose(torch.tensor(base_module._numbers(large)[1:]), expected, atol=1e-4)
+    long = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))
+    assert base_module._numbers(long) == base_module._numbers(long[::5])  # at most 1024 rows
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
