@@ -25,7 +25,9 @@ ROWS = 1024  # the most rows of a tensor that a fingerprint reads
 EXACT = 5e-4  # how far two devices' sums of the same weights may differ, in norms
 
 
-def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) -> PreTrainedModel:
+def load_base(
+    preset: Preset, quantized: bool | None = None, classifier: bool = False
+) -> PreTrainedModel:
     """Load the preset's base model, frozen, without dropout, its linear layers in NF4.
 
     Embeddings, norms and the output layer stay unquantized, in the preset's `compute_dtype`. Only
@@ -36,7 +38,7 @@ def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) 
 
     Args:
         preset: names the model, its device and how it computes.
-        quantized: False keeps every weight unquantized, to compare with.
+        quantized: False keeps every weight unquantized; None does as the preset says.
         classifier: True gives the body a new linear layer to one score in place of the output
             layer, as TRL's RewardTrainer takes it.
 
@@ -57,6 +59,7 @@ def load_base(preset: Preset, quantized: bool = True, classifier: bool = False) 
 
     Source: Dettmers et al., QLoRA (arXiv 2305.14314), section 3. Lesson 01 derives NF4.
     """
+    quantized = preset.quantized if quantized is None else quantized
     if preset.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"preset {preset.name!r} runs on CUDA, and torch sees no CUDA device here; use preset "
@@ -150,7 +153,8 @@ def _require_blocks(config, name: str) -> None:
         if size % NF4_BLOCK:
             raise ValueError(
                 f"{width} of {name!r} is {size}, no multiple of {NF4_BLOCK}: NF4 quantizes in "
-                f"blocks of {NF4_BLOCK} weights; choose another model or quantized=False"
+                f"blocks of {NF4_BLOCK} weights; choose another model or quantized=False "
+                "(RLHF_QUANTIZED=0)"
             )
 
 
