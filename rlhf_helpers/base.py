@@ -9,18 +9,23 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.hub import from_hub, require_files
 from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
 SAFETENSORS = "model.safetensors"
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is a linear layer, its weight transposed: GPT-2's
+RANDOM = ("dropout", "pdrop", "dropout_prob", "layerdrop", "noise")  # how such settings end
 ROWS = 1024  # the most rows of a tensor that a fingerprint reads
 EXACT = 5e-4  # how far two devices' sums of the same weights may differ, in norms
 
@@ -47,9 +52,9 @@ def load_base(
 
     Raises:
         FileNotFoundError: if a file of a local model is missing.
-        ValueError: if a local model's weights are truncated or not in safetensors, a layer's width
-            is no multiple of 64, or the preset asks for CUDA where there is none or too little
-            memory.
+        ValueError: if a local model's weights are truncated or not in safetensors, its architecture
+            is one on which roles would be wrong, a layer's width is no multiple of 64, or the
+            preset asks for CUDA where there is none or too little memory.
         ConnectionError: if the model is a hub id and the hub cannot be reached, or refuses.
 
     Example:
@@ -70,8 +75,7 @@ def load_base(
     options = {"revision": preset.revision, "local_files_only": preset.offline}
     config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **options)
     _switch_off_dropout(config)
-    if quantized:
-        _require_blocks(config, preset.model)
+    _require_fit(config, preset.model, quantized)
     if preset.device == "cuda":
         _require_memory(config, preset, quantized)
     if quantized:
@@ -106,11 +110,72 @@ def _require_weights(folder: Path) -> None:
     require_files(folder, SAFETENSORS)
 
 
-def _switch_off_dropout(config) -> None:
-    """Dropout would make the policy differ from itself, in training mode."""
+def _switch_off_dropout(config: PreTrainedConfig) -> None:
+    """Dropout, dropped layers or noise would make the policy differ from itself, in training."""
     for name, value in vars(config).items():
-        if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
+        if isinstance(value, PreTrainedConfig):
+            _switch_off_dropout(value)
+        elif isinstance(value, float) and name.endswith(RANDOM):
             setattr(config, name, 0.0)
+
+
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model on torch's "meta" device: shapes, and no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+_REFUSAL = (
+    "{!r} is of type {!r}, which {}; choose a dense causal language model, such as Qwen 2 or 3, "
+    "Llama, Mistral or Gemma"
+)
+
+
+def _require_fit(config: PreTrainedConfig, name: str, quantized: bool) -> None:
+    """Raise ValueError for a model on which the roles would be wrong, from its config alone."""
+    text_alone = config.get_text_config() is config
+    if not text_alone or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            _REFUSAL.format(name, config.model_type, "is no causal model of text alone")
+        )
+    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+        config.pad_token_id = (
+            None  # some name one that they have not; what counts is the tokenizer's
+        )
+    model = from_hub(name, on_meta, config)
+    if reason := _misfit(model):
+        raise ValueError(_REFUSAL.format(name, config.model_type, reason))
+    if not quantized:
+        return
+    for layer in model.modules():
+        if isinstance(layer, LINEAR) and type(layer) not in LINEAR:
+            raise ValueError(
+                f"{name!r} is of type {config.model_type!r}, whose linear layers are of a class of "
+                f"its own, {type(layer).__name__}, that stays out of NF4; choose another model or "
+                "quantized=False (RLHF_QUANTIZED=0)"
+            )
+    for layer, (_, inputs) in linear_shapes(model).items():
+        if inputs % NF4_BLOCK:
+            raise ValueError(
+                f"{layer} of {name!r} has {inputs} inputs, no multiple of {NF4_BLOCK}: NF4 "
+                f"quantizes in blocks of {NF4_BLOCK} weights; choose another model or "
+                "quantized=False (RLHF_QUANTIZED=0)"
+            )
+
+
+def _misfit(model: PreTrainedModel) -> str | None:
+    """Why roles on such a model would be wrong; None if they are right."""
+    modules = dict(model.named_modules())
+    flags = [getattr(module, "is_causal", None) for module in modules.values()]
+    if False in [*flags, getattr(model.config, "causal", None)]:
+        return "sees the tokens that it is to predict"
+    if model._is_stateful:
+        return "keeps a recurrent state, into which left padding would go"
+    for name, parameter in model.named_parameters():
+        layer = modules[name.rpartition(".")[0]]
+        if parameter.dim() > 1 and not isinstance(layer, (*LINEAR, nn.Embedding)):
+            return f"has weights that neither NF4 nor adapters reach, as of experts ({name})"
+    return None
 
 
 def _require_memory(config, preset: Preset, quantized: bool) -> None:
@@ -129,8 +194,7 @@ def _require_memory(config, preset: Preset, quantized: bool) -> None:
 
 def _weight_bytes(config, preset: Preset, quantized: bool) -> float:
     """Bytes of the weights on the device, from the configuration alone."""
-    with torch.device("meta"):  # shapes, and no memory
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = on_meta(config)
     linear = sum(outputs * inputs for outputs, inputs in linear_shapes(model).values())
     plain = getattr(torch, preset.compute_dtype).itemsize
     scale = 1 + 4 / 256 if preset.double_quant else 4  # bytes for each block
@@ -145,17 +209,6 @@ def _nf4(preset: Preset) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=getattr(torch, preset.compute_dtype),
         bnb_4bit_use_double_quant=preset.double_quant,
     )
-
-
-def _require_blocks(config, name: str) -> None:
-    for width in ("hidden_size", "intermediate_size"):
-        size = getattr(config, width, NF4_BLOCK)  # some architectures have other names
-        if size % NF4_BLOCK:
-            raise ValueError(
-                f"{width} of {name!r} is {size}, no multiple of {NF4_BLOCK}: NF4 quantizes in "
-                f"blocks of {NF4_BLOCK} weights; choose another model or quantized=False "
-                "(RLHF_QUANTIZED=0)"
-            )
 
 
 def _load_weights(preset: Preset, config, options: dict, classifier: bool) -> PreTrainedModel:
@@ -184,10 +237,20 @@ def linear_shapes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every layer that gets an adapter: all linear ones but the last."""
     last = base.get_output_embeddings()
     return {
-        name: (module.out_features, module.in_features)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not last
+        name: (layer.nf, layer.nx)
+        if isinstance(layer, Conv1D)
+        else (layer.out_features, layer.in_features)
+        for name, layer in base.named_modules()
+        if isinstance(layer, LINEAR) and layer is not last
     }
+
+
+def hidden_width(base: PreTrainedModel) -> int:
+    """Of the last hidden state, which the output layer and scalar heads read.
+
+    A few models, such as OPT-350m, have another `hidden_size` inside.
+    """
+    return base.get_output_embeddings().weight.shape[1]
 
 
 def fingerprint(base: PreTrainedModel) -> dict[str, object]:
@@ -203,11 +266,14 @@ def fingerprint(base: PreTrainedModel) -> dict[str, object]:
         `other` tensors, in the order of the model.
     """
     layers = {f"{name}.weight" for name in linear_shapes(base)}
+    turned = {f"{n}.weight" for n, layer in base.named_modules() if isinstance(layer, Conv1D)}
     found = {"dtype": str(base.dtype).removeprefix("torch."), "quantization": "none"}
     found |= {"linear": [], "other": []}
     for name, weight in base.named_parameters():
         if ".lora_" in name:
             continue
+        if name in turned:
+            weight = weight.T  # as NF4 has it
         if state := getattr(weight, "quant_state", None):
             found["quantization"] = "double" if state.nested else "plain"
             weight = dequantize_4bit(weight.data, state)

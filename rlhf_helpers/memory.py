@@ -1,15 +1,14 @@
 """What models cost, from first principles and measured: parameters, and bytes of each role."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
-from rlhf_helpers.base import NF4_BLOCK, linear_shapes
+from rlhf_helpers.base import NF4_BLOCK, hidden_width, linear_shapes, on_meta
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.validation import check_whole
 
@@ -121,14 +120,13 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
         raise TypeError(
             f"config is {config!r}: give a configuration, from AutoConfig.from_pretrained(model)."
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = on_meta(config)
     shapes = tuple(linear_shapes(model).values())
     linear = sum(outputs * inputs for outputs, inputs in shapes)
     embeddings, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     output = 0 if last is embeddings else last.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
-    return ModelSizes(shapes, total - linear - output, output, config.hidden_size)
+    return ModelSizes(shapes, total - linear - output, output, hidden_width(model))
 
 
 def memory_table(

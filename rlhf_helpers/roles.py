@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from rlhf_helpers.base import fingerprint, linear_shapes, same_base
+from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.validation import in_range
@@ -138,12 +138,13 @@ class Roles:
         active = self.active
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if self.model is None:
-                with warnings.catch_warnings():  # peft asks by an older name of transformers
-                    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            with warnings.catch_warnings():  # peft asks by an older name of transformers, and
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                warnings.filterwarnings("ignore", "fan_in_fan_out")  # says how it takes Conv1D
+                if self.model is None:
                     self.model = get_peft_model(self.base, self._config(), adapter_name=name)
-            else:
-                self.model.add_adapter(name, self._config())
+                else:
+                    self.model.add_adapter(name, self._config())
         self._trainable[name] = trainable
         if weights is not None:
             set_peft_model_state_dict(self.model, weights, adapter_name=name)
@@ -164,7 +165,7 @@ class Roles:
         if name in self.heads:
             raise ValueError(f"role {name!r} has a head already; add another role")
         with torch.random.fork_rng():
-            head = ScalarHead(self.base.config.hidden_size, seed)
+            head = ScalarHead(hidden_width(self.base), seed)
         self.heads[name] = head.to(self.base.device)
         self.heads[name].requires_grad_(self._trainable[name])
 
@@ -266,7 +267,7 @@ class Roles:
         weights = self._read(folder)
         head = None
         if (folder / HEAD).is_file():
-            head = ScalarHead.read(folder / HEAD, self.base.config.hidden_size)
+            head = ScalarHead.read(folder / HEAD, hidden_width(self.base))
         if name not in self._trainable:
             self.add(name, trainable=trainable)
         self._put_head(name, head, trainable)
@@ -278,7 +279,7 @@ class Roles:
         """Raise what `load` would raise for a saved role, and if a head is wanted and missing."""
         self._read(folder)
         if head or (folder / HEAD).is_file():
-            ScalarHead.read(folder / HEAD, self.base.config.hidden_size)
+            ScalarHead.read(folder / HEAD, hidden_width(self.base))
 
     def _put_head(self, name: str, head: "ScalarHead | None", trainable: bool) -> None:
         if head is None:
