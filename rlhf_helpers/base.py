@@ -139,9 +139,7 @@ def _require_fit(config: PreTrainedConfig, name: str, quantized: bool) -> None:
             _REFUSAL.format(name, config.model_type, "is no causal model of text alone")
         )
     if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
-        config.pad_token_id = (
-            None  # some name one that they have not; what counts is the tokenizer's
-        )
+        config.pad_token_id = None  # some name one that they have not; the tokenizer's counts
     model = from_hub(name, on_meta, config)
     if reason := _misfit(model):
         raise ValueError(_REFUSAL.format(name, config.model_type, reason))
