@@ -133,8 +133,8 @@ _REFUSAL = (
 
 def _require_fit(config: PreTrainedConfig, name: str, quantized: bool) -> None:
     """Raise ValueError for a model on which the roles would be wrong, from its config alone."""
-    text_alone = config.get_text_config() is config
-    if not text_alone or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not causal or config.get_text_config(decoder=True) is not config:
         raise ValueError(
             _REFUSAL.format(name, config.model_type, "is no causal model of text alone")
         )

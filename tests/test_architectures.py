@@ -105,7 +105,7 @@ STATE = "keeps a recurrent state, into which left padding would go"
 OUTSIDE = "has weights that neither NF4 nor adapters reach"
 REFUSED = {
     "bamba": ({}, STATE),
-    "bart": ({}, AHEAD),
+    "bart": ({}, NO_TEXT),
     "bert": ({}, AHEAD),
     "deepseek_v3": (LATENT | DEEP | {"first_k_dense_replace": 1}, OUTSIDE),
     "falcon": ({}, "FalconLinear, that stays out of NF4"),
