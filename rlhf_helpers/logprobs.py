@@ -21,6 +21,7 @@ from rlhf_helpers.validation import (
     check_binary,
     check_logits,
     check_softmax,
+    context_length,
     first_index,
     in_range,
     upcast,
@@ -308,12 +309,11 @@ def check_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     check_binary("attention_mask", attention_mask)
     if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
         raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
-    context = getattr(model.config, "max_position_embeddings", None)
-    tokens = attention_mask.sum(-1)
-    if context is not None and (row := first_index(tokens > context)) is not None:
+    tokens, context = attention_mask.sum(-1), context_length(model)
+    if (row := first_index(tokens > context)) is not None:
         raise ValueError(
             f"row {row[0]} has {int(tokens[row[0]])} tokens, more than the model's "
-            f"max_position_embeddings of {context}: shorten the prompt or the response."
+            f"context of {context}: shorten the prompt or the response."
         )
 
 

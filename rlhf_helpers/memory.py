@@ -1,15 +1,14 @@
 """What models cost, from first principles and measured: parameters, and bytes of each role."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
-from rlhf_helpers.base import NF4_BLOCK, linear_shapes
+from rlhf_helpers.base import NF4_BLOCK, hidden_width, linear_shapes, on_meta
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.validation import check_whole
 
@@ -121,14 +120,13 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
         raise TypeError(
             f"config is {config!r}: give a configuration, from AutoConfig.from_pretrained(model)."
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = on_meta(config)
     shapes = tuple(linear_shapes(model).values())
     linear = sum(outputs * inputs for outputs, inputs in shapes)
     embeddings, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     output = 0 if last is embeddings else last.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
-    return ModelSizes(shapes, total - linear - output, output, config.hidden_size)
+    return ModelSizes(shapes, total - linear - output, output, hidden_width(model))
 
 
 def memory_table(
@@ -348,6 +346,51 @@ def kv_cache_bytes(
         entry_bytes=entry_bytes,
     )
     return 2 * layers * kv_heads * head_dim * batch * tokens * entry_bytes
+
+
+def cache_bytes(config: PreTrainedConfig, batch: int, tokens: int, entry_bytes: int = 2) -> int:
+    """Bytes of a model's cache of keys and values, from its configuration.
+
+    `kv_cache_bytes` with three things that configurations know and the formula does not: a head may
+    have another width than hidden/heads; layers with a sliding window keep no more tokens than it
+    has; and multi-head latent attention (DeepSeek) keeps one short vector in place of all heads.
+
+    Args:
+        config: of a causal language model.
+        batch: sequences, B.
+        tokens: of each, prompt and response, T.
+        entry_bytes: of one number; 2 in bfloat16.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: a number that is no whole number of at least 1.
+
+    Example:
+        Gemma 3's heads are wider than 640/4, and five of six layers see 512 tokens only.
+
+        >>> from transformers import Gemma3TextConfig
+        >>> config = Gemma3TextConfig(hidden_size=640, num_hidden_layers=6, num_attention_heads=4,
+        ...     num_key_value_heads=1, head_dim=256, sliding_window=512)
+        >>> cache_bytes(config, batch=1, tokens=1000)  # 2 · 256 · (5 · 512 + 1000) numbers
+        3645440
+
+    Lesson 04 uses it.
+    """
+    _check_counts(batch=batch, tokens=tokens, entry_bytes=entry_bytes)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    )
+    kv_heads = getattr(config, "num_key_value_heads", None) or (1 if shared else heads)
+    latent = getattr(config, "kv_lora_rank", None)
+    numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * width
+    windows = [
+        getattr(layer, "sliding_window", tokens) for layer in DynamicCache(config=config).layers
+    ]
+    return numbers * batch * sum(min(tokens, window) for window in windows) * entry_bytes
 
 
 def activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:

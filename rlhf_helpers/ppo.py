@@ -37,6 +37,7 @@ from rlhf_helpers.validation import (
     check_binary,
     check_floating,
     check_logprobs,
+    context_length,
     first_index,
     in_range,
     upcast,
@@ -601,7 +602,7 @@ def train_ppo(
         raise TypeError(f"config is {config!r}: give a PPOConfig, such as PPOConfig(**settings).")
     prompts = prompts if isinstance(prompts, str) else list(prompts)  # a text would become letters
     _check_roles(roles)
-    room = roles.base.config.max_position_embeddings - config.response_length
+    room = context_length(roles.base) - config.response_length
     encode_prompts(tokenizer, prompts, room)  # raises for what cannot be a prompt, or is too long
     if len(prompts) < config.batch_size:
         raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
-ENVIRONMENT = ("model", "data", "device")  # set by RLHF_MODEL and so on
+ENVIRONMENT = ("model", "data", "device", "quantized")  # set by RLHF_MODEL and so on
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,6 +24,7 @@ class Preset:
         device: where the model lives, `cpu` or `cuda`.
         compute_dtype: in which 4-bit layers compute: `float32`, `bfloat16` or `float16`; `auto`
             lets `load_preset` choose what the device can do.
+        quantized: whether the base's linear layers are in NF4; False keeps them in `compute_dtype`.
         double_quant: whether the quantization constants are quantized too.
         prompt_length: the longest prompt, in tokens, chat template included.
         response_length: the longest response, in tokens.
@@ -45,6 +46,7 @@ class Preset:
     data_revision: str | None = None
     device: str = "cpu"
     compute_dtype: str = "float32"
+    quantized: bool = True
     double_quant: bool = False
     prompt_length: int = 24
     response_length: int = 32
@@ -72,6 +74,8 @@ class Preset:
                 raise ValueError(f"{name} is {value!r}; give a whole number of tokens, at least 1")
         if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
             raise ValueError(f"rows is {self.rows!r}; give a whole number, at least 1, or None")
+        if not isinstance(self.quantized, bool):
+            raise ValueError(f"quantized is {self.quantized!r}; give True (NF4) or False")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}; give a whole number")
         if self.device not in ("cpu", "cuda"):
@@ -113,8 +117,9 @@ PRESETS = {
 def load_preset(name: str | None = None, **overrides) -> Preset:
     """The preset to run with.
 
-    The environment variables RLHF_MODEL, RLHF_DATA and RLHF_DEVICE replace model, data and device
-    of `single_gpu`; `pocket` never follows them. A keyword goes before them. The revisions and
+    The environment variables RLHF_MODEL, RLHF_DATA, RLHF_DEVICE and RLHF_QUANTIZED (0 or 1) replace
+    those fields of `single_gpu`; `pocket` never follows them. A keyword goes before them. The
+    revisions and
     `data_dir` belong to the preset's own model and data: with others they are None unless given.
 
     Args:
@@ -152,9 +157,17 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
     return preset
 
 
-def _from_environment() -> dict[str, str]:
+def _from_environment() -> dict[str, str | bool]:
     variables = {name: os.environ.get(f"RLHF_{name.upper()}") for name in ENVIRONMENT}
-    return {name: value for name, value in variables.items() if value}
+    found: dict[str, str | bool] = {name: value for name, value in variables.items() if value}
+    if "quantized" in found:
+        if found["quantized"] not in ("0", "1"):
+            raise ValueError(
+                f"environment variable RLHF_QUANTIZED is {found['quantized']!r}; give 1 for a base "
+                "in NF4, 0 for one that is not quantized"
+            )
+        found["quantized"] = found["quantized"] == "1"
+    return found
 
 
 def _best_dtype(device: str) -> str:

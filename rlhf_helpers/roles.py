@@ -1,7 +1,9 @@
 """The roles of RLHF as adapters on one frozen base."""
 
 import copy
+import json
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,23 +24,33 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from rlhf_helpers.base import linear_shapes
+from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.validation import in_range
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 HEAD = "head.safetensors"
-# The settings that decide what an adapter computes.
-PLAIN_LORA = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-)
+BASE = "base_weights"  # under which the weights' file has the fingerprint of the adapter's base
+# Settings of LoRA that leave open what a trained adapter computes: names and training, and which
+# layers it is on, which the shapes of its weights say. All others must be those of `Roles`.
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",  # which counts only if init_lora_weights is "loftq"
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
 
 
 class Roles:
@@ -89,6 +101,11 @@ class Roles:
         self._trainable: dict[str, bool] = {}
         base.base_model.register_forward_hook(self._guard)
 
+    @cached_property
+    def fingerprint(self) -> dict[str, object]:
+        """Of the base, to tell it from others; computed once, when it is first needed."""
+        return fingerprint(self.base)
+
     @property
     def names(self) -> list[str]:
         """The roles, in the order in which they came."""
@@ -124,12 +141,13 @@ class Roles:
         active = self.active
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if self.model is None:
-                with warnings.catch_warnings():  # peft asks by an older name of transformers
-                    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            with warnings.catch_warnings():  # peft asks by an older name of transformers, and
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                warnings.filterwarnings("ignore", "fan_in_fan_out")  # says how it takes Conv1D
+                if self.model is None:
                     self.model = get_peft_model(self.base, self._config(), adapter_name=name)
-            else:
-                self.model.add_adapter(name, self._config())
+                else:
+                    self.model.add_adapter(name, self._config())
         self._trainable[name] = trainable
         if weights is not None:
             set_peft_model_state_dict(self.model, weights, adapter_name=name)
@@ -150,7 +168,7 @@ class Roles:
         if name in self.heads:
             raise ValueError(f"role {name!r} has a head already; add another role")
         with torch.random.fork_rng():
-            head = ScalarHead(self.base.config.hidden_size, seed)
+            head = ScalarHead(hidden_width(self.base), seed)
         self.heads[name] = head.to(self.base.device)
         self.heads[name].requires_grad_(self._trainable[name])
 
@@ -235,7 +253,7 @@ class Roles:
         config = self._config()
         config.base_model_name_or_path = _portable(self.base.name_or_path)
         config.save_pretrained(folder)
-        metadata = {"format": "pt", "base": _fingerprint(self.base)}
+        metadata = {"format": "pt", BASE: json.dumps(self.fingerprint)}
         save_file(self.state(name), folder / WEIGHTS, metadata=metadata)
         if name in self.heads:
             self.heads[name].write(folder / HEAD)
@@ -252,7 +270,7 @@ class Roles:
         weights = self._read(folder)
         head = None
         if (folder / HEAD).is_file():
-            head = ScalarHead.read(folder / HEAD, self.base.config.hidden_size)
+            head = ScalarHead.read(folder / HEAD, hidden_width(self.base))
         if name not in self._trainable:
             self.add(name, trainable=trainable)
         self._put_head(name, head, trainable)
@@ -301,7 +319,7 @@ class Roles:
         """Raise what `load` would raise for a saved role, and if a head is wanted and missing."""
         self._read(folder)
         if head or (folder / HEAD).is_file():
-            ScalarHead.read(folder / HEAD, self.base.config.hidden_size)
+            ScalarHead.read(folder / HEAD, hidden_width(self.base))
 
     def _put_head(self, name: str, head: "ScalarHead | None", trainable: bool) -> None:
         if head is None:
@@ -361,34 +379,48 @@ class Roles:
                 )
         try:
             config = LoraConfig.from_pretrained(str(folder))
+            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             with safe_open(folder / WEIGHTS, "pt") as file:
                 weights = {key: file.get_tensor(key) for key in file.keys()}
-                trained_on = (file.metadata() or {}).get("base")
+                metadata = file.metadata() or {}
+            trained_on = json.loads(metadata.get(BASE, "null"))
         except Exception as error:
             raise ValueError(
                 f"the adapter in '{folder}' cannot be read ({type(error).__name__}: {error}); it "
                 "is truncated or damaged: train it again, or copy the whole folder"
             ) from error
-        ours = self._config()
-        for field in PLAIN_LORA:
-            theirs, wanted = getattr(config, field, None), getattr(ours, field)
-            if theirs != wanted:
-                raise ValueError(
-                    f"the adapter in '{folder}' has {field} {theirs}, these roles {wanted}; build "
-                    "Roles with the adapter's rank (r) and alpha; only plain LoRA can be loaded"
-                )
+        self._check_settings(folder, vars(config) | settings | vars(config))
         if bad := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
             raise ValueError(
                 f"the adapter in '{folder}' has NaN or infinity in {bad[0]}; train it again, with "
                 "a lower learning_rate"
             )
         _check_shapes(folder, weights, self.shapes, self.rank)
-        if trained_on and not _same_base(trained_on, _fingerprint(self.base)):
+        if "base" in metadata and trained_on is None:
             raise ValueError(
-                f"the adapter in '{folder}' was trained on another base of the same sizes; load "
-                "that base, or train the adapter again on this one"
+                f"the adapter in '{folder}' was saved by an older version of this package, which "
+                "noted too little of its base to tell it from others; train it again"
+            )
+        if trained_on and not same_base(trained_on, self.fingerprint):
+            raise ValueError(
+                f"the adapter in '{folder}' was trained on another base of the same sizes, perhaps "
+                "one with an adapter merged in; load that base, or train the adapter again on "
+                "this one"
             )
         return weights
+
+    def _check_settings(self, folder: Path, settings: dict[str, object]) -> None:
+        """Raise unless an adapter's settings make it compute W x + (α/r) B A x, as these roles."""
+        ours = vars(self._config()) | {"init_lora_weights": True}
+        if settings["init_lora_weights"] in PLAIN_STARTS:
+            settings = settings | {"init_lora_weights": True}
+        for field in [name for name in settings if name not in HARMLESS]:
+            theirs, wanted = settings[field], ours.get(field)
+            if (theirs or None) != (wanted or None):
+                raise ValueError(
+                    f"the adapter in '{folder}' has {field} {theirs}, these roles {wanted}; build "
+                    "Roles with the adapter's rank (r) and alpha; only plain LoRA can be loaded"
+                )
 
 
 class ScalarHead(nn.Linear):
@@ -470,14 +502,3 @@ def _check_shapes(folder: Path, weights: dict, shapes: dict, rank: int) -> None:
                 f"the adapter in '{folder}' does not fit this base: {key} is {found.get(key)} "
                 f"there and {expected.get(key)} here; load the base that it was trained on"
             )
-
-
-def _fingerprint(base: PreTrainedModel) -> str:
-    """Sixteen of the embedding's weights, which tell bases of equal sizes apart."""
-    weights = base.get_input_embeddings().weight.detach().flatten()
-    return " ".join(f"{w:.6g}" for w in weights[:: max(1, len(weights) // 16)][:16].tolist())
-
-
-def _same_base(first: str, second: str) -> bool:
-    a, b = (torch.tensor([float(w) for w in text.split()]) for text in (first, second))
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0.02, atol=1e-6)  # other dtypes round

@@ -1,13 +1,16 @@
 """Sampling responses from the distribution that is scored later: no top-k, no top-p."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.text import encode_prompts
-from rlhf_helpers.validation import in_range
+from rlhf_helpers.validation import context_length, in_range
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ def sample_responses(
 ) -> Rollout:
     """Sample one response to each prompt from softmax(logits / temperature).
 
+    Nothing of a model's own generation settings takes part, whatever its folder says: no top-k, no
+    penalty, no beams. Only the tokenizer's EOS ends a response; further ids that a model's settings
+    call EOS are tokens as all others, since masks, scores and rewards know one EOS.
+
     Args:
         prompts: questions as plain text; the tokenizer's chat template is applied.
         response_length: the most tokens of a response, T.
@@ -70,7 +77,7 @@ def sample_responses(
         raise ValueError(
             f"response_length is {response_length}; give at least 1 token, a whole number"
         )
-    context = model.config.max_position_embeddings
+    context = context_length(model)
     room = context - response_length
     prompt_length = room if prompt_length is None else prompt_length
     if prompt_length > room or room < 1:
@@ -80,20 +87,20 @@ def sample_responses(
         )
     batch = encode_prompts(tokenizer, prompts, prompt_length).to(model.device)
     check_sequences(model, batch["input_ids"], batch["attention_mask"])
-    with torch.random.fork_rng(enabled=seed is not None):
+    settings = GenerationConfig(
+        max_new_tokens=response_length,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,  # generate's own default is 50, and would make KL estimates wrong
+        top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.random.fork_rng(enabled=seed is not None), _no_settings_of_its_own(causal):
         if seed is not None:
             torch.manual_seed(seed)
-        input_ids = model.generate(
-            **batch,
-            max_new_tokens=response_length,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,  # generate's own default is 50, and would make KL estimates wrong
-            top_p=1.0,
-            repetition_penalty=1.0,  # some models ship settings with a penalty
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        input_ids = causal.generate(**batch, generation_config=settings)
     tokens = input_ids[:, batch["input_ids"].shape[1] :]
     response_mask = mask_after_eos(tokens, tokenizer.eos_token_id)
     return Rollout(
@@ -103,3 +110,13 @@ def sample_responses(
         texts=[t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)],
         finished=(tokens == tokenizer.eos_token_id).any(-1),
     )
+
+
+@contextmanager
+def _no_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `generate` finds no settings of the model's to fill those in that ours leave open."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

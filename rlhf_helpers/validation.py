@@ -1,10 +1,12 @@
 """Checks that several modules share; each message names the argument."""
 
 import math
+import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+CONTEXT = ("max_position_embeddings", "max_seq_len")  # what configs call the most tokens
 LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
 SUM_TOLERANCE = 1e-3  # how far from 1 it may push the sum of a row of probabilities
 
@@ -101,3 +103,12 @@ def require_columns(dataset: object, source: str, columns: tuple[str, ...]) -> N
             f"{source!r} has no column {missing[0]!r}, only {', '.join(names)}; "
             f"rename or add it: needed are {', '.join(columns)}"
         )
+
+
+def context_length(model: nn.Module) -> int:
+    """The most tokens that a model takes; `sys.maxsize` where its config knows no limit.
+
+    Models of recurrent layers or ALiBi biases may have none.
+    """
+    lengths = (getattr(model.config, name, None) for name in CONTEXT)
+    return next((length for length in lengths if isinstance(length, int)), sys.maxsize)

@@ -534,7 +534,7 @@ def test_a_row_longer_than_the_context_is_named(model):
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # 128 tokens: as many as the model has positions
     assert response_logprobs(model, ids[:1], mask[:1], 2).shape == (1, 2)
-    with pytest.raises(ValueError, match=r"row 1 has 129 tokens.*max_position_embeddings of 128"):
+    with pytest.raises(ValueError, match=r"row 1 has 129 tokens.*context of 128"):
         response_logprobs(model, ids, mask, 2)
 
 

@@ -8,7 +8,13 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+)
 
 from rlhf_helpers import memory
 from rlhf_helpers.base import load_base
@@ -306,6 +312,55 @@ def test_cache_is_what_transformers_keeps(base):
     kept = sum(t.numel() * t.element_size() for k in cache.layers for t in (k.keys, k.values))
     sizes = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, 2, 5)
     assert kv_cache_bytes(*sizes, entry_bytes=4) == kept
+
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+}
+WIDE = {"head_dim": 128, "num_key_value_heads": 1}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+CACHES = {
+    "llama": ("llama", {"num_key_value_heads": 1}),
+    "wide heads": ("llama", {"num_key_value_heads": 1, "head_dim": 128}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 1}),
+    "gemma 3, short window": ("gemma3_text", WIDE | {"sliding_window": 8}),
+    "gemma 3, long window": ("gemma3_text", WIDE | {"sliding_window": 512}),
+    "mistral": ("mistral", {"num_key_value_heads": 1, "sliding_window": 8}),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "bloom": ("bloom", {}),
+    "one head": ("gpt_bigcode", {}),
+    "falcon": ("falcon", {}),
+    "falcon, new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    "latent": ("deepseek_v3", LATENT | EXPERTS | {"v_head_dim": 16, "moe_intermediate_size": 64}),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_is_counted_from_the_config(name):
+    """Against what transformers holds after generation; the last token gets into no cache."""
+    kind, own = CACHES[name]
+    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SMALL, **own)).eval()
+    prompt = torch.ones(2, 20, dtype=torch.int64)
+    ends = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    found = made.generate(prompt, return_dict_in_generate=True, **ends).past_key_values
+    held = [t for layer in found.layers for t in (layer.keys, layer.values)]
+    expected = sum(tensor.untyped_storage().nbytes() for tensor in held)
+    assert memory.cache_bytes(made.config, 2, 25, entry_bytes=4) == expected
+
+
+def test_of_a_plain_model_both_counts_are_the_same(base):
+    c = base.config
+    sizes = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
+    assert memory.cache_bytes(c, 3, 40) == kv_cache_bytes(*sizes, 3, 40)
+    with pytest.raises(ValueError, match="tokens is 0"):
+        memory.cache_bytes(c, 3, 0)
 
 
 # --- measured_bytes ---

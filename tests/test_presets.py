@@ -14,7 +14,7 @@ from rlhf_helpers.presets import load_preset
 
 @pytest.fixture(autouse=True)
 def _no_sources_from_environment(monkeypatch):
-    for name in ("RLHF_MODEL", "RLHF_DATA"):
+    for name in ("RLHF_MODEL", "RLHF_DATA", "RLHF_QUANTIZED"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -122,3 +122,22 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_what_comes_from_the_hub_by_default_is_pinned():
     preset = load_preset("single_gpu")
     assert len(preset.revision) == len(preset.data_revision) == 40
+
+
+@pytest.mark.parametrize("value, expected", [("0", False), ("1", True), ("", True)])
+def test_the_environment_says_whether_single_gpu_is_quantized(monkeypatch, value, expected):
+    monkeypatch.setenv("RLHF_QUANTIZED", value)
+    assert load_preset("single_gpu", device="cpu").quantized is expected
+    assert load_preset("single_gpu", device="cpu", quantized=not expected).quantized is not expected
+    assert load_preset("pocket").quantized is True  # as with the other variables
+    assert load_preset("pocket", quantized=False).quantized is False
+
+
+@pytest.mark.parametrize("value", ["no", "False", "2", "4", " 1"])
+def test_another_value_of_quantized_is_named(monkeypatch, value):
+    monkeypatch.setenv("RLHF_QUANTIZED", value)
+    with pytest.raises(ValueError, match=f"RLHF_QUANTIZED is '{value}'; give 1 .* 0"):
+        load_preset("single_gpu", device="cpu")
+    assert load_preset("pocket").quantized
+    with pytest.raises(ValueError, match="quantized is '1'; give True"):
+        load_preset("pocket", quantized="1")

@@ -123,7 +123,8 @@ roles = four_roles()
 measured = memory.measured_bytes(roles)
 for name, kinds in measured.items():
     print(f"{name:10}", ", ".join(f"{kind} {number:,} bytes" for kind, number in kinds.items()))
-computed = sum(r.weights + r.adapters for r in tables[preset.name]["LoRA on 1 NF4 base"])
+way = "LoRA on 1 NF4 base" if preset.quantized else "LoRA on 1 base"
+computed = sum(r.weights + r.adapters for r in tables[preset.name][way])
 there = sum(sum(kinds.values()) for kinds in measured.values())
 print(f"measured {there:,} bytes of weights, computed {computed:,}")
 assert abs(there / computed - 1) < (0.02 if preset.name == "pocket" else 0.05)
@@ -205,10 +206,7 @@ print({name: round(number, 4) for name, number in stats.items()})
 kept = memory.activation_bytes(
     lambda: response_logprobs(roles.use("policy"), ids, attention, T), roles.base
 )
-shape = AutoConfig.from_pretrained(preset.model)
-heads = shape.num_attention_heads  # keys and values may have fewer
-heads = getattr(shape, "num_key_value_heads", heads), shape.hidden_size // heads
-cache = memory.kv_cache_bytes(shape.num_hidden_layers, *heads, *ids.shape, ours[0])
+cache = memory.cache_bytes(roles.base.config, *ids.shape, ours[0])
 print(
     f"{ids.numel()} tokens: activations {kept / 1e6:.1f} MB, keys and values {cache / 1e6:.2f} MB"
 )
