@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
@@ -308,8 +309,11 @@ class Roles:
                 weight = module.base_layer.weight
                 if isinstance(weight, Params4bit):
                     weight = dequantize_4bit(weight.data, weight.quant_state)
-                delta = module.get_delta_weight(name).float()
-                own[f"{layer}.base_layer.weight"] = weight.float() + delta
+                weight = weight.float() + module.get_delta_weight(name).float()
+                turned = isinstance(model.get_submodule(layer), Conv1D)  # NF4 has it as [out, in]
+                if turned and not isinstance(module.base_layer, Conv1D):
+                    weight = weight.T
+                own[f"{layer}.base_layer.weight"] = weight
         own = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items()}
         wanted = model.state_dict()
         model.load_state_dict({key: own[key].float() for key in wanted})

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_helpers.logprobs import check_sequences
-from rlhf_helpers.text import encode_prompts
+from rlhf_helpers.text import Prompt, encode_prompts
 from rlhf_helpers.validation import context_length, in_range
 
 
@@ -47,7 +47,7 @@ def mask_after_eos(tokens: torch.Tensor, eos: int) -> torch.Tensor:
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[Prompt],
     response_length: int = 32,
     prompt_length: int | None = None,
     temperature: float = 1.0,
@@ -60,7 +60,8 @@ def sample_responses(
     call EOS are tokens as all others, since masks, scores and rewards know one EOS.
 
     Args:
-        prompts: questions as plain text; the tokenizer's chat template is applied.
+        prompts: questions as plain text, or dialogues as messages; the tokenizer's chat template is
+            applied.
         response_length: the most tokens of a response, T.
         prompt_length: the most tokens of a prompt, P; None for what the model's context leaves.
         temperature: 1 samples from the model itself; > 0.

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 
 from rlhf_helpers.hub import from_hub, require_files
 from rlhf_helpers.presets import Preset
-from rlhf_helpers.validation import require_columns
+from rlhf_helpers.validation import context_length, require_columns
 
 Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
 Prompt = str | list[Message]  # a question, or a dialogue that ends with the user's turn
@@ -443,7 +443,7 @@ def check_examples(
     """
     if not examples:
         raise ValueError(f"{name} is empty: give at least one example")
-    eos, context = tokenizer.eos_token_id, getattr(model.config, "max_position_embeddings", None)
+    eos, context = tokenizer.eos_token_id, context_length(model)
     for i, example in enumerate(examples):
         if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
             raise ValueError(
@@ -462,7 +462,7 @@ def check_examples(
                 f"{name}[{i}] holds token id {largest}, and the model has "
                 f"{model.config.vocab_size} tokens; use the model's own tokenizer"
             )
-        if context is not None and len(prompt) + len(response) > context:
+        if len(prompt) + len(response) > context:
             raise ValueError(
                 f"{name}[{i}] has {len(prompt) + len(response)} tokens, more than the model's "
                 f"context of {context}; leave it out or shorten it"

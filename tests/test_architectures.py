@@ -293,6 +293,22 @@ def test_an_adapter_moves_to_the_unquantized_base(preset, tmp_path):
     assert torch.allclose(found, naive(other.model), atol=1e-4)
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_merged_role_is_a_plain_model_that_answers_alike(preset, tmp_path, quantized):
+    roles = Roles(load_base(preset, quantized=quantized), RANK, ALPHA)
+    roles.add("other")
+    made_roles(preset, "policy").save("policy", tmp_path / "adapter")
+    roles.load("policy", tmp_path / "adapter")
+    roles.use("other")
+    roles.merged("policy").save_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert type(plain) is type(roles.base) and roles.active == "other"
+    with torch.no_grad():
+        found, expected = naive(plain), naive(roles.use("policy"))
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, naive(roles.use("other")), atol=1e-2)
+
+
 # --- refused ---
 
 

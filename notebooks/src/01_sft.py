@@ -29,7 +29,14 @@ from rlhf_helpers.pocket import exam, rubric
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
-from rlhf_helpers.text import answer_text, as_messages, encode_examples, load_tokenizer, pad_examples, readable
+from rlhf_helpers.text import (
+    answer_text,
+    as_messages,
+    encode_examples,
+    load_tokenizer,
+    pad_examples,
+    readable,
+)
 
 # %%
 preset = load_preset(PRESET)
