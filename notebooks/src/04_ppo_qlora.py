@@ -587,11 +587,12 @@ print(tokenizer.decode(said[0]))
 roles.load("policy", folder / "policy")
 roles.merged("policy").save_pretrained(folder / "merged")
 tokenizer.save_pretrained(folder / "merged")
+device = roles.base.device
 unquantized = Roles(load_base(preset, quantized=False))
 unquantized.load("policy", folder / "policy")
 ways = {
     "adapter on NF4": roles.use("policy"),
-    "in decoded weights": AutoModelForCausalLM.from_pretrained(folder / "merged").eval(),
+    "in decoded weights": AutoModelForCausalLM.from_pretrained(folder / "merged").to(device),
     "in original weights": unquantized.merged("policy"),
 }
 
@@ -601,10 +602,9 @@ batch = encode_prompts(tokenizer, some, preset.prompt_length)
 positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 first_logits, drawn = {}, {}
 for name, model in ways.items():
-    device = roles.base.device
     inputs = {key: tensor.to(device) for key, tensor in batch.items()}
     with torch.no_grad():
-        out = model.to(device)(**inputs, position_ids=positions.to(device), logits_to_keep=1)
+        out = model(**inputs, position_ids=positions.to(device), logits_to_keep=1)
     first_logits[name] = out.logits[:, -1].float()
     drawn[name] = sample_responses(model, tokenizer, some, preset.response_length, seed=1)
     difference = (first_logits[name] - first_logits["adapter on NF4"]).abs().max()
