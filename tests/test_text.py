@@ -281,3 +281,34 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(tmp_pat
     other = dated.apply_chat_template(TALK[:1], tokenize=False)
     assert other.startswith("02 Jan 2031"), "the test's own clock must act"
     assert render(load_tokenizer(preset), "hi") == today == "26 Jul 2024 <|user|>hi<|assistant|>"
+
+
+# --- pad tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad", ["<|late|>", None, "</s>"])
+def test_a_pad_token_without_an_embedding_gives_way_to_one_that_has_it(tmp_path, pad):
+    """Added to a tokenizer and not to its model, a token would be an index out of range."""
+    tokenizer = tokenizer_with(CHAT, special=["<|reserved_special_token_0|>"])
+    embeddings = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|late|>", special=True)])
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=embeddings).save_pretrained(tmp_path)
+    preset = load_preset("single_gpu", model=str(tmp_path), device="cpu")
+    found = load_tokenizer(preset)
+    assert found.pad_token == "<|reserved_special_token_0|>"
+    assert found.pad_token_id < embeddings and len(found) == embeddings + 1
+
+
+def test_without_another_pad_token_that_is_said(tmp_path):
+    tokenizer = tokenizer_with(CHAT)
+    LlamaConfig(vocab_size=3).save_pretrained(tmp_path)  # <unk>, <s> and </s>, not <pad>
+    tokenizer.unk_token = "<s>"
+    tokenizer.save_pretrained(tmp_path)
+    preset = load_preset("single_gpu", model=str(tmp_path), device="cpu")
+    tokenizer = load_tokenizer(preset)
+    assert tokenizer.pad_token == "<unk>"
+    LlamaConfig(vocab_size=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="eos token '</s>' has id 2, .* embeddings for 1 tokens"):
+        load_tokenizer(preset)
