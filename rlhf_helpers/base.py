@@ -24,7 +24,7 @@ from rlhf_helpers.hub import from_hub, require_files
 from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
-SAFETENSORS = "model.safetensors"
+SAFETENSORS, CONFIG = "model.safetensors", "adapter_config.json"
 LINEAR = (nn.Linear, Conv1D)  # Conv1D is a linear layer, its weight transposed: GPT-2's
 RANDOM = ("dropout", "pdrop", "dropout_prob", "layerdrop", "noise")  # how such settings end
 ROWS = 1024  # the most rows of a tensor that a fingerprint reads
@@ -74,6 +74,7 @@ def load_base(
     if preset.offline:
         _require_weights(Path(preset.model))
     options = {"revision": preset.revision, "local_files_only": preset.offline}
+    options["trust_remote_code"] = False  # else transformers would ask whether to run it
     config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **options)
     _switch_off_dropout(config)
     _require_fit(config, preset.model, quantized)
@@ -94,6 +95,16 @@ def _require_weights(folder: Path) -> None:
     """Raise unless a folder has a config and safetensors, in one file or in all their parts."""
     require_files(folder, "config.json")
     index = folder / f"{SAFETENSORS}.index.json"
+    if (folder / CONFIG).is_file():
+        raise ValueError(
+            f"'{folder}' holds an adapter ({CONFIG}); give the folder of its base, and load the "
+            "adapter with Roles.load"
+        )
+    if (folder / SAFETENSORS).is_file() and index.is_file():
+        raise ValueError(
+            f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "
+            "saved over the other; delete those that are older"
+        )
     if not (folder / SAFETENSORS).is_file() and index.is_file():
         try:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -138,6 +149,13 @@ def _require_fit(config: PreTrainedConfig, name: str, quantized: bool) -> None:
     if not causal or config.get_text_config(decoder=True) is not config:
         raise ValueError(
             _REFUSAL.format(name, config.model_type, "is no causal model of text alone")
+        )
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored and not (quantized and stored.get("load_in_4bit")):
+        raise ValueError(
+            f"{name!r} is quantized already ({stored.get('quant_method')}); give the model as it "
+            "was before, load_base quantizes it itself"
         )
     if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
         config.pad_token_id = None  # some name one that they have not; the tokenizer's counts
@@ -227,8 +245,17 @@ def _load_weights(preset: Preset, config, options: dict, classifier: bool) -> Pr
         "dtype": getattr(torch, preset.compute_dtype),
         "device_map": {"": preset.device},
         "use_safetensors": True,
+        "output_loading_info": True,
     }
-    return from_hub(preset.model, load, preset.model, **options)
+    model, info = from_hub(preset.model, load, preset.model, **options)
+    foreign = [key for key in info["unexpected_keys"] if key.endswith("weight")]
+    if not classifier and (wrong := [*info["missing_keys"], *foreign]):
+        raise ValueError(
+            f"the weights of {preset.model!r} do not fit its config.json: {wrong[0]} is missing or "
+            f"has no place ({len(wrong)} in all), and would be random or left out; get all files "
+            "of one model, as save_pretrained writes them"
+        )
+    return model
 
 
 def _switch_off_repacking(model: PreTrainedModel) -> None:

@@ -1,13 +1,16 @@
 """Data sets in TRL's columns: generated, local or from the hub."""
 
+import ast
 import csv
 import glob
 import gzip
+import hashlib
 import json
 import random
 import re
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -27,13 +30,17 @@ from rlhf_helpers.text import (
     render,
     reserved,
     response_tokens,
+    same_prompt,
 )
 from rlhf_helpers.validation import require_columns
 
 ASSISTANT = "\n\nAssistant:"
+MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # who speaks in a transcript of hh-rlhf
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 ANSWERS = ("completion", "chosen", "rejected")
+READ = ("prompt", "system", "label", *ANSWERS)
+CSV = {"converters": dict.fromkeys(READ[:2] + READ[3:], str), "keep_default_na": False}
 HELD_OUT = ("held_out", "held_out_phrasing", "held_out_fact")
 
 
@@ -152,8 +159,8 @@ def _in_columns(rows: list[dict]) -> list[dict]:
 
 def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | dict[str, Dataset]:
     """One split of a source as it is, or, without a name, all of them by their names."""
-    path = Path(source)
-    kind = FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
+    path = Path(source).expanduser()
+    kind = _kind(path)
     if kind and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
@@ -168,8 +175,9 @@ def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | di
         raise ValueError(f"{source!r} ends in none of {', '.join(FORMATS)}; convert it to one")
     options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
     if path.is_dir():
+        options |= _folder_options(path / (options["data_dir"] or ""))
         try:
-            return load_dataset(source, **options)
+            return _load_local(str(path), **options)
         except Exception as error:
             detail = str(error.__cause__ or error).strip().partition("\n")[0]
             raise ValueError(
@@ -181,18 +189,42 @@ def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | di
     return from_hub(source, load_dataset, source, **options)
 
 
+def _kind(path: Path) -> str | None:
+    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+
+
+def _folder_options(folder: Path) -> dict:
+    """How to read a folder's files; ValueError for what would be read wrongly, or not at all."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    kinds = {kind: path for path in files if (kind := _kind(path))}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(path.name for path in kinds.values()))
+        raise ValueError(
+            f"the folder '{folder}' has data of several kinds ({names}), of which one would be "
+            "read; keep one kind"
+        )
+    for path in files:
+        if _kind(path) == "csv":
+            _check_csv(path)
+    return CSV if "csv" in kinds else {}
+
+
+def _load_local(*source: str, **options) -> Dataset | dict[str, Dataset]:
+    """`load_dataset` without its cache, which takes a changed file of the same date for the old."""
+    with TemporaryDirectory() as cache:
+        return load_dataset(*source, cache_dir=cache, keep_in_memory=True, **options)
+
+
 def _read_file(path: Path, kind: str) -> Dataset:
     """One file, by the `datasets` library; texts of a CSV file stay texts, even "12" and "NA"."""
     if not path.stat().st_size:
         raise ValueError(f"'{path}' is empty: it needs at least one row")
-    options = {}
     if kind == "csv":
         _check_csv(path)
-        converters = dict.fromkeys(("prompt", *ANSWERS), str)
-        options = {"converters": converters, "keep_default_na": False}
     files = {"train": [glob.escape(str(path))]}
     try:
-        dataset = load_dataset(kind, data_files=files, split="train", **options)
+        options = CSV if kind == "csv" else {}
+        dataset = _load_local(kind, data_files=files, split="train", **options)
         dataset[:]  # finds what is not UTF-8
         return dataset
     except Exception as error:
@@ -224,7 +256,10 @@ def _check_csv(path: Path) -> None:
                         "commas"
                     )
     except csv.Error as error:
-        raise ValueError(f"'{path}': {error}; look for a quote that is never closed") from error
+        raise ValueError(
+            f"'{path}': {error}; look for a quote that is never closed, or give such long texts as "
+            ".jsonl"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8; save it with that encoding") from error
 
@@ -256,8 +291,9 @@ def _all_rows(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[d
     names = _names(dataset, source, columns)
     rows = []
     for number, row in enumerate(dataset.select_columns(names).to_list(), 1):
-        bad = [n for n in names if not isinstance(row[n], str | list) or not row[n]]
-        bad += [n for n in names if isinstance(row[n], str) and not row[n].strip()]
+        needed = [name for name in names if name not in ("system", "label")]
+        bad = [n for n in needed if not isinstance(row[n], str | list) or not row[n]]
+        bad += [n for n in needed if isinstance(row[n], str) and not row[n].strip()]
         if bad:
             raise ValueError(
                 f"{source!r}, row {number}: {bad[0]} is {row[bad[0]]!r:.99}, give it some text"
@@ -293,7 +329,7 @@ def _names(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[str]
     if "prompt" not in there and "chosen" in there:  # the prompt is in the transcripts
         columns = tuple(name for name in columns if name != "prompt") or ("chosen",)
     require_columns(dataset, source, columns)
-    return list(columns)
+    return [*columns, *(name for name in ("system", "label") if name in there)]
 
 
 def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> list[dict]:
@@ -318,15 +354,19 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
         )
     if split == "judge" and not pairs:
         raise ValueError("split is 'judge', which holds pairs: only preference_dataset has it")
-    held_out = _prompts(splits[own]) if own else set()
+    held_out = {p for name in names if name != train for p in _prompts(splits[name])}
     rows = _fit_rows(splits[train], source, train, preset, held_out)
-    prompts = list(dict.fromkeys(_key(row["prompt"]) for row in rows))
+    # By a hash of each prompt: its side does not change with the lengths that are allowed, nor, but
+    # for a few at the borders, with the rows that a file gets or loses.
+    prompts = sorted(
+        _prompts(splits[train]) - held_out,
+        key=lambda prompt: hashlib.sha256(f"{preset.seed} {prompt}".encode()).digest(),
+    )
     last = len(prompts) if own else len(prompts) - len(prompts) // 10
-    wanted = prompts[last:] if split in HELD_OUT else prompts[:last]
-    if pairs and split not in HELD_OUT:
-        wanted = wanted[1::2] if split == "judge" else wanted[::2]
-    wanted = set(wanted)
-    rows = [row for row in rows if _key(row["prompt"]) in wanted]
+    middle = (last + 1) // 2 if pairs else last
+    parts = {"train": prompts[:middle], "judge": prompts[middle:last]}
+    wanted = set(parts.get(split, prompts[last:]))
+    rows = [row for row in rows if same_prompt(row["prompt"]) in wanted]
     if not rows:
         raise ValueError(
             f"{source!r} has too few rows that can be used for a split {split!r}; held_out needs "
@@ -346,14 +386,15 @@ def _fit_rows(
         try:
             row = _parse(row)
             rendered = _rendered(tokenizer, marks, row)
-            if _key(row["prompt"]) in held_out:
+            if same_prompt(row["prompt"]) in held_out:
                 raise Unfit("of a held-out prompt")
-            if _key(row) in seen:
+            key = same_prompt(row["prompt"]), *(row.get(name) for name in ANSWERS)
+            if key in seen:
                 raise Unfit("copies")
         except Unfit as reason:
             left_out[str(reason)] += 1
             continue
-        seen.add(_key(row))
+        seen.add(key)
         rows.append((row, rendered))
     short = _short_enough(rows, tokenizer, preset)
     left_out["too long"] = len(rows) - len(short)
@@ -362,20 +403,15 @@ def _fit_rows(
         raise ValueError(
             f"{source!r}, split {split!r}, has no row that can be used ({reasons or 'no rows'}). A "
             f"prompt may have {preset.prompt_length} tokens with its template, a response "
-            f"{preset.response_length} with EOS: raise prompt_length or response_length, or give "
-            "other data"
+            f"{preset.response_length} with EOS: {'raise those, or ' * bool(rows)}give other data"
         )
-    _report(source, split, len(dataset), len(short), reasons, preset.rows)
+    _report(source, split, dataset, len(short), reasons, preset.rows)
     random.Random(preset.seed).shuffle(short)
     return _in_columns(short[: preset.rows])
 
 
 def _columns_read(dataset: Dataset) -> Dataset:
-    return dataset.select_columns([n for n in ("prompt", *ANSWERS) if n in dataset.column_names])
-
-
-def _key(value: object) -> str:
-    return json.dumps(value, sort_keys=True)
+    return dataset.select_columns([name for name in READ if name in dataset.column_names])
 
 
 def _prompts(dataset: Dataset) -> set[str]:
@@ -383,19 +419,21 @@ def _prompts(dataset: Dataset) -> set[str]:
     found = set()
     for row in _columns_read(dataset).to_list():
         try:
-            found.add(_key(_parse(row)["prompt"]))
+            found.add(same_prompt(_parse(row)["prompt"]))
         except Unfit:
             continue
     return found
 
 
 def _report(
-    source: str, split: str, total: int, kept: int, reasons: str, limit: int | None
+    source: str, split: str, dataset: Dataset, kept: int, reasons: str, limit: int | None
 ) -> None:
     name = Path(source).name if Path(source).exists() else source
-    line = f"{name}, {split}: {kept} of {total} rows kept"
+    line = f"{name}, {split}: {kept} of {len(dataset)} rows kept"
     if reasons:
         line += f"; left out: {reasons}"
+    if unread := [name for name in dataset.column_names if name not in READ]:
+        line += f"; columns not read: {', '.join(unread)}"
     if limit is not None and limit < kept:
         line += f"; {limit} of them are used"
     print(line)
@@ -438,6 +476,9 @@ def _parse(row: dict) -> dict:
     Raises:
         Unfit: if it has no prompt, or two, or an answer that is none, and as `as_messages`.
     """
+    row = {name: _revived(value) for name, value in row.items()}
+    if row.get("label") is False:
+        raise Unfit("labelled as undesirable")
     prompts, answers = [], {}
     if row.get("prompt"):
         prompts = [_turns(row["prompt"])]
@@ -455,10 +496,22 @@ def _parse(row: dict) -> dict:
         answers[name] = last["content"]
         if before:
             prompts.append(before)
-    talks = {_key(talk): talk for talk in map(as_messages, prompts)}
+    if system := _clean(row.get("system")):
+        prompts = [[{"role": "system", "content": system}, *talk] for talk in prompts]
+    talks = {same_prompt(talk): as_messages(talk) for talk in prompts}
     if len(talks) != 1:
         raise Unfit("of two prompts" if talks else "empty")
     return {"prompt": next(iter(talks.values())), **answers}
+
+
+def _revived(value: object) -> object:
+    """A list of messages that a spreadsheet or a script has written as text, as a list again."""
+    if not isinstance(value, str) or not MESSAGES.match(value):
+        return value
+    try:
+        return ast.literal_eval(value) if "'" in value[:40] else json.loads(value)
+    except (ValueError, SyntaxError) as error:
+        raise Unfit("with messages written as text") from error
 
 
 def _turns(value: object) -> list[Message]:

@@ -26,7 +26,7 @@ from rlhf_helpers.text import (
     check_examples,
     encode_examples,
     pad_examples,
-    readable,
+    same_prompt,
 )
 from rlhf_helpers.training import Run, TrainConfig, TrainStats
 from rlhf_helpers.validation import (
@@ -245,7 +245,7 @@ def split_by_prompt(
             both sides.
     """
     require_columns(dataset, "dataset", ("prompt",))
-    keys = [readable(prompt) for prompt in dataset["prompt"]]
+    keys = [same_prompt(prompt) for prompt in dataset["prompt"]]
     prompts = sorted(set(keys))
     count = round(share * len(prompts)) if in_range(share, 0, 1) else 0
     if not 0 < count < len(prompts):

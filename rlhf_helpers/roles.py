@@ -301,6 +301,8 @@ class Roles:
         config = copy.deepcopy(self.base.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        last, first = self.base.get_output_embeddings(), self.base.get_input_embeddings()
+        config.tie_word_embeddings = last.weight is first.weight  # whatever the folder says
         with torch.device(self.base.device):
             model = type(self.base)(config).float()
         own = {k: v for k, v in self.base.state_dict().items() if ".lora_" not in k}
@@ -317,6 +319,7 @@ class Roles:
         own = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items()}
         wanted = model.state_dict()
         model.load_state_dict({key: own[key].float() for key in wanted})
+        model.generation_config = copy.deepcopy(self.base.generation_config)
         return model.requires_grad_(False).eval()
 
     def check_folder(self, folder: Path, head: bool = False) -> None:

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from datasets import Dataset
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,6 +26,7 @@ Prompt = str | list[Message]  # a question, or a dialogue that ends with the use
 ROLES = ("system", "user", "assistant")
 # For templates that write today's date: prompts must not change over night.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+MARKER = "Xq7"  # a text that no template writes
 HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no UTF-8
 
 # Reserved tokens that no text holds, by which vocabularies have one to pad with.
@@ -82,6 +83,7 @@ def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
         tokenizer = from_hub(preset.model, PreTrainedTokenizerFast.from_pretrained, preset.model)
     else:
         with_hub = {"revision": preset.revision, "local_files_only": preset.offline}
+        with_hub["trust_remote_code"] = False  # else transformers would ask whether to run it
         tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
         config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **with_hub)
         _complete(tokenizer, config.get_text_config().vocab_size)
@@ -142,7 +144,7 @@ def reserved(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
     marks = {token.content for token in added if token.special}
     plain = {token.content for token in added if token.content.strip()} - marks
     marks |= {m for m in plain if m in tokenizer.chat_template or re.fullmatch(r"<\|.*\|>", m)}
-    marks |= set(tokenizer.all_special_tokens)
+    marks |= set(tokenizer.all_special_tokens) - {""}
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
 
 
@@ -241,26 +243,51 @@ def readable(prompt: Prompt) -> str:
     return "\n".join(f"{turn['role']}: {content_text(turn['content'])}" for turn in prompt)
 
 
+def same_prompt(prompt: Prompt) -> str:
+    """A key that is equal for prompts which differ only in blanks or in how accents are coded."""
+    turns = ((turn["role"], turn["content"]) for turn in as_messages(prompt))
+    words = ((role, *normalize("NFC", content).split()) for role, content in turns)
+    return "\n".join(map(" ".join, words))
+
+
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """A prompt in the chat template, up to where the assistant's response begins.
 
+    That is what the template itself puts before an answer, also where its generation prompt is
+    another: with none at all, or with a thought begun that the answer would become a part of.
+
     Raises:
-        Unfit: as `as_messages`, and for a dialogue that the template refuses or leaves out a part
-            of; many know no system message.
+        Unfit: as `as_messages`, and for a dialogue that the template refuses or leaves out a
+            message of; many know no system message.
 
     Example: "what is hot?" becomes "<|user|> what is hot?<|assistant|>" for the pocket tokenizer.
     """
     messages = as_messages(prompt)
-    text = _apply(tokenizer, messages, add_generation_prompt=True)
-    if not all(message["content"].strip() in text for message in messages):
+    marked = [turn | {"content": f"{MARKER}{i}."} for i, turn in enumerate(messages)]
+    text = _apply(tokenizer, marked, add_generation_prompt=True)
+    if not all(turn["content"] in text for turn in marked):
         raise Unfit("not repeated in full by the chat template")
-    return text
+    return _before_answer(tokenizer, messages)[0]
+
+
+def _before_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, str]:
+    """What the template puts before an answer, and the blanks that belong to the answer's side."""
+    text = _apply(tokenizer, messages, add_generation_prompt=True)
+    try:
+        whole = _apply(tokenizer, [*messages, {"role": "assistant", "content": MARKER}])
+    except Unfit:  # a template for prompts only
+        return text, ""
+    before, found, _ = whole.rpartition(MARKER)
+    behind = before.removeprefix(text)
+    if not found or (before.startswith(text) and not behind.strip()):
+        return text, behind if found else ""
+    return before, ""
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, TypeError) as error:  # TypeError: adding None, for example
+    except Exception as error:  # a template is a program, and may fail in any way
         raise Unfit("refused by the chat template") from error
 
 
@@ -287,11 +314,7 @@ def response_tokens(
     ids are those that the whole dialogue has behind its prompt's; where the two cannot be told
     apart, since a token spans both, those of the answer alone.
     """
-    asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": "b"}
-    prompt = _apply(tokenizer, asked, add_generation_prompt=True)
-    behind = _apply(tokenizer, [*asked, answer]).removeprefix(prompt)
-    blank = behind[: len(behind) - len(behind.lstrip())]
-    blank = blank if behind.lstrip().startswith("b") else ""
+    _, blank = _before_answer(tokenizer, [{"role": "user", "content": "a"}])
     texts = [blank + answer for answer in answers]
     wholes = [prompt + text for prompt, text in zip(rendered, texts, strict=True)]
     rows = []

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,8 @@ def test_a_dialogue_that_the_template_drops_is_left_out(preset, model, tmp_path,
     tokenizer.save_pretrained(folder)
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(folder)
     talk = [{"role": "system", "content": "Be kind."}, *as_messages("what is rice?")]
-    assert only(preset([pair(), pair(talk)], model=folder)) == pair()
+    made = preset([pair(), pair(talk)], model=folder)
+    assert prompt_dataset(made)["prompt"][:] == ["what is tea?"]
     assert "1 not repeated in full by the chat template" in capsys.readouterr().out
 
 
@@ -207,6 +209,70 @@ def test_prompts_of_the_sources_own_held_out_split_are_not_trained_on(model, tmp
     assert (len(train), len(judge), len(held_out)) == (5, 4, 6)
     assert not (train & held_out or judge & held_out)
     assert "train: 9 of 12 rows kept; left out: 3 of a held-out prompt" in capsys.readouterr().out
+
+
+def test_a_prompts_side_does_not_change_with_the_lengths_or_a_new_row(preset):
+    rows = [pair(f"what is {i}?", "good " * (i % 30) + "x") for i in range(200)]
+    sides_of = {}
+    for length in (40, 24):
+        for extra in ([], [pair("what is new?")]):
+            made = preset([*rows, *extra], response_length=length)
+            sides_of[length, len(extra)] = sides(made)
+    for length in (40, 24):
+        for extra in (0, 1):
+            train, judge, held_out = sides_of[length, extra]
+            for other in sides_of.values():
+                assert not train & other[1] or extra or other is not sides_of[40, 0]
+                assert len(held_out & (other[0] | other[1])) <= 1
+                assert len(train & other[1]) <= 1 and len(judge & other[0]) <= 1
+    assert not sides_of[40, 0][0] & sides_of[24, 0][2]
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("what is a caf\u00e9?", "what is a cafe\u0301?"),
+        ("what is  tea?", "what is tea?"),
+        ("what is tea?", [{"role": "system", "content": " "}, *as_messages("what is tea?")]),
+    ],
+)
+def test_two_spellings_of_a_prompt_are_one(preset, first, second):
+    spellings = [first, second]
+    rows = [pair(spellings[i % 2], f"answer {i}.") for i in range(10)]
+    rows = [row | {"prompt": as_messages(row["prompt"])} for row in rows]
+    rows += [pair(as_messages(f"what is {i}?")) for i in range(30)]
+    made = preset(rows)
+    found = [sum(str(row["chosen"]).startswith("answer") for row in preference_dataset(made, split))
+             for split in SPLITS]  # fmt: skip
+    assert sorted(found) == [0, 0, 10]
+
+
+def test_a_system_column_is_a_system_message(preset, capsys):
+    row = pair() | {"system": "Answer in French.", "source": "web"}
+    found = only(preset([row]))
+    assert found["prompt"][0] == {"role": "system", "content": "Answer in French."}
+    assert found["prompt"][1:] == as_messages("what is tea?")
+    assert "1 of 1 rows kept; columns not read: source\n" in capsys.readouterr().out
+    assert only(preset([pair() | {"system": ""}])) == pair()
+
+
+def test_answers_that_are_labelled_as_bad_are_not_imitated(preset, capsys):
+    rows = [{"prompt": f"what is {i}?", "completion": "so.", "label": i % 2 == 0} for i in range(6)]
+    assert len(sft_dataset(preset(rows))) == 3
+    assert "3 of 6 rows kept; left out: 3 labelled as undesirable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [str, json.dumps])
+def test_messages_that_were_written_as_text_are_read_as_messages(preset, write):
+    sides = {"chosen": "a drink.", "rejected": "no."}
+    row = {
+        side: write([*TALK, {"role": "assistant", "content": text}]) for side, text in sides.items()
+    }
+    assert only(preset([row]))["prompt"] == TALK
+    assert only(preset([pair() | row | {"prompt": write(TALK)}]))["prompt"] == TALK
+    broken = row["chosen"][:-3]
+    with pytest.raises(ValueError, match=r"no row that can be used \(1 with messages written as"):
+        preference_dataset(preset([row | {"chosen": broken}]))
 
 
 # --- files ---------------------------------------------------------------------------------
@@ -267,6 +333,27 @@ def test_a_file_that_cannot_be_read_names_what_to_mend(pocket, tmp_path, name, c
     with pytest.raises(ValueError, match=message) as caught:
         preference_dataset(pocket, source=str(path))
     assert str(path) in str(caught.value)
+
+
+def test_a_folder_is_read_as_carefully_as_a_file(pocket, tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\nq,a,b,extra\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="train.csv', line 2: 4 fields, but the header has 3"):
+        preference_dataset(pocket, source=str(tmp_path))
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\n12,NA,4\n", encoding="utf-8")
+    assert preference_dataset(pocket, source=str(tmp_path)).to_list() == [pair("12", "NA", "4")]
+    (tmp_path / "more.jsonl").write_text(LINE, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data of several kinds \(more.jsonl, train.csv\)"):
+        preference_dataset(pocket, source=str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_file_that_changed_is_read_again_whatever_its_date(pocket, tmp_path, folder):
+    path = tmp_path / "train.jsonl"
+    for answer in ("first.", "second."):
+        path.write_text(json.dumps(pair(chosen=answer)), encoding="utf-8")
+        os.utime(path, (1e9, 1e9))
+        found = preference_dataset(pocket, source=str(tmp_path if folder else path)).to_list()
+        assert found == [pair(chosen=answer)]
 
 
 @pytest.mark.parametrize(

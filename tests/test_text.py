@@ -224,6 +224,49 @@ def test_a_dialogue_can_be_printed():
     assert readable("hi") == "hi"
 
 
+OLD_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+THINKING = (  # as Qwen 3's: an answer stands behind an empty thought
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BEGUN = (  # as DeepSeek R1's: the generation prompt begins a thought
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [OLD_CHATML, THINKING, BEGUN])
+def test_an_answer_stands_where_the_template_itself_puts_it(template):
+    tokenizer = tokenizer_with(template)
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is good."}]
+    whole = tokenizer.apply_chat_template(talk, tokenize=False)
+    asked, answer = encode(tokenizer, "hi")
+    assert whole.startswith(tokenizer.decode(asked[1:] + answer[:-1]))
+    assert tokenizer.decode(answer) == "it is good.</s>"
+    assert render(tokenizer, "hi") == tokenizer.decode(asked[1:])
+
+
+def test_a_template_that_refuses_answers_serves_for_prompts():
+    refusing = "{{ raise_exception('no') if messages[-1]['role'] == 'assistant' }}" + CHAT
+    tokenizer = tokenizer_with(refusing)
+    assert render(tokenizer, "hi") == "<|user|>hi<|assistant|>"
+    assert tokenizer.decode(encode(tokenizer, "hi")[1]) == "it is good.</s>"
+    with pytest.raises(ValueError, match="refused by the chat template"):
+        encode_prompts(tokenizer_with("{{ 1 // 0 }}" + CHAT), ["hi"], 200)
+
+
+def test_a_dropped_message_is_seen_though_its_words_stand_elsewhere():
+    tokenizer = tokenizer_with(CHAT.replace("messages %}", "messages if m['role'] != 'system' %}"))
+    for system, asked in (("Be kind.", "Say: Be kind."), ("user", "hi"), ("A", "A dog")):
+        talk = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+        with pytest.raises(Unfit, match="not repeated in full"):
+            render(tokenizer, talk)
+
+
 # --- special tokens ------------------------------------------------------------------------
 
 LLAMA_3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|reserved_special_token_0|>"]
