@@ -26,22 +26,13 @@ from rlhf_helpers import roles as roles_module
 from rlhf_helpers.base import load_base
 from rlhf_helpers.kl import AdaptiveKL
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.ppo import (
-    OPTIMIZER,
-    PPOConfig,
-    collect_experience,
-    gae,
-    policy_loss,
-    response_values,
-    shape_rewards,
-    train_ppo,
-    value_loss,
-    whiten,
-)
+from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
+from rlhf_helpers.ppo import PPOConfig, collect_experience, response_values, train_ppo
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles
 from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.text import load_tokenizer
+from rlhf_helpers.training import OPTIMIZER
 
 NAN, INF = float("nan"), float("inf")
 KILLS = 3  # random moments at which a run is killed; set it to 20 for a thorough test by hand
