@@ -2,6 +2,7 @@
 
 import copy
 import json
+from inspect import signature
 from math import ceil
 from pathlib import Path
 
@@ -165,10 +166,15 @@ def _misfit(model: PreTrainedModel) -> str | None:
     """Why roles on such a model would be wrong; None if they are right."""
     modules = dict(model.named_modules())
     flags = [getattr(module, "is_causal", None) for module in modules.values()]
-    if False in [*flags, getattr(model.config, "causal", None)]:
+    flags += [getattr(model.config, "causal", None), not getattr(model.config, "prefix_lm", False)]
+    if hasattr(model.config, "add_cross_attention"):  # the family of BERT
+        flags.append(getattr(model.config, "is_decoder", None))
+    if False in flags:
         return "sees the tokens that it is to predict"
     if model._is_stateful:
         return "keeps a recurrent state, into which left padding would go"
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        return "gives no logits of the response alone (logits_to_keep)"
     for name, parameter in model.named_parameters():
         layer = modules[name.rpartition(".")[0]]
         if parameter.dim() > 1 and not isinstance(layer, (*LINEAR, nn.Embedding)):

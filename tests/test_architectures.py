@@ -58,11 +58,13 @@ WORK = {
     "cohere": ONE_KEY,
     "cohere2": ONE_KEY | WINDOW,
     "ctrl": {"n_embd": 64, "dff": 128, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "cwm": ONE_KEY | WINDOW | {"head_dim": 32, "bos_token_id": 2},
     "ernie4_5": ONE_KEY,
     "exaone4": WIDE | WINDOW,
     "gemma": WIDE,
     "gemma2": WIDE | WINDOW,
     "gemma3_text": WIDE | WINDOW,
+    "gemma4_text": WIDE | {"global_head_dim": 64, "hidden_size_per_layer_input": 0},
     "glm": WIDE,
     "glm4": WIDE,
     "gpt2": {},
@@ -71,11 +73,13 @@ WORK = {
     "gpt_neox": {},
     "gptj": {"rotary_dim": 16},
     "granite": ONE_KEY | {"logits_scaling": 3.0},
+    "granite_swa": ONE_KEY | WINDOW,
     "helium": ONE_KEY | {"head_dim": 32},
     "internlm3": ONE_KEY,
     "jais2": ONE_KEY,
     "llama": ONE_KEY,
     "minicpm3": LATENT,
+    "ministral3": WIDE,
     "mistral": ONE_KEY | WINDOW,
     "mpt": MPT,
     "nanochat": ONE_KEY,
@@ -95,6 +99,7 @@ WORK = {
     "smollm3": WIDE,
     "stablelm": ONE_KEY,
     "starcoder2": ONE_KEY,
+    "vaultgemma": WIDE | WINDOW,
     "xglm": XGLM,
     "youtu": LATENT,
 }
@@ -114,9 +119,11 @@ REFUSED = {
     "gemma3": (None, NO_TEXT),
     "gpt_oss": (EXPERTS, OUTSIDE),
     "granitemoe": (EXPERTS, OUTSIDE),
+    "hrm_text": ({}, AHEAD),
     "jamba": ({}, STATE),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, OUTSIDE),
     "mamba": ({}, STATE),
+    "megatron-bert": ({}, AHEAD),
     "mixtral": (EXPERTS, OUTSIDE),
     "olmo_hybrid": ({}, STATE),
     "qwen2_moe": (EXPERTS, OUTSIDE),
@@ -124,8 +131,10 @@ REFUSED = {
     "qwen3_next": ({}, STATE),
     "recurrent_gemma": ({}, STATE),
     "roberta": ({}, AHEAD),
+    "roformer": ({}, AHEAD),
     "rwkv": ({}, STATE),
     "t5": (None, NO_TEXT),
+    "trocr": ({}, "gives no logits of the response alone"),
     "xlm": ({}, AHEAD),
     "xlstm": ({}, STATE),
 }
@@ -357,4 +366,4 @@ def test_a_pad_token_that_the_model_has_not_is_no_matter(tmp_path):
 
 def test_the_lists_are_disjoint_and_long():
     assert not set(WORK) & set(REFUSED)
-    assert (len(WORK), len(REFUSED)) == (47, 24)
+    assert (len(WORK), len(REFUSED)) == (52, 28)

@@ -404,10 +404,11 @@ assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
 #
 # **Best-of-n** is the honest rival: no training at all, draw $n$ responses from SFT and keep the one that the
 # reward model likes best. That moves away from SFT by at most $\log n - (n-1)/n$ nats (Beirami et al. 2024),
-# so we can choose the $n$ that goes as far as PPO did.
+# so we can choose the largest power of two that goes no further than PPO did.
 
 # %%
-n = min((2**k for k in range(1, 7)), key=lambda n: abs(math.log(n) - (n - 1) / n - after.kl.mean()))
+bound = {n: math.log(n) - (n - 1) / n for n in (2, 4, 8, 16, 32, 64)}
+n = max((n for n in bound if bound[n] <= after.kl.mean()), default=2)
 some = held_out[::5]
 asked = [prompt for prompt in some for _ in range(n)]
 drawn = sample_responses(roles.use("reference"), tokenizer, asked, preset.response_length, seed=2)
@@ -417,7 +418,7 @@ with torch.no_grad():
 best = scores.argmax(-1, keepdim=True).cpu()
 gold_best = gold(asked, drawn).view(len(some), n).gather(1, best)
 ours, gold_ours = examine("policy", some)
-row(f"best of {n}", scores.max(-1).values.mean(), gold_best, math.log(n) - (n - 1) / n)
+row(f"best of {n}", scores.max(-1).values.mean(), gold_best, bound[n])
 row("PPO, same ones", ours.scores.mean(), gold_ours, ours.kl.mean())
 
 # %%
@@ -586,11 +587,12 @@ print(tokenizer.decode(said[0]))
 roles.load("policy", folder / "policy")
 roles.merged("policy").save_pretrained(folder / "merged")
 tokenizer.save_pretrained(folder / "merged")
+device = roles.base.device
 unquantized = Roles(load_base(preset, quantized=False))
 unquantized.load("policy", folder / "policy")
 ways = {
     "adapter on NF4": roles.use("policy"),
-    "in decoded weights": AutoModelForCausalLM.from_pretrained(folder / "merged").eval(),
+    "in decoded weights": AutoModelForCausalLM.from_pretrained(folder / "merged").to(device),
     "in original weights": unquantized.merged("policy"),
 }
 
@@ -600,10 +602,9 @@ batch = encode_prompts(tokenizer, some, preset.prompt_length)
 positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 first_logits, drawn = {}, {}
 for name, model in ways.items():
-    device = roles.base.device
     inputs = {key: tensor.to(device) for key, tensor in batch.items()}
     with torch.no_grad():
-        out = model.to(device)(**inputs, position_ids=positions.to(device), logits_to_keep=1)
+        out = model(**inputs, position_ids=positions.to(device), logits_to_keep=1)
     first_logits[name] = out.logits[:, -1].float()
     drawn[name] = sample_responses(model, tokenizer, some, preset.response_length, seed=1)
     difference = (first_logits[name] - first_logits["adapter on NF4"]).abs().max()
@@ -616,6 +617,12 @@ for name, model in ways.items():
     )
     print(f"{gold.name} {points:.2f}")
 assert preset.name != "pocket" or same < len(some)
+
+# %% [markdown]
+# The decoded weights give the trained model again, but for rounding. The original ones give another: some logits
+# move by half a nat, and about one answer in six is not the same. Its gold is no worse here; what $BA$ learnt on
+# rounded weights has carried over. Nothing promises that, so measure the model that you ship, not the one that
+# you trained.
 
 # %% [markdown]
 # ## Ten seeds
