@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -172,6 +172,8 @@ class Run:
         folder: Path | None,
         settings: Mapping[str, object],
     ) -> None:
+        if not is_dataclass(config):
+            raise TypeError(f"config is {config!r}: give an SFTConfig or RewardConfig of settings.")
         self.roles, self.trained, self.config = roles, tuple(trained), config
         self.settings = json.loads(json.dumps({**asdict(config), **settings}))
         self.step, self.seconds, self.facts = 0, 0.0, {}
