@@ -281,7 +281,8 @@ class Run:
     def _take_over(self) -> None:
         """Let an earlier run to the same folder, stopped but still in memory, save a last time."""
         if earlier := _OPEN.get(self.folder):
-            earlier.save()
+            if not earlier.ended:
+                earlier.save()
             earlier.folder = None
         _OPEN[self.folder] = self
 
