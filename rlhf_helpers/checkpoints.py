@@ -1,4 +1,4 @@
-"""Saving that survives a kill or a Ctrl-C: whole folders, whole steps, Adam's state."""
+"""Saving that survives a kill or a Ctrl-C: whole folders, whole steps, optimizers."""
 
 import os
 import shutil
@@ -10,16 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from rlhf_helpers.presets import ASSETS, Preset
 
 T = TypeVar("T")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's running means of g and g², as torch names them
 
 
 @contextmanager
@@ -162,23 +159,30 @@ def find_adapter(preset: Preset, name: str) -> Path:
     )
 
 
-def adam_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Adam's two moments under `<moment>/<parameter name>`, to save as safetensors."""
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, renamed first: a kill must not leave half of it under its name."""
+    if folder.exists():
+        done = folder.with_name(f"{folder.name}.done")
+        shutil.rmtree(done, ignore_errors=True)
+        os.replace(folder, done)
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def optimizer_tensors(optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
+    """The states of optimizers as torch keeps them, `<name>/<parameter>/<entry>`, to be saved."""
     return {
-        f"{moment}/{name}": optimizer.state[parameter][moment]
-        for name, parameter in parameters.items()
-        for moment in MOMENTS
-        if parameter in optimizer.state
+        f"{name}/{number}/{entry}": tensor
+        for name, optimizer in optimizers.items()
+        for number, state in optimizer.state_dict()["state"].items()
+        for entry, tensor in state.items()
     }
 
 
-def restore_adam(
-    parameters: Mapping[str, Parameter],
-    optimizer: Optimizer,
-    tensors: Mapping[str, Tensor],
-    step: int,
-) -> None:
-    """Put what `adam_state` gave back, after `step` steps of the optimizer."""
-    for name, parameter in parameters.items():
-        moments = {m: tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | moments
+def restore_optimizers(optimizers: Mapping[str, Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave back, into optimizers of the same parameters in order."""
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key in (key for key in tensors if key.startswith(f"{name}/")):
+            _, number, entry = key.split("/")
+            state.setdefault(int(number), {})[entry] = tensors[key]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -1,340 +1,27 @@
-"""PPO: rewards per token, advantages, the clipped losses, and the loop that uses them."""
+"""PPO: one update, and the loop."""
 
-import hashlib
-import json
 import math
-import os
 import random
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers.checkpoints import (
-    adam_state,
-    finish_first,
-    keep_two,
-    newest_readable,
-    require_no_file,
-    restore_adam,
-)
 from rlhf_helpers.kl import AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
+from rlhf_helpers.losses import gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
 from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.training import backward
-from rlhf_helpers.validation import (
-    check_binary,
-    check_floating,
-    check_logprobs,
-    context_length,
-    first_index,
-    in_range,
-    upcast,
-)
+from rlhf_helpers.training import Run, digest
+from rlhf_helpers.validation import context_length
 
-VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
 TRAINED = ("policy", "value")
-OPTIMIZER = "optimizer.safetensors"
-
-
-def shape_rewards(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    response_mask: Tensor,
-    beta: float,
-    kind: str = "k1",
-) -> Tensor:
-    """The reward of each token: the KL penalty everywhere, the score at the last token.
-
-    r_t = −β k(log π(a_t), log π_ref(a_t)) + [t is the last real token] · score
-
-    Args:
-        scores: `[B]`, one reward for each whole response, floating point.
-        logprobs: `[B, T]`, of the sampled tokens under the policy that sampled them, in nats.
-        ref_logprobs: `[B, T]`, of the same tokens under the reference.
-        response_mask: `[B, T]`, 1 up to and including EOS, then 0.
-        beta: β, the price of a nat; at least 0. At 0 the penalty is not computed at all.
-        kind: which estimate of the KL, see `kl.kl_estimate`.
-
-    Returns:
-        `[B, T]` rewards, float32 (float64 if any input is), 0 where the mask is 0. A gradient stops
-        here: rewards are data.
-
-    Raises:
-        TypeError: tensors that are not floating point.
-        ValueError: shapes that do not match; a mask with a hole or an empty row; a score that is
-            not finite; β below 0 or not a number; what `kl_estimate` refuses.
-
-    Example:
-        Two real tokens, of which the policy finds the first twice as likely as the reference does.
-
-        >>> logprobs = torch.tensor([[0.5, 0.5, 1.0]]).log()
-        >>> ref_logprobs = torch.tensor([[0.25, 0.5, 1.0]]).log()
-        >>> mask = torch.tensor([[1, 1, 0]])
-        >>> shape_rewards(torch.tensor([2.0]), logprobs, ref_logprobs, mask, beta=0.1)
-        tensor([[-0.0693,  2.0000,  0.0000]])
-
-    Ziegler et al. (arXiv 1909.08593), equation 2; Stiennon et al. (arXiv 2009.01325), section 3.4.
-    Derived in lesson 03.
-    """
-    _check_all(response_mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    check_floating("scores", scores)
-    if scores.shape != response_mask.shape[:1]:
-        raise ValueError(
-            f"scores has shape {list(scores.shape)}, response_mask {list(response_mask.shape)}: "
-            "give one score for each response, [B]."
-        )
-    if (index := first_index(~scores.isfinite())) is not None:
-        raise ValueError(
-            f"scores{index} is {scores[tuple(index)].item()}: not a reward. Look for weights that "
-            "diverged."
-        )
-    if not in_range(beta):
-        raise ValueError(f"beta is {beta}: it must be a finite number, 0 or above.")
-    mask = response_mask.bool()
-    rewards = torch.zeros_like(upcast(logprobs + ref_logprobs + scores[:, None])).detach()
-    if beta > 0:
-        kl = kl_estimate(
-            *(x.detach().masked_fill(~mask, 0) for x in (logprobs, ref_logprobs)), kind
-        )
-        rewards = rewards - beta * kl  # 0 at padding, where both were set to 0
-    last = mask.sum(-1, keepdim=True) - 1
-    return rewards.scatter_add(1, last, scores.detach().to(rewards.dtype)[:, None])
-
-
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    response_mask: Tensor,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: an exponential mix of TD errors.
-
-    δ_t = r_t + γ V_{t+1} − V_t, A_t = Σ_{l ≥ t} (γλ)^{l−t} δ_l, and the critic's target, the
-    return, is R_t = A_t + V_t. After the last real token there is no state: V = 0 there.
-
-    Computed as one product of the TD errors with a triangular matrix of weights, `[T, T]`, in
-    place of a loop over the tokens from the last to the first.
-
-    Args:
-        rewards: `[B, T]`, floating point, see `shape_rewards`.
-        values: `[B, T]`, the critic's V before each token.
-        response_mask: `[B, T]`, 1 up to and including EOS, then 0.
-        gamma: γ, between 0 and 1; 1 counts late rewards in full.
-        lam: λ, between 0 and 1; 0 trusts the critic (the TD error alone), 1 the rewards (their
-            sum from here on, less V).
-
-    Returns:
-        Advantages and returns, `[B, T]` each, float32 (float64 if either input is), 0 where the
-        mask is 0. No gradient: both are data.
-
-    Raises:
-        TypeError: tensors that are not floating point.
-        ValueError: shapes that do not match; a mask with a hole or an empty row; rewards or values
-            that are not finite; γ or λ out of range.
-
-    Example:
-        Two tokens, a reward at the end: δ = (0.6 − 0.5, 1 − 0.6), A_0 = 0.1 + 0.95 · 0.4.
-
-        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.6]])
-        >>> gae(rewards, values, torch.ones(1, 2))
-        (tensor([[0.4800, 0.4000]]), tensor([[0.9800, 1.0000]]))
-
-    Schulman et al. (arXiv 1506.02438), equation 16. Derived in lesson 03.
-    """
-    _check_all(response_mask, rewards=rewards, values=values)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not in_range(value, 0, 1):
-            raise ValueError(f"{name} is {value}: it must be between 0 and 1.")
-    padding = ~response_mask.bool()
-    rewards, values = (upcast(x.detach()).masked_fill(padding, 0) for x in (rewards, values))
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    deltas = rewards + gamma * next_values - values
-    with torch.autocast(deltas.device.type, enabled=False):
-        advantages = deltas @ gae_weights(deltas.shape[1], gamma * lam).to(deltas)
-    return advantages.masked_fill(padding, 0), (advantages + values).masked_fill(padding, 0)
-
-
-def gae_weights(length: int, decay: float) -> Tensor:
-    """The weight of the TD error at l (row) in the advantage at t (column): decay^(l−t), l ≥ t.
-
-    Example:
-        >>> gae_weights(3, 0.5)
-        tensor([[1.0000, 0.0000, 0.0000],
-                [0.5000, 1.0000, 0.0000],
-                [0.2500, 0.5000, 1.0000]], dtype=torch.float64)
-    """
-    steps = torch.arange(length)
-    powers = decay ** steps.double()
-    return powers[(steps[:, None] - steps).clamp(min=0)].tril()
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1 over the entries that count.
-
-    (x − μ) / √(s² + 1e−8), with μ the mean and s² the unbiased variance under the mask.
-
-    Args:
-        x: any shape, floating point; advantages, never returns: the critic needs their scale.
-        mask: of the same shape, 1 where an entry counts.
-
-    Returns:
-        As `x`, float32 or float64, 0 where the mask is 0; differentiable.
-
-    Raises:
-        TypeError: `x` not floating point.
-        ValueError: shapes that differ, an entry under the mask that is not finite, or fewer than
-            two entries that count.
-
-    Example:
-        >>> whiten(torch.tensor([1.0, 2.0, 3.0, 99.0]), torch.tensor([1, 1, 1, 0]))
-        tensor([-1.,  0.,  1.,  0.])
-
-    Huang et al. (arXiv 2403.17031), detail 18. Derived in lesson 03.
-    """
-    check_floating("x", x)
-    _check_binary("mask", mask, x, "x")
-    real = mask.bool()
-    _check_finite("x", x, real)
-    if (count := int(real.sum())) < 2:
-        raise ValueError(f"mask counts {count} entries: a spread needs at least 2.")
-    values = upcast(x).masked_fill(~real, 0)
-    variance, mean = torch.var_mean(values[real])
-    return ((values - mean) * (variance + VARIANCE_EPSILON).rsqrt()).masked_fill(~real, 0)
-
-
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    clip: float = 0.2,
-) -> tuple[Tensor, dict[str, float]]:
-    """PPO's clipped loss: raise what turned out better than expected, but not far at a time.
-
-    ρ_t = π(a_t) / π_old(a_t), L = −mean_t min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t)
-
-    The ratio is to the policy that *sampled*, not to the reference.
-
-    Args:
-        logprobs: `[B, T]`, of the sampled tokens under the policy that is trained, in nats.
-        old_logprobs: `[B, T]`, under the policy that sampled; data, no gradient goes there.
-        advantages: `[B, T]`; data.
-        response_mask: `[B, T]`, 1 up to and including EOS, then 0. The mean is over its tokens.
-        clip: ε, above 0.
-
-    Returns:
-        The loss, a scalar that is differentiable with respect to `logprobs`, and
-
-        - `ratio`: the mean of ρ; 1 before the first step.
-        - `approx_kl`: the mean of ρ − 1 − log ρ, an estimate of KL(π_old‖π) in nats per token.
-        - `clip_fraction`: the share of tokens whose gradient the clip switched off.
-        - `entropy`: the mean of −log π(a), the estimate from the sampled tokens, in nats.
-
-    Raises:
-        TypeError: tensors that are not floating point.
-        ValueError: shapes that do not match; a mask with a hole or an empty row; an entry under
-            the mask that is not finite, or no log-probability; a ratio that overflows; clip not
-            above 0.
-
-    Example:
-        A token made 1.5 times as likely, with an advantage of 1: beyond 1.2 nothing more is earned.
-
-        >>> old, new = torch.tensor([[0.2]]).log(), torch.tensor([[0.3]]).log()
-        >>> loss, stats = policy_loss(new, old, torch.ones(1, 1), torch.ones(1, 1))
-        >>> loss, stats["clip_fraction"]
-        (tensor(-1.2000), 1.0)
-
-    Schulman et al. (arXiv 1707.06347), equation 7. Derived in lesson 03.
-    """
-    _check_all(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    _check_clip(clip)
-    real = response_mask.bool()
-    new, old, advantages = (
-        upcast(x).masked_fill(~real, 0)
-        for x in (logprobs, old_logprobs.detach(), advantages.detach())
-    )
-    check_logprobs("logprobs", new)
-    check_logprobs("old_logprobs", old)
-    log_ratio = new - old
-    ratio = log_ratio.exp()
-    _check_finite("the ratio of new to old", ratio, real)
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -_mean(torch.minimum(free, clipped), real)
-    stats = {
-        "ratio": ratio,
-        "approx_kl": torch.expm1(log_ratio) - log_ratio,
-        "clip_fraction": (clipped < free).to(ratio),
-        "entropy": -new,
-    }
-    return loss, {name: _mean(x.detach(), real).item() for name, x in stats.items()}
-
-
-def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    response_mask: Tensor,
-    clip: float = 0.2,
-) -> tuple[Tensor, dict[str, float]]:
-    """The critic's clipped loss: half the squared error, and no reward for moving far at a time.
-
-    L = ½ mean_t max((V_t − R_t)², (clip(V_t, V_old − ε, V_old + ε) − R_t)²)
-
-    Args:
-        values: `[B, T]`, of the critic that is trained.
-        old_values: `[B, T]`, of the critic at the time of sampling; data.
-        returns: `[B, T]`, from `gae`; data.
-        response_mask: `[B, T]`, 1 up to and including EOS, then 0. The mean is over its tokens.
-        clip: ε, above 0, in units of the reward.
-
-    Returns:
-        The loss, a scalar that is differentiable with respect to `values`, and
-
-        - `clip_fraction`: the share of tokens whose gradient the clip switched off.
-        - `explained_variance`: 1 − var(R − V)/var(R): 1 for a perfect critic, 0 for one that knows
-          the mean alone, below 0 for a worse one; NaN if all returns are equal.
-
-    Raises:
-        As `policy_loss`.
-
-    Example:
-        An old value of 0, a return of 1, and a new value of 0.5: the clip lets only 0.2 count.
-
-        >>> new, old, target = (torch.tensor([[x]]) for x in (0.5, 0.0, 1.0))
-        >>> value_loss(new, old, target, torch.ones(1, 1))[0]  # (0.2 - 1)² / 2
-        tensor(0.3200)
-
-    Huang et al. (arXiv 2403.17031), detail 19. Derived in lesson 03.
-    """
-    _check_all(response_mask, values=values, old_values=old_values, returns=returns)
-    _check_clip(clip)
-    real = response_mask.bool()
-    new, old, target = (
-        upcast(x).masked_fill(~real, 0) for x in (values, old_values.detach(), returns.detach())
-    )
-    free = (new - target).square()
-    clipped = (new.clamp(old - clip, old + clip) - target).square()
-    loss = _mean(torch.maximum(free, clipped), real) / 2
-    error, spread = ((x[real]).var(correction=0) for x in (target - new.detach(), target))
-    varied = target[real].max() > target[real].min()  # of equal ones the variance is rounding
-    return loss, {
-        "clip_fraction": _mean((clipped > free).to(new), real).item(),
-        "explained_variance": (1 - error / spread).item() if varied else float("nan"),
-    }
 
 
 @dataclass(frozen=True)
@@ -416,6 +103,15 @@ class PPOConfig:
                 f"batch_size {self.batch_size} cannot be divided by minibatch_size "
                 f"{self.minibatch_size}; give one that divides it"
             )
+
+    @property
+    def steps(self) -> int:
+        """What the engine counts: updates."""
+        return self.updates
+
+    def rate(self, step: int) -> float:
+        """Learning rate of an update: constant."""
+        return self.learning_rate
 
     def _check_range(
         self, name: str, low: float, high: float, what: str, open_below: bool = False
@@ -521,8 +217,8 @@ def collect_experience(
     )
     parts = _minibatches(rollout, config)
     ask = {
-        "logprobs": lambda part: _logprobs(roles, role, rollout, part, config),
-        "ref_logprobs": lambda part: _logprobs(roles, "reference", rollout, part, config),
+        "logprobs": lambda part: role_logprobs(roles, role, rollout, part, config),
+        "ref_logprobs": lambda part: role_logprobs(roles, "reference", rollout, part, config),
         "values": lambda part: response_values(roles, "value", rollout, part),
         "scores": lambda part: score_tokens(
             roles, "reward", rollout.input_ids[part], rollout.attention_mask[part]
@@ -609,190 +305,77 @@ def train_ppo(
             f"there are {len(prompts)} prompts for a batch of {config.batch_size}; give more, or a "
             "smaller batch_size"
         )
-    return _Run(roles, prompts, config, folder).updates(tokenizer)
+    run = Run(roles, TRAINED, config, folder, {"prompts": digest(prompts)})
+    return _updates(run, prompts, tokenizer)
 
 
-class _Run:
-    """Where a PPO run stands, and how that is kept on disk."""
-
-    def __init__(
-        self, roles: Roles, prompts: list[Prompt], config: PPOConfig, folder: Path | None
-    ) -> None:
-        self.roles, self.prompts, self.config = roles, prompts, config
-        self.folder = None if folder is None else Path(folder).absolute()
-        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-        self.settings = {**asdict(config), "prompts": f"{len(prompts)} prompts, digest {digest}"}
-        self.controller = AdaptiveKL(config.beta, config.target_kl) if config.target_kl else None
-        self.beta, self.update, self.seconds = config.beta, 0, 0.0
-        self.kept: int | None = None  # the update of the last save
-        moments = {}
-        if self.folder is not None:
-            self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
-            require_no_file(self.folder, self.unfinished)
-            moments = self._resume()
-        self.optimizers = {
-            role: torch.optim.AdamW(
-                roles.parameters(role).values(), lr=config.learning_rate, weight_decay=0.0
-            )
-            for role in TRAINED
-        }
-        self._restore(moments)
-
-    def updates(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[PPOStats]:
-        config, begun = self.config, time.perf_counter() - self.seconds
-        if self.kept is None:
-            self._save()  # the start, in case the first update is stopped half-way
-        while self.update < config.updates:
-            rng = random.Random(f"{config.seed}-{self.update}")
-            prompts = rng.sample(self.prompts, config.batch_size)
-            seed = rng.randrange(2**31)
-            try:
-                experience = collect_experience(
-                    self.roles, tokenizer, prompts, config, self.beta, seed
-                )
-            except torch.cuda.OutOfMemoryError:  # a RuntimeError too, with a message of its own
-                raise
-            except (ValueError, RuntimeError) as error:  # the arguments were checked at the start
-                raise FloatingPointError(f"{self._where('policy')}: {error}") from error
-            learnt = self._learn(experience)
-            stats = _report(self.update + 1, experience, self.beta, learnt)
-            with finish_first():
-                self.update += 1
-                self.seconds = time.perf_counter() - begun
-                if self.controller:
-                    self.beta = self.controller.update(stats.kl)
-                stop = config.stop_kl is not None and stats.kl > config.stop_kl
-                if stop or self.update == config.updates:
-                    self._finish()
-                elif self.update % config.save_every == 0:
-                    self._save()
-            yield replace(stats, seconds=self.seconds)
-            if stop:
-                return
-
-    def _learn(self, experience: Experience) -> dict[str, list[dict[str, float]]]:
-        """All steps of an update; what each role's reported."""
-        reports = {role: [] for role in TRAINED}
-        for _ in range(self.config.epochs):
-            for part in _minibatches(experience.rollout, self.config):
-                for role, loss_of in (("policy", self._policy_loss), ("value", self._value_loss)):
-                    reports[role].append(self._step(role, loss_of, experience, part))
-        return reports
-
-    def _policy_loss(self, experience: Experience, part: slice) -> tuple[Tensor, dict]:
-        logprobs = _logprobs(self.roles, "policy", experience.rollout, part, self.config)
-        old, advantages = experience.logprobs[part], experience.advantages[part]
-        mask = experience.rollout.response_mask[part]
-        loss, report = policy_loss(logprobs, old, advantages, mask, self.config.clip)
-        if self.config.kl_in == "loss":
-            padding, ref_logprobs = mask == 0, experience.ref_logprobs[part]
-            pair = (x.masked_fill(padding, 0) for x in (logprobs, ref_logprobs))
-            loss = loss + self.beta * _mean(kl_estimate(*pair, self.config.kl_kind), ~padding)
-        return loss, report
-
-    def _value_loss(self, experience: Experience, part: slice) -> tuple[Tensor, dict]:
-        values = response_values(self.roles, "value", experience.rollout, part)
-        old, returns = experience.values[part], experience.returns[part]
-        mask = experience.rollout.response_mask[part]
-        return value_loss(values, old, returns, mask, self.config.value_clip)
-
-    def _step(
-        self, role: str, loss_of: Callable, experience: Experience, part: slice
-    ) -> dict[str, float]:
-        """Use, forward, backward, step: a role is done with before the next is used."""
-        model = self.roles.use(role).train()
-        optimizer = self.optimizers[role]
-        optimizer.zero_grad()
-        try:
-            loss, report = loss_of(experience, part)
-        except ValueError as error:
-            raise FloatingPointError(f"{self._where(role)}: {error}") from error
-        self._check_finite(role, "loss", loss)
-        parameters = self.roles.parameters(role).values()
-        backward(loss, parameters, self.roles)
-        norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
-        self._check_finite(role, "gradient norm", norm)
-        optimizer.step()
-        model.eval()
-        return {"loss": loss.item(), "grad_norm": norm.item(), **report}
-
-    def _check_finite(self, role: str, name: str, value: Tensor) -> None:
-        if not value.isfinite():
-            raise FloatingPointError(f"{self._where(role)}: the {name} is {value.item()}")
-
-    def _where(self, role: str) -> str:
-        kept = ""
-        if self.kept is not None:
-            kept = f"; update {self.kept} is kept in '{self.unfinished}'"
-        return (
-            f"update {self.update + 1} broke off at role {role!r}, with a learning_rate of "
-            f"{self.config.learning_rate}, which may be too high{kept}"
-        )
-
-    def _save(self) -> None:
-        if self.folder is not None and keep_two(self.unfinished, self.update, self._write):
-            self.kept = self.update
-
-    def _finish(self) -> None:
-        if self.folder is None:
-            return
-        self.roles.save("policy", self.folder)
-        if self.unfinished.exists():  # renamed first: a kill must not leave half of it
-            done = self.unfinished.with_name(f"{self.folder.name}.done")
-            shutil.rmtree(done, ignore_errors=True)
-            os.replace(self.unfinished, done)
-            shutil.rmtree(done, ignore_errors=True)
-
-    def _write(self, folder: Path) -> None:
-        moments = {}
-        for role in TRAINED:
-            (folder / role).mkdir()
-            self.roles.write(role, folder / role)
-            state = adam_state(self.roles.parameters(role), self.optimizers[role])
-            moments |= {f"{role}/{name}": tensor for name, tensor in state.items()}
-        facts = {"update": self.update, "beta": self.beta, "seconds": self.seconds}
-        metadata = {name: repr(value) for name, value in facts.items()}
-        metadata["settings"] = json.dumps(self.settings)
-        save_file(moments, folder / OPTIMIZER, metadata=metadata)
-
-    def _resume(self) -> dict[str, Tensor]:
-        """Load what the newest whole save holds; return the optimizers' moments."""
-        found = newest_readable(self.unfinished, self._read)
-        if found is None:
-            return {}
-        folder, (facts, moments) = found
-        _check_same_settings(folder, json.loads(facts["settings"]), self.settings)
-        for role in TRAINED:
-            self.roles.load(role, folder / role, trainable=True)
-        self.update = self.kept = int(facts["update"])
-        self.beta, self.seconds = float(facts["beta"]), float(facts["seconds"])
-        if self.controller:
-            self.controller.beta = self.beta
-        return moments
-
-    def _read(self, folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """Facts and moments of a save; raises if any of its files is missing or damaged."""
-        for role in TRAINED:
-            self.roles.check_folder(folder / role, head=role == "value")
-        with safe_open(folder / OPTIMIZER, "pt") as file:
-            return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-
-    def _restore(self, moments: dict[str, Tensor]) -> None:
-        steps = self.config.batch_size // self.config.minibatch_size * self.config.epochs
-        for role in TRAINED if moments else ():
-            prefix = f"{role}/"
-            own = {k.removeprefix(prefix): t for k, t in moments.items() if k.startswith(prefix)}
-            parameters = self.roles.parameters(role)
-            restore_adam(parameters, self.optimizers[role], own, self.update * steps)
+def _updates(run: Run, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase):
+    roles, config = run.roles, run.config
+    beta = run.facts.setdefault("beta", config.beta)
+    controller = AdaptiveKL(beta, config.target_kl) if config.target_kl else None
+    for update in run.left():
+        rng = random.Random(f"{config.seed}-{update}")
+        asked, seed = rng.sample(prompts, config.batch_size), rng.randrange(2**31)
+        with _named(run, "policy", ValueError, RuntimeError):
+            experience = collect_experience(roles, tokenizer, asked, config, beta, seed)
+        stats = _report(update + 1, experience, beta, _learn(run, experience, beta))
+        stop = config.stop_kl is not None and stats.kl > config.stop_kl
+        with run.whole_step(last=stop):
+            if controller:
+                beta = run.facts["beta"] = controller.update(stats.kl)
+        yield replace(stats, seconds=run.seconds)
 
 
-def _check_same_settings(folder: Path, saved: dict, ours: dict) -> None:
-    if changed := [name for name in ours if ours[name] != saved.get(name)]:
-        differences = "; ".join(f"{n}: {saved.get(n)} there, {ours[n]} here" for n in changed)
-        raise ValueError(
-            f"'{folder}' belongs to a run with other settings ({differences}); give those to go on "
-            f"with it, or delete '{folder.parent}' to begin anew"
-        )
+def _learn(run: Run, experience: Experience, beta: float) -> dict[str, list[dict[str, float]]]:
+    """All steps of an update; what each role's reported."""
+    objectives = {"policy": policy_objective, "value": value_objective}
+    reports = {role: [] for role in TRAINED}
+    for _ in range(run.config.epochs):
+        for part in _minibatches(experience.rollout, run.config):
+            for role, objective in objectives.items():
+                run.roles.use(role).train()
+                with _named(run, role, ValueError):
+                    loss, report = objective(run.roles, experience, part, run.config, beta)
+                report = {"loss": loss.item(), "grad_norm": run.gradients(role, loss), **report}
+                run.apply(role)
+                reports[role].append(report)
+    return reports
+
+
+@contextmanager
+def _named(run: Run, role: str, *kinds: type[Exception]) -> Iterator[None]:
+    """The arguments were checked at the start: what fails in here are numbers that diverged."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError too, with a message of its own
+        raise
+    except kinds as error:
+        raise run.failure(role, error) from error
+
+
+def policy_objective(
+    roles: Roles, experience: Experience, part: slice, config: PPOConfig, beta: float
+) -> tuple[Tensor, dict[str, float]]:
+    """The policy's loss on some rows, with the KL penalty if it stands in the loss."""
+    logprobs = role_logprobs(roles, "policy", experience.rollout, part, config)
+    old, advantages = experience.logprobs[part], experience.advantages[part]
+    mask = experience.rollout.response_mask[part]
+    loss, report = policy_loss(logprobs, old, advantages, mask, config.clip)
+    if config.kl_in == "loss":
+        padding, ref_logprobs = mask == 0, experience.ref_logprobs[part]
+        pair = (x.masked_fill(padding, 0) for x in (logprobs, ref_logprobs))
+        loss = loss + beta * masked_mean(kl_estimate(*pair, config.kl_kind), ~padding)
+    return loss, report
+
+
+def value_objective(
+    roles: Roles, experience: Experience, part: slice, config: PPOConfig, beta: float
+) -> tuple[Tensor, dict[str, float]]:
+    """The critic's loss on some rows; β is in its returns already."""
+    values = response_values(roles, "value", experience.rollout, part)
+    old, returns = experience.values[part], experience.returns[part]
+    mask = experience.rollout.response_mask[part]
+    return value_loss(values, old, returns, mask, config.value_clip)
 
 
 def _check_roles(roles: Roles) -> None:
@@ -813,7 +396,9 @@ def _check_roles(roles: Roles) -> None:
         raise ValueError("role 'policy' has a head, which PPO would not train; add one without")
 
 
-def _logprobs(roles: Roles, role: str, rollout: Rollout, part: slice, config: PPOConfig) -> Tensor:
+def role_logprobs(
+    roles: Roles, role: str, rollout: Rollout, part: slice, config: PPOConfig
+) -> Tensor:
     ids, mask, length = (
         rollout.input_ids[part],
         rollout.attention_mask[part],
@@ -839,57 +424,9 @@ def _report(update: int, experience: Experience, beta: float, learnt: dict) -> P
         score=experience.scores.mean().item(),
         kl=experience.kl.mean().item(),
         beta=beta,
-        entropy=-_mean(experience.logprobs, mask.bool()).item(),
+        entropy=-masked_mean(experience.logprobs, mask.bool()).item(),
         length=mask.sum(-1).double().mean().item(),
         finished=rollout.finished.double().mean().item(),
         first_ratio=learnt["policy"][0]["ratio"],
         **means,
     )
-
-
-def _mean(x: Tensor, real: Tensor) -> Tensor:
-    """Mean over the tokens that count; what stands elsewhere, even NaN, changes nothing."""
-    return x.masked_fill(~real, 0).sum() / real.sum()
-
-
-def _check_clip(clip: float) -> None:
-    if not in_range(clip, above=True):
-        raise ValueError(f"clip is {clip}: it must be a finite number above 0; 0.2 is usual.")
-
-
-def _check_all(response_mask: Tensor, **tensors: Tensor) -> None:
-    """Raise unless the tensors fit a `[B, T]` mask of responses and are finite under it."""
-    for name, tensor in tensors.items():
-        check_floating(name, tensor)
-        _check_binary("response_mask", response_mask, tensor, name)
-    if response_mask.dim() != 2 or not response_mask.numel():
-        raise ValueError(f"response_mask has shape {list(response_mask.shape)}: it must be [B, T].")
-    real = response_mask.bool()
-    if (row := first_index(~real.any(-1))) is not None:
-        raise ValueError(
-            f"response_mask row {row[0]} is all zeros: a response has at least its EOS; drop it."
-        )
-    if (index := first_index(real[:, 1:] & ~real[:, :-1])) is not None:
-        raise ValueError(
-            f"response_mask row {index[0]} has a hole before column {index[1] + 1}: it must be 1 "
-            "up to and including EOS, and 0 from there on."
-        )
-    for name, tensor in tensors.items():
-        _check_finite(name, tensor, real)
-
-
-def _check_binary(mask_name: str, mask: Tensor, tensor: Tensor, name: str) -> None:
-    if mask.shape != tensor.shape:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, {mask_name} {list(mask.shape)}: they must be "
-            "equal."
-        )
-    check_binary(mask_name, mask)
-
-
-def _check_finite(name: str, tensor: Tensor, real: Tensor) -> None:
-    if (index := first_index(~tensor.isfinite() & real)) is not None:
-        raise ValueError(
-            f"{name} is {tensor[tuple(index)].item()} at {index}: look for weights that diverged, "
-            "or a score that was never finite."
-        )

@@ -28,7 +28,7 @@ from rlhf_helpers.text import (
     pad_examples,
     same_prompt,
 )
-from rlhf_helpers.training import Run, TrainConfig, TrainStats
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
 from rlhf_helpers.validation import (
     check_floating,
     check_whole,
@@ -439,7 +439,7 @@ def train_reward_model(
         for side in ("chosen", "rejected"):
             check_examples(f"{side} of {name}", [row[side] for row in rows], roles.base, tokenizer)
     head = roles.require_head(role)
-    run = Run(roles, role, config, folder, settings=pairs)
+    run = Run(roles, [role], config, folder, {"role": role, "pairs": digest(pairs)})
     head.reference = None  # a scale that was fixed before holds no longer
 
     def loss_of(step: int) -> Tensor:
@@ -448,7 +448,7 @@ def train_reward_model(
         input_ids, mask, _ = pad_examples(tokenizer, examples)
         device = roles.base.device
         rewards = score_tokens(roles, role, input_ids.to(device), mask.to(device))
-        run.check_finite("mean reward", rewards.mean())
+        run.check_finite(role, "mean reward", rewards.mean())
         return pairwise_loss(*rewards.split(len(batch)))
 
     def measure() -> dict[str, float]:
@@ -456,7 +456,7 @@ def train_reward_model(
         loss = pairwise_loss(chosen, rejected).item()
         return {"loss": loss, "accuracy": pair_accuracy(chosen, rejected)}
 
-    return run.updates(loss_of, measure)
+    return fit(run, loss_of, measure)
 
 
 def calibration(gaps: Tensor, bins: int = 8) -> list[tuple[float, float, int]]:

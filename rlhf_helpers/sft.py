@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_helpers.logprobs import token_logprobs
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import check_examples, pad_examples
-from rlhf_helpers.training import Run, TrainConfig, TrainStats
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss
 
@@ -147,7 +147,8 @@ def train_sft(
     check_examples("examples", examples, roles.base, tokenizer)
     check_examples("held_out", held_out, roles.base, tokenizer)
     name = getattr(labels, "__qualname__", repr(labels))
-    run = Run(roles, role, config, folder, settings=[name, examples])
+    settings = {"role": role, "labels": name, "examples": digest(examples)}
+    run = Run(roles, [role], config, folder, settings)
 
     def loss_of(step: int) -> Tensor:
         return batch_loss(roles.model, tokenizer, config.batch(examples, step), labels)
@@ -155,7 +156,7 @@ def train_sft(
     def measure() -> dict[str, float]:
         return {"loss": held_out_loss(roles.model, tokenizer, held_out)}
 
-    return run.updates(loss_of, measure)
+    return fit(run, loss_of, measure)
 
 
 @torch.no_grad()

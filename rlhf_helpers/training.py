@@ -1,12 +1,12 @@
-"""The loop that fine-tuning and reward modelling share: updates, reports, saving, going on."""
+"""The engine of every training run: steps, reports, saving, going on."""
 
 import hashlib
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -18,11 +18,13 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf_helpers.checkpoints import (
-    adam_state,
     finish_first,
+    keep_two,
+    newest_readable,
+    optimizer_tensors,
+    remove_folder,
     require_no_file,
-    restore_adam,
-    whole_folder,
+    restore_optimizers,
 )
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.validation import in_range
@@ -135,138 +137,224 @@ def backward(loss: Tensor, parameters: Iterable[Parameter], roles: Roles) -> Non
 
 
 class Run:
-    """Where a run stands, and how that is kept on disk.
+    """A training run: its optimizers, where it stands, and how that is kept on disk.
 
-    With a `folder`, a run that stops early is kept in `<folder>.unfinished`; a new Run of the same
-    settings goes on from there. The finished adapter goes to `folder`.
+    With a `folder`, a run that stops early is kept in `<folder>.unfinished`, as its two newest
+    saves; a new Run of the same settings goes on from there. The finished role goes to `folder`.
+    What is special to a method is its loss, and what it reports:
+
+        for step in run.left():
+            roles.use(role).train()
+            norm = run.gradients(role, loss_of(step))
+            with run.whole_step():
+                run.apply(role)
 
     Args:
-        role: a trainable role of `roles`.
-        settings: anything JSON can hold that the result depends on, the data for example.
+        trained: the roles that learn, each with an optimizer of its own; the first is the result.
+        config: with `steps`, `save_every`, `max_grad_norm`, and `rate(step)`.
+        settings: by name, what else the result depends on, the data for example.
+
+    Attributes:
+        step: updates that are done.
+        facts: numbers that belong to where the run stands, such as an adapted β; kept with it.
 
     Raises:
-        TypeError: for a `config` that is no TrainConfig.
-        ValueError: if the role cannot be trained, or an unfinished run has other settings.
+        ValueError: if a role cannot be trained, or an unfinished run has other settings or is
+            damaged.
         NotADirectoryError: if a file is in the place of the folder.
     """
 
     def __init__(
-        self, roles: Roles, role: str, config: TrainConfig, folder: Path | None, settings: object
+        self,
+        roles: Roles,
+        trained: Sequence[str],
+        config: "TrainConfig",
+        folder: Path | None,
+        settings: Mapping[str, object],
     ) -> None:
-        if not isinstance(config, TrainConfig):
+        if not is_dataclass(config):
             raise TypeError(f"config is {config!r}: give an SFTConfig or RewardConfig of settings.")
-        self.roles, self.role, self.config = roles, role, config
+        self.roles, self.trained, self.config = roles, tuple(trained), config
+        self.settings = json.loads(json.dumps({**asdict(config), **settings}))
+        self.step, self.seconds, self.facts = 0, 0.0, {}
+        self.saved: int | None = None
+        self.ended = False
+        self._dirty = self._closing = (
+            False  # weights moved since the last whole step; it is closing
+        )
         self.folder = None if folder is None else Path(folder).absolute()
-        text = json.dumps([role, asdict(config), settings])
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
-        self.parameters = roles.parameters(role)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
-        self.step = self.saved = 0
-        self.seconds = 0.0
+        tensors = {}
+        for role in self.trained:
+            roles.parameters(role)  # raises for a frozen one
         if self.folder is not None:
             self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
             require_no_file(self.folder, self.unfinished)
             self._take_over()
-            if self.unfinished.exists():
-                self._resume()
+            tensors = self._resume()
+        self.optimizers = {
+            role: torch.optim.AdamW(self.parameters(role), weight_decay=0.0) for role in trained
+        }
+        if tensors:
+            restore_optimizers(self.optimizers, tensors)
 
-    def updates(
-        self, loss_of: Callable[[int], Tensor], measure: Callable[[], Mapping[str, float]]
-    ) -> Iterator[TrainStats]:
-        """Do the steps that are left, one for each item drawn.
+    def parameters(self, role: str) -> list[Parameter]:
+        """What a role trains."""
+        return list(self.roles.parameters(role).values())
 
-        Args:
-            loss_of: the loss of a step's batch, a scalar.
-            measure: what to report of the held-out examples.
-
-        Yields:
-            `TrainStats`, the first before any update.
-
-        Raises:
-            FloatingPointError: if loss or gradient is not finite; the state before is kept.
-        """
-        config, begun = self.config, time.perf_counter() - self.seconds
+    def left(self) -> Iterator[int]:
+        """The steps that are left; however the loop over them ends, a whole step is kept."""
+        self._begun = time.perf_counter() - self.seconds
         try:
-            if self.step == 0:
-                self.roles.use(self.role)
-                yield TrainStats(0, held_out=measure())
-            while self.step < config.steps:
-                model = self.roles.use(self.role).train()
-                self.optimizer.zero_grad()  # an interrupted step may have left gradients
-                loss = loss_of(self.step)
-                self.check_finite("loss", loss)
-                backward(loss, self.parameters.values(), self.roles)
-                with finish_first():
-                    rate, norm = self._update()
-                    self.seconds = time.perf_counter() - begun
-                    if self.step % config.save_every == 0:
-                        self.save()
-                model.eval()
-                due = self.step % config.eval_every == 0 or self.step == config.steps
-                held_out = measure() if due else {}
-                yield TrainStats(self.step, loss.item(), held_out, norm, rate, self.seconds)
+            while self.step < self.config.steps and not self.ended:
+                yield self.step
         finally:
             with finish_first():
                 self.save()
 
-    def save(self) -> None:
-        """Keep what is done since the last save, if there is a folder to keep it in."""
-        if self.folder is None or self.step == self.saved:
+    def gradients(self, role: str, loss: Tensor) -> float:
+        """Compute a loss's gradients, scale them down to `max_grad_norm`, and return their length.
+
+        Raises:
+            FloatingPointError: if loss or gradient is not finite.
+        """
+        self.check_finite(role, "loss", loss)
+        self.optimizers[role].zero_grad()  # an interrupted step may have left gradients
+        backward(loss, self.parameters(role), self.roles)
+        norm = clip_grad_norm_(self.parameters(role), self.config.max_grad_norm)
+        self.check_finite(role, "gradient norm", norm)
+        return norm.item()
+
+    def apply(self, role: str) -> None:
+        """An optimizer's step; one of several that make a step, unless inside of `whole_step`."""
+        if self.saved is None and not self._closing:
+            self.save(start=True)  # to go back to, if this step stops half-way
+        self._dirty = True
+        for group in self.optimizers[role].param_groups:
+            group["lr"] = self.config.rate(self.step)
+        self.optimizers[role].step()
+        self.roles.model.eval()
+
+    @contextmanager
+    def whole_step(self, last: bool = False) -> Iterator[None]:
+        """What makes a step whole; a Ctrl-C waits until it is counted and, if due, saved.
+
+        Args:
+            last: the run ends here, though steps are left.
+        """
+        with finish_first():
+            self._closing = True
+            yield
+            self.step += 1
+            self._dirty = self._closing = False
+            self.seconds = time.perf_counter() - self._begun
+            self.ended = last or self.step == self.config.steps
+            if self.ended or self.step % self.config.save_every == 0:
+                self.save()
+
+    def save(self, start: bool = False) -> None:
+        """Keep the last whole step, if that is not done and there is a folder to keep it in."""
+        if self.folder is None or self._dirty or self.step == self.saved:
             return
-        if self.step == self.config.steps:
-            self.roles.save(self.role, self.folder)
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        else:
-            facts = {"step": self.step, "seconds": self.seconds, "digest": self.digest}
-            moments = adam_state(self.parameters, self.optimizer)
-            with whole_folder(self.unfinished) as new:
-                self.roles.write(self.role, new)
-                metadata = {name: str(value) for name, value in facts.items()}
-                save_file(moments, new / OPTIMIZER, metadata=metadata)
+        if not (self.step or start):
+            return  # nothing has been done
+        if self.ended:
+            self.roles.save(self.trained[0], self.folder)
+            remove_folder(self.unfinished)
+        elif not keep_two(self.unfinished, self.step, self._write):
+            return
         self.saved = self.step
 
-    def _update(self) -> tuple[float, float]:
-        rate = self.config.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        self.check_finite("gradient norm", norm)
-        self.optimizer.step()
-        self.step += 1
-        return rate, norm.item()
+    def failure(self, role: str, what: object) -> FloatingPointError:
+        """The error that ends a run whose numbers diverged; the last whole step is kept before."""
+        self.save()
+        kept = "" if self.saved is None else f"; update {self.saved} is kept in '{self.unfinished}'"
+        return FloatingPointError(
+            f"update {self.step + 1} broke off at role {role!r}, with a learning_rate of "
+            f"{self.config.learning_rate}, which may be too high{kept}: {what}"
+        )
 
-    def check_finite(self, name: str, value: Tensor) -> None:
+    def check_finite(self, role: str, name: str, value: Tensor) -> None:
         """Raise FloatingPointError, which says where the run stands, unless a number is finite."""
         if not value.isfinite():
-            raise FloatingPointError(
-                f"the {name} of step {self.step + 1} is {value.item()}; lower the learning_rate of "
-                f"{self.config.learning_rate}, or look for examples that do not belong"
-            )
+            raise self.failure(role, f"the {name} is {value.item()}")
 
     def _take_over(self) -> None:
         """Let an earlier run to the same folder, stopped but still in memory, save a last time."""
         if earlier := _OPEN.get(self.folder):
-            earlier.save()
+            if not earlier.ended:
+                earlier.save()
             earlier.folder = None
         _OPEN[self.folder] = self
 
-    def _resume(self) -> None:
-        try:
-            with safe_open(self.unfinished / OPTIMIZER, "pt") as file:
-                facts = file.metadata()
-                moments = {key: file.get_tensor(key) for key in file.keys()}
-        except Exception as error:
+    def _write(self, folder: Path) -> None:
+        for role in self.trained:
+            (folder / role).mkdir()
+            self.roles.write(role, folder / role)
+        words = {"settings": self.settings, "facts": self.facts}
+        metadata = {name: json.dumps(value) for name, value in words.items()}
+        metadata |= {"step": str(self.step), "seconds": repr(self.seconds)}
+        save_file(optimizer_tensors(self.optimizers), folder / OPTIMIZER, metadata=metadata)
+
+    def _read(self, folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """Metadata and tensors of a save; raises if any of its files is missing or damaged."""
+        with safe_open(folder / OPTIMIZER, "pt") as file:
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        if json.loads(metadata["settings"]) == self.settings:  # else its roles may be others too
+            for role in self.trained:
+                self.roles.check_folder(folder / role, head=role in self.roles.heads)
+        return metadata, tensors
+
+    def _resume(self) -> dict[str, Tensor]:
+        """Load what the newest whole save holds; return the optimizers' tensors."""
+        found = newest_readable(self.unfinished, self._read)
+        if found is None:
+            return {}
+        folder, (metadata, tensors) = found
+        saved = json.loads(metadata["settings"])
+        if changed := [n for n in saved | self.settings if saved.get(n) != self.settings.get(n)]:
+            pairs = (f"{n}: {saved.get(n)} there, {self.settings.get(n)} here" for n in changed)
             raise ValueError(
-                f"the unfinished run in '{self.unfinished}' cannot be read ({error}); delete the "
-                "folder to begin anew"
-            ) from error
-        if facts["digest"] != self.digest:
-            raise ValueError(
-                f"'{self.unfinished}' holds {facts['step']} steps of a run with other settings or "
-                "data; give those to go on with it, or delete the folder to begin anew"
+                f"'{folder}' belongs to a run with other settings ({'; '.join(pairs)}); give those "
+                f"to go on with it, or delete '{folder.parent}' to begin anew"
             )
-        self.roles.load(self.role, self.unfinished, trainable=True)
-        self.parameters = self.roles.parameters(self.role)
-        self.step = self.saved = int(facts["step"])
-        self.seconds = float(facts["seconds"])
-        restore_adam(self.parameters, self.optimizer, moments, self.step)
+        for role in self.trained:
+            self.roles.load(role, folder / role, trainable=True)
+        self.step = self.saved = int(metadata["step"])
+        self.seconds, self.facts = float(metadata["seconds"]), json.loads(metadata["facts"])
+        return tensors
+
+
+def fit(
+    run: Run, loss_of: Callable[[int], Tensor], measure: Callable[[], Mapping[str, float]]
+) -> Iterator[TrainStats]:
+    """Train one role, an optimizer step for each item drawn.
+
+    Args:
+        loss_of: the loss of a step's batch, a scalar.
+        measure: what to report of the held-out examples.
+
+    Yields:
+        `TrainStats`, the first before any update.
+
+    Raises:
+        FloatingPointError: if loss or gradient is not finite; the state before is kept.
+    """
+    (role,), config = run.trained, run.config
+    if run.step == 0:
+        run.roles.use(role)
+        yield TrainStats(0, held_out=measure())
+    for step in run.left():
+        run.roles.use(role).train()
+        loss = loss_of(step)
+        norm = run.gradients(role, loss)
+        with run.whole_step():
+            run.apply(role)
+        due = run.step % config.eval_every == 0 or run.ended
+        held_out = measure() if due else {}
+        yield TrainStats(run.step, loss.item(), held_out, norm, config.rate(step), run.seconds)
+
+
+def digest(rows: Sequence) -> str:
+    """Data in a few words, by which a run knows its own again."""
+    text = json.dumps(list(rows))
+    return f"{len(rows)} rows, digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 
@@ -40,3 +41,9 @@ def random_ids(generator, low, high, vocabulary):
 def press():
     """A real Ctrl-C."""
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def kept_in(folder: Path, role: str) -> Path:
+    """Where a role's files are: in the newest save of an unfinished run, else in the folder."""
+    saves = sorted(folder.glob("update-*"))
+    return saves[-1] / role if saves else folder

@@ -35,6 +35,7 @@ from rlhf_helpers.diversity import distinct_n, diversity, mean_length, self_bleu
 from rlhf_helpers.gold import Judge, Rubric, load_gold
 from rlhf_helpers.kl import AdaptiveKL, estimator_moments, exact_kl, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs, token_entropy, token_logprobs
+from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
 from rlhf_helpers.memory import (
     ModelSizes,
     kv_cache_bytes,
@@ -46,16 +47,7 @@ from rlhf_helpers.memory import (
 )
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
-from rlhf_helpers.ppo import (
-    PPOConfig,
-    collect_experience,
-    gae,
-    policy_loss,
-    shape_rewards,
-    train_ppo,
-    value_loss,
-    whiten,
-)
+from rlhf_helpers.ppo import PPOConfig, collect_experience, train_ppo
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import (
     RewardConfig,
@@ -1029,14 +1021,14 @@ FILE_ROWS = (
         text("pocket/notes", "none yet"), error=FileNotFoundError),
     Row("going on with other settings",
         lambda w: w.sft(folder=w.path, config=replace(SFT, batch_size=3)),
-        "'{folder}/saved.unfinished' holds 1 steps of a run with other settings",
-        "delete the folder to begin anew", stopped("sft")),
+        "(batch_size: 2 there, 3 here)",
+        ("give those to go on with it", "delete '{folder}/saved.unfinished'"), stopped("sft")),
     Row("going on from a truncated optimizer",
         lambda w: w.sft(folder=w.path),
-        "the unfinished run in '{folder}/saved.unfinished' cannot be read",
+        "no save in '{folder}/saved.unfinished' can be read",
         "delete the folder to begin anew", stopped("sft", "optimizer.safetensors")),
     Row("going on from a truncated adapter",
-        lambda w: w.sft(folder=w.path), "the adapter in '{folder}/saved.unfinished' cannot be read",
+        lambda w: w.sft(folder=w.path), "no save in '{folder}/saved.unfinished' can be read",
         "truncated or damaged", stopped("sft", WEIGHTS)),
     Row("going on with PPO at another price",
         lambda w: w.ppo(folder=w.path, config=replace(PPO, beta=0.5)), "beta: 0.1 there, 0.5 here",

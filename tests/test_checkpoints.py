@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 
 from rlhf_helpers import checkpoints
 from rlhf_helpers.checkpoints import (
-    adam_state,
     find_adapter,
     finish_first,
     keep_two,
     newest_readable,
-    restore_adam,
+    optimizer_tensors,
+    restore_optimizers,
     whole_folder,
 )
 from rlhf_helpers.presets import load_preset
@@ -272,34 +272,37 @@ def test_a_restored_optimizer_goes_on_as_if_never_stopped():
     one, two = adam(straight), adam(stopped)
     take(straight, one, 8)
     take(stopped, two, 3)
-    tensors = {key: tensor.clone() for key, tensor in adam_state(stopped, two).items()}
-    assert sorted(tensors) == ["exp_avg/a", "exp_avg/b", "exp_avg_sq/a", "exp_avg_sq/b"]
+    tensors = {k: t.clone() for k, t in optimizer_tensors({"policy": two}).items()}
+    entries = ("exp_avg", "exp_avg_sq", "step")
+    assert sorted(tensors) == [f"policy/{i}/{entry}" for i in (0, 1) for entry in entries]
     resumed = {name: torch.nn.Parameter(p.detach().clone()) for name, p in stopped.items()}
     three = adam(resumed)
-    restore_adam(resumed, three, tensors, step=3)
+    restore_optimizers({"policy": three}, tensors)
     take(resumed, three, 5, first=3)
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     take(stopped, two, 5, first=3)  # and the first goes on undisturbed
     assert all(torch.equal(stopped[name], straight[name]) for name in straight)
 
 
-def test_moments_are_saved_by_name_and_put_back_by_name():
-    weights = parameters()
-    optimizer = adam(weights)
-    take(weights, optimizer, 2)
-    tensors = {key: tensor.clone() for key, tensor in adam_state(weights, optimizer).items()}
-    backwards = dict(reversed(weights.items()))
-    other = adam(backwards)
-    restore_adam(backwards, other, tensors, step=2)
-    again = adam_state(weights, other)
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
-    assert all(other.state[p]["step"].item() == 2 for p in weights.values())
+def test_each_optimizer_gets_its_own_state_and_keeps_its_settings():
+    weights, others = parameters(), parameters()
+    optimizers = {"policy": adam(weights), "value": adam(others)}
+    take(weights, optimizers["policy"], 2)
+    take(others, optimizers["value"], 3)
+    tensors = {k: t.clone() for k, t in optimizer_tensors(optimizers).items()}
+    again = {"policy": adam(weights), "value": adam(others)}
+    restore_optimizers(again, tensors)
+    found = optimizer_tensors(again)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    steps = [again[n].state[p]["step"].item() for n, w in (("policy", weights), ("value", others))
+             for p in w.values()]  # fmt: skip
+    assert steps == [2, 2, 3, 3]
+    assert again["policy"].param_groups[0]["lr"] == 0.1
 
 
 def test_an_optimizer_that_never_stepped_has_no_state():
-    weights = parameters()
-    assert adam_state(weights, adam(weights)) == {}
+    assert optimizer_tensors({"policy": adam(parameters())}) == {}
 
 
 # --- keep_two and newest_readable ----------------------------------------------------------

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_helpers import ppo as module
-from rlhf_helpers.ppo import gae, gae_weights, policy_loss, shape_rewards, value_loss, whiten
+from rlhf_helpers import losses as module
+from rlhf_helpers.losses import gae, gae_weights, policy_loss, shape_rewards, value_loss, whiten
 
 LENGTHS = (3, 1, 5)  # of the responses in the batch that several tests share
 DEVICES = [

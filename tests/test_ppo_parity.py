@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_helpers.kl import kl_estimate
-from rlhf_helpers.ppo import gae, policy_loss, shape_rewards, value_loss, whiten
+from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
 
 GOLDEN = Path(__file__).parent / "golden" / "trl_ppo.safetensors"
 TOKENS, EXTENDED = "padding_mask", "padding_mask_p1"

@@ -21,27 +21,18 @@ from test_roles import base_bits, fill, same, save_tiny
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from rlhf_helpers import ppo
+from rlhf_helpers import ppo, training
 from rlhf_helpers import roles as roles_module
 from rlhf_helpers.base import load_base
 from rlhf_helpers.kl import AdaptiveKL
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.ppo import (
-    OPTIMIZER,
-    PPOConfig,
-    collect_experience,
-    gae,
-    policy_loss,
-    response_values,
-    shape_rewards,
-    train_ppo,
-    value_loss,
-    whiten,
-)
+from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
+from rlhf_helpers.ppo import PPOConfig, collect_experience, response_values, train_ppo
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles
 from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.text import load_tokenizer
+from rlhf_helpers.training import OPTIMIZER
 
 NAN, INF = float("nan"), float("inf")
 KILLS = 3  # random moments at which a run is killed; set it to 20 for a thorough test by hand
@@ -935,7 +926,7 @@ def stop_in_the_optimizer(update, patch):
 
 def stop_in_the_save(update, patch):
     """A real Ctrl-C while update `update` is saved, which is finished first."""
-    patch.setattr(ppo, "save_file", nth(update, save_file, press))
+    patch.setattr(training, "save_file", nth(update, save_file, press))
 
 
 def stop_in_the_consumer(update, patch):
@@ -1025,15 +1016,21 @@ def test_a_run_may_be_interrupted_again_and_again(train, final, tmp_path, monkey
     assert same(weights(train(tmp_path / "policy")[0]), final)
 
 
-@pytest.mark.parametrize("stop, update", [(stop_in_the_consumer, 3), (stop_in_sampling, 2)])
+@pytest.mark.parametrize(
+    "stop, update, kept",
+    [
+        (stop_in_the_consumer, 3, (2, 3)),  # between two updates all is whole, and kept
+        (stop_in_sampling, 2, (0, 2)),
+        (stop_in_the_optimizer, 3, (0, 2)),  # in the middle of one only the last save is
+    ],
+)
 def test_with_fewer_saves_some_updates_are_made_again(
-    train, history, tmp_path, monkeypatch, stop, update
+    train, history, tmp_path, monkeypatch, stop, update, kept
 ):
     folder = tmp_path / "policy"
     interrupt(train, monkeypatch, folder, stop, update, config=SAVE_EVERY_2)
-    last = update // 2 * 2
-    names = [f"update-{n:05}" for n in range(0, last + 1, 2)]
-    assert names_in(tmp_path / "policy.unfinished") == names
+    assert names_in(tmp_path / "policy.unfinished") == [f"update-{n:05}" for n in kept]
+    last = kept[-1]
     roles, stats = train(folder, config=SAVE_EVERY_2)
     assert facts(stats) == facts(s for s, _ in history[last + 1 :])
     assert same(weights(roles), history[-1][1])
@@ -1155,8 +1152,8 @@ def test_every_setting_is_compared(tiny, tokenizer, stopped):
 def test_all_that_differs_is_named_and_so_are_the_folders(tiny, tokenizer, stopped):
     config = replace(SETTINGS, beta=0.3, seed=7)
     text = refuse(tiny, tokenizer, stopped, "other settings", PROMPTS[:-1], config)
-    assert "beta: 0.1 there, 0.3 here; seed: 0 there, 7 here; prompts: 7 prompts, digest" in text
-    assert " there, 6 prompts, digest " in text
+    assert "beta: 0.1 there, 0.3 here; seed: 0 there, 7 here; prompts: 7 rows, digest" in text
+    assert " there, 6 rows, digest " in text
     newest = stopped.with_name("policy.unfinished") / "update-00003"
     assert f"'{newest}' belongs" in text
     assert f"delete '{newest.parent}' to begin anew" in text
@@ -1164,7 +1161,7 @@ def test_all_that_differs_is_named_and_so_are_the_folders(tiny, tokenizer, stopp
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:-1], PROMPTS[::-1], [*PROMPTS[:-1], "cow"]])
 def test_prompts_are_compared(tiny, tokenizer, stopped, prompts):
-    refuse(tiny, tokenizer, stopped, r"other settings \(prompts: 7 prompts, digest", prompts)
+    refuse(tiny, tokenizer, stopped, r"other settings \(prompts: 7 rows, digest", prompts)
 
 
 def test_a_run_of_other_roles_is_kept(tiny, tokenizer, stopped, tmp_path):
@@ -1255,6 +1252,18 @@ def full(number, real):
     return nth(number, real, action)
 
 
+def full_from(number, real):
+    """No room is made."""
+    calls = itertools.count()
+
+    def call(*arguments, **options):
+        if next(calls) >= number:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    return call
+
+
 def full_safetensors(number, real):
     def action():
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
@@ -1263,7 +1272,7 @@ def full_safetensors(number, real):
 
 
 def fill_the_optimizers_file(patch, full):
-    patch.setattr(ppo, "save_file", full(2, ppo.save_file))
+    patch.setattr(training, "save_file", full(2, save_file))
 
 
 def fill_an_adapters_file(patch, full):
@@ -1302,21 +1311,23 @@ def test_on_a_full_disk_the_run_goes_on(train, history, tmp_path, monkeypatch, w
     assert names_in(tmp_path) == ["policy"]
 
 
+@pytest.mark.parametrize("kind, saved", [(full_from, 1), (full, 2)])
 def test_a_run_that_could_not_be_saved_is_stopped_and_goes_on(
-    train, history, tmp_path, monkeypatch
+    train, history, tmp_path, monkeypatch, kind, saved
 ):
+    """If room is made before the run ends, the update that had no room is saved then."""
     with monkeypatch.context() as patch:
-        fill_the_optimizers_file(patch, full)
+        fill_the_optimizers_file(patch, kind)
         with pytest.warns(UserWarning, match="update 2 could not be saved"):
             interrupt(train, monkeypatch, tmp_path / "policy", stop_in_the_consumer, 2)
     roles, stats = train(tmp_path / "policy")
-    assert facts(stats) == facts(s for s, _ in history[2:])
+    assert facts(stats) == facts(s for s, _ in history[saved + 1 :])
     assert same(weights(roles), history[-1][1])
 
 
 def test_a_full_disk_at_the_end_keeps_the_run(train, history, final, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(roles_module, "save_file", full(3 * UPDATES, save_file))
+        patch.setattr(roles_module, "save_file", full_from(3 * UPDATES, save_file))
         with pytest.raises(OSError, match="No space left"):
             train(tmp_path / "policy")
     assert "policy" not in names_in(tmp_path)
@@ -1476,7 +1487,7 @@ def exit_in_the_save():
             cut(path)
             os._exit(9)
 
-    ppo.save_file = write
+    training.save_file = write
 
 
 def kill_runs(model, folder, kills):
@@ -1554,7 +1565,7 @@ def test_wherever_a_save_stops_the_run_goes_on(train, short, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", guarded(os.replace))
         patch.setattr(shutil, "rmtree", guarded(shutil.rmtree))
-        for module in (ppo, roles_module):
+        for module in (training, roles_module):
             patch.setattr(module, "save_file", guarded(save_file))
         if number == FILE_OPERATIONS:
             train(tmp_path / "policy", config=SHORT)  # these were all

@@ -201,19 +201,19 @@ def write_about(path: Path, config: PPOConfig) -> None:
 # --- runs with a bug, for the exercise of lesson 03 -----------------------------------------------
 
 
-def ratio_to_reference(run, experience, part):
-    logprobs = ppo._logprobs(run.roles, "policy", experience.rollout, part, run.config)
+def ratio_to_reference(roles, experience, part, config, beta):
+    logprobs = ppo.role_logprobs(roles, "policy", experience.rollout, part, config)
     mask = experience.rollout.response_mask[part]
     return ppo.policy_loss(
-        logprobs, experience.ref_logprobs[part], experience.advantages[part], mask, run.config.clip
+        logprobs, experience.ref_logprobs[part], experience.advantages[part], mask, config.clip
     )
 
 
-def old_taken_anew(run, experience, part):
-    logprobs = ppo._logprobs(run.roles, "policy", experience.rollout, part, run.config)
+def old_taken_anew(roles, experience, part, config, beta):
+    logprobs = ppo.role_logprobs(roles, "policy", experience.rollout, part, config)
     mask = experience.rollout.response_mask[part]
     return ppo.policy_loss(
-        logprobs, logprobs.detach(), experience.advantages[part], mask, run.config.clip
+        logprobs, logprobs.detach(), experience.advantages[part], mask, config.clip
     )
 
 
@@ -225,8 +225,8 @@ SHAPE_REWARDS = ppo.shape_rewards
 BUGS = {
     "healthy": (ppo, "shape_rewards", SHAPE_REWARDS),
     "A": (ppo, "shape_rewards", penalty_as_bonus),
-    "B": (ppo._Run, "_policy_loss", ratio_to_reference),
-    "C": (ppo._Run, "_policy_loss", old_taken_anew),
+    "B": (ppo, "policy_objective", ratio_to_reference),
+    "C": (ppo, "policy_objective", old_taken_anew),
 }
 
 

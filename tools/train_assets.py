@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_helpers import reward, sft
 from rlhf_helpers.base import load_base
-from rlhf_helpers.checkpoints import adam_state, restore_adam, whole_folder
+from rlhf_helpers.checkpoints import optimizer_tensors, restore_optimizers, whole_folder
 from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
@@ -129,10 +129,10 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
-    """Weights and Adam's two moments by parameter name."""
+    """Weights by parameter name, and the optimizer's state."""
     parameters = dict(model.named_parameters())
     weights = {f"weight/{name}": p.detach() for name, p in parameters.items()}
-    return weights | adam_state(parameters, optimizer)
+    return weights | optimizer_tensors({"adam": optimizer})
 
 
 def resume(model, optimizer, path: Path, steps: int) -> tuple[int, float]:
@@ -148,7 +148,7 @@ def resume(model, optimizer, path: Path, steps: int) -> tuple[int, float]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight/{name}"])
-    restore_adam(parameters, optimizer, tensors, step)
+    restore_optimizers({"adam": optimizer}, tensors)
     return step, float(facts["seconds"])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_helpers.ppo import gae
+from rlhf_helpers.losses import gae
 
 ROWS, TOKENS = 64, 512
 GAMMA, LAM = 1.0, 0.95

@@ -111,8 +111,8 @@ def profile(roles: Roles) -> Timers:
     for name in ("_logprobs", "response_values", "score_tokens"):
         timers.wrap(ppo, name, asked)
     timers.wrap(ppo, "sample_responses", lambda *_: "sampling")
-    timers.wrap(ppo._Run, "_policy_loss", lambda *_: "policy: forward")
-    timers.wrap(ppo._Run, "_value_loss", lambda *_: "value: forward")
+    timers.wrap(ppo, "policy_objective", lambda *_: "policy: forward")
+    timers.wrap(ppo, "value_objective", lambda *_: "value: forward")
     timers.wrap(torch.Tensor, "backward", lambda *_: f"{roles.active}: backward")
     timers.wrap(torch.optim.AdamW, "step", lambda *_: "optimizer")
     timers.wrap(torch.optim.AdamW, "zero_grad", lambda *_: "optimizer")
