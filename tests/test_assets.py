@@ -129,13 +129,19 @@ def test_answers_question():
 
 
 def test_the_sft_adapter_is_that_of_its_record(pocket, tokenizer):
-    """Measured again, with other samples: within what 598 draws can differ."""
+    """Measured again, with other samples: within four standard errors of their difference.
+
+    Where numbers are rounded or drawn in another way, the same seed gives other samples.
+    """
     roles = Roles(load_base(pocket))
     roles.load("sft", ASSETS / "sft")
     measured = train_assets.judge(roles.use("sft"), tokenizer, seed=100)
     recorded = next(row for row in SFT_RUNS if (row["run"], row["seed"]) == ("sft", 0))
-    for name in ("answers", "right", "finished", "gold"):
-        assert measured[name] == pytest.approx(recorded[name], abs=0.1), name
+    error = (2 / len(world.prompts("held_out"))) ** 0.5  # of two means, for a deviation of 1
+    # A share's deviation is at most 0.5; gold's was 0.75 to 0.8 with every one of 13 seeds.
+    for name, deviation in {"answers": 0.5, "right": 0.5, "finished": 0.5, "gold": 0.8}.items():
+        allowed = 4 * deviation * error
+        assert measured[name] == pytest.approx(recorded[name], abs=allowed), name
     written = sft_dataset(pocket, "held_out", copies=1)
     rows = encode_examples(tokenizer, written, pocket.prompt_length, pocket.response_length)
     loss = held_out_loss(roles.use("sft"), tokenizer, rows)

@@ -56,11 +56,19 @@ class Update:
     def micro_batches(self) -> list[tuple[int, Tensor]]:
         return list(enumerate(self["micro_batch_inds"].long()))
 
-    def same(self, ours: Tensor | float, theirs: Tensor, tolerance: float | None = None) -> None:
+    def same(
+        self,
+        ours: Tensor | float,
+        theirs: Tensor,
+        tolerance: float | None = None,
+        size: Tensor | float = 0.0,
+    ) -> None:
+        """`size`: of what was added up to this, if that was larger."""
         ours = torch.as_tensor(ours, dtype=theirs.dtype)
         assert ours.shape == theirs.shape
         error = (ours - theirs).abs().max().item()
-        allowed = (tolerance or self.tolerance) * max(1, theirs.abs().max().item())
+        largest = max(x.abs().max().item() for x in (theirs, torch.as_tensor(size)))
+        allowed = (tolerance or self.tolerance) * max(1, largest)
         assert error < allowed, f"{self.name}: off by {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -180,7 +188,7 @@ def test_gae(seen):
     gamma, lam = seen.settings["gamma"], seen.settings["lam"]
     advantages, returns = gae(rewards, seen["values"], seen.mask(EXTENDED), gamma, lam)
     seen.same(advantages, seen["advantages"])
-    seen.same(returns, seen["returns"])
+    seen.same(returns, seen["returns"], size=seen["advantages"])
 
 
 @each_update
@@ -202,7 +210,7 @@ def test_chain_from_scores_to_whitened_advantages(seen):
     if settings["whiten_rewards"]:
         rewards = whiten_rewards(rewards, extended)
     advantages, returns = gae(rewards, seen["values"], extended, settings["gamma"], settings["lam"])
-    seen.same(returns, seen["returns"])
+    seen.same(returns, seen["returns"], size=seen["advantages"])
     seen.same(whiten(advantages, seen.mask(TOKENS)), seen["advantages_whitened"])
 
 
