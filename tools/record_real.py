@@ -168,7 +168,7 @@ def examine(roles, tokenizer, asked, preset, out, role, stage, seconds=0.0, beta
         found["KL"].append(experience.kl)
         found["length"].append(rollout.response_mask.sum(-1))
         found["finished"].append(rollout.finished)
-    numbers = {name: mean_with_interval(torch.cat(x).double().cpu()) for name, x in found.items()}
+    numbers = {name: mean_with_interval(torch.cat(x).cpu()) for name, x in found.items()}
     keep(out, stage, numbers, seconds)
 
 
@@ -179,8 +179,9 @@ def batches(rows: list, size: int) -> Iterator[list]:
 
 def mean_with_interval(x: Tensor) -> tuple[float, float, float, int]:
     """Mean, both ends of its 95% interval over prompts, their number; for shares Wilson's."""
-    if bool(((x == 0) | (x == 1)).all()):
-        return (*share_with_interval(x.bool().tolist()), len(x))
+    if x.dtype == torch.bool:
+        return (*share_with_interval(x.tolist()), len(x))
+    x = x.double()
     mean, error = x.mean().item(), 1.96 * (x.std() / len(x) ** 0.5).item()
     return mean, mean - error, mean + error, len(x)
 
