@@ -13,13 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab course test compare build check-sync lint
+.PHONY: help lab course test test-isa compare build check-sync lint
 
 help:
 	@echo "make lab         open the first lesson in JupyterLab"
 	@echo "make course      run all lessons and print a table of what they found"
 	@echo "make compare LESSON=05  show an exercise beside its solution"
 	@echo "make test        lint, check that notebooks match their sources, run all tests"
+	@echo "make test-isa    run the numeric tests as on processors with fewer instructions (x86-64)"
 	@echo "make build       build the notebooks whose source changed"
 	@echo "make check-sync  check that every notebook is what its source gives"
 	@echo "make lint        ruff, and the style report of the notebooks"
@@ -42,6 +43,31 @@ test: $(READY)
 	$(RUN) tools/build_notebooks.py check-sync
 	$(OFFLINE) OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile \
 		--nbval-lax --nbval-cell-timeout 600 tests $(NOTEBOOKS)
+
+# Other instructions, and another number of threads, add up in another order and round differently:
+# a tolerance that one processor alone keeps shows here. Left out is what takes the most time and
+# tells the least: saving and resuming, which compares bits of one machine, and the base's exam.
+NUMERIC := $(patsubst %,tests/test_%.py,assets gold kl logprobs ppo ppo_parity reward roles rollout \
+	sft train_ppo)
+LEFT_OUT := save or goes_on or go_on or interrupted or killed or kept or disk or connection or \
+	the_base or knows_nothing
+
+test-isa: $(READY)
+	@failed=; export OMP_WAIT_POLICY=passive; \
+	for isa in "default SSE41 SSE4_2" "avx2 AVX2 AVX2"; do \
+		set -- $$isa; \
+		export ATEN_CPU_CAPABILITY=$$1 DNNL_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3; \
+		$(RUN) -c 'import os, sys, torch; found = torch.backends.cpu.get_cpu_capability().lower(); \
+			sys.exit(found != os.environ["ATEN_CPU_CAPABILITY"] and \
+			f"torch takes {found} all the same: this needs an x86-64 processor with AVX2")' \
+			|| exit 1; \
+		for threads in 1 2; do \
+			echo "== instructions: $$1, threads: $$threads"; \
+			$(OFFLINE) OMP_NUM_THREADS=$$threads $(RUN) -m pytest -k "not ($(LEFT_OUT))" \
+				$(NUMERIC) || failed="$$failed $$1/$$threads"; \
+		done; \
+	done; \
+	test -z "$$failed" || { echo "Failed (instructions/threads):$$failed"; exit 1; }
 
 build: $(READY)
 	$(OFFLINE) $(RUN) tools/build_notebooks.py build
