@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Exercise:
     further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
     general: Callable[[Sequence], str] = lambda results: ""  # of wrong ones that no mistake gives
     size_hint: str = ""  # a line for the author of an error about sizes
+
+
+def texts(block: str) -> SimpleNamespace:
+    """Messages by name, from paragraphs `name: message` whose further lines are indented."""
+    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", block, re.MULTILINE)
+    return SimpleNamespace(**{name: " ".join(message.split()) for name, message in found})
 
 
 def check(exercise: Exercise, fn: Callable) -> None:
