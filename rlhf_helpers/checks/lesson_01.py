@@ -386,6 +386,8 @@ only_frozen_layer_returned: only the frozen layer is returned; A, B and alpha ch
     does the adapter add to it?
 whole_sum_scaled: the whole sum is scaled, the frozen layer too. With B = 0 the result must be the
     layer's own; look at what your factor multiplies.
+fixed_scale: the scale is that of the example by hand, where α or r is a number of its own. Both
+    come with the arguments: alpha, and the size that A and B have in common.
 """)
 
 _LORA_MISTAKES = (
@@ -404,6 +406,10 @@ _LORA_MISTAKES = (
     (
         lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha * a.shape[0]),
         _LORA_TEXT.update_multiplied_r,
+    ),
+    *(
+        (lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, alpha)), _LORA_TEXT.fixed_scale)
+        for of in (lambda a, alpha: 3, lambda a, alpha: alpha / 2, lambda a, alpha: 6 / len(a))
     ),
     *((partial(_rounded_scale, digits), _LORA_TEXT.rounded_scale) for digits in range(4)),
     (
@@ -491,6 +497,8 @@ equal_shapes_once: layers of equal shape are counted once. They are different la
     and a B of its own.
 two_biases: A and B are counted with a bias each. LoRA's two matrices have none.
 bias_counted: a bias for each layer is counted. LoRA trains two matrices, and no bias.
+no_brackets: the brackets are missing: the rank multiplies one of the two widths, and the other is
+    added as it is. A multiplication comes before an addition.
 """)
 
 LORA_PARAMETERS = Exercise(
@@ -529,6 +537,8 @@ LORA_PARAMETERS = Exercise(
             lambda shapes, rank: sum(o + i for o, i in shapes),
             "the rank is missing. out + in is the number for rank 1.",
         ),
+        (lambda shapes, rank: sum(rank * i + o for o, i in shapes), _COUNT_TEXT.no_brackets),
+        (lambda shapes, rank: sum(rank * o + i for o, i in shapes), _COUNT_TEXT.no_brackets),
         (lambda shapes, rank: sum(2 * rank * i for _, i in shapes), _COUNT_TEXT.square),
         (lambda shapes, rank: sum(2 * rank * o for o, _ in shapes), _COUNT_TEXT.square),
     ),
@@ -615,6 +625,8 @@ scales_keep_4_bytes: under double quantization the scales keep their 4 bytes and
     on top. What it saves is that a scale becomes an 8-bit number.
 one_block_without_constant: a tensor of one block lacks its constant. Part of 256 scales takes one
     as well, even a single scale.
+blocks_exchanged: the two block sizes have changed places. A scale is for 64 weights, a constant for
+    256 scales.
 """)
 
 NF4_BYTES = Exercise(
@@ -678,6 +690,12 @@ NF4_BYTES = Exercise(
             (partial(_rounded, levels), _NF4_TEXT.rounding)
             for levels in product((math.ceil, math.floor, float), repeat=3)
             if levels != (math.ceil,) * 3
+        ),
+        (
+            lambda n, double: _bytes(
+                _codes(n), math.ceil(n / 256), math.ceil(n / 256 / 64), double
+            ),
+            _NF4_TEXT.blocks_exchanged,
         ),
         (lambda n, double: math.ceil(_exact_bytes(n, double)), _NF4_TEXT.rounding),
         (lambda n, double: int(_exact_bytes(n, double)), _NF4_TEXT.rounding),

@@ -84,7 +84,9 @@ def _gradient(exercise: Exercise, fn: Callable, case: tuple) -> Tensor | None:
         return None
 
 
-def _further_fault(exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True) -> str:
+def further_fault(
+    exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True, dtype: bool = True
+) -> str:
     """What goes wrong on cases beyond those of the exercise, or with the dtype; "" if nothing does.
 
     Each case comes with what to tell those who get only this one wrong.
@@ -97,7 +99,7 @@ def _further_fault(exercise: Exercise, further: tuple, fn: Callable, gradient: b
             return fault
         if gradient and not same(*(slopes := [_gradient(exercise, f, case) for f in both])):
             return f"{fault}\n  your gradient: {slopes[0]}"
-    if result.dtype != expected.dtype:
+    if dtype and result.dtype != expected.dtype:
         return (
             f"the values are right, but the dtype is {result.dtype}; return {expected.dtype}, that "
             "of the arguments, or everything computed from the result changes its dtype too."
@@ -289,7 +291,7 @@ TOKEN_LOGPROBS = Exercise(
     "the prompt, none lost to the shift, and no mean or sum over them.",
     further=lambda fn: (
         _gradient_fault(TOKEN_LOGPROBS, "logits", fn)
-        or _further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
+        or further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
     ),
 )
 
@@ -378,6 +380,11 @@ def _carelessly_masked(
     values_after = torch.cat([(values * v)[:, 1:], end(values * v)], dim=1)
     deltas = (rewards * r + gamma * values_after - values * v) * d
     return _with_values(_sum_up(deltas, gamma * lam), values * added) * results
+
+
+def _time_first(which: tuple, rewards, values, mask, gamma, lam) -> Tensor:
+    tensors = (rewards.T, values.T, mask.T)
+    return _carelessly_masked(lambda v: 0 * v[:, :1], which, *tensors, gamma, lam).mT
 
 
 def _masking_message(which: tuple[bool, bool, bool, bool, bool]) -> str:
@@ -556,6 +563,10 @@ one_step_returns: the returns look one step ahead only: reward and next value. T
     goes with the advantages, and mixes later TD errors in as they do.
 plain_returns: the returns are the plain sums of rewards, the target for λ = 1. The critic's target
     goes with the advantages, and λ smooths both.
+time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
+    responses, and time runs along a row: step over columns, and keep all rows.
+fixed_lambda: λ is 0.95 whatever the argument lam says. Use the argument, so that whoever calls the
+    function can set it.
 """)
 
 GAE_FURTHER = (
@@ -584,6 +595,8 @@ _GAE_MISTAKES = (
         for masked in product((True, False), repeat=2)
     ),
     (_forward, _GAE_TEXT.time_runs_forward),
+    *((partial(_time_first, which), _GAE_TEXT.time_first) for which in product((1, 0), repeat=5)),
+    (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, 0.95), _GAE_TEXT.fixed_lambda),
     *(
         (partial(_left_reversed, both, masked), _GAE_TEXT.reversed)
         for both, masked in product((True, False), repeat=2)
@@ -650,7 +663,7 @@ GAE = Exercise(
     _GAE_CASES,
     _GAE_MISTAKES,
     tested="padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1",
-    further=lambda fn: _further_fault(GAE, GAE_FURTHER, fn, gradient=False),
+    further=lambda fn: further_fault(GAE, GAE_FURTHER, fn, gradient=False),
 )
 
 
@@ -706,6 +719,18 @@ def _one_ratio(count: Callable, new, old, a, mask, clip) -> Tensor:
     """The loss with one ratio for each response; `count` of the mask divides its logarithm."""
     ratio = (((new - old) * mask).sum(1, True) / count(mask)).exp()
     return -token_mean(_clipped_objective(ratio, a, clip), mask)
+
+
+def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tensor:
+    """The log-ratio or the ratio masked, and nothing else, with a mean over the row or the mask."""
+    ratio = ((new - old) * mask).exp() if log else (new - old).exp() * mask
+    objective = _clipped_objective(ratio, a, clip)
+    return -(objective.mean() if everywhere else objective.sum() / mask.sum())
+
+
+def mean_by_grid(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the responses' sums over all lengths, as a kept dimension makes it."""
+    return ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean()
 
 
 def _other_clip(low: Callable, high: Callable, new, old, a, mask, clip) -> Tensor:
@@ -813,6 +838,13 @@ whitened: the advantages are whitened inside the loss. That is a step of its own
     whole batch before the first step; the loss takes them as they are.
 one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
     go of a token depends on how far this token has moved, not on its neighbours.
+padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
+    is 1, and a ratio of 0 is clipped to 1 - ε, so that padding keeps a part in the loss. Mask what
+    the mean is taken of.
+grid: the sums and the counts have different shapes, [B] and [B, 1], so that each response is
+    divided by the length of every other, too.
+integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
+    places are counted again and again. Make it bool, or multiply by it.
 """)
 
 POLICY_FURTHER = (
@@ -914,6 +946,12 @@ _POLICY_MISTAKES = (
     ),
     (partial(_other_mean, lambda x, mask: x.mean()), _LOSS_TEXT.padding_counts),
     (partial(_other_mean, lambda x, mask: (x * mask).mean()), _LOSS_TEXT.padding_in_denominator),
+    *(
+        (partial(_ratio_masked, *how), _LOSS_TEXT.padding_after_ratio)
+        for how in product((1, 0), (1, 0))
+    ),
+    (partial(_other_mean, mean_by_grid), _LOSS_TEXT.grid),
+    (partial(_other_mean, lambda x, mask: x.gather(1, mask).mean()), _LOSS_TEXT.integer_mask),
     (
         partial(_other_mean, lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
         _LOSS_TEXT.mean_of_means,
@@ -930,6 +968,6 @@ POLICY_LOSS = Exercise(
     shape_hint="Training differentiates one number, the mean over all real tokens.",
     further=lambda fn: (
         _gradient_fault(POLICY_LOSS, "logprobs", fn)
-        or _further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
+        or further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
     ),
 )

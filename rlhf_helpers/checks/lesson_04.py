@@ -5,6 +5,7 @@ import functools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from rlhf_helpers.checks.exercise import (
     show,
     structural_fault,
     texts,
+    unattempted,
     wrapped,
 )
 from rlhf_helpers.checks.lesson_03 import drawn
@@ -33,7 +35,8 @@ from rlhf_helpers.roles import Roles
 # --- lesson 04: one role after the other -----------------------------------------------------
 
 _TRAINED = ("policy", "value")
-_ROLES = (*_TRAINED, "reference", "reward")
+_OTHERS = ("actor", "critic", "sft")  # trained roles of other names, and another number
+_FROZEN = ("reference", "reward")
 _CALLS = 3  # so that gradients can pile up
 
 
@@ -87,6 +90,7 @@ def _step_verdict(fn: Callable) -> str:
     fault = _run(recorder, fn)
     if not fault and not same(recorder.weights(), _expected_weights()):
         fault = _order_fault(recorder.calls[0]) or _STEP_TEXT.unknown_order
+    fault = fault or _lucky_fault(recorder.log) or _names_fault(fn)
     fault = fault or (_STEP_TEXT.thawed if recorder.model.base.requires_grad else recorder.returned)
     if fault in ("", NOT_ATTEMPTED):
         return fault or f"correct{_both_graphs(recorder.log)}. Tested: {TRAIN_STEP.tested}."
@@ -111,9 +115,30 @@ def _run(recorder: "_Recorder", fn: Callable) -> str:
         with _Passes(recorder):
             result = call(TRAIN_STEP, guarded, recorder.arguments())
         if result is ... or named:
-            return NOT_ATTEMPTED if result is ... else named[0]
+            return unattempted(fn) if result is ... else named[0]
         recorder.returned = "" if result is None else _STEP_TEXT.returned
     return ""
+
+
+def _lucky_fault(log: Sequence["_Event"]) -> str:
+    """What the imitation lets pass, and real roles and optimizers do not."""
+    if any(event.what == "backward" and event.role != event.active for event in log):
+        return _STEP_TEXT.retained
+    idle = [role for role in _TRAINED if not _places(log, "step", role)]
+    return _STEP_TEXT.no_step.format(role=idle[0]) if idle else ""
+
+
+def _names_fault(fn: Callable) -> str:
+    """Whether it holds for other roles too."""
+    recorder = _Recorder(_OTHERS)
+    try:
+        for _ in range(_CALLS):
+            recorder.calls.append([])
+            fn(*recorder.arguments())
+        right = same(recorder.weights(), _expected_weights(_OTHERS))
+    except Exception:  # a name or a number that is not there
+        right = False
+    return "" if right else _STEP_TEXT.names_written_in
 
 
 class _Event(NamedTuple):
@@ -125,19 +150,21 @@ class _Event(NamedTuple):
 class _Recorder:
     """An imitation of `Roles` with two weights for each role; it notes what is done with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, trained: tuple[str, ...] = _TRAINED) -> None:
+        self.trained = trained
         self.calls: list[list[_Event]] = []
         self.returned = ""  # what to say about it
         self.active = "reward"  # the role that scored the responses acted last
         self.model = _Model(self)
-        self.heads = {"value": Parameter(torch.tensor([0.25, 0.5]))}
-        self.losses = _OfTrained(self, {role: _Loss(self, role) for role in _TRAINED})
-        self.optimizers = _OfTrained(self, {role: _SGD(self, role) for role in _TRAINED})
-        for parameter in (*self.parameters("policy").values(), *self.parameters("value").values()):
+        self.heads = {trained[1]: Parameter(torch.tensor([0.25, 0.5]))}
+        self.losses = _OfTrained(self, {role: _Loss(self, role) for role in trained})
+        backwards = reversed(trained)  # so that the order does not tell which is whose
+        self.optimizers = _OfTrained(self, {role: _SGD(self, role) for role in backwards})
+        for parameter in (p for role in trained for p in self.parameters(role).values()):
             parameter.grad = torch.full_like(parameter, 3.0)  # left over from elsewhere
 
     def __repr__(self) -> str:
-        return f"Roles({', '.join(_ROLES)})"
+        return f"Roles({', '.join(self.names)})"
 
     @property
     def log(self) -> list[_Event]:
@@ -145,34 +172,34 @@ class _Recorder:
 
     @property
     def names(self) -> list[str]:
-        return list(_ROLES)
+        return [*self.trained, *_FROZEN]
 
     def note(self, what: str, role: str = "") -> None:
         if self.calls:
             self.log.append(_Event(what, role, self.active))
 
     def use(self, name: str) -> nn.Module:
-        if name not in _ROLES:
+        if name not in self.names:
             raise ValueError(f"there is no role {name!r}; there are {self.names}; add it first")
         self.active = name
         self.note("use", name)
         return self.model
 
     def parameters(self, name: str) -> dict[str, Parameter]:
-        if name not in _TRAINED:
+        if name not in self.trained:
             self.note("frozen", name)
             raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
         head = {"head": self.heads[name]} if name in self.heads else {}
         return {"adapter": self.model.adapters[name], **head}
 
     def trainable(self, name: str) -> bool:
-        return name in _TRAINED
+        return name in self.trained
 
     def arguments(self) -> tuple:
         return self, self.losses, self.optimizers
 
     def weights(self) -> Tensor:
-        adapters = [self.model.adapters[role] for role in _ROLES]
+        adapters = [self.model.adapters[role] for role in self.names]
         return torch.stack([*adapters, *self.heads.values()])
 
     def backward(self, role: str, gradient: Tensor) -> Tensor:
@@ -192,11 +219,10 @@ class _Model(nn.Module):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.base = Parameter(torch.zeros(2), requires_grad=False)
-        starts = torch.tensor([[0.5, -0.25], [0.75, 0.5], [0.5, -0.25], [0.75, 0.5]])
         self.adapters = nn.ParameterDict(
             {
-                role: Parameter(start, requires_grad=role in _TRAINED)
-                for role, start in zip(_ROLES, starts, strict=True)
+                role: Parameter(torch.tensor(start), requires_grad=role in recorder.trained)
+                for role, start in zip(recorder.names, cycle(([0.5, -0.25], [0.75, 0.5])))
             }
         )
         self.recorder = recorder
@@ -228,7 +254,7 @@ class _Loss:
     def __call__(self, model: nn.Module) -> Tensor:
         self.recorder.note("loss", self.role)
         off = model() + self.recorder.heads.get(self.role, 0) - 20
-        loss = 0.5 * off.square().sum() - (1000 if self.role == "policy" else 0)
+        loss = 0.5 * off.square().sum() - (1000 if self.role == self.recorder.trained[0] else 0)
         if loss.requires_grad:
             loss.register_hook(lambda gradient: self.recorder.note_left_over(self.role))
         return loss
@@ -238,6 +264,11 @@ class _SGD:
     def __init__(self, recorder: _Recorder, role: str) -> None:
         self.recorder, self.role = recorder, role
         self.param_groups = [{"params": list(recorder.parameters(role).values()), "lr": 0.2}]
+        self.made = {}  # gradients as the last backward pass left them
+        for parameter in self.param_groups[0]["params"]:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: self.made.update({p: p.grad.clone()})
+            )
 
     def __repr__(self) -> str:
         return f"<optimizer of {self.role}>"
@@ -250,6 +281,12 @@ class _SGD:
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None if closure is None else closure()
         self.recorder.note("step", self.role)
+        own = self.param_groups[0]["params"]
+        if any(
+            p.grad is not None and (p.grad.abs() < self.made.get(p, 0 * p).abs() - 1e-4).any()
+            for p in own
+        ):
+            self.recorder.note("smaller", self.role)
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
                 parameter.data -= self.param_groups[0]["lr"] * parameter.grad
@@ -264,7 +301,7 @@ class _OfTrained(dict):
         self.recorder = recorder
 
     def __missing__(self, role: str) -> None:
-        if role in _ROLES:
+        if role in self.recorder.names:
             self.recorder.note("frozen", role)
         raise KeyError(role)
 
@@ -285,8 +322,8 @@ class _Passes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _expected_weights() -> Tensor:
-    recorder = _Recorder()
+def _expected_weights(trained: tuple[str, ...] = _TRAINED) -> Tensor:
+    recorder = _Recorder(trained)
     for _ in range(_CALLS):
         train_step(*recorder.arguments())
     return recorder.weights()
@@ -301,7 +338,7 @@ def _steps() -> list[_Event]:
 
 def _sequence(whose: str, events: Sequence[_Event]) -> str:
     """The events of one call on a few lines."""
-    hidden = ("pass", "frozen", "adapter left", "head left")
+    hidden = ("pass", "frozen", "adapter left", "head left", "smaller")
     phrases = [_phrase(event) for event in events if event.what not in hidden]
     text = ", ".join(phrase.replace(" ", "~") for phrase in phrases) or "nothing"
     first, other = f"  {whose:10}", " " * 12
@@ -349,6 +386,12 @@ def _order_fault(log: Sequence[_Event]) -> str:
     cleared = {event.role for event in log if event.what == "zero_grad"}
     if _places(log, "model.zero_grad", "") and cleared != set(_TRAINED):
         return _STEP_TEXT.model_cleared
+    steps, backward = ([e.role for e in log if e.what == what] for what in ("step", "backward"))
+    if len(steps) > 1 and len(set(steps)) == 1 and set(backward) == set(_TRAINED):
+        return _STEP_TEXT.one_optimizer.format(role=steps[0])
+    order = [(e.what, e.role) for e in log if e.what in ("step", "backward")]
+    if [what for what, _ in order] == ["backward", "step"] * 2 and order[0][1] != order[1][1]:
+        return _STEP_TEXT.paired.format(role=order[0][1], other=order[1][1])
     return next(filter(None, (_role_fault(log, role) for role in _TRAINED)), "")
 
 
@@ -369,6 +412,8 @@ def _role_fault(log: Sequence[_Event], role: str) -> str:
         return _STEP_TEXT.cleared_between.format(role=role)
     if _places(log, "adapter left", role):
         return (_STEP_TEXT.cleared_last if cleared else _STEP_TEXT.not_cleared).format(role=role)
+    if _places(log, "smaller", role):
+        return _STEP_TEXT.clipped.format(role=role)
     return _STEP_TEXT.head_left.format(role=role) if _places(log, "head left", role) else ""
 
 
@@ -407,8 +452,8 @@ no_backward: the loss of {role} gets no backward pass. Without it there are no g
     step is taken on what was left over from elsewhere, or on nothing.
 backward_twice: there are two backward passes through {role} in one step. Gradients add up, so that
     it moves further than its loss asks for.
-no_step: the optimizer of {role} takes no step. Its gradients are there, and nothing is done with
-    them; each role has an optimizer of its own.
+no_step: the optimizer of {role} takes no step. Gradients are there, but the optimizer that was
+    handed over does nothing with them; one that is made anew starts without its moments each time.
 steps_twice: the optimizer of {role} steps more than once in a call. Is there a loop over all
     optimizers inside the loop over the roles? One gradient is good for one step.
 step_first: {role} steps before its backward pass. The step is taken on gradients from before, or on
@@ -432,6 +477,17 @@ thawed: the roles move as they should, but the base is left with requires_grad o
     shared; with the flag on, each backward pass computes gradients of all of it too.
 returned: the roles move as they should, but something is returned, and the caller was promised
     nothing. The step is in the weights.
+retained: the second backward pass runs through the first role's graph once more. retain_graph keeps
+    that graph from being freed, but its role is no longer the active one, and Roles raises an
+    error. A total that is added to does that: call backward on each role's own loss.
+names_written_in: it holds for a policy and a value model, but not for three roles of other names.
+    Names, or their number, are written into the function: go through the roles that have a loss.
+one_optimizer: the optimizer of {role} steps for both roles, and the other role never moves. Each
+    role has an optimizer of its own, to be looked up by its name.
+paired: the loss of {role} is followed by a step of {other}. Losses and optimizers are paired by
+    their order, which need not be the same, or by a sorted one: look both up by the role's name.
+clipped: the gradients of {role} are made smaller between the backward pass and the step, as by
+    clipping. What is clipped here depends on which roles there are; none are to be clipped.
 """)
 
 TRAIN_STEP = Exercise(
@@ -526,6 +582,7 @@ def case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
     return torch.tensor(scores), (ref * ratio).log(), ref.log(), torch.tensor(mask), beta
 
 
+FIXED_BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the usual ones
 _REWARD_CASES = (
     (
         torch.tensor([2.0]),
@@ -581,6 +638,8 @@ ratio: the penalty takes the ratio of the probabilities, not its logarithm. Wher
     agree the ratio is 1, and they would pay for nothing.
 mean: every token pays the mean of its response. In total that is the same, but a token that left
     the reference has to pay for itself, not its neighbours.
+mean_of_batch: every token pays a mean over other responses or padding as well. A token that left
+    the reference has to pay for itself: not for its neighbours, and for no other response.
 sum: every token pays the sum over its response. So the whole KL is charged as often as there are
     tokens, and to the innocent too.
 at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
@@ -613,6 +672,12 @@ by_length: the score is divided by the number of tokens. It is for the whole res
     full however long that is.
 score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
     β is the price of a nat.
+fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
+    argument, so that whoever calls it can set the price.
+half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
+    padding the other one is left over, and charged.
+cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
+    model has judged it all the same: the score goes to its last real token.
 """)
 
 _REWARD_MISTAKES = (
@@ -650,8 +715,13 @@ _REWARD_MISTAKES = (
             (lambda new, ref, mask: new.exp() * (new - ref), _REWARD_TEXT.probabilities),
             (lambda new, ref, mask: (new - ref).exp(), _REWARD_TEXT.ratio),
             (lambda new, ref, mask: mean_of_row(new - ref, mask), _REWARD_TEXT.mean),
-            (lambda new, ref, mask: (new - ref).mean(1, keepdim=True), _REWARD_TEXT.mean),
-            (lambda new, ref, mask: ((new - ref) * mask).sum() / mask.sum(), _REWARD_TEXT.mean),
+            (lambda new, ref, mask: (new - ref).mean(1, keepdim=True), _REWARD_TEXT.mean_of_batch),
+            (lambda new, ref, mask: (new - ref).mean(), _REWARD_TEXT.mean_of_batch),
+            (lambda new, ref, mask: ((new - ref) * mask).mean(), _REWARD_TEXT.mean_of_batch),
+            (
+                lambda new, ref, mask: ((new - ref) * mask).sum() / mask.sum(),
+                _REWARD_TEXT.mean_of_batch,
+            ),
             (lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True), _REWARD_TEXT.sum),
             (
                 lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True) * last_token(mask),
@@ -676,6 +746,21 @@ _REWARD_MISTAKES = (
     (partial(_in_place_of_penalty, last_token), _REWARD_TEXT.replaced),
     (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), _REWARD_TEXT.last_column),
     (partial(_other_place, torch.zeros_like), _REWARD_TEXT.no_score),
+    *(
+        (lambda *case, beta=beta: _shape_rewards(*case[:4], beta), _REWARD_TEXT.fixed_beta)
+        for beta in FIXED_BETAS
+    ),
+    *(
+        (partial(_other_penalty, of), _REWARD_TEXT.half_masked)
+        for of in (
+            lambda new, ref, mask, beta: beta * (new - ref * mask),
+            lambda new, ref, mask, beta: beta * (new * mask - ref),
+        )
+    ),
+    (
+        partial(_other_place, lambda mask: last_token(mask) * (1 - mask[:, -1:])),
+        _REWARD_TEXT.cut_off,
+    ),
     (partial(_other_place, lambda mask: _column(0, mask)), _REWARD_TEXT.first),
     (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), _REWARD_TEXT.shared_out),
     (partial(_other_place, lambda mask: _column(mask.sum(1) - 1, mask)), _REWARD_TEXT.every_row),
@@ -763,7 +848,9 @@ def _bytes_verdict(fn: Callable) -> str:
     for case in PREDICT_BYTES.cases:
         arguments = copy.deepcopy(case)
         result = call(PREDICT_BYTES, fn, arguments)
-        if fault := structural_fault(PREDICT_BYTES, case, arguments, result):
+        if result is ...:
+            return unattempted(fn)
+        if fault := structural_fault(PREDICT_BYTES, case, arguments, result, fn):
             return fault
         results.append(float(result))
     off = _furthest_off(results, predict_bytes)
@@ -814,16 +901,18 @@ def _other_count(
     base_times: Callable = lambda trains: 1,
     of_roles: Callable | None = None,
     blocks: tuple[bool, bool] = (True, True),
+    once: tuple[bool, bool] = (False, False),
 ) -> float:
     """The prediction with one thing counted otherwise."""
     in_base, in_adapters = (layers if counted else 1 for counted in blocks)
-    base = bits / 8 * in_base * sum(outputs * inputs for outputs, inputs in shapes)
+    of_base, of_adapters = (set(shapes) if equal else shapes for equal in once)
+    base = bits / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
     base += other_bytes * other
     if of_roles is None:
         number = sum(trained if trains[role] else frozen for role in trains)
     else:
         number = of_roles(trains)
-    return base_times(trains) * base + number * in_adapters * of_adapter(shapes, rank)
+    return base_times(trains) * base + number * in_adapters * of_adapter(of_adapters, rank)
 
 
 _FOUR = {"policy": True, "reference": False, "reward": False, "value": True}
@@ -848,7 +937,7 @@ _BYTES_CASES = (
     ),
     ([(512, 1024)], 2, 10_000, 128, {"policy": True, "reference": False, "reward": False}),
     ([(256, 256), (256, 1024)], 2, 50_000_000, 8, _FOUR),  # nearly all of it is embeddings
-    ([(512, 512)], 2, 10_000, 256, dict.fromkeys((*_FOUR, "sft"), False) | {"policy": True}),
+    ([(512, 512)] * 3, 2, 10_000, 256, dict.fromkeys((*_FOUR, "sft"), False) | {"policy": True}),
     ([(512, 512)], 2, 10_000, 256, dict.fromkeys(("policy", "value"), True)),
     ([(512, 512)], 2, 10_000, 256, dict.fromkeys(("reference", "reward"), False)),
 )
@@ -904,6 +993,10 @@ thousands: it is not in bytes, but in MB or GB. Return bytes, and divide where y
     10⁹ bytes.
 powers_of_two: it is not in bytes, but in MiB or GiB. Return bytes, and divide where you print. Mind
     that a GiB is 2³⁰ bytes, 7% more than a GB.
+no_brackets: the brackets are missing: the rank multiplies one of the two widths, and the other is
+    added as it is. A multiplication comes before an addition.
+equal_shapes_once: layers of equal shape are counted once, as in a set. They are different layers,
+    each with weights and an adapter of its own.
 """)
 
 _BYTES_MISTAKES = (
@@ -944,6 +1037,17 @@ _BYTES_MISTAKES = (
     (
         partial(_other_count, of_adapter=lambda shapes, rank: _a_and_b(shapes, 1)),
         _BYTES_TEXT.no_rank,
+    ),
+    *(
+        (partial(_other_count, of_adapter=of), _BYTES_TEXT.no_brackets)
+        for of in (
+            lambda shapes, rank: sum(rank * i + o for o, i in shapes),
+            lambda shapes, rank: sum(rank * o + i for o, i in shapes),
+        )
+    ),
+    *(
+        (partial(_other_count, once=once), _BYTES_TEXT.equal_shapes_once)
+        for once in ((True, True), (True, False), (False, True))
     ),
     (
         partial(_other_count, of_adapter=lambda shapes, rank: rank * _a_and_b(shapes, rank)),

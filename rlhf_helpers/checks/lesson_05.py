@@ -14,10 +14,12 @@ from rlhf_helpers.checks.lesson_03 import (
     NAIVE,
     TOKEN_TEXT,
     drawn,
+    further_fault,
+    mean_by_grid,
     pick,
     token_mean,
 )
-from rlhf_helpers.checks.lesson_04 import case_of_odds, last_token, mean_of_row
+from rlhf_helpers.checks.lesson_04 import FIXED_BETAS, case_of_odds, last_token, mean_of_row
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
 
@@ -211,7 +213,7 @@ def check_exact_kl(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     Example:
         >>> check_exact_kl(kl.exact_kl)
-        exact_kl: correct. Tested: one row and several, T = 1, policies that agree.
+        exact_kl: correct. Tested: one row and several, T = 1, policies that agree, gaps of 150.
     """
     check(EXACT_KL, fn)
 
@@ -223,6 +225,10 @@ def _exact_kl(curr_logits: Tensor, ref_logits: Tensor) -> Tensor:
 def _of_log_softmax(of: Callable, curr: Tensor, ref: Tensor) -> Tensor:
     """What `of` makes of log p and log q, `[B, T, V]`."""
     return of(curr.log_softmax(-1), ref.log_softmax(-1))
+
+
+def _with_epsilon(p: Tensor, q: Tensor, epsilon: float) -> Tensor:
+    return (p * ((p + epsilon) / (q + epsilon)).log()).sum(-1)
 
 
 _EQUAL = drawn(1, 2, 4, seed=16)
@@ -254,8 +260,23 @@ not_normalised: the logits themselves are subtracted. They are logarithms only u
     each position, another one for each policy: take the log-softmax first.
 of_probabilities: probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long
     way for the KL, and from 0.5 to 0.6 a short one.
+far_apart: it is right for moderate logits, but not where two of them differ by 40 or by 150: there
+    a softmax rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of probabilities
+    then does the rest. Take the logarithms straight from the logits.
+log_of_log: it is nan everywhere, as a logarithm of numbers below 0 is: of logits, or of
+    log-probabilities. kl_div takes its second argument for probabilities and makes the logarithm
+    itself, unless log_target says that it is there already.
 """)
 
+_EXACT_FURTHER = (
+    (
+        (
+            torch.tensor([[[0.0, 150.0, 0.0], [40.0, 0.0, 20.0]]]),
+            torch.tensor([[[0.0, 0.0, 0.0], [0.0, 40.0, 0.0]]]),
+        ),
+        _EXACT_TEXT.far_apart,
+    ),
+)
 _EXACT_MISTAKES = (
     (lambda curr, ref: _exact_kl(ref, curr), _EXACT_TEXT.reversed),
     (lambda curr, ref: _exact_kl(curr.softmax(-1), ref.softmax(-1)), _EXACT_TEXT.softmax_as_logits),
@@ -281,6 +302,11 @@ _EXACT_MISTAKES = (
                 for of in (torch.mean, torch.sum)
             ),
             (lambda p, q: (p.exp() * (p - q)).mean(-1), _EXACT_TEXT.averaged),
+            (lambda p, q: p.sum(-1) * math.nan, _EXACT_TEXT.log_of_log),
+            *(
+                (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), _EXACT_TEXT.far_apart)
+                for e in (1e-3, 1e-4, 1e-5)
+            ),
             (lambda p, q: -(p.exp() * q).sum(-1), _EXACT_TEXT.cross_entropy),
             (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), _EXACT_TEXT.entropies),
             (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), _EXACT_TEXT.entropies),
@@ -295,7 +321,8 @@ EXACT_KL = Exercise(
     _exact_kl,
     _EXACT_CASES,
     _EXACT_MISTAKES,
-    tested="one row and several, T = 1, policies that agree",
+    tested="one row and several, T = 1, policies that agree, gaps of 150",
+    further=lambda fn: further_fault(EXACT_KL, _EXACT_FURTHER, fn, gradient=False, dtype=False),
     shape_hint="It is one number for each position: summed over the vocabulary, and over nothing "
     "else.",
 )
@@ -393,6 +420,12 @@ no_reference: the reference is missing. The mean log-probability of its own samp
     the policy is; how far it has gone shows only beside the reference.
 quotient: the log-probabilities are divided. The logarithm of a ratio is the difference of the
     logarithms.
+half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
+    padding the other one is left over.
+grid: the sums and the counts have different shapes, [B] and [B, 1], so that each response is
+    divided by the length of every other, too.
+integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
+    places are counted again and again. Make it bool, or multiply by it.
 """)
 
 _K3 = partial(_other_term, lambda curr, ref: (ref - curr).exp() - 1 - (ref - curr))
@@ -404,6 +437,8 @@ _ESTIMATE_MISTAKES = (
             (lambda x, mask: -x.mean(), _ESTIMATE_TEXT.estimate_swapped),
             (lambda x, mask: x.mean(), _ESTIMATE_TEXT.padding_counts),
             (lambda x, mask: (x * mask).mean(), _ESTIMATE_TEXT.wrong_denominator),
+            (mean_by_grid, _ESTIMATE_TEXT.grid),
+            (lambda x, mask: x.gather(1, mask).mean(), _ESTIMATE_TEXT.integer_mask),
             (lambda x, mask: (x * mask).sum(), _ESTIMATE_TEXT.summed),
             (lambda x, mask: x.sum(), _ESTIMATE_TEXT.summed),
             (lambda x, mask: (x * mask).sum(1).mean(), _ESTIMATE_TEXT.per_response),
@@ -431,6 +466,17 @@ _ESTIMATE_MISTAKES = (
     (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), _ESTIMATE_TEXT.weighted),
     (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), _ESTIMATE_TEXT.weighted),
     (_K3, _ESTIMATE_TEXT.third),
+    *(
+        (
+            lambda curr, ref, mask, of=of, n=n: of(curr, ref, mask) / n(mask),
+            _ESTIMATE_TEXT.half_masked,
+        )
+        for of in (
+            lambda curr, ref, mask: (curr - ref * mask).sum(),
+            lambda curr, ref, mask: (curr * mask - ref).sum(),
+        )
+        for n in (lambda mask: mask.sum(), lambda mask: mask.numel())
+    ),
 )
 ESTIMATE_KL = Exercise(
     "estimate_kl",
@@ -545,6 +591,8 @@ shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not 
     the KL off the reward, and leave the reward as it is.
 last_only: only the last token pays. The score is known there, but every token of the response has
     its part in the KL.
+fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
+    argument, so that whoever calls it can set the price.
 """)
 
 _FINAL_MISTAKES = (
@@ -593,6 +641,12 @@ _FINAL_MISTAKES = (
                 _ESTIMATE_TEXT.third,
             ),
             (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), _FINAL_TEXT.last_only),
+            (lambda curr, ref, mask: (curr - ref * mask).sum(1), _ESTIMATE_TEXT.half_masked),
+            (lambda curr, ref, mask: (curr * mask - ref).sum(1), _ESTIMATE_TEXT.half_masked),
+            (
+                lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1),
+                _ESTIMATE_TEXT.integer_mask,
+            ),
             (lambda curr, ref, mask: 0 * curr[:, 0], _FINAL_TEXT.no_penalty),
             (lambda curr, ref, mask: _row_sum(curr, mask), _ESTIMATE_TEXT.no_reference),
         )
@@ -613,6 +667,10 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, beta: beta * curr - ref, _FINAL_TEXT.one_of_two),
             (lambda curr, ref, beta: curr - beta * ref, _FINAL_TEXT.one_of_two),
         )
+    ),
+    *(
+        (lambda *case, beta=beta: final_reward(*case[:4], beta), _FINAL_TEXT.fixed_beta)
+        for beta in FIXED_BETAS
     ),
     (
         lambda r, curr, ref, mask, beta: _row_sum(r[:, None] - beta * (curr - ref), mask),
