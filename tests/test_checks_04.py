@@ -16,7 +16,10 @@ from rlhf_helpers.roles import Roles
 
 EXERCISES = (lesson_04.TRAIN_STEP, lesson_04.SHAPE_REWARDS, lesson_04.PREDICT_BYTES)
 NAMES = [exercise.name for exercise in EXERCISES]
-STEP_MESSAGES = list(vars(lesson_04._STEP_TEXT).values())
+OTHER_MESSAGES = shared.messages_of(lesson_04.SHAPE_REWARDS) | shared.messages_of(
+    lesson_04.PREDICT_BYTES
+)
+STEP_MESSAGES = [m for m in vars(lesson_04.SAY).values() if m not in OTHER_MESSAGES]
 
 
 def test_doctests():

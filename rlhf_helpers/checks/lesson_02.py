@@ -13,104 +13,7 @@ from torch.nn.functional import logsigmoid
 from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
-# --- lesson 02: the pairwise loss ------------------------------------------------------------
-
-
-def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Check the learner's `pairwise_loss(chosen, rejected)`.
-
-    Args:
-        fn: returns a scalar tensor, as `rlhf_helpers.reward.pairwise_loss` does.
-
-    Raises:
-        Exception: whatever `fn` raises, after a report of the call and the line.
-
-    Example:
-        >>> check_pairwise_loss(pairwise_loss)
-        pairwise_loss: correct. Tested: float32 gaps of -200 to 200, gradients, 20 pairs, NaN.
-    """
-    check(PAIRWISE_LOSS, fn)
-
-
-def _pairwise_gradient_fault(fn: Callable) -> str:
-    """Whether the gradients with respect to both rewards are those of the reference."""
-    for case in reversed(_PAIRWISE_CASES):
-        got, want = (_gradients(function, case) for function in (fn, pairwise_loss))
-        if any(gradient.isnan().any() for gradient in got):
-            return _PAIRWISE_TEXT.nan_gradient
-        names = ("chosen", "rejected")
-        lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
-        if lost and case is _PAIRWISE_CASES[0]:
-            return _PAIRWISE_TEXT.slope_at_tie
-        if lost:
-            return (
-                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
-                " differs, so that training would not move these rewards, or move them wrongly. "
-                "Look for anything that takes a tensor out of the graph: detach, no_grad, data, "
-                "item, or a new tensor made from numbers."
-            )
-    return _nan_fault(fn)
-
-
-def _nan_fault(fn: Callable) -> str:
-    """Whether NaN is passed over by name; where gaps are sorted by sign it may fall through."""
-    names = getattr(getattr(fn, "__code__", None), "co_names", ())
-    if not any("nan" in name or "isfinite" in name for name in names):
-        return ""
-    try:
-        loss = fn(torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 0.0]))
-        return "" if loss.isnan() else _PAIRWISE_TEXT.nan_hidden
-    except Exception:  # NaN may be refused, as by the package's function
-        return ""
-
-
-def _gradients(fn: Callable, case: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    rewards = tuple(tensor.clone().requires_grad_() for tensor in case)
-    with torch.enable_grad():
-        loss = call(PAIRWISE_LOSS, fn, rewards)
-        total = loss + 0 * sum(r.sum() for r in rewards)  # so that the loss may lack a graph
-    return torch.autograd.grad(total, rewards)
-
-
-def _naive(gap: Tensor) -> Tensor:
-    """log σ as two steps, which is −∞ where σ rounds to 0."""
-    return gap.sigmoid().log()
-
-
-def _softplus(gap: Tensor) -> Tensor:
-    return -logsigmoid(-gap)
-
-
-def _early(low: float, high: float, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The loss as −gap below a gap of −`low`, and as 0 above `high`."""
-    gap = chosen - rejected
-    loss = torch.where(gap < -low, -gap, _softplus(-gap))
-    return torch.where(gap > high, 0.0, loss).mean()
-
-
-def _too_small(results: Sequence) -> str:
-    """Whether results are right near a gap of 0, and finite but too small where it is -200."""
-    for case, result in zip(_PAIRWISE_CASES, results, strict=True):
-        gap, right = (case[0] - case[1]).min(), pairwise_loss(*case)
-        if gap > -3 and not (result - right).abs() < 0.02:
-            return ""
-        if gap == -200 and (same(result, right) or not 0 <= result < right):
-            return ""
-    return _PAIRWISE_TEXT.capped
-
-
-_GAPS = (2.5, -2.5, 4.0, -4.0, 7.0, -7.0, 12.0, -12.0, 30.0, -30.0)
-_PAIRWISE_CASES = (
-    (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])),
-    (torch.tensor([-1.5, -2.0, 0.5]), torch.tensor([0.5, -3.0, 0.0])),
-    (torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])),
-    (torch.tensor([150.0, -150.0]), torch.tensor([149.0, -148.0])),  # small gaps, far from 0
-    (torch.tensor([-3.0]), torch.tensor([-1.0])),
-    *((torch.tensor([gap]), torch.zeros(1)) for gap in _GAPS),
-    (torch.tensor(_GAPS * 2) + 1, torch.ones(20)),
-)
-
-_PAIRWISE_TEXT = texts("""
+SAY = texts("""
 nan_gradient: the values are right, but the gradient is NaN in places. Some step on the way is
     infinite: torch.where computes both of its branches, and in the backward pass 0 times the
     infinite one is NaN. Masking afterwards comes too late; use one expression that is finite at
@@ -160,45 +63,192 @@ divided_by_2: the sum is always divided by 2. That is the mean in the example by
 slope_at_tie: the values are right, but not the slope at a tie, which is -½ for each pair: relu,
     clamp and abs have a kink where the gap is 0, and go on with 0 or -1 there. All rewards are
     nearly equal when training begins. Take one smooth expression for all gaps.
+count_less_one: the real tokens are counted, less one. That is the last one's column only if the row
+    starts with a real token; padding on the left moves every token to the right.
+count: it is the number of real tokens, not a column. Columns count from 0, and padding on the left
+    moves every token to the right.
+last_column: it is always the last column. That is right under left padding; a row padded on the
+    right ends there with padding, and the reward would be read off a token that means nothing.
+first_real_token: it is the first real token. Under causal attention that token has seen nothing of
+    the response; the reward has to be read where the whole of it has been seen.
+before_padding: it is the column before the first padding. A row with none, or with padding on the
+    left, then gets -1, and one padded on both sides as well.
+before_padding_wrapped: it is the column before the first padding, with -1 wrapped round to the last
+    column. That is right for a row padded on one side; a row padded on both, as a prompt on the
+    left and its response on the right are, ends before the last column.
+from_the_right: the columns are counted from the right: this is the amount of padding after the last
+    real token. Which column of the original mask is that, in a row of length L?
+negative: the columns are counted from the end, as negative numbers. Indexing takes those, gather
+    does not, and there are L columns to choose from: count from 0.
+too_far: it is one column too far, the first one after the sequence, where padding stands or the row
+    has ended. Columns count from 0.
+too_early: it is one column too early, the last token but one. The last is EOS, the only one that
+    tells that the response ends there.
+through_the_batch: the columns are counted through the whole batch, as if its rows stood one after
+    the other. Each row's columns start again from 0.
+accuracy_swapped: the two rewards are swapped: this is the share of pairs whose rejected response
+    wins, so a model that ranks everything rightly would get 0.
+percent: it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere.
+accuracy_count: it is a number of pairs, not a share. Divide by the number of all pairs, ties
+    included, so that sets of different sizes can be compared.
+dropped: ties are left out of the denominator too. A model that decides one pair in a hundred,
+    rightly, would then get 1; a tie is a pair like every other, and counts half.
+nearly: rewards that are nearly equal count as ties. A reward has no unit before it is normalised,
+    so no gap is too small to be a choice: a tie is equality.
+accuracy_crossed: every chosen response is compared with every rejected one. A choice was made
+    within a pair, between two responses to one prompt; prompts differ in how good their answers
+    are.
+against_zero: the rewards are compared with 0, not with each other. A reward has no zero of its own:
+    adding a constant to all of them must change nothing.
+ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
+    0, as if it were worse than guessing; a tie counts half.
+ties_count_right: ties count as right. A model that gives every response the same reward would get 1
+    without knowing anything; a tie counts half.
+tie_and_a_half: a tie counts one and a half. It is in your wins already, since at least as high
+    includes equal; the half comes on top.
+accuracy_mean_gap: it is the mean gap. Accuracy asks only which reward is higher, not by how much:
+    one pair with a huge gap would outweigh all others.
+mean_sign_gap: it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and
+    scale it, so that wrong, tied and right become 0, a half and 1.
+mean_probability: it is the mean probability that the model gives to the choices. Accuracy asks only
+    which reward is higher: right, wrong or tied.
+two_means_compared: the two means are compared, once for the whole set. Compare pair by pair, and
+    take the mean of the outcomes.
+saturated: each reward went through a function that saturates, so that rewards far from 0 tie.
+    Compare the rewards themselves.
 """)
 
+# --- lesson 02: the pairwise loss ------------------------------------------------------------
+
+
+def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Check the learner's `pairwise_loss(chosen, rejected)`.
+
+    Args:
+        fn: returns a scalar tensor, as `rlhf_helpers.reward.pairwise_loss` does.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_pairwise_loss(pairwise_loss)
+        pairwise_loss: correct. Tested: float32 gaps of -200 to 200, gradients, 20 pairs, NaN.
+    """
+    check(PAIRWISE_LOSS, fn)
+
+
+def _pairwise_gradient_fault(fn: Callable) -> str:
+    """Whether the gradients with respect to both rewards are those of the reference."""
+    for case in reversed(_PAIRWISE_CASES):
+        got, want = (_gradients(function, case) for function in (fn, pairwise_loss))
+        if any(gradient.isnan().any() for gradient in got):
+            return SAY.nan_gradient
+        names = ("chosen", "rejected")
+        lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
+        if lost and case is _PAIRWISE_CASES[0]:
+            return SAY.slope_at_tie
+        if lost:
+            return (
+                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
+                " differs, so that training would not move these rewards, or move them wrongly. "
+                "Look for anything that takes a tensor out of the graph: detach, no_grad, data, "
+                "item, or a new tensor made from numbers."
+            )
+    return _nan_fault(fn)
+
+
+def _nan_fault(fn: Callable) -> str:
+    """Whether NaN is passed over by name; where gaps are sorted by sign it may fall through."""
+    names = getattr(getattr(fn, "__code__", None), "co_names", ())
+    if not any("nan" in name or "isfinite" in name for name in names):
+        return ""
+    try:
+        loss = fn(torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 0.0]))
+        return "" if loss.isnan() else SAY.nan_hidden
+    except Exception:  # NaN may be refused, as by the package's function
+        return ""
+
+
+def _gradients(fn: Callable, case: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    rewards = tuple(tensor.clone().requires_grad_() for tensor in case)
+    with torch.enable_grad():
+        loss = call(PAIRWISE_LOSS, fn, rewards)
+        total = loss + 0 * sum(r.sum() for r in rewards)  # so that the loss may lack a graph
+    return torch.autograd.grad(total, rewards)
+
+
+def _naive(gap: Tensor) -> Tensor:
+    """log σ as two steps, which is −∞ where σ rounds to 0."""
+    return gap.sigmoid().log()
+
+
+def _softplus(gap: Tensor) -> Tensor:
+    return -logsigmoid(-gap)
+
+
+def _early(low: float, high: float, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The loss as −gap below a gap of −`low`, and as 0 above `high`."""
+    gap = chosen - rejected
+    loss = torch.where(gap < -low, -gap, _softplus(-gap))
+    return torch.where(gap > high, 0.0, loss).mean()
+
+
+def _too_small(results: Sequence) -> str:
+    """Whether results are right near a gap of 0, and finite but too small where it is -200."""
+    for case, result in zip(_PAIRWISE_CASES, results, strict=True):
+        gap, right = (case[0] - case[1]).min(), pairwise_loss(*case)
+        if gap > -3 and not (result - right).abs() < 0.02:
+            return ""
+        if gap == -200 and (same(result, right) or not 0 <= result < right):
+            return ""
+    return SAY.capped
+
+
+_GAPS = (2.5, -2.5, 4.0, -4.0, 7.0, -7.0, 12.0, -12.0, 30.0, -30.0)
+_PAIRWISE_CASES = (
+    (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])),
+    (torch.tensor([-1.5, -2.0, 0.5]), torch.tensor([0.5, -3.0, 0.0])),
+    (torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])),
+    (torch.tensor([150.0, -150.0]), torch.tensor([149.0, -148.0])),  # small gaps, far from 0
+    (torch.tensor([-3.0]), torch.tensor([-1.0])),
+    *((torch.tensor([gap]), torch.zeros(1)) for gap in _GAPS),
+    (torch.tensor(_GAPS * 2) + 1, torch.ones(20)),
+)
+
 _PAIRWISE_MISTAKES = (
-    (lambda c, r: -_naive(c - r).mean(), _PAIRWISE_TEXT.overflow),
-    (lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(), _PAIRWISE_TEXT.exponentiated),
-    (lambda c, r: ((c.exp() + r.exp()).log() - c).mean(), _PAIRWISE_TEXT.exponentiated),
+    (lambda c, r: -_naive(c - r).mean(), SAY.overflow),
+    (lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(), SAY.exponentiated),
+    (lambda c, r: ((c.exp() + r.exp()).log() - c).mean(), SAY.exponentiated),
     *(
-        (
-            partial(_early, low, high),
-            _PAIRWISE_TEXT.early,
-        )  # one threshold for each step between the gaps
+        (partial(_early, low, high), SAY.early)  # one threshold for each step between the gaps
         for low, high in product((0.75, 1.5, 2.2, 3, 5, math.inf), repeat=2)
         if (low, high) != (math.inf, math.inf)
     ),
-    (lambda c, r: pairwise_loss(c, r) / 2, _PAIRWISE_TEXT.half_loss),
+    (lambda c, r: pairwise_loss(c, r) / 2, SAY.half_loss),
     *(
         (wrong, message)
         for log_sigmoid in (logsigmoid, _naive)
         for wrong, message in (
-            (lambda c, r, f=log_sigmoid: -f(r - c).mean(), _PAIRWISE_TEXT.swapped),
-            (lambda c, r, f=log_sigmoid: -f(c - r).sum(), _PAIRWISE_TEXT.summed),
-            (lambda c, r, f=log_sigmoid: f(c - r).mean(), _PAIRWISE_TEXT.minus_sign_missing),
-            (lambda c, r, f=log_sigmoid: f(r - c).mean(), _PAIRWISE_TEXT.two_signs_wrong),
-            (lambda c, r, f=log_sigmoid: -f((c - r).mean()), _PAIRWISE_TEXT.gaps_averaged),
-            (lambda c, r, f=log_sigmoid: -f(c - r).sum() / 2, _PAIRWISE_TEXT.divided_by_2),
-            (lambda c, r, f=log_sigmoid: -(f(c) - f(r)).mean(), _PAIRWISE_TEXT.apart),
-            (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), _PAIRWISE_TEXT.apart),
-            (lambda c, r, f=log_sigmoid: -f(c).mean(), _PAIRWISE_TEXT.apart),
+            (lambda c, r, f=log_sigmoid: -f(r - c).mean(), SAY.swapped),
+            (lambda c, r, f=log_sigmoid: -f(c - r).sum(), SAY.summed),
+            (lambda c, r, f=log_sigmoid: f(c - r).mean(), SAY.minus_sign_missing),
+            (lambda c, r, f=log_sigmoid: f(r - c).mean(), SAY.two_signs_wrong),
+            (lambda c, r, f=log_sigmoid: -f((c - r).mean()), SAY.gaps_averaged),
+            (lambda c, r, f=log_sigmoid: -f(c - r).sum() / 2, SAY.divided_by_2),
+            (lambda c, r, f=log_sigmoid: -(f(c) - f(r)).mean(), SAY.apart),
+            (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), SAY.apart),
+            (lambda c, r, f=log_sigmoid: -f(c).mean(), SAY.apart),
         )
     ),
-    (lambda c, r: pairwise_loss(c, r) / math.log(2), _PAIRWISE_TEXT.bits),
-    (lambda c, r: -logsigmoid(c[:, None] - r).mean(), _PAIRWISE_TEXT.crossed),
-    (lambda c, r: -(c - r).sigmoid().mean(), _PAIRWISE_TEXT.no_log),
-    (lambda c, r: (r - c).sigmoid().mean(), _PAIRWISE_TEXT.no_log),
-    (lambda c, r: (r - c).mean(), _PAIRWISE_TEXT.mean_gap),
-    (lambda c, r: (1 - (c - r)).relu().mean(), _PAIRWISE_TEXT.hinge),
-    (lambda c, r: (c - r).square().mean(), _PAIRWISE_TEXT.squared),
-    (lambda c, r: (1 - (c - r)).square().mean(), _PAIRWISE_TEXT.squared),
-    (lambda c, r: (1 - (c - r).sigmoid()).square().mean(), _PAIRWISE_TEXT.squared),
+    (lambda c, r: pairwise_loss(c, r) / math.log(2), SAY.bits),
+    (lambda c, r: -logsigmoid(c[:, None] - r).mean(), SAY.crossed),
+    (lambda c, r: -(c - r).sigmoid().mean(), SAY.no_log),
+    (lambda c, r: (r - c).sigmoid().mean(), SAY.no_log),
+    (lambda c, r: (r - c).mean(), SAY.mean_gap),
+    (lambda c, r: (1 - (c - r)).relu().mean(), SAY.hinge),
+    (lambda c, r: (c - r).square().mean(), SAY.squared),
+    (lambda c, r: (1 - (c - r)).square().mean(), SAY.squared),
+    (lambda c, r: (1 - (c - r).sigmoid()).square().mean(), SAY.squared),
 )
 PAIRWISE_LOSS = Exercise(
     "pairwise_loss",
@@ -247,46 +297,20 @@ def _before_padding(mask: Tensor) -> Tensor:
     return (mask == 0).int().argmax(-1) - 1
 
 
-_LAST_TEXT = texts("""
-count_less_one: the real tokens are counted, less one. That is the last one's column only if the row
-    starts with a real token; padding on the left moves every token to the right.
-count: it is the number of real tokens, not a column. Columns count from 0, and padding on the left
-    moves every token to the right.
-last_column: it is always the last column. That is right under left padding; a row padded on the
-    right ends there with padding, and the reward would be read off a token that means nothing.
-first_real_token: it is the first real token. Under causal attention that token has seen nothing of
-    the response; the reward has to be read where the whole of it has been seen.
-before_padding: it is the column before the first padding. A row with none, or with padding on the
-    left, then gets -1, and one padded on both sides as well.
-before_padding_wrapped: it is the column before the first padding, with -1 wrapped round to the last
-    column. That is right for a row padded on one side; a row padded on both, as a prompt on the
-    left and its response on the right are, ends before the last column.
-from_the_right: the columns are counted from the right: this is the amount of padding after the last
-    real token. Which column of the original mask is that, in a row of length L?
-negative: the columns are counted from the end, as negative numbers. Indexing takes those, gather
-    does not, and there are L columns to choose from: count from 0.
-too_far: it is one column too far, the first one after the sequence, where padding stands or the row
-    has ended. Columns count from 0.
-too_early: it is one column too early, the last token but one. The last is EOS, the only one that
-    tells that the response ends there.
-through_the_batch: the columns are counted through the whole batch, as if its rows stood one after
-    the other. Each row's columns start again from 0.
-""")
-
 _LAST_TOKEN_MISTAKES = (
-    (lambda mask: mask.sum(-1) - 1, _LAST_TEXT.count_less_one),
-    (lambda mask: mask.sum(-1), _LAST_TEXT.count),
-    (lambda mask: torch.full_like(mask[:, 0], mask.shape[1] - 1), _LAST_TEXT.last_column),
-    (_first, _LAST_TEXT.first_real_token),
-    (_before_padding, _LAST_TEXT.before_padding),
-    (lambda mask: _before_padding(mask) % mask.shape[1], _LAST_TEXT.before_padding_wrapped),
-    (lambda mask: mask.flip(-1).argmax(-1), _LAST_TEXT.from_the_right),
-    (lambda mask: last_token_index(mask) - mask.shape[1], _LAST_TEXT.negative),
-    (lambda mask: last_token_index(mask) + 1, _LAST_TEXT.too_far),
-    (lambda mask: last_token_index(mask) - 1, _LAST_TEXT.too_early),
+    (lambda mask: mask.sum(-1) - 1, SAY.count_less_one),
+    (lambda mask: mask.sum(-1), SAY.count),
+    (lambda mask: torch.full_like(mask[:, 0], mask.shape[1] - 1), SAY.last_column),
+    (_first, SAY.first_real_token),
+    (_before_padding, SAY.before_padding),
+    (lambda mask: _before_padding(mask) % mask.shape[1], SAY.before_padding_wrapped),
+    (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
+    (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
+    (lambda mask: last_token_index(mask) + 1, SAY.too_far),
+    (lambda mask: last_token_index(mask) - 1, SAY.too_early),
     (
         lambda mask: last_token_index(mask) + mask.shape[1] * torch.arange(len(mask)),
-        _LAST_TEXT.through_the_batch,
+        SAY.through_the_batch,
     ),
 )
 LAST_TOKEN = Exercise(
@@ -330,38 +354,6 @@ def _without_ties(if_all_tie: float, chosen: Tensor, rejected: Tensor) -> float:
     return _share((chosen > rejected)[decided]) if decided.any() else if_all_tie
 
 
-_ACCURACY_TEXT = texts("""
-swapped: the two rewards are swapped: this is the share of pairs whose rejected response wins, so a
-    model that ranks everything rightly would get 0.
-percent: it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere.
-count: it is a number of pairs, not a share. Divide by the number of all pairs, ties included, so
-    that sets of different sizes can be compared.
-dropped: ties are left out of the denominator too. A model that decides one pair in a hundred,
-    rightly, would then get 1; a tie is a pair like every other, and counts half.
-nearly: rewards that are nearly equal count as ties. A reward has no unit before it is normalised,
-    so no gap is too small to be a choice: a tie is equality.
-crossed: every chosen response is compared with every rejected one. A choice was made within a pair,
-    between two responses to one prompt; prompts differ in how good their answers are.
-against_zero: the rewards are compared with 0, not with each other. A reward has no zero of its own:
-    adding a constant to all of them must change nothing.
-ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
-    0, as if it were worse than guessing; a tie counts half.
-ties_count_right: ties count as right. A model that gives every response the same reward would get 1
-    without knowing anything; a tie counts half.
-tie_and_a_half: a tie counts one and a half. It is in your wins already, since at least as high
-    includes equal; the half comes on top.
-mean_gap: it is the mean gap. Accuracy asks only which reward is higher, not by how much: one pair
-    with a huge gap would outweigh all others.
-mean_sign_gap: it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and
-    scale it, so that wrong, tied and right become 0, a half and 1.
-mean_probability: it is the mean probability that the model gives to the choices. Accuracy asks only
-    which reward is higher: right, wrong or tied.
-two_means_compared: the two means are compared, once for the whole set. Compare pair by pair, and
-    take the mean of the outcomes.
-saturated: each reward went through a function that saturates, so that rewards far from 0 tie.
-    Compare the rewards themselves.
-""")
-
 PAIR_ACCURACY = Exercise(
     "pair_accuracy",
     pair_accuracy,
@@ -375,44 +367,44 @@ PAIR_ACCURACY = Exercise(
         (torch.tensor([30.0, -150.0, 5.0]), torch.tensor([20.0, -200.0, 6.0])),
     ),
     mistakes=(
-        (lambda c, r: _share(c > r), _ACCURACY_TEXT.ties_count_wrong),
-        (lambda c, r: _share(c >= r), _ACCURACY_TEXT.ties_count_right),
-        (lambda c, r: _share(c >= r) + 0.5 * _share(c == r), _ACCURACY_TEXT.tie_and_a_half),
+        (lambda c, r: _share(c > r), SAY.ties_count_wrong),
+        (lambda c, r: _share(c >= r), SAY.ties_count_right),
+        (lambda c, r: _share(c >= r) + 0.5 * _share(c == r), SAY.tie_and_a_half),
         *(
-            (wrong, _ACCURACY_TEXT.nearly)
+            (wrong, SAY.nearly)
             for wrong in (
                 lambda c, r: _share(c > r) + 0.5 * _share(torch.isclose(c, r)),
                 lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
             )
         ),
         *(
-            (lambda c, r, f=f: pair_accuracy(f(c), f(r)), _ACCURACY_TEXT.saturated)
+            (lambda c, r, f=f: pair_accuracy(f(c), f(r)), SAY.saturated)
             for f in (torch.sigmoid, torch.exp, torch.tanh)
         ),
         (
             lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)),
-            _ACCURACY_TEXT.crossed,
+            SAY.accuracy_crossed,
         ),
-        (lambda c, r: _share(c[:, None] > r), _ACCURACY_TEXT.crossed),
-        (lambda c, r: pair_accuracy(r, c), _ACCURACY_TEXT.swapped),
-        (lambda c, r: _share(r > c), _ACCURACY_TEXT.swapped),
-        (lambda c, r: _share(r >= c), _ACCURACY_TEXT.swapped),
-        (lambda c, r: len(c) * pair_accuracy(c, r), _ACCURACY_TEXT.count),
-        (lambda c, r: len(c) * _share(c > r), _ACCURACY_TEXT.count),
-        (lambda c, r: len(c) * _share(c >= r), _ACCURACY_TEXT.count),
-        (lambda c, r: 100 * pair_accuracy(c, r), _ACCURACY_TEXT.percent),
-        (lambda c, r: 100 * _share(c > r), _ACCURACY_TEXT.percent),
-        (lambda c, r: 100 * _share(c >= r), _ACCURACY_TEXT.percent),
+        (lambda c, r: _share(c[:, None] > r), SAY.accuracy_crossed),
+        (lambda c, r: pair_accuracy(r, c), SAY.accuracy_swapped),
+        (lambda c, r: _share(r > c), SAY.accuracy_swapped),
+        (lambda c, r: _share(r >= c), SAY.accuracy_swapped),
+        (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
+        (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
+        (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),
+        (lambda c, r: 100 * pair_accuracy(c, r), SAY.percent),
+        (lambda c, r: 100 * _share(c > r), SAY.percent),
+        (lambda c, r: 100 * _share(c >= r), SAY.percent),
         *(
-            (partial(_without_ties, if_all_tie), _ACCURACY_TEXT.dropped)
+            (partial(_without_ties, if_all_tie), SAY.dropped)
             for if_all_tie in (math.nan, 0, 0.5, 1)
         ),
-        (lambda c, r: (c - r).mean().item(), _ACCURACY_TEXT.mean_gap),
-        (lambda c, r: (c - r).sign().mean().item(), _ACCURACY_TEXT.mean_sign_gap),
-        (lambda c, r: (c - r).sigmoid().mean().item(), _ACCURACY_TEXT.mean_probability),
-        (lambda c, r: float(c.mean() > r.mean()), _ACCURACY_TEXT.two_means_compared),
-        (lambda c, r: _share(c > 0), _ACCURACY_TEXT.against_zero),
-        (lambda c, r: _share((c > 0) & (r < 0)), _ACCURACY_TEXT.against_zero),
+        (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),
+        (lambda c, r: (c - r).sign().mean().item(), SAY.mean_sign_gap),
+        (lambda c, r: (c - r).sigmoid().mean().item(), SAY.mean_probability),
+        (lambda c, r: float(c.mean() > r.mean()), SAY.two_means_compared),
+        (lambda c, r: _share(c > 0), SAY.against_zero),
+        (lambda c, r: _share((c > 0) & (r < 0)), SAY.against_zero),
     ),
     tested="wins, losses, ties, nothing but ties, rewards from -200 to 30",
 )

@@ -28,9 +28,183 @@ from rlhf_helpers.checks.exercise import (
     unattempted,
     wrapped,
 )
+from rlhf_helpers.checks.lesson_01 import SAY as SAY_01
 from rlhf_helpers.checks.lesson_03 import drawn
 from rlhf_helpers.memory import NF4_SUPERBLOCK
 from rlhf_helpers.roles import Roles
+
+SAY = texts("""
+summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
+    switched requires_grad off for the role used first; autograd looks at that flag when it goes
+    backward and drops its gradients without a word, and Roles raises an error. Each role needs a
+    backward pass of its own, before the next is used.
+forwards_first: both forward passes come before the first backward pass. By then PEFT has switched
+    requires_grad off for the role used first; autograd looks at that flag when it goes backward and
+    drops its gradients without a word, and Roles raises an error. Be done with one role's backward
+    pass before you use the next.
+not_used: the loss of {role} is computed as {active}. Whichever role was used last acts, whatever
+    the loss is called; roles.use has to come before the loss, and it returns the model.
+carried: the second backward pass runs through the first role's graph again, which is freed already.
+    A total that is added to from role to role does that: call backward on each role's own loss.
+frozen_role: {role} is asked for a loss, an optimizer or parameters, but it is frozen and has none.
+    Go through the roles that have a loss, not through all that there are.
+left_out: {role} learns nothing: its loss is not computed. Every role that has a loss gets a step.
+no_backward: the loss of {role} gets no backward pass. Without it there are no gradients, and the
+    step is taken on what was left over from elsewhere, or on nothing.
+backward_twice: there are two backward passes through {role} in one step. Gradients add up, so that
+    it moves further than its loss asks for.
+no_step: the optimizer of {role} takes no step. Gradients are there, but the optimizer that was
+    handed over does nothing with them; one that is made anew starts without its moments each time.
+steps_twice: the optimizer of {role} steps more than once in a call. Is there a loop over all
+    optimizers inside the loop over the roles? One gradient is good for one step.
+step_first: {role} steps before its backward pass. The step is taken on gradients from before, or on
+    none, and those of this loss come too late.
+cleared_between: the gradients of {role} are cleared between its backward pass and its step: nothing
+    is left to step on. Clear them before the backward pass.
+not_cleared: the gradients of {role} are never cleared. A backward pass adds to what is there, so
+    that every step repeats all those before it.
+cleared_last: the gradients of {role} are cleared after the step only. What is left over from
+    elsewhere, as from a call that was interrupted, goes into the first step; clear them before the
+    backward pass.
+head_left: the gradient of the head of {role} is not cleared; those of its adapter are. The head
+    lies outside the model, and a backward pass adds to what is there.
+model_cleared: it is the model's zero_grad. That clears the adapters of all roles at once, also
+    gradients that a step still needs, and never the heads, which lie outside the model. Each role's
+    optimizer knows what is its own.
+unknown_order: the weights after three steps are not those of roles trained alone, and not in a way
+    that this check has a name for. Compare what was done, in order, and look for anything that
+    changes a loss, which may be negative, or a gradient, as clipping does:
+thawed: the roles move as they should, but the base is left with requires_grad on. It is frozen and
+    shared; with the flag on, each backward pass computes gradients of all of it too.
+returned: the roles move as they should, but something is returned, and the caller was promised
+    nothing. The step is in the weights.
+retained: the second backward pass runs through the first role's graph once more. retain_graph keeps
+    that graph from being freed, but its role is no longer the active one, and Roles raises an
+    error. A total that is added to does that: call backward on each role's own loss.
+names_written_in: it holds for a policy and a value model, but not for three roles of other names.
+    Names, or their number, are written into the function: go through the roles that have a loss.
+one_optimizer: the optimizer of {role} steps for both roles, and the other role never moves. Each
+    role has an optimizer of its own, to be looked up by its name.
+paired: the loss of {role} is followed by a step of {other}. Losses and optimizers are paired by
+    their order, which need not be the same, or by a sorted one: look both up by the role's name.
+clipped: the gradients of {role} are made smaller between the backward pass and the step, as by
+    clipping. What is clipped here depends on which roles there are; none are to be clipped.
+wrong_sign: the penalty is paid out. A token that the policy likes better than the reference does
+    must cost something: check the minus, and which of the two is subtracted from which.
+everywhere: the score stands at every token. The reward model judges a response once; so a long
+    response would collect its score many times.
+last_column: the score stands in the last column. Of a shorter response that is padding, which is no
+    part of it, and gae sets it to 0: look for the last token where the mask is 1.
+late: the score stands one column too late, behind the last real token. There the response has
+    ended, and what stands at padding reaches nobody. Count from 0: of n tokens the last has the
+    index n - 1.
+early: the score stands one token too early. The response is complete with its EOS, and the reward
+    is for ending there too.
+padding: padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so
+    that their reward is 0.
+no_mask: the mask is not used: padding is charged, and the score stands in the last column, whether
+    that is a token or not. The mask says where each response ends.
+no_beta: the penalty is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the
+    score may remain.
+probabilities: the penalty takes probabilities. It is the difference of the logarithms that sums
+    over the tokens to the log-ratio of the whole response, and whose mean is the KL.
+ratio: the penalty takes the ratio of the probabilities, not its logarithm. Where the two policies
+    agree the ratio is 1, and they would pay for nothing.
+mean: every token pays the mean of its response. In total that is the same, but a token that left
+    the reference has to pay for itself, not its neighbours.
+mean_of_batch: every token pays a mean over other responses or padding as well. A token that left
+    the reference has to pay for itself: not for its neighbours, and for no other response.
+sum: every token pays the sum over its response. So the whole KL is charged as often as there are
+    tokens, and to the innocent too.
+at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
+    what it cost; each pays its own part, where it arises.
+scaled_score: the score is multiplied by β. β is the price of a nat; the score counts in full, else
+    a smaller price would make the goal smaller with it.
+absolute: it is the absolute value of the log-ratio. A token that the policy likes less than the
+    reference does gets something back; only with both signs is the mean over samples the KL.
+squared: the log-ratio is squared. Half of that is an estimate of the KL (k2 in lesson 05); here the
+    log-ratio itself is asked for.
+third: it is ρ - 1 - log ρ, the approx_kl of lesson 03 (k3 in lesson 05), which is never negative. A
+    fine one to look at; here the log-ratio itself is asked for.
+replaced: at the last token the score replaces the penalty. EOS is a token like the others and pays
+    like them: add the score to what is there.
+no_penalty: there is no penalty at all, only the score. What keeps the policy near the reference
+    then, where the reward model knows its way?
+no_score: there is no score, only the penalty. The best that the policy could do is to stay where it
+    is; the last real token has to get what the reward model says.
+first: the score stands at the first token. The reward model has read the whole response, and what
+    it says is known at its end.
+shared_out: the score is divided among the tokens. It is paid once, at the last token; to share it
+    out is what advantages are for.
+every_row: the score goes to every row, at each row's last column: a colon for the rows picks these
+    columns in all of them. Use one row index for each.
+and_padding: the score stands at the last token and at all padding behind it. A cumsum of the mask
+    stays at its end value there: take only those places where the mask is 1.
+clamped: the penalty is never below 0. A token that the policy likes less than the reference does
+    gets something back; only with both signs is the mean over samples the KL.
+by_length: the score is divided by the number of tokens. It is for the whole response, and counts in
+    full however long that is.
+score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
+    β is the price of a nat.
+fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
+    argument, so that whoever calls it can set the price.
+half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
+    padding the other one is left over, and charged.
+cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
+    model has judged it all the same: the score goes to its last real token.
+bits: bits are taken for bytes. 4.127 is a number of bits, the 16 and the 2 are bytes already; eight
+    bits are a byte.
+not_quantized: the linear layers of the base are not in NF4. They are frozen, so four bits and a
+    little for the scales do for a weight.
+float_scales: it is 4.5 bits for a weight: a whole float32 for every 64 weights. With double
+    quantization the scales have 8 bits themselves, and 4.127 remain.
+embeddings: embeddings and all else are quantized too. NF4 is for the linear layers; what lies
+    outside of them stays at 16 bits, and in a small model with a large vocabulary that is much.
+no_other: the weights outside of the linear layers are missing. The embedding alone has a row for
+    each token of the vocabulary.
+other_float: the weights outside of the linear layers are counted as float32. They are held in 16
+    bits, 2 bytes each.
+own_bases: every role has a base of its own. That is what sharing saves: the base is frozen, equal
+    for all of them, and there once.
+frozen_trained: the frozen roles are charged with more than their weights. Nothing is learnt there,
+    so they need no gradients and no moments: 4 bytes for a parameter.
+no_moments: the optimizer is missing, or counted for nothing. Adam keeps two moments in float32 for
+    each parameter that is trained, as much as weight and gradient together.
+twelve: a trained parameter is counted with 12 bytes. It has four float32 numbers: weight, gradient
+    and two moments. Which is missing?
+only_weights: trained roles cost no more than frozen ones. Training needs a gradient and Adam's two
+    moments for each parameter, beside the weight.
+half_adapters: the adapters are counted with 2 bytes for a weight, all or the frozen ones. All
+    adapters, frozen ones too, are held in float32: 4 bytes.
+frozen_free: frozen roles cost nothing. They need no gradients and no moments, but their adapters
+    have to be there: 4 bytes for a parameter.
+no_adapters: the adapters are left out, and all that training adds to them. The base is there for
+    all, but it is the adapters that tell the roles apart.
+one_adapter: there is one adapter for all roles. The base is shared, the adapters are what tells the
+    roles apart: each has its own.
+trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
+    many there are of each.
+upside_down: trained and frozen are exchanged. It is the trained roles that have gradients and
+    moments, and cost 16 bytes.
+one_matrix: one of an adapter's two matrices is missing. A takes the inputs down to the rank, B goes
+    from there up to the outputs.
+no_rank: the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and
+    B as many columns.
+rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
+    once, so that twice the rank is twice the parameters.
+square: an adapter's two matrices are counted as equal. A has as many columns as there are inputs, B
+    as many rows as there are outputs, and these differ unless the layer is square.
+full_matrix: an adapter has as many parameters as its layer, or more. A is rank × inputs and B
+    outputs × rank: sizes are added, not multiplied.
+one_block: base or adapters are counted for one block. The shapes are those of one block, and the
+    model has as many of these as layers says.
+thousands: it is not in bytes, but in MB or GB. Return bytes, and divide where you print; a GB is
+    10⁹ bytes.
+powers_of_two: it is not in bytes, but in MiB or GiB. Return bytes, and divide where you print. Mind
+    that a GiB is 2³⁰ bytes, 7% more than a GB.
+equal_shapes_once: layers of equal shape are counted once, as in a set. They are different layers,
+    each with weights and an adapter of its own.
+""")
 
 # --- lesson 04: one role after the other -----------------------------------------------------
 
@@ -89,9 +263,9 @@ def _step_verdict(fn: Callable) -> str:
     recorder = _Recorder()
     fault = _run(recorder, fn)
     if not fault and not same(recorder.weights(), _expected_weights()):
-        fault = _order_fault(recorder.calls[0]) or _STEP_TEXT.unknown_order
+        fault = _order_fault(recorder.calls[0]) or SAY.unknown_order
     fault = fault or _lucky_fault(recorder.log) or _names_fault(fn)
-    fault = fault or (_STEP_TEXT.thawed if recorder.model.base.requires_grad else recorder.returned)
+    fault = fault or (SAY.thawed if recorder.model.base.requires_grad else recorder.returned)
     if fault in ("", NOT_ATTEMPTED):
         return fault or f"correct{_both_graphs(recorder.log)}. Tested: {TRAIN_STEP.tested}."
     return f"{fault}\n{_sequence('yours', recorder.calls[0])}\n{_sequence('expected', _steps())}"
@@ -116,16 +290,16 @@ def _run(recorder: "_Recorder", fn: Callable) -> str:
             result = call(TRAIN_STEP, guarded, recorder.arguments())
         if result is ... or named:
             return unattempted(fn) if result is ... else named[0]
-        recorder.returned = "" if result is None else _STEP_TEXT.returned
+        recorder.returned = "" if result is None else SAY.returned
     return ""
 
 
 def _lucky_fault(log: Sequence["_Event"]) -> str:
     """What the imitation lets pass, and real roles and optimizers do not."""
     if any(event.what == "backward" and event.role != event.active for event in log):
-        return _STEP_TEXT.retained
+        return SAY.retained
     idle = [role for role in _TRAINED if not _places(log, "step", role)]
-    return _STEP_TEXT.no_step.format(role=idle[0]) if idle else ""
+    return SAY.no_step.format(role=idle[0]) if idle else ""
 
 
 def _names_fault(fn: Callable) -> str:
@@ -138,7 +312,7 @@ def _names_fault(fn: Callable) -> str:
         right = same(recorder.weights(), _expected_weights(_OTHERS))
     except Exception:  # a name or a number that is not there
         right = False
-    return "" if right else _STEP_TEXT.names_written_in
+    return "" if right else SAY.names_written_in
 
 
 class _Event(NamedTuple):
@@ -358,10 +532,10 @@ def _raised_fault(log: Sequence[_Event], error: Exception) -> str:
     """The mistake that led to the exception, "" if it has no name."""
     for event in log:
         if event.what == "frozen":
-            return _STEP_TEXT.frozen_role.format(role=event.role)
+            return SAY.frozen_role.format(role=event.role)
     if isinstance(error, RuntimeError):
         if "second time" in str(error):
-            return _STEP_TEXT.carried
+            return SAY.carried
         return next(_not_used(log), "")
     return ""
 
@@ -369,29 +543,27 @@ def _raised_fault(log: Sequence[_Event], error: Exception) -> str:
 def _not_used(log: Sequence[_Event]) -> Iterator[str]:
     for event in log:
         if event.what == "loss" and event.role != event.active:
-            yield _STEP_TEXT.not_used.format(role=event.role, active=event.active)
+            yield SAY.not_used.format(role=event.role, active=event.active)
 
 
 def _order_fault(log: Sequence[_Event]) -> str:
     """What is wrong with one call, "" if nothing has a name."""
     for role in _TRAINED:
         if not _places(log, "loss", role):
-            return _STEP_TEXT.left_out.format(role=role)
+            return SAY.left_out.format(role=role)
     if fault := next(_not_used(log), ""):
         return fault
     if any(event.what == "backward" and event.role != event.active for event in log):
-        return (
-            _STEP_TEXT.summed if len(_places(log, "pass", "")) == 1 else _STEP_TEXT.forwards_first
-        )
+        return SAY.summed if len(_places(log, "pass", "")) == 1 else SAY.forwards_first
     cleared = {event.role for event in log if event.what == "zero_grad"}
     if _places(log, "model.zero_grad", "") and cleared != set(_TRAINED):
-        return _STEP_TEXT.model_cleared
+        return SAY.model_cleared
     steps, backward = ([e.role for e in log if e.what == what] for what in ("step", "backward"))
     if len(steps) > 1 and len(set(steps)) == 1 and set(backward) == set(_TRAINED):
-        return _STEP_TEXT.one_optimizer.format(role=steps[0])
+        return SAY.one_optimizer.format(role=steps[0])
     order = [(e.what, e.role) for e in log if e.what in ("step", "backward")]
     if [what for what, _ in order] == ["backward", "step"] * 2 and order[0][1] != order[1][1]:
-        return _STEP_TEXT.paired.format(role=order[0][1], other=order[1][1])
+        return SAY.paired.format(role=order[0][1], other=order[1][1])
     return next(filter(None, (_role_fault(log, role) for role in _TRAINED)), "")
 
 
@@ -399,22 +571,22 @@ def _role_fault(log: Sequence[_Event], role: str) -> str:
     backward, steps = _places(log, "backward", role), _places(log, "step", role)
     cleared = _places(log, "zero_grad", role)
     if not backward:
-        return _STEP_TEXT.no_backward.format(role=role)
+        return SAY.no_backward.format(role=role)
     if len(backward) > 1:
-        return _STEP_TEXT.backward_twice.format(role=role)
+        return SAY.backward_twice.format(role=role)
     if not steps:
-        return _STEP_TEXT.no_step.format(role=role)
+        return SAY.no_step.format(role=role)
     if len(steps) > 1:
-        return _STEP_TEXT.steps_twice.format(role=role)
+        return SAY.steps_twice.format(role=role)
     if steps[0] < backward[0]:
-        return _STEP_TEXT.step_first.format(role=role)
+        return SAY.step_first.format(role=role)
     if any(backward[0] < place < steps[0] for place in cleared):
-        return _STEP_TEXT.cleared_between.format(role=role)
+        return SAY.cleared_between.format(role=role)
     if _places(log, "adapter left", role):
-        return (_STEP_TEXT.cleared_last if cleared else _STEP_TEXT.not_cleared).format(role=role)
+        return (SAY.cleared_last if cleared else SAY.not_cleared).format(role=role)
     if _places(log, "smaller", role):
-        return _STEP_TEXT.clipped.format(role=role)
-    return _STEP_TEXT.head_left.format(role=role) if _places(log, "head left", role) else ""
+        return SAY.clipped.format(role=role)
+    return SAY.head_left.format(role=role) if _places(log, "head left", role) else ""
 
 
 def _both_graphs(log: Sequence[_Event]) -> str:
@@ -431,64 +603,6 @@ def _both_graphs(log: Sequence[_Event]) -> str:
 def _places(log: Sequence[_Event], what: str, role: str) -> list[int]:
     return [place for place, e in enumerate(log) if e.what == what and e.role == role]
 
-
-_STEP_TEXT = texts("""
-summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
-    switched requires_grad off for the role used first; autograd looks at that flag when it goes
-    backward and drops its gradients without a word, and Roles raises an error. Each role needs a
-    backward pass of its own, before the next is used.
-forwards_first: both forward passes come before the first backward pass. By then PEFT has switched
-    requires_grad off for the role used first; autograd looks at that flag when it goes backward and
-    drops its gradients without a word, and Roles raises an error. Be done with one role's backward
-    pass before you use the next.
-not_used: the loss of {role} is computed as {active}. Whichever role was used last acts, whatever
-    the loss is called; roles.use has to come before the loss, and it returns the model.
-carried: the second backward pass runs through the first role's graph again, which is freed already.
-    A total that is added to from role to role does that: call backward on each role's own loss.
-frozen_role: {role} is asked for a loss, an optimizer or parameters, but it is frozen and has none.
-    Go through the roles that have a loss, not through all that there are.
-left_out: {role} learns nothing: its loss is not computed. Every role that has a loss gets a step.
-no_backward: the loss of {role} gets no backward pass. Without it there are no gradients, and the
-    step is taken on what was left over from elsewhere, or on nothing.
-backward_twice: there are two backward passes through {role} in one step. Gradients add up, so that
-    it moves further than its loss asks for.
-no_step: the optimizer of {role} takes no step. Gradients are there, but the optimizer that was
-    handed over does nothing with them; one that is made anew starts without its moments each time.
-steps_twice: the optimizer of {role} steps more than once in a call. Is there a loop over all
-    optimizers inside the loop over the roles? One gradient is good for one step.
-step_first: {role} steps before its backward pass. The step is taken on gradients from before, or on
-    none, and those of this loss come too late.
-cleared_between: the gradients of {role} are cleared between its backward pass and its step: nothing
-    is left to step on. Clear them before the backward pass.
-not_cleared: the gradients of {role} are never cleared. A backward pass adds to what is there, so
-    that every step repeats all those before it.
-cleared_last: the gradients of {role} are cleared after the step only. What is left over from
-    elsewhere, as from a call that was interrupted, goes into the first step; clear them before the
-    backward pass.
-head_left: the gradient of the head of {role} is not cleared; those of its adapter are. The head
-    lies outside the model, and a backward pass adds to what is there.
-model_cleared: it is the model's zero_grad. That clears the adapters of all roles at once, also
-    gradients that a step still needs, and never the heads, which lie outside the model. Each role's
-    optimizer knows what is its own.
-unknown_order: the weights after three steps are not those of roles trained alone, and not in a way
-    that this check has a name for. Compare what was done, in order, and look for anything that
-    changes a loss, which may be negative, or a gradient, as clipping does:
-thawed: the roles move as they should, but the base is left with requires_grad on. It is frozen and
-    shared; with the flag on, each backward pass computes gradients of all of it too.
-returned: the roles move as they should, but something is returned, and the caller was promised
-    nothing. The step is in the weights.
-retained: the second backward pass runs through the first role's graph once more. retain_graph keeps
-    that graph from being freed, but its role is no longer the active one, and Roles raises an
-    error. A total that is added to does that: call backward on each role's own loss.
-names_written_in: it holds for a policy and a value model, but not for three roles of other names.
-    Names, or their number, are written into the function: go through the roles that have a loss.
-one_optimizer: the optimizer of {role} steps for both roles, and the other role never moves. Each
-    role has an optimizer of its own, to be looked up by its name.
-paired: the loss of {role} is followed by a step of {other}. Losses and optimizers are paired by
-    their order, which need not be the same, or by a sorted one: look both up by the role's name.
-clipped: the gradients of {role} are made smaller between the backward pass and the step, as by
-    clipping. What is clipped here depends on which roles there are; none are to be clipped.
-""")
 
 TRAIN_STEP = Exercise(
     "train_step",
@@ -614,172 +728,75 @@ _REWARD_CASES = (
     ),
 )
 
-_REWARD_TEXT = texts("""
-wrong_sign: the penalty is paid out. A token that the policy likes better than the reference does
-    must cost something: check the minus, and which of the two is subtracted from which.
-everywhere: the score stands at every token. The reward model judges a response once; so a long
-    response would collect its score many times.
-last_column: the score stands in the last column. Of a shorter response that is padding, which is no
-    part of it, and gae sets it to 0: look for the last token where the mask is 1.
-late: the score stands one column too late, behind the last real token. There the response has
-    ended, and what stands at padding reaches nobody. Count from 0: of n tokens the last has the
-    index n - 1.
-early: the score stands one token too early. The response is complete with its EOS, and the reward
-    is for ending there too.
-padding: padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so
-    that their reward is 0.
-no_mask: the mask is not used: padding is charged, and the score stands in the last column, whether
-    that is a token or not. The mask says where each response ends.
-no_beta: the penalty is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the
-    score may remain.
-probabilities: the penalty takes probabilities. It is the difference of the logarithms that sums
-    over the tokens to the log-ratio of the whole response, and whose mean is the KL.
-ratio: the penalty takes the ratio of the probabilities, not its logarithm. Where the two policies
-    agree the ratio is 1, and they would pay for nothing.
-mean: every token pays the mean of its response. In total that is the same, but a token that left
-    the reference has to pay for itself, not its neighbours.
-mean_of_batch: every token pays a mean over other responses or padding as well. A token that left
-    the reference has to pay for itself: not for its neighbours, and for no other response.
-sum: every token pays the sum over its response. So the whole KL is charged as often as there are
-    tokens, and to the innocent too.
-at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
-    what it cost; each pays its own part, where it arises.
-scaled_score: the score is multiplied by β. β is the price of a nat; the score counts in full, else
-    a smaller price would make the goal smaller with it.
-absolute: it is the absolute value of the log-ratio. A token that the policy likes less than the
-    reference does gets something back; only with both signs is the mean over samples the KL.
-squared: the log-ratio is squared. Half of that is an estimate of the KL (k2 in lesson 05); here the
-    log-ratio itself is asked for.
-third: it is ρ - 1 - log ρ, the approx_kl of lesson 03 (k3 in lesson 05), which is never negative. A
-    fine one to look at; here the log-ratio itself is asked for.
-replaced: at the last token the score replaces the penalty. EOS is a token like the others and pays
-    like them: add the score to what is there.
-no_penalty: there is no penalty at all, only the score. What keeps the policy near the reference
-    then, where the reward model knows its way?
-no_score: there is no score, only the penalty. The best that the policy could do is to stay where it
-    is; the last real token has to get what the reward model says.
-first: the score stands at the first token. The reward model has read the whole response, and what
-    it says is known at its end.
-shared_out: the score is divided among the tokens. It is paid once, at the last token; to share it
-    out is what advantages are for.
-every_row: the score goes to every row, at each row's last column: a colon for the rows picks these
-    columns in all of them. Use one row index for each.
-and_padding: the score stands at the last token and at all padding behind it. A cumsum of the mask
-    stays at its end value there: take only those places where the mask is 1.
-clamped: the penalty is never below 0. A token that the policy likes less than the reference does
-    gets something back; only with both signs is the mean over samples the KL.
-by_length: the score is divided by the number of tokens. It is for the whole response, and counts in
-    full however long that is.
-score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
-    β is the price of a nat.
-fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
-    argument, so that whoever calls it can set the price.
-half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
-    padding the other one is left over, and charged.
-cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
-    model has judged it all the same: the score goes to its last real token.
-""")
-
 _REWARD_MISTAKES = (
-    (
-        partial(_other_penalty, lambda new, ref, mask, beta: beta * (ref - new) * mask),
-        _REWARD_TEXT.wrong_sign,
-    ),
-    (partial(_other_place, lambda mask: mask), _REWARD_TEXT.everywhere),
-    (partial(_other_place, torch.ones_like), _REWARD_TEXT.everywhere),
-    (partial(_other_place, lambda mask: _column(-1, mask)), _REWARD_TEXT.last_column),
-    (partial(_other_place, lambda mask: _column(-1, mask) * mask), _REWARD_TEXT.last_column),
+    (partial(_other_penalty, lambda new, ref, m, b: b * (ref - new) * m), SAY.wrong_sign),
+    (partial(_other_place, lambda mask: mask), SAY.everywhere),
+    (partial(_other_place, torch.ones_like), SAY.everywhere),
+    (partial(_other_place, lambda mask: _column(-1, mask)), SAY.last_column),
+    (partial(_other_place, lambda mask: _column(-1, mask) * mask), SAY.last_column),
     *(
         (partial(other, lambda mask, step=step, stays=stays: _at(mask, step, stays)), message)
         for other in (_other_place, _in_place_of_penalty)
-        for step, message in ((1, _REWARD_TEXT.late), (-1, _REWARD_TEXT.early))
+        for step, message in ((1, SAY.late), (-1, SAY.early))
         for stays in (True, False)
     ),
-    (
-        partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)),
-        _REWARD_TEXT.early,
-    ),
-    (partial(_unmasked, last_token, 1), _REWARD_TEXT.padding),
-    (partial(_unmasked, lambda mask: _column(-1, mask), 1), _REWARD_TEXT.no_mask),
-    (partial(_unmasked, torch.ones_like, 1), _REWARD_TEXT.everywhere),
-    (partial(_unmasked, last_token, -1), _REWARD_TEXT.wrong_sign),
-    (partial(_unmasked, lambda mask: _column(-1, mask), -1), _REWARD_TEXT.wrong_sign),
-    (
-        partial(_other_penalty, lambda new, ref, mask, beta: (new - ref) * mask),
-        _REWARD_TEXT.no_beta,
-    ),
+    (partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)), SAY.early),
+    (partial(_unmasked, last_token, 1), SAY.padding),
+    (partial(_unmasked, lambda mask: _column(-1, mask), 1), SAY.no_mask),
+    (partial(_unmasked, torch.ones_like, 1), SAY.everywhere),
+    (partial(_unmasked, last_token, -1), SAY.wrong_sign),
+    (partial(_unmasked, lambda mask: _column(-1, mask), -1), SAY.wrong_sign),
+    (partial(_other_penalty, lambda new, ref, m, b: (new - ref) * m), SAY.no_beta),
     *(
         (partial(_other_penalty, lambda *x, of=of: x[3] * of(*x[:3]) * x[2]), message)
         for of, message in (
-            (lambda new, ref, mask: new.exp() - ref.exp(), _REWARD_TEXT.probabilities),
-            (lambda new, ref, mask: new.exp() * (new - ref), _REWARD_TEXT.probabilities),
-            (lambda new, ref, mask: (new - ref).exp(), _REWARD_TEXT.ratio),
-            (lambda new, ref, mask: mean_of_row(new - ref, mask), _REWARD_TEXT.mean),
-            (lambda new, ref, mask: (new - ref).mean(1, keepdim=True), _REWARD_TEXT.mean_of_batch),
-            (lambda new, ref, mask: (new - ref).mean(), _REWARD_TEXT.mean_of_batch),
-            (lambda new, ref, mask: ((new - ref) * mask).mean(), _REWARD_TEXT.mean_of_batch),
+            (lambda new, ref, m: new.exp() - ref.exp(), SAY.probabilities),
+            (lambda new, ref, m: new.exp() * (new - ref), SAY.probabilities),
+            (lambda new, ref, m: (new - ref).exp(), SAY.ratio),
+            (lambda new, ref, m: mean_of_row(new - ref, m), SAY.mean),
+            (lambda new, ref, m: (new - ref).mean(1, keepdim=True), SAY.mean_of_batch),
+            (lambda new, ref, m: (new - ref).mean(), SAY.mean_of_batch),
+            (lambda new, ref, m: ((new - ref) * m).mean(), SAY.mean_of_batch),
+            (lambda new, ref, m: ((new - ref) * m).sum() / m.sum(), SAY.mean_of_batch),
+            (lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True), SAY.sum),
             (
-                lambda new, ref, mask: ((new - ref) * mask).sum() / mask.sum(),
-                _REWARD_TEXT.mean_of_batch,
+                lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True) * last_token(m),
+                SAY.at_the_end,
             ),
-            (lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True), _REWARD_TEXT.sum),
-            (
-                lambda new, ref, mask: ((new - ref) * mask).sum(1, keepdim=True) * last_token(mask),
-                _REWARD_TEXT.at_the_end,
-            ),
-            (lambda new, ref, mask: (new - ref).abs(), _REWARD_TEXT.absolute),
-            (lambda new, ref, mask: (new - ref).clamp(min=0), _REWARD_TEXT.clamped),
-            (lambda new, ref, mask: (new - ref).square(), _REWARD_TEXT.squared),
-            (lambda new, ref, mask: (new - ref).square() / 2, _REWARD_TEXT.squared),
-            (lambda new, ref, mask: (ref - new).exp() - 1 - (ref - new), _REWARD_TEXT.third),
-            (lambda new, ref, mask: 0 * new, _REWARD_TEXT.no_penalty),
+            (lambda new, ref, m: (new - ref).abs(), SAY.absolute),
+            (lambda new, ref, m: (new - ref).clamp(min=0), SAY.clamped),
+            (lambda new, ref, m: (new - ref).square(), SAY.squared),
+            (lambda new, ref, m: (new - ref).square() / 2, SAY.squared),
+            (lambda new, ref, m: (ref - new).exp() - 1 - (ref - new), SAY.third),
+            (lambda new, ref, m: 0 * new, SAY.no_penalty),
         )
     ),
-    (
-        lambda scores, new, ref, mask, beta: _shape_rewards(beta * scores, new, ref, mask, beta),
-        _REWARD_TEXT.scaled_score,
-    ),
-    (
-        lambda scores, new, ref, mask, beta: _shape_rewards(beta * scores, new, ref, mask, 1.0),
-        _REWARD_TEXT.score_only_scaled,
-    ),
-    (partial(_in_place_of_penalty, last_token), _REWARD_TEXT.replaced),
-    (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), _REWARD_TEXT.last_column),
-    (partial(_other_place, torch.zeros_like), _REWARD_TEXT.no_score),
+    (lambda s, new, ref, m, b: _shape_rewards(b * s, new, ref, m, b), SAY.scaled_score),
+    (lambda s, new, ref, m, b: _shape_rewards(b * s, new, ref, m, 1.0), SAY.score_only_scaled),
+    (partial(_in_place_of_penalty, last_token), SAY.replaced),
+    (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), SAY.last_column),
+    (partial(_other_place, torch.zeros_like), SAY.no_score),
     *(
-        (lambda *case, beta=beta: _shape_rewards(*case[:4], beta), _REWARD_TEXT.fixed_beta)
+        (lambda *case, beta=beta: _shape_rewards(*case[:4], beta), SAY.fixed_beta)
         for beta in FIXED_BETAS
     ),
     *(
-        (partial(_other_penalty, of), _REWARD_TEXT.half_masked)
+        (partial(_other_penalty, of), SAY.half_masked)
         for of in (
-            lambda new, ref, mask, beta: beta * (new - ref * mask),
-            lambda new, ref, mask, beta: beta * (new * mask - ref),
+            lambda new, ref, m, b: b * (new - ref * m),
+            lambda new, ref, m, b: b * (new * m - ref),
         )
     ),
-    (
-        partial(_other_place, lambda mask: last_token(mask) * (1 - mask[:, -1:])),
-        _REWARD_TEXT.cut_off,
-    ),
-    (partial(_other_place, lambda mask: _column(0, mask)), _REWARD_TEXT.first),
-    (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), _REWARD_TEXT.shared_out),
-    (partial(_other_place, lambda mask: _column(mask.sum(1) - 1, mask)), _REWARD_TEXT.every_row),
-    (
-        lambda scores, new, ref, mask, beta: (
-            scores @ last_token(mask).float() - beta * (new - ref) * mask
-        ),
-        _REWARD_TEXT.every_row,
-    ),
+    (partial(_other_place, lambda mask: last_token(mask) * (1 - mask[:, -1:])), SAY.cut_off),
+    (partial(_other_place, lambda mask: _column(0, mask)), SAY.first),
+    (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), SAY.shared_out),
+    (partial(_other_place, lambda mask: _column(mask.sum(1) - 1, mask)), SAY.every_row),
+    (lambda s, new, ref, m, b: s @ last_token(m).float() - b * (new - ref) * m, SAY.every_row),
     (
         partial(_other_place, lambda mask: mask.cumsum(1) == mask.sum(1, keepdim=True)),
-        _REWARD_TEXT.and_padding,
+        SAY.and_padding,
     ),
-    (
-        lambda scores, new, ref, mask, beta: _shape_rewards(
-            scores / mask.sum(1), new, ref, mask, beta
-        ),
-        _REWARD_TEXT.by_length,
-    ),
+    (lambda s, new, ref, m, b: _shape_rewards(s / m.sum(1), new, ref, m, b), SAY.by_length),
 )
 SHAPE_REWARDS = Exercise(
     "shape_rewards",
@@ -920,13 +937,7 @@ _ATTENTION = ((1536, 1536), (256, 1536), (256, 1536), (1536, 1536))  # Qwen2.5-1
 _MLP = ((8960, 1536), (8960, 1536), (1536, 8960))
 _BYTES_CASES = (
     ([(64, 64)], 1, 100, 1, {"policy": True, "reference": False}),
-    (
-        [*_ATTENTION, *_MLP],
-        28,
-        233_518_592,
-        16,
-        _FOUR,
-    ),
+    ([*_ATTENTION, *_MLP], 28, 233_518_592, 16, _FOUR),
     ([(4096, 4096), (11008, 4096)], 32, 1_000_000, 1, _FOUR),  # nearly all of it is the base
     (
         [(1024, 512), (2048, 512)],
@@ -942,138 +953,57 @@ _BYTES_CASES = (
     ([(512, 512)], 2, 10_000, 256, dict.fromkeys(("reference", "reward"), False)),
 )
 
-_BYTES_TEXT = texts("""
-bits: bits are taken for bytes. 4.127 is a number of bits, the 16 and the 2 are bytes already; eight
-    bits are a byte.
-not_quantized: the linear layers of the base are not in NF4. They are frozen, so four bits and a
-    little for the scales do for a weight.
-float_scales: it is 4.5 bits for a weight: a whole float32 for every 64 weights. With double
-    quantization the scales have 8 bits themselves, and 4.127 remain.
-embeddings: embeddings and all else are quantized too. NF4 is for the linear layers; what lies
-    outside of them stays at 16 bits, and in a small model with a large vocabulary that is much.
-no_other: the weights outside of the linear layers are missing. The embedding alone has a row for
-    each token of the vocabulary.
-other_float: the weights outside of the linear layers are counted as float32. They are held in 16
-    bits, 2 bytes each.
-own_bases: every role has a base of its own. That is what sharing saves: the base is frozen, equal
-    for all of them, and there once.
-frozen_trained: the frozen roles are charged with more than their weights. Nothing is learnt there,
-    so they need no gradients and no moments: 4 bytes for a parameter.
-no_moments: the optimizer is missing, or counted for nothing. Adam keeps two moments in float32 for
-    each parameter that is trained, as much as weight and gradient together.
-twelve: a trained parameter is counted with 12 bytes. It has four float32 numbers: weight, gradient
-    and two moments. Which is missing?
-only_weights: trained roles cost no more than frozen ones. Training needs a gradient and Adam's two
-    moments for each parameter, beside the weight.
-half_adapters: the adapters are counted with 2 bytes for a weight, all or the frozen ones. All
-    adapters, frozen ones too, are held in float32: 4 bytes.
-frozen_free: frozen roles cost nothing. They need no gradients and no moments, but their adapters
-    have to be there: 4 bytes for a parameter.
-no_adapters: the adapters are left out, and all that training adds to them. The base is there for
-    all, but it is the adapters that tell the roles apart.
-one_adapter: there is one adapter for all roles. The base is shared, the adapters are what tells the
-    roles apart: each has its own.
-trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
-    many there are of each.
-upside_down: trained and frozen are exchanged. It is the trained roles that have gradients and
-    moments, and cost 16 bytes.
-one_matrix: one of an adapter's two matrices is missing. A takes the inputs down to the rank, B goes
-    from there up to the outputs.
-no_rank: the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and
-    B as many columns.
-rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
-    once, so that twice the rank is twice the parameters.
-square: an adapter's two matrices are counted as equal. A has as many columns as there are inputs, B
-    as many rows as there are outputs, and these differ unless the layer is square.
-full_matrix: an adapter has as many parameters as its layer, or more. A is rank × inputs and B
-    outputs × rank: sizes are added, not multiplied.
-one_block: base or adapters are counted for one block. The shapes are those of one block, and the
-    model has as many of these as layers says.
-thousands: it is not in bytes, but in MB or GB. Return bytes, and divide where you print; a GB is
-    10⁹ bytes.
-powers_of_two: it is not in bytes, but in MiB or GiB. Return bytes, and divide where you print. Mind
-    that a GiB is 2³⁰ bytes, 7% more than a GB.
-no_brackets: the brackets are missing: the rank multiplies one of the two widths, and the other is
-    added as it is. A multiplication comes before an addition.
-equal_shapes_once: layers of equal shape are counted once, as in a set. They are different layers,
-    each with weights and an adapter of its own.
-""")
-
 _BYTES_MISTAKES = (
-    (partial(_other_count, bits=8 * _NF4_BITS), _BYTES_TEXT.bits),
-    (partial(_other_count, bits=8 * _NF4_BITS, other_bytes=16), _BYTES_TEXT.bits),
-    (lambda *case: 8 * predict_bytes(*case), _BYTES_TEXT.bits),
-    (partial(_other_count, bits=16), _BYTES_TEXT.not_quantized),
-    (partial(_other_count, bits=8), _BYTES_TEXT.not_quantized),
-    (partial(_other_count, bits=4.5), _BYTES_TEXT.float_scales),
-    (partial(_other_count, other_bytes=_NF4_BITS / 8), _BYTES_TEXT.embeddings),
-    (partial(_other_count, other_bytes=0), _BYTES_TEXT.no_other),
-    (partial(_other_count, other_bytes=4), _BYTES_TEXT.other_float),
-    (partial(_other_count, base_times=len), _BYTES_TEXT.own_bases),
-    *((partial(_other_count, frozen=number), _BYTES_TEXT.frozen_trained) for number in (16, 12, 8)),
-    (partial(_other_count, trained=8), _BYTES_TEXT.no_moments),
-    (partial(_other_count, trained=12), _BYTES_TEXT.twelve),
-    (partial(_other_count, trained=4), _BYTES_TEXT.only_weights),
+    (partial(_other_count, bits=8 * _NF4_BITS), SAY.bits),
+    (partial(_other_count, bits=8 * _NF4_BITS, other_bytes=16), SAY.bits),
+    (lambda *case: 8 * predict_bytes(*case), SAY.bits),
+    (partial(_other_count, bits=16), SAY.not_quantized),
+    (partial(_other_count, bits=8), SAY.not_quantized),
+    (partial(_other_count, bits=4.5), SAY.float_scales),
+    (partial(_other_count, other_bytes=_NF4_BITS / 8), SAY.embeddings),
+    (partial(_other_count, other_bytes=0), SAY.no_other),
+    (partial(_other_count, other_bytes=4), SAY.other_float),
+    (partial(_other_count, base_times=len), SAY.own_bases),
+    *((partial(_other_count, frozen=number), SAY.frozen_trained) for number in (16, 12, 8)),
+    (partial(_other_count, trained=8), SAY.no_moments),
+    (partial(_other_count, trained=12), SAY.twelve),
+    (partial(_other_count, trained=4), SAY.only_weights),
     *(
-        (partial(_other_count, trained=number, frozen=2), _BYTES_TEXT.half_adapters)
+        (partial(_other_count, trained=number, frozen=2), SAY.half_adapters)
         for number in (8, 12, 14, 16)
     ),
-    (partial(_other_count, frozen=0), _BYTES_TEXT.frozen_free),
-    (partial(_other_count, of_roles=lambda trains: 0), _BYTES_TEXT.no_adapters),
-    (partial(_other_count, of_roles=lambda trains: 16), _BYTES_TEXT.one_adapter),
-    (partial(_other_count, of_roles=lambda trains: 40), _BYTES_TEXT.trains_ignored),
-    (partial(_other_count, trained=4, frozen=16), _BYTES_TEXT.upside_down),
+    (partial(_other_count, frozen=0), SAY.frozen_free),
+    (partial(_other_count, of_roles=lambda trains: 0), SAY.no_adapters),
+    (partial(_other_count, of_roles=lambda trains: 16), SAY.one_adapter),
+    (partial(_other_count, of_roles=lambda trains: 40), SAY.trains_ignored),
+    (partial(_other_count, trained=4, frozen=16), SAY.upside_down),
     *(
-        (
-            partial(
-                _other_count,
-                of_adapter=lambda shapes, rank, i=i, n=n: n * rank * sum(s[i] for s in shapes),
-            ),
-            message,
-        )
-        for i in (0, 1)
-        for n, message in ((1, _BYTES_TEXT.one_matrix), (2, _BYTES_TEXT.square))
-    ),
-    (
-        partial(_other_count, of_adapter=lambda shapes, rank: _a_and_b(shapes, 1)),
-        _BYTES_TEXT.no_rank,
-    ),
-    *(
-        (partial(_other_count, of_adapter=of), _BYTES_TEXT.no_brackets)
-        for of in (
-            lambda shapes, rank: sum(rank * i + o for o, i in shapes),
-            lambda shapes, rank: sum(rank * o + i for o, i in shapes),
+        (partial(_other_count, of_adapter=of), message)
+        for of, message in (
+            (lambda shapes, rank: rank * sum(i for _, i in shapes), SAY.one_matrix),
+            (lambda shapes, rank: rank * sum(o for o, _ in shapes), SAY.one_matrix),
+            (lambda shapes, rank: rank * 2 * sum(i for _, i in shapes), SAY.square),
+            (lambda shapes, rank: rank * 2 * sum(o for o, _ in shapes), SAY.square),
+            (lambda shapes, rank: _a_and_b(shapes, 1), SAY.no_rank),
+            (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY_01.no_brackets),
+            (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY_01.no_brackets),
+            (lambda shapes, rank: rank * _a_and_b(shapes, rank), SAY.rank_squared),
+            (lambda shapes, rank: sum(o * i for o, i in shapes), SAY.full_matrix),
+            (lambda shapes, rank: rank * sum(o * i for o, i in shapes), SAY.full_matrix),
         )
     ),
     *(
-        (partial(_other_count, once=once), _BYTES_TEXT.equal_shapes_once)
+        (partial(_other_count, once=once), SAY.equal_shapes_once)
         for once in ((True, True), (True, False), (False, True))
     ),
-    (
-        partial(_other_count, of_adapter=lambda shapes, rank: rank * _a_and_b(shapes, rank)),
-        _BYTES_TEXT.rank_squared,
-    ),
     *(
-        (
-            partial(
-                _other_count,
-                of_adapter=lambda shapes, rank, of=of: sum(of(o * i, rank) for o, i in shapes),
-            ),
-            _BYTES_TEXT.full_matrix,
-        )
-        for of in (lambda size, rank: size, lambda size, rank: size * rank)
-    ),
-    *(
-        (partial(_other_count, blocks=blocks), _BYTES_TEXT.one_block)
+        (partial(_other_count, blocks=blocks), SAY.one_block)
         for blocks in ((False, True), (True, False), (False, False))
     ),
     *(
         (lambda *case, unit=unit: predict_bytes(*case) / unit, message)
         for power in (2, 3)
-        for unit, message in (
-            (1000**power, _BYTES_TEXT.thousands),
-            (1024**power, _BYTES_TEXT.powers_of_two),
-        )
+        for unit, message in ((1000**power, SAY.thousands), (1024**power, SAY.powers_of_two))
     ),
 )
 PREDICT_BYTES = Exercise(
