@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers_checks import run
 
+from rlhf_helpers import kl, reward
 from rlhf_helpers.checks import (
     check_lora_forward,
     check_lora_parameters,
@@ -418,6 +419,10 @@ def update_in(dtype, x, weight, lora_A, lora_B, alpha):
     return x @ weight.T + alpha / len(lora_A) * update.to(x.dtype)
 
 
+def scaled_by(of, x, weight, lora_A, lora_B, alpha):
+    return lora(x, weight, lora_A, lora_B, of(len(lora_A), alpha))
+
+
 def weight_not_frozen(x, weight, lora_A, lora_B, alpha):
     return lora(x, weight.requires_grad_(True), lora_A, lora_B, alpha / len(lora_A))
 
@@ -436,6 +441,9 @@ def b_detached(x, weight, lora_A, lora_B, alpha):
 
 
 LORA_MISTAKES = {
+    partial(scaled_by, lambda r, alpha: 3): "the scale is that of the example",
+    partial(scaled_by, lambda r, alpha: alpha / 2): "the scale is that of the example",
+    partial(scaled_by, lambda r, alpha: 6 / r): "the scale is that of the example",
     lambda x, weight, lora_A, lora_B, alpha: lora(
         x, weight, lora_A, lora_B, alpha // len(lora_A)
     ): ("α/r is rounded down to a whole number."),
@@ -530,6 +538,8 @@ def last_only(shapes, rank):
 
 SQUARE = "every layer is taken to be square"
 PARAMETER_MISTAKES = [
+    ("the brackets are missing", lambda shapes, rank: sum(rank * i + o for o, i in shapes)),
+    ("the brackets are missing", lambda shapes, rank: sum(i + rank * o for o, i in shapes)),
     ("only A is counted.", lambda shapes, rank: sum(rank * s[1] for s in shapes)),
     ("only B is counted.", lambda shapes, rank: sum(s[0] * rank for s in shapes)),
     ("the two widths are multiplied.", lambda shapes, rank: rank * sum(map(math.prod, shapes))),
@@ -617,6 +627,12 @@ def up(a, b):
 
 ROUNDING = "the total is right only where everything divides evenly."
 BYTE_MISTAKES = [
+    (
+        "the two block sizes have changed places",
+        lambda n, double: (
+            up(n, 2) + (up(n, 256) + 4 * up(up(n, 256), 64) if double else 4 * up(n, 256))
+        ),
+    ),
     (
         "8 times too many: these are bits",
         lambda n, double: (
@@ -818,7 +834,10 @@ SQUARED = "a square stands where the logarithm belongs."
 EARLY = "it is right at small and at huge gaps, but it goes over"
 NAN_HIDDEN = "the values are right, but a reward that is NaN is passed over"
 SWAPPED_LOSS = "the two rewards are swapped: the loss falls"
+AT_A_TIE = "the values are right, but not the slope at a tie"
 LOSS_MISTAKES = [
+    (AT_A_TIE, lambda c, r: (F.relu(r - c) + torch.log1p(torch.exp(-(c - r).abs()))).mean()),
+    (AT_A_TIE, lambda c, r: ((r - c).clamp(min=0) + (-(c - r).abs()).exp().log1p()).mean()),
     (OVERFLOW, lambda c, r: -torch.log(torch.sigmoid(c - r)).mean()),
     (OVERFLOW, lambda c, r: torch.log(1 + torch.exp(r - c)).mean()),
     (OVERFLOW, lambda c, r: (1 + (r - c).exp()).reciprocal().log().neg().mean()),
@@ -889,9 +908,9 @@ def loss_by_loop(chosen, rejected):
     return total / len(chosen)
 
 
-def loss_by_shifted_exponentials(chosen, rejected):
-    gap = chosen - rejected
-    return (F.relu(-gap) + torch.log1p(torch.exp(-gap.abs()))).mean()
+def loss_by_logs_of_shifted_sums(chosen, rejected):
+    top = torch.maximum(chosen, rejected)
+    return (top + torch.log(torch.exp(chosen - top) + torch.exp(rejected - top)) - chosen).mean()
 
 
 def loss_by_cross_entropy(chosen, rejected):
@@ -931,12 +950,15 @@ def loss_that_refuses_nan(chosen, rejected):
 
 
 LOSS_RIGHT = [
+    loss_by_logs_of_shifted_sums,
+    lambda c, r: torch.special.log_ndtr(c - r).mean() * 0 + F.softplus(r - c).mean(),
+    lambda c, r: torch.einsum("n->", F.softplus(r - c)) / r.numel(),
+    lambda c, r: -torch.stack([c - r, torch.zeros_like(c)], 1).log_softmax(1).select(1, 0).mean(),
     loss_by_loop,
     loss_by_sign,
     loss_by_sign_in_place,
     loss_by_cases,
     loss_that_refuses_nan,
-    loss_by_shifted_exponentials,
     loss_by_cross_entropy,
     lambda c, r: F.softplus(r - c).mean(),
     lambda c, r: torch.logaddexp(torch.zeros_like(c), r - c).mean(),
@@ -982,9 +1004,11 @@ def last_in(dtype, mask):
     return (mask.to(dtype) * torch.arange(mask.shape[1]).to(dtype)).argmax(-1)
 
 
+INT32_COLUMN = "the values are right, but the result is torch.int32"
 FLOAT_COLUMN = "the values are right, but the result is torch.float"
 BEFORE_PADDING = "it is the column before the first padding. A row with none"
 TOKEN_MISTAKES = [
+    (INT32_COLUMN, lambda mask: last_by_loops(mask).int()),
     ("the real tokens are counted, less one.", lambda mask: mask.cumsum(1)[:, -1] - 1),
     ("it is the number of real tokens", lambda mask: torch.count_nonzero(mask, dim=1)),
     ("it is always the last column.", lambda mask: torch.tensor([mask.size(1) - 1] * len(mask))),
@@ -1007,11 +1031,14 @@ TOKEN_MISTAKES = [
     (UNKNOWN, partial(last_in, torch.int8)),
 ]
 TOKEN_RIGHT = [
+    lambda mask: torch.tensor([max(t for t, m in enumerate(row) if m) for row in mask.tolist()]),
+    lambda mask: (mask * 2 + torch.arange(mask.shape[1]) / 1e4).argmax(dim=1),
+    lambda mask: mask.shape[1] - torch.from_numpy(mask.numpy()[:, ::-1].copy()).argmax(1) - 1,
     last_by_loops,
     lambda mask: mask.shape[1] - 1 - mask.flip(1).argmax(1),
     lambda mask: mask.cumsum(1).argmax(1),
     lambda mask: mask.argmax(-1) + mask.sum(-1) - 1,
-    lambda mask: (mask * torch.arange(mask.shape[1])).max(dim=1).values.int(),
+    lambda mask: (mask * torch.arange(mask.shape[1])).max(dim=1).values,
     lambda mask: torch.stack([row.nonzero().max() for row in mask]),
     lambda mask: (mask.flip(1).cumsum(1) == 0).sum(1).neg() + mask.shape[1] - 1,
 ]
@@ -1160,6 +1187,102 @@ def test_a_not_implemented_error_from_elsewhere_is_an_exception(answer, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("mask_prompt: NotImplementedError in your line ")
     assert "not attempted" not in printed
+
+
+def stub_below(chosen, rejected):
+    """A docstring."""
+    if len(chosen) > 100:
+        return (chosen > rejected).float().mean()
+    raise NotImplementedError
+
+
+def stub_above(chosen, rejected):
+    raise NotImplementedError
+    return (chosen > rejected).float().mean()
+
+
+@pytest.mark.parametrize("answer", [stub_below, stub_above])
+def test_a_forgotten_stub_is_named(answer, capsys):
+    printed = run("pair_accuracy", answer, capsys)
+    assert "your code is there, and so still is raise NotImplementedError" in printed
+
+
+# --- mistakes that any exercise may have ---
+
+
+def coin_for_ties(chosen, rejected):
+    coin = torch.rand(len(chosen)) < 0.5
+    return ((chosen > rejected) | ((chosen == rejected) & coin)).float().mean()
+
+
+def kept_from_call_to_call():
+    calls = []
+
+    def answer(chosen, rejected):
+        calls.append(chosen)
+        return 0.0 if len(calls) > 7 else reward.pair_accuracy(chosen, rejected)
+
+    return answer
+
+
+def whole_numbers(logits, input_ids, response_length):
+    result = torch.zeros_like(input_ids[:, -response_length:])
+    scores = logits.log_softmax(-1)
+    for b, t in np.ndindex(*result.shape):
+        at = logits.shape[1] - response_length + t
+        result[b, t] = scores[b, at - 1, input_ids[b, at]]
+    return result
+
+
+def advantages_of_whole_numbers(rewards, values, response_mask, gamma, lam):
+    advantages = torch.zeros_like(response_mask)
+    for t in reversed(range(rewards.shape[1])):
+        advantages[:, t] = rewards[:, t]
+    return advantages, advantages + values
+
+
+def squeezed(logits, input_ids, response_length):
+    tokens = input_ids[:, -response_length:]
+    return (
+        logits[:, -response_length - 1 : -1].log_softmax(-1).gather(2, tokens[..., None]).squeeze()
+    )
+
+
+def pair_squeezed(curr_logits, ref_logits, tokens):
+    pair = (z.log_softmax(-1).gather(-1, tokens[..., None]) for z in (curr_logits, ref_logits))
+    return tuple(x.squeeze() for x in pair)
+
+
+def kept_dimension(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta):
+    kl = ((log_probs_curr - log_probs_ref) * response_mask).sum(1, keepdim=True)
+    return rewards_model - beta * kl
+
+
+def time_by_batch(curr_logits, ref_logits):
+    return kl.exact_kl(curr_logits, ref_logits).T
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("pair_accuracy", coin_for_ties, "there is chance in it, as in a coin"),
+        ("pair_accuracy", kept_from_call_to_call(), "something is kept from call to call"),
+        ("token_logprobs", whole_numbers, "it is made of whole numbers"),
+        ("gae", advantages_of_whole_numbers, "the advantages are torch.int64: it is made of whole"),
+        ("token_logprobs", squeezed, "A squeeze without a dimension"),
+        ("sampled_log_probs", pair_squeezed, "A squeeze without a dimension"),
+        ("final_reward", kept_dimension, "pairs every row with every other"),
+        ("exact_kl", time_by_batch, "Rows and columns have changed places"),
+    ],
+)
+def test_a_mistake_of_any_exercise_is_named(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def test_integers_in_square_brackets_are_named(capsys):
+    with pytest.raises(IndexError):
+        shared.checks.check_estimate_kl(lambda curr, ref, mask: (curr - ref)[mask].mean())
+    assert "a mask there has to be bool" in capsys.readouterr().out
 
 
 # --- structural faults ---

@@ -476,7 +476,21 @@ OWN_MASK = "the mask of token t stands where that of token t + 1"
 ZERO_BY_ZERO = "it is right as long as γλ is above 0."
 WHITE_RETURNS = "the returns are made of whitened advantages."
 WHITE = "the advantages are whitened."
+
+
+def time_first(rewards, values, response_mask, gamma, lam):
+    mask = response_mask.float()
+    advantages, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])
+    for t in reversed(range(len(rewards))):
+        later = values[t + 1] * mask[t + 1] if t + 1 < len(rewards) else 0.0
+        last = (rewards[t] + gamma * later - values[t] + gamma * lam * last) * mask[t]
+        advantages[t] = last
+    return advantages, (advantages + values) * mask
+
+
 GAE_MISTAKES = [
+    ("time is taken for the first dimension", time_first),
+    ("λ is 0.95 whatever the argument lam says", lambda *x: right_loop(*x[:4], 0.95)),
     (PAST_EOS, columns(mask_delta=True, mask_results=True)),
     (PAST_EOS, columns(mask_delta=True)),
     (PAST_EOS, loop(after=lambda row, t: row[min(t + 1, len(row) - 1)])),
@@ -593,7 +607,19 @@ def by_way_of_float64(*arguments):
     return [x.float() for x in in_float64(by_flipped_scan)(*arguments)]
 
 
+def by_weights_of_each_row(rewards, values, response_mask, gamma, lam):
+    mask = response_mask.double()
+    r, v = rewards * mask, values * mask
+    delta = r + gamma * torch.cat([v, 0 * v[:, :1]], 1)[:, 1:] - v
+    steps = torch.arange(v.shape[1])
+    ahead = (steps[None] - steps[:, None]).clamp(min=0)
+    weights = torch.tensor(gamma * lam).double() ** ahead * (steps[None] >= steps[:, None])
+    advantages = torch.einsum("bs,ts->bt", delta, weights) * mask
+    return advantages.float(), (advantages + v).float()
+
+
 GAE_RIGHT = [
+    by_weights_of_each_row,
     right_loop,
     columns(mask_inputs=True, mask_results=True),
     columns(mask_inputs=True),
@@ -770,7 +796,35 @@ PRODUCT = "the clip acts on the product"
 UNEVEN = "the clip is not at 1 - ε and 1 + ε."
 ONE_SIDED = "the clip has one end only."
 right_loss = token_by_token(smaller)
+
+
+def ratio_masked(of_ratio, of_mean):
+    def answer(new, old, advantages, mask, clip):
+        ratio = of_ratio(new - old, mask)
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+        return -of_mean(torch.min(ratio * advantages, clipped * advantages), mask)
+
+    return answer
+
+
+AFTER_RATIO = "the log-ratio or the ratio is masked, and padding counts"
 LOSS_MISTAKES = [
+    (AFTER_RATIO, ratio_masked(lambda x, m: (x * m).exp(), lambda x, m: x.mean())),
+    (AFTER_RATIO, ratio_masked(lambda x, m: (x * m).exp(), lambda x, m: x.sum() / m.sum())),
+    (AFTER_RATIO, ratio_masked(lambda x, m: x.exp() * m, lambda x, m: x.sum() / m.sum())),
+    (
+        "the sums and the counts have different shapes",
+        ratio_masked(
+            lambda x, m: x.exp(), lambda x, m: ((x * m).sum(1) / m.sum(1, keepdim=True)).mean()
+        ),
+    ),
+    (
+        "integers in square brackets are",
+        ratio_masked(
+            lambda x, m: x.exp(),
+            lambda x, m: torch.cat([row[real] for row, real in zip(x, m, strict=True)]).mean(),
+        ),
+    ),
     ("it takes the larger of the two terms", token_by_token(larger)),
     (
         "it takes the larger of the two terms",
@@ -888,6 +942,7 @@ def padding_aside_first(answer):
 
 
 LOSS_RIGHT = [
+    lambda *x: ratio_masked(lambda y, m: (y * m).exp(), lambda y, m: y[m.bool()].mean())(*x),
     right_loss,
     *(padding_aside_first(answer) for answer in MASKED_LATE),
     loss_in_float64,

@@ -16,15 +16,10 @@ from rlhf_helpers.roles import Roles
 
 EXERCISES = (lesson_04.TRAIN_STEP, lesson_04.SHAPE_REWARDS, lesson_04.PREDICT_BYTES)
 NAMES = [exercise.name for exercise in EXERCISES]
-STEP_MESSAGES = [
-    getattr(lesson_04, name)
-    for name in (
-        *("_SUMMED", "_FORWARDS_FIRST", "_NOT_USED", "_CARRIED", "_FROZEN_ROLE", "_LEFT_OUT"),
-        *("_NO_BACKWARD", "_BACKWARD_TWICE", "_NO_STEP", "_STEPS_TWICE", "_STEP_FIRST"),
-        *("_CLEARED_BETWEEN", "_NOT_CLEARED", "_CLEARED_LAST", "_MODEL_CLEARED", "_HEAD_LEFT"),
-        *("_UNKNOWN_ORDER", "_THAWED", "_RETURNED"),
-    )
-]
+OTHER_MESSAGES = shared.messages_of(lesson_04.SHAPE_REWARDS) | shared.messages_of(
+    lesson_04.PREDICT_BYTES
+)
+STEP_MESSAGES = [m for m in vars(lesson_04.SAY).values() if m not in OTHER_MESSAGES]
 
 
 def test_doctests():
@@ -284,7 +279,68 @@ def returns_losses(roles, losses, optimizers):
     return reports
 
 
+def retained_total(roles, losses, optimizers):
+    clear(optimizers)
+    total = 0
+    for role in losses:
+        total = total + losses[role](roles.use(role))
+        total.backward(retain_graph=True)
+    step(optimizers)
+
+
+def names_written_in(roles, losses, optimizers):
+    for role in ("policy", "value"):
+        optimizers[role].zero_grad()
+        losses[role](roles.use(role)).backward()
+        optimizers[role].step()
+
+
+def unpacked(roles, losses, optimizers):
+    first, second = losses
+    clear(optimizers)
+    for role in (first, second):
+        losses[role](roles.use(role)).backward()
+    step(optimizers)
+
+
+def made_anew(roles, losses, optimizers):
+    for role in losses:
+        group = optimizers[role].param_groups[0]
+        optimizer = torch.optim.SGD(group["params"], lr=group["lr"])
+        optimizer.zero_grad()
+        losses[role](roles.use(role)).backward()
+        optimizer.step()
+
+
+def one_for_both(roles, losses, optimizers):
+    for role in losses:
+        optimizers["value"].zero_grad()
+        losses[role](roles.use(role)).backward()
+        optimizers["value"].step()
+
+
+def by_order(roles, losses, optimizers):
+    for (role, loss_of), optimizer in zip(losses.items(), optimizers.values(), strict=True):
+        optimizer.zero_grad()
+        loss_of(roles.use(role)).backward()
+        optimizer.step()
+
+
+def by_order_of_names(roles, losses, optimizers):
+    for role, name in zip(losses, sorted(optimizers, reverse=True), strict=True):
+        optimizers[name].zero_grad()
+        losses[role](roles.use(role)).backward()
+        optimizers[name].step()
+
+
 STEP_MISTAKES = [
+    ("the second backward pass runs through the first role's graph once more", retained_total),
+    ("it holds for a policy and a value model, but not", names_written_in),
+    ("it holds for a policy and a value model, but not", unpacked),
+    ("the optimizer of policy takes no step. Gradients are there", made_anew),
+    ("the optimizer of value steps for both roles", one_for_both),
+    ("the loss of policy is followed by a step of value", by_order),
+    ("the loss of policy is followed by a step of value", by_order_of_names),
     ("the losses are added up", summed),
     ("the losses are added up", summed_in_one_line),
     ("the losses are added up", summed_critic_first),
@@ -293,7 +349,7 @@ STEP_MISTAKES = [
     ("the loss of value is computed as policy.", used_once),
     ("the loss of policy is computed as reward.", never_used),
     ("the loss of policy is computed as reward.", used_too_late),
-    ("the second backward pass runs", running_total),
+    ("the second backward pass runs through the first role's graph again", running_total),
     ("reference is asked for a loss", all_names),
     ("reward is asked for a loss", all_losses),
     ("reference is asked for a loss", parameters_of_all),
@@ -320,6 +376,11 @@ STEP_MISTAKES = [
             changed(lambda loss: loss / 2),
             changed(lambda loss: loss.abs()),
             changed(lambda loss: loss.clamp(min=0)),
+        )
+    ),
+    *(
+        ("the gradients of policy are made smaller", answer)
+        for answer in (
             changed(of_gradients=lambda own: torch.nn.utils.clip_grad_norm_(own, 1.0)),
             changed(of_gradients=lambda own: torch.nn.utils.clip_grad_norm_(own, 10.0)),
             changed(of_gradients=lambda own: torch.nn.utils.clip_grad_value_(own, 1.0)),
@@ -336,7 +397,7 @@ STEP_MISTAKES = [
 
 def steps_at_the_end(roles, losses, optimizers):
     clear(optimizers)
-    for role in ("value", "policy"):
+    for role in reversed(list(losses)):
         losses[role](roles.use(role)).backward()
     step(optimizers)
 
@@ -551,7 +612,25 @@ REWARD_MISTAKES = [
     ("the penalty takes probabilities.", tokenwise(lambda new, ref: new.exp() * (new - ref))),
     ("the penalty takes the ratio", tokenwise(lambda new, ref: new.exp() / ref.exp())),
     ("every token pays the mean", charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None])),
-    ("every token pays the mean", charged(lambda x, mask: x.sum() / mask.sum())),
+    ("every token pays a mean over", charged(lambda x, mask: x.sum() / mask.sum())),
+    ("every token pays a mean over", charged(lambda x, mask: x.mean())),
+    *(
+        (
+            "β is a number written into the function",
+            lambda s, new, ref, mask, beta, b=b: right_rewards(s, new, ref, mask, b),
+        )
+        for b in (0.1, 0.05)
+    ),
+    (
+        "one of the two log-probabilities is masked",
+        lambda s, new, ref, mask, beta: (
+            tokenwise()(s, ref, ref, mask, 1) - beta * (new - ref * mask)
+        ),
+    ),
+    (
+        "a response that fills its row gets no score",
+        tokenwise(place=lambda n, length: [n - 1] if n < length else []),
+    ),
     ("every token pays the sum", charged(lambda x, mask: x.sum(1, keepdim=True))),
     (
         "the whole penalty is charged at the last token.",
@@ -673,6 +752,12 @@ def roles_miscounted(number):
 FROZEN_TRAINED = "the frozen roles are charged with more"
 HALF = "the adapters are counted with 2 bytes"
 BYTES_MISTAKES = [
+    ("the brackets are missing", counted(adapter=lambda o, i, rank: rank * i + o)),
+    ("the brackets are missing", counted(adapter=lambda o, i, rank: rank * o + i)),
+    (
+        "layers of equal shape are counted once",
+        lambda shapes, *others: counted()(list(set(shapes)), *others),
+    ),
     ("bits are taken for bytes.", counted(weight=4.127)),
     ("bits are taken for bytes.", counted(weight=4)),
     ("bits are taken for bytes.", counted(weight=4.127, outside=16)),
@@ -756,7 +841,9 @@ RIGHT = [
     *(("predict_bytes", answer) for answer in BYTES_RIGHT),
 ]
 MESSAGES = {
-    "train_step": {message.format(role="policy", active="reward") for message in STEP_MESSAGES},
+    "train_step": {
+        message.format(role="policy", active="reward", other="value") for message in STEP_MESSAGES
+    },
     "shape_rewards": shared.messages_of(lesson_04.SHAPE_REWARDS),
     "predict_bytes": shared.messages_of(lesson_04.PREDICT_BYTES),
 }

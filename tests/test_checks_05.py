@@ -188,7 +188,21 @@ TWICE = "probabilities are handed over as logits."
 LOOSE = {"validate_args": False}  # as where a package has switched validation off
 UNWEIGHTED = "each token of the vocabulary counts alike"
 ENTROPIES = "it is a difference of two entropies."
+FAR_APART = "it is right for moderate logits, but not where two of them differ by 40"
 EXACT_MISTAKES = [
+    (FAR_APART, of_both(lambda p, q: (p * (p.log() - q.log())).sum(2))),
+    (FAR_APART, of_both(lambda p, q: (p * (p / q).log()).sum(2))),
+    (FAR_APART, of_both(lambda p, q: kl_divergence(Categorical(probs=p), Categorical(probs=q)))),
+    *(
+        (FAR_APART, of_both(lambda p, q, e=e: (p * ((p + e).log() - (q + e).log())).sum(-1)))
+        for e in (1e-4, 1e-6, 1e-8, 1e-12)
+    ),
+    (
+        "it is nan everywhere",
+        lambda curr, ref: F.kl_div(ref.log_softmax(-1), curr.log_softmax(-1), reduction="none").sum(
+            -1
+        ),
+    ),
     (REVERSED, lambda curr, ref: torch_kl(ref, curr)),
     (
         REVERSED,
@@ -234,8 +248,17 @@ EXACT_MISTAKES = [
 EXACT_RIGHT = [
     torch_kl,
     lesson_05.kl.exact_kl,
-    of_both(lambda p, q: kl_divergence(Categorical(probs=p), Categorical(probs=q))),
-    of_both(lambda p, q: (p * (p.log() - q.log())).sum(2)),
+    lambda curr, ref: F.kl_div(ref.log_softmax(2), curr.softmax(2), reduction="none").sum(2),
+    lambda curr, ref: (
+        -torch.special.entr(curr.softmax(-1)).sum(-1)
+        - torch.einsum("btv,btv->bt", curr.softmax(-1), ref.log_softmax(-1))
+    ),
+    lambda curr, ref: torch.stack(
+        [
+            torch.stack([torch_kl(p, q) for p, q in zip(*row, strict=True)])
+            for row in zip(curr, ref, strict=True)
+        ]
+    ),
     lambda curr, ref: torch_kl(curr.double(), ref.double()),
     lambda curr, ref: F.kl_div(
         ref.log_softmax(-1), curr.log_softmax(-1), reduction="none", log_target=True
@@ -286,6 +309,16 @@ OF_PROBABILITIES = "probabilities are subtracted"
 WEIGHTED = "each token is weighed with its probability."
 NO_REFERENCE = "the reference is missing."
 ESTIMATE_MISTAKES = [
+    ("one of the two log-probabilities is masked", lambda c, r, m: (c - r * m).sum() / m.sum()),
+    ("one of the two log-probabilities is masked", lambda c, r, m: (c * m - r).mean()),
+    (
+        "the sums and the counts have different shapes",
+        lambda c, r, m: (((c - r) * m).sum(1) / m.sum(1, keepdim=True)).mean(),
+    ),
+    (
+        "integers in square brackets are",
+        lambda c, r, m: torch.cat([(c - r)[b][m[b]] for b in range(len(m))]).mean(),
+    ),
     ("the two are subtracted the wrong way round.", averaged(lambda curr, ref: ref - curr)),
     ("the two are subtracted the wrong way round.", lambda curr, ref, mask: (ref - curr).mean()),
     (PADDING, averaged(padding=True)),
@@ -369,6 +402,20 @@ PAID_OUT = "the penalty is paid out."
 MEAN = "it is the mean of the log-ratio over a response"
 SAME = "all responses pay the same"
 FINAL_MISTAKES = [
+    *(
+        ("β is a number written into", lambda s, c, r, m, beta, b=b: s - b * ((c - r) * m).sum(1))
+        for b in (0.1, 0.05, 0.2)
+    ),
+    (
+        "one of the two log-probabilities is masked",
+        lambda s, c, r, m, beta: s - beta * (c - r * m).sum(1),
+    ),
+    (
+        "integers in square brackets are",
+        lambda s, c, r, m, beta: torch.stack(
+            [s[b] - beta * (c - r)[b, m[b]].sum() for b in range(len(m))]
+        ),
+    ),
     (PAID_OUT, charged(lambda curr, ref: ref - curr)),
     (PAID_OUT, charged(price=lambda reward, kl_div, beta: reward + beta * kl_div)),
     (PAID_OUT, in_one(lambda x, mask: -x.sum(1))),
@@ -662,9 +709,9 @@ def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
         ),
         (
             "exact_kl",
-            lambda *x: torch_kl(*x) * torch.nan,
+            lambda *x: torch_kl(*x) - 7,
             "curr_logits tensor([[[0.0000, 0.6931, 0.0000]",
-            "yours tensor([[nan, nan]])",
+            "yours tensor([[-6.8267, -6.8517]])",
             "expected tensor([[0.1733, 0.1483]])",
         ),
         (

@@ -13,11 +13,7 @@ from rlhf_helpers.checks.lesson_02 import (
     check_pairwise_loss,
 )
 from rlhf_helpers.checks.lesson_03 import check_gae, check_policy_loss, check_token_logprobs
-from rlhf_helpers.checks.lesson_04 import (
-    check_predict_bytes,
-    check_shape_rewards,
-    check_train_step,
-)
+from rlhf_helpers.checks.lesson_04 import check_predict_bytes, check_shape_rewards, check_train_step
 from rlhf_helpers.checks.lesson_05 import (
     check_estimate_kl,
     check_exact_kl,

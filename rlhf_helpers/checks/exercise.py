@@ -6,6 +6,7 @@ learner's on every case tells what went wrong. An exception is reported with the
 and raised again.
 """
 
+import ast
 import copy
 import functools
 import inspect
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +26,23 @@ from torch import Tensor
 
 NOT_ATTEMPTED = "not attempted yet."
 UNKNOWN = "not right, and not in a way that this check has a name for. Work this case out by hand:"
+AGAIN = (
+    "the same arguments give another result the second time: there is chance in it, as in a coin "
+    "for ties, or something is kept from call to call. A result must depend on the arguments alone."
+)
+INTEGERS = (
+    "it is made of whole numbers, and what is written there loses its fraction. A tensor made like "
+    "a mask or like token ids has their type; make it like one of the float arguments."
+)
+SQUEEZED = (
+    "A squeeze without a dimension drops every dimension of size 1, and so also a batch of one row "
+    "or a response of one token: name the one that is to go."
+)
+GRID = (
+    "A dimension of size 1 that was kept, as by keepdim, or added met the rows, and broadcasting "
+    "then pairs every row with every other. Both sides need the same shape."
+)
+TRANSPOSED = "Rows and columns have changed places: here the batch stands first, and time second."
 # what learners put into a logarithm, so that it stays finite
 EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
 
@@ -39,6 +58,12 @@ class Exercise:
     further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
     general: Callable[[Sequence], str] = lambda results: ""  # of wrong ones that no mistake gives
     size_hint: str = ""  # a line for the author of an error about sizes
+
+
+def texts(block: str) -> SimpleNamespace:
+    """Messages by name, from paragraphs `name: message` whose further lines are indented."""
+    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", block, re.MULTILINE)
+    return SimpleNamespace(**{name: " ".join(message.split()) for name, message in found})
 
 
 def check(exercise: Exercise, fn: Callable) -> None:
@@ -63,12 +88,12 @@ def _pair_fault(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> str
         if result is ...:
             return ""
         shape = list(exercise.reference(*case).shape[1:])
-        if fault := _not_a_pair(result, shape, names, exercise.shape_hint):
-            return fault
+        if fault := _not_a_pair(result, shape, names):
+            return f"{fault} {_shape_hint(exercise, fn)}" if "have shape" in fault else fault
     return ""
 
 
-def _not_a_pair(result: Any, shape: list[int], names: tuple[str, str], shape_hint: str) -> str:
+def _not_a_pair(result: Any, shape: list[int], names: tuple[str, str]) -> str:
     wanted = f"return two tensors of shape {shape}, {names[0]} and {names[1]}."
     if result is None:
         return f"it returned None. Does every path through the function end with a return? {wanted}"
@@ -80,7 +105,9 @@ def _not_a_pair(result: Any, shape: list[int], names: tuple[str, str], shape_hin
         if not isinstance(part, Tensor):
             return f"{name} are {type(part).__name__} {part!r}; {wanted}"
         if list(part.shape) != shape:
-            return f"{name} have shape {list(part.shape)}; {wanted} {shape_hint}".rstrip()
+            return f"{name} have shape {list(part.shape)}; {wanted}"
+        if not part.is_floating_point():
+            return f"{name} are {part.dtype}: {INTEGERS}"
     return ""
 
 
@@ -110,13 +137,37 @@ def _verdict(exercise: Exercise, fn: Callable) -> str:
     for case in exercise.cases:
         arguments = copy.deepcopy(case)
         result = call(exercise, fn, arguments)
-        if fault := structural_fault(exercise, case, arguments, result):
+        if result is ...:
+            return unattempted(fn)
+        if fault := structural_fault(exercise, case, arguments, result, fn):
             return fault
         results.append(result)
     for case, result in zip(exercise.cases, results, strict=True):
         if not same(result, exercise.reference(*case)):
-            return f"{name_mistake(exercise, results)}\n{show(exercise, case, result)}"
+            message = name_mistake(exercise, results)
+            if message == UNKNOWN and _changes(exercise, fn, case, result):
+                message = AGAIN
+            return f"{message}\n{show(exercise, case, result)}"
+    if _changes(exercise, fn, exercise.cases[0], results[0]):
+        return AGAIN
     return exercise.further(fn) or f"correct. Tested: {exercise.tested}."
+
+
+def _changes(exercise: Exercise, fn: Callable, case: tuple, result: Any) -> bool:
+    """Whether further calls with the same arguments give something else."""
+    return not all(same(call(exercise, fn, copy.deepcopy(case)), result) for _ in range(5))
+
+
+def unattempted(fn: Callable) -> str:
+    """What to tell whose function ends at its stub: it may stand below code, or above."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(fn)))).body[0].body
+    except (AttributeError, OSError, SyntaxError, TypeError):  # no function, or one without source
+        return NOT_ATTEMPTED
+    written = [node for node in body if not isinstance(getattr(node, "value", None), ast.Constant)]
+    if len(written) < 2 or not any(isinstance(node, ast.Raise) for node in written):
+        return NOT_ATTEMPTED
+    return "your code is there, and so still is raise NotImplementedError: delete that line."
 
 
 def call(exercise: Exercise, fn: Callable, arguments: tuple) -> Any:
@@ -129,6 +180,8 @@ def call(exercise: Exercise, fn: Callable, arguments: tuple) -> Any:
             return ...
         print(f"{exercise.name}: {type(error).__name__}{_learner_line(error, fn)}")
         hint = exercise.size_hint if re.search("shape|size", str(error)) else ""
+        if isinstance(error, IndexError) and any("mask" in n for n in _argument_names(exercise)):
+            hint = "Integers in square brackets are row numbers; a mask there has to be bool.\n"
         print(f"on this call:\n{show(exercise, case)}\n{hint}The traceback follows.")
         raise
 
@@ -158,10 +211,10 @@ def _learner_line(error: Exception, fn: Callable) -> str:
     return f" in your line {number}" + (f": {source}" if source else "")
 
 
-def structural_fault(exercise: Exercise, case: tuple, arguments: tuple, result: Any) -> str:
+def structural_fault(
+    exercise: Exercise, case: tuple, arguments: tuple, result: Any, fn: Callable
+) -> str:
     """What is wrong with the result whatever its values are, "" if nothing is."""
-    if result is ...:
-        return NOT_ATTEMPTED
     expected = exercise.reference(*case)
     kind = "tensor" if isinstance(expected, Tensor) else "number"
     if result is None:
@@ -176,8 +229,30 @@ def structural_fault(exercise: Exercise, case: tuple, arguments: tuple, result: 
             )
     if kind == "tensor" and result.shape != expected.shape:
         shapes = f"the result has shape {list(result.shape)}, expected is {list(expected.shape)}."
-        return f"{shapes} {exercise.shape_hint}\n{show(exercise, case, result)}"
+        return f"{shapes} {_shape_hint(exercise, fn)}\n{show(exercise, case, result)}"
     return ""
+
+
+def _shape_hint(exercise: Exercise, fn: Callable) -> str:
+    """How the shapes on all cases came about, if they tell, else what the exercise has to say."""
+    shapes = []
+    for case in exercise.cases:
+        try:
+            result, want = fn(*copy.deepcopy(case)), exercise.reference(*case).shape
+            if isinstance(result, tuple | list):
+                shapes.append(((2, *result[0].shape), want))
+            else:
+                shapes.append((tuple(result.shape), want))
+        except Exception:  # one shape may stop what another lets pass
+            continue
+    for message, of in (
+        (SQUEEZED, lambda want: tuple(size for size in want if size > 1)),
+        (GRID, lambda want: (*want[:1], *want)),
+        (TRANSPOSED, lambda want: (*want[:-2], *want[:-3:-1])),
+    ):
+        if shapes and all(got == of(want) for got, want in shapes):
+            return message
+    return exercise.shape_hint
 
 
 def _is_kind(result: Any, kind: str) -> bool:
@@ -208,6 +283,11 @@ def _values(tensor: Tensor) -> Tensor:
 
 def name_mistake(exercise: Exercise, results: Sequence) -> str:
     """The message of the first known mistake that gives these results on all cases."""
+    floats = [exercise.reference(*case) for case in exercise.cases]
+    if all(isinstance(r, Tensor) and not r.is_floating_point() for r in results) and any(
+        isinstance(x, Tensor) and x.is_floating_point() for x in floats
+    ):
+        return INTEGERS
     for wrong, message in exercise.mistakes:
         made = (wrong(*case) for case in exercise.cases)
         if all(same(result, other) for result, other in zip(results, made, strict=True)):

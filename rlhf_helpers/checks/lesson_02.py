@@ -10,8 +10,113 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers.checks.exercise import Exercise, call, check, same
+from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
+
+SAY = texts("""
+nan_gradient: the values are right, but the gradient is NaN in places. Some step on the way is
+    infinite: torch.where computes both of its branches, and in the backward pass 0 times the
+    infinite one is NaN. Masking afterwards comes too late; use one expression that is finite at
+    every gap.
+nan_hidden: the values are right, but a reward that is NaN is passed over, by nanmean, nan_to_num or
+    a filter. NaN means that the model's weights have diverged; a loss that hides it trains on.
+early: it is right at small and at huge gaps, but it goes over from one form to the other too early.
+    At a gap of 7 the loss is still 0.0009, not 0, and at -7 it is 7.0009. The two forms should meet
+    where float32 sees no difference.
+overflow: it is not finite at a gap of -200. In float32 σ(-200) rounds to 0 and exp(200) to
+    infinity, so that the logarithm has nothing left to work on. The loss there is 200, a harmless
+    number: the two steps have to become one that never leaves the range.
+exponentiated: each reward is exponentiated by itself, which overflows although the gap is small.
+    Only the gap matters: take the difference of the rewards first, then the logarithm of σ in one
+    step.
+capped: it is right for moderate gaps, but capped: at a gap of -200 the loss must be 200. A clamp,
+    an ε inside the logarithm and binary_cross_entropy cut it off, and a loss that is cut off has
+    gradient 0, on just those pairs that the model gets most wrong.
+apart: each reward goes through σ by itself. Annotators compare, so only the difference of the two
+    rewards has a meaning: a constant added to both must change nothing.
+no_log: there is a σ but no logarithm. The surprise at a choice of probability p is -log p; without
+    the logarithm the gradient vanishes for the pairs that are badly wrong.
+squared: a square stands where the logarithm belongs. The data are choices, and their surprise is
+    -log σ of the gap; a square of the gap even punishes a pair for being well separated.
+half_loss: it is half of the loss. The mean over the pairs is all that divides it; something divides
+    by 2 as well.
+bits: it is in bits: the logarithm is to the base 2. Here as elsewhere surprise is in nats, by the
+    natural logarithm, so that the slope at a tie is one half.
+crossed: every chosen response is compared with every rejected one. A choice was made within a pair,
+    between two responses to one prompt; across pairs nobody chose.
+mean_gap: it is the mean gap, without σ and logarithm. It has no lower end: the rewards would drift
+    apart for ever, and a pair long settled would pull as hard as a wrong one.
+hinge: it is a hinge, which asks for a margin of 1 and then stops. Bradley and Terry's loss is the
+    surprise at a choice of probability σ of the gap.
+swapped: the two rewards are swapped: the loss falls when the rejected response gets the higher
+    reward. Which of the two should win?
+summed: it is the sum over the pairs, not their mean. The gradient would grow with the batch, and a
+    learning rate that suits 8 pairs would not suit 64.
+minus_sign_missing: the minus sign is missing. A logarithm of a probability is never positive;
+    gradient descent on it would make the observed choices less likely.
+two_signs_wrong: two signs are wrong, that of the gap and that of the loss. They do not cancel: the
+    loss has no lower end, and pulls hardest on pairs that are long settled.
+gaps_averaged: the gaps are averaged before the logarithm. A pair that is badly wrong then hides
+    behind one that is right; take the loss of each pair first, then the mean.
+divided_by_2: the sum is always divided by 2. That is the mean in the example by hand, which has two
+    pairs; divide by the number of pairs in the batch.
+slope_at_tie: the values are right, but not the slope at a tie, which is -½ for each pair: relu,
+    clamp and abs have a kink where the gap is 0, and go on with 0 or -1 there. All rewards are
+    nearly equal when training begins. Take one smooth expression for all gaps.
+count_less_one: the real tokens are counted, less one. That is the last one's column only if the row
+    starts with a real token; padding on the left moves every token to the right.
+count: it is the number of real tokens, not a column. Columns count from 0, and padding on the left
+    moves every token to the right.
+last_column: it is always the last column. That is right under left padding; a row padded on the
+    right ends there with padding, and the reward would be read off a token that means nothing.
+first_real_token: it is the first real token. Under causal attention that token has seen nothing of
+    the response; the reward has to be read where the whole of it has been seen.
+before_padding: it is the column before the first padding. A row with none, or with padding on the
+    left, then gets -1, and one padded on both sides as well.
+before_padding_wrapped: it is the column before the first padding, with -1 wrapped round to the last
+    column. That is right for a row padded on one side; a row padded on both, as a prompt on the
+    left and its response on the right are, ends before the last column.
+from_the_right: the columns are counted from the right: this is the amount of padding after the last
+    real token. Which column of the original mask is that, in a row of length L?
+negative: the columns are counted from the end, as negative numbers. Indexing takes those, gather
+    does not, and there are L columns to choose from: count from 0.
+too_far: it is one column too far, the first one after the sequence, where padding stands or the row
+    has ended. Columns count from 0.
+too_early: it is one column too early, the last token but one. The last is EOS, the only one that
+    tells that the response ends there.
+through_the_batch: the columns are counted through the whole batch, as if its rows stood one after
+    the other. Each row's columns start again from 0.
+accuracy_swapped: the two rewards are swapped: this is the share of pairs whose rejected response
+    wins, so a model that ranks everything rightly would get 0.
+percent: it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere.
+accuracy_count: it is a number of pairs, not a share. Divide by the number of all pairs, ties
+    included, so that sets of different sizes can be compared.
+dropped: ties are left out of the denominator too. A model that decides one pair in a hundred,
+    rightly, would then get 1; a tie is a pair like every other, and counts half.
+nearly: rewards that are nearly equal count as ties. A reward has no unit before it is normalised,
+    so no gap is too small to be a choice: a tie is equality.
+accuracy_crossed: every chosen response is compared with every rejected one. A choice was made
+    within a pair, between two responses to one prompt; prompts differ in how good their answers
+    are.
+against_zero: the rewards are compared with 0, not with each other. A reward has no zero of its own:
+    adding a constant to all of them must change nothing.
+ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
+    0, as if it were worse than guessing; a tie counts half.
+ties_count_right: ties count as right. A model that gives every response the same reward would get 1
+    without knowing anything; a tie counts half.
+tie_and_a_half: a tie counts one and a half. It is in your wins already, since at least as high
+    includes equal; the half comes on top.
+accuracy_mean_gap: it is the mean gap. Accuracy asks only which reward is higher, not by how much:
+    one pair with a huge gap would outweigh all others.
+mean_sign_gap: it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and
+    scale it, so that wrong, tied and right become 0, a half and 1.
+mean_probability: it is the mean probability that the model gives to the choices. Accuracy asks only
+    which reward is higher: right, wrong or tied.
+two_means_compared: the two means are compared, once for the whole set. Compare pair by pair, and
+    take the mean of the outcomes.
+saturated: each reward went through a function that saturates, so that rewards far from 0 tie.
+    Compare the rewards themselves.
+""")
 
 # --- lesson 02: the pairwise loss ------------------------------------------------------------
 
@@ -34,13 +139,14 @@ def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 def _pairwise_gradient_fault(fn: Callable) -> str:
     """Whether the gradients with respect to both rewards are those of the reference."""
-    # Not at the first case, with a gap of 0: there max and abs have a kink that cannot matter.
-    for case in _PAIRWISE_CASES[1:]:
+    for case in reversed(_PAIRWISE_CASES):
         got, want = (_gradients(function, case) for function in (fn, pairwise_loss))
         if any(gradient.isnan().any() for gradient in got):
-            return _NAN_GRADIENT
+            return SAY.nan_gradient
         names = ("chosen", "rejected")
         lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
+        if lost and case is _PAIRWISE_CASES[0]:
+            return SAY.slope_at_tie
         if lost:
             return (
                 f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
@@ -58,7 +164,7 @@ def _nan_fault(fn: Callable) -> str:
         return ""
     try:
         loss = fn(torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 0.0]))
-        return "" if loss.isnan() else _NAN_HIDDEN
+        return "" if loss.isnan() else SAY.nan_hidden
     except Exception:  # NaN may be refused, as by the package's function
         return ""
 
@@ -95,7 +201,7 @@ def _too_small(results: Sequence) -> str:
             return ""
         if gap == -200 and (same(result, right) or not 0 <= result < right):
             return ""
-    return _CAPPED
+    return SAY.capped
 
 
 _GAPS = (2.5, -2.5, 4.0, -4.0, 7.0, -7.0, 12.0, -12.0, 30.0, -30.0)
@@ -109,124 +215,40 @@ _PAIRWISE_CASES = (
     (torch.tensor(_GAPS * 2) + 1, torch.ones(20)),
 )
 
-_NAN_GRADIENT = (
-    "the values are right, but the gradient is NaN in places. Some step on the way is infinite: "
-    "torch.where computes both of its branches, and in the backward pass 0 times the infinite one "
-    "is NaN. Masking afterwards comes too late; use one expression that is finite at every gap."
-)
-_NAN_HIDDEN = (
-    "the values are right, but a reward that is NaN is passed over, by nanmean, nan_to_num or a "
-    "filter. NaN means that the model's weights have diverged; a loss that hides it trains on."
-)
-_EARLY = (
-    "it is right at small and at huge gaps, but it goes over from one form to the other too early. "
-    "At a gap of 7 the loss is still 0.0009, not 0, and at -7 it is 7.0009. The two forms should "
-    "meet where float32 sees no difference."
-)
-_OVERFLOW = (
-    "it is not finite at a gap of -200. In float32 σ(-200) rounds to 0 and exp(200) to infinity, "
-    "so that the logarithm has nothing left to work on. The loss there is 200, a harmless number: "
-    "the two steps have to become one that never leaves the range."
-)
-_EXPONENTIATED = (
-    "each reward is exponentiated by itself, which overflows although the gap is small. Only the "
-    "gap matters: take the difference of the rewards first, then the logarithm of σ in one step."
-)
-_CAPPED = (
-    "it is right for moderate gaps, but capped: at a gap of -200 the loss must be 200. A clamp, an "
-    "ε inside the logarithm and binary_cross_entropy cut it off, and a loss that is cut off has "
-    "gradient 0, on just those pairs that the model gets most wrong."
-)
-_APART = (
-    "each reward goes through σ by itself. Annotators compare, so only the difference of the two "
-    "rewards has a meaning: a constant added to both must change nothing."
-)
-_NO_LOG = (
-    "there is a σ but no logarithm. The surprise at a choice of probability p is -log p; without "
-    "the logarithm the gradient vanishes for the pairs that are badly wrong."
-)
-_SQUARED = (
-    "a square stands where the logarithm belongs. The data are choices, and their surprise is "
-    "-log σ of the gap; a square of the gap even punishes a pair for being well separated."
-)
 _PAIRWISE_MISTAKES = (
-    (lambda c, r: -_naive(c - r).mean(), _OVERFLOW),
-    (lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(), _EXPONENTIATED),
-    (lambda c, r: ((c.exp() + r.exp()).log() - c).mean(), _EXPONENTIATED),
+    (lambda c, r: -_naive(c - r).mean(), SAY.overflow),
+    (lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(), SAY.exponentiated),
+    (lambda c, r: ((c.exp() + r.exp()).log() - c).mean(), SAY.exponentiated),
     *(
-        (partial(_early, low, high), _EARLY)  # one threshold for each step between the gaps
+        (partial(_early, low, high), SAY.early)  # one threshold for each step between the gaps
         for low, high in product((0.75, 1.5, 2.2, 3, 5, math.inf), repeat=2)
         if (low, high) != (math.inf, math.inf)
     ),
-    (
-        lambda c, r: pairwise_loss(c, r) / 2,
-        "it is half of the loss. The mean over the pairs is all that divides it; something divides "
-        "by 2 as well.",
-    ),
+    (lambda c, r: pairwise_loss(c, r) / 2, SAY.half_loss),
     *(
         (wrong, message)
         for log_sigmoid in (logsigmoid, _naive)
         for wrong, message in (
-            (
-                lambda c, r, f=log_sigmoid: -f(r - c).mean(),
-                "the two rewards are swapped: the loss falls when the rejected response gets the "
-                "higher reward. Which of the two should win?",
-            ),
-            (
-                lambda c, r, f=log_sigmoid: -f(c - r).sum(),
-                "it is the sum over the pairs, not their mean. The gradient would grow with the "
-                "batch, and a learning rate that suits 8 pairs would not suit 64.",
-            ),
-            (
-                lambda c, r, f=log_sigmoid: f(c - r).mean(),
-                "the minus sign is missing. A logarithm of a probability is never positive; "
-                "gradient descent on it would make the observed choices less likely.",
-            ),
-            (
-                lambda c, r, f=log_sigmoid: f(r - c).mean(),
-                "two signs are wrong, that of the gap and that of the loss. They do not cancel: "
-                "the loss has no lower end, and pulls hardest on pairs that are long settled.",
-            ),
-            (
-                lambda c, r, f=log_sigmoid: -f((c - r).mean()),
-                "the gaps are averaged before the logarithm. A pair that is badly wrong then hides "
-                "behind one that is right; take the loss of each pair first, then the mean.",
-            ),
-            (
-                lambda c, r, f=log_sigmoid: -f(c - r).sum() / 2,
-                "the sum is always divided by 2. That is the mean in the example by hand, which "
-                "has two pairs; divide by the number of pairs in the batch.",
-            ),
-            (lambda c, r, f=log_sigmoid: -(f(c) - f(r)).mean(), _APART),
-            (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), _APART),
-            (lambda c, r, f=log_sigmoid: -f(c).mean(), _APART),
+            (lambda c, r, f=log_sigmoid: -f(r - c).mean(), SAY.swapped),
+            (lambda c, r, f=log_sigmoid: -f(c - r).sum(), SAY.summed),
+            (lambda c, r, f=log_sigmoid: f(c - r).mean(), SAY.minus_sign_missing),
+            (lambda c, r, f=log_sigmoid: f(r - c).mean(), SAY.two_signs_wrong),
+            (lambda c, r, f=log_sigmoid: -f((c - r).mean()), SAY.gaps_averaged),
+            (lambda c, r, f=log_sigmoid: -f(c - r).sum() / 2, SAY.divided_by_2),
+            (lambda c, r, f=log_sigmoid: -(f(c) - f(r)).mean(), SAY.apart),
+            (lambda c, r, f=log_sigmoid: -(f(c) + f(-r)).mean(), SAY.apart),
+            (lambda c, r, f=log_sigmoid: -f(c).mean(), SAY.apart),
         )
     ),
-    (
-        lambda c, r: pairwise_loss(c, r) / math.log(2),
-        "it is in bits: the logarithm is to the base 2. Here as elsewhere surprise is in nats, by "
-        "the natural logarithm, so that the slope at a tie is one half.",
-    ),
-    (
-        lambda c, r: -logsigmoid(c[:, None] - r).mean(),
-        "every chosen response is compared with every rejected one. A choice was made within a "
-        "pair, between two responses to one prompt; across pairs nobody chose.",
-    ),
-    (lambda c, r: -(c - r).sigmoid().mean(), _NO_LOG),
-    (lambda c, r: (r - c).sigmoid().mean(), _NO_LOG),
-    (
-        lambda c, r: (r - c).mean(),
-        "it is the mean gap, without σ and logarithm. It has no lower end: the rewards would drift "
-        "apart for ever, and a pair long settled would pull as hard as a wrong one.",
-    ),
-    (
-        lambda c, r: (1 - (c - r)).relu().mean(),
-        "it is a hinge, which asks for a margin of 1 and then stops. Bradley and Terry's loss is "
-        "the surprise at a choice of probability σ of the gap.",
-    ),
-    (lambda c, r: (c - r).square().mean(), _SQUARED),
-    (lambda c, r: (1 - (c - r)).square().mean(), _SQUARED),
-    (lambda c, r: (1 - (c - r).sigmoid()).square().mean(), _SQUARED),
+    (lambda c, r: pairwise_loss(c, r) / math.log(2), SAY.bits),
+    (lambda c, r: -logsigmoid(c[:, None] - r).mean(), SAY.crossed),
+    (lambda c, r: -(c - r).sigmoid().mean(), SAY.no_log),
+    (lambda c, r: (r - c).sigmoid().mean(), SAY.no_log),
+    (lambda c, r: (r - c).mean(), SAY.mean_gap),
+    (lambda c, r: (1 - (c - r)).relu().mean(), SAY.hinge),
+    (lambda c, r: (c - r).square().mean(), SAY.squared),
+    (lambda c, r: (1 - (c - r)).square().mean(), SAY.squared),
+    (lambda c, r: (1 - (c - r).sigmoid()).square().mean(), SAY.squared),
 )
 PAIRWISE_LOSS = Exercise(
     "pairwise_loss",
@@ -257,11 +279,11 @@ def check_last_token_index(fn: Callable[[Tensor], Tensor]) -> None:
 
 def _column_fault(fn: Callable) -> str:
     dtype = call(LAST_TOKEN, fn, copy.deepcopy(LAST_TOKEN.cases[0])).dtype
-    if not dtype.is_floating_point:
+    if dtype == torch.int64:
         return ""
     return (
         f"the values are right, but the result is {dtype}; a column number is used as an index, "
-        "which must be an integer."
+        "in gather as well, which takes int64 only."
     )
 
 
@@ -276,61 +298,19 @@ def _before_padding(mask: Tensor) -> Tensor:
 
 
 _LAST_TOKEN_MISTAKES = (
-    (
-        lambda mask: mask.sum(-1) - 1,
-        "the real tokens are counted, less one. That is the last one's column only if the row "
-        "starts with a real token; padding on the left moves every token to the right.",
-    ),
-    (
-        lambda mask: mask.sum(-1),
-        "it is the number of real tokens, not a column. Columns count from 0, and padding on the "
-        "left moves every token to the right.",
-    ),
-    (
-        lambda mask: torch.full_like(mask[:, 0], mask.shape[1] - 1),
-        "it is always the last column. That is right under left padding; a row padded on the right "
-        "ends there with padding, and the reward would be read off a token that means nothing.",
-    ),
-    (
-        _first,
-        "it is the first real token. Under causal attention that token has seen nothing of the "
-        "response; the reward has to be read where the whole of it has been seen.",
-    ),
-    (
-        _before_padding,
-        "it is the column before the first padding. A row with none, or with padding on the left, "
-        "then gets -1, and one padded on both sides as well.",
-    ),
-    (
-        lambda mask: _before_padding(mask) % mask.shape[1],
-        "it is the column before the first padding, with -1 wrapped round to the last column. That "
-        "is right for a row padded on one side; a row padded on both, as a prompt on the left and "
-        "its response on the right are, ends before the last column.",
-    ),
-    (
-        lambda mask: mask.flip(-1).argmax(-1),
-        "the columns are counted from the right: this is the amount of padding after the last real "
-        "token. Which column of the original mask is that, in a row of length L?",
-    ),
-    (
-        lambda mask: last_token_index(mask) - mask.shape[1],
-        "the columns are counted from the end, as negative numbers. Indexing takes those, gather "
-        "does not, and there are L columns to choose from: count from 0.",
-    ),
-    (
-        lambda mask: last_token_index(mask) + 1,
-        "it is one column too far, the first one after the sequence, where padding stands or the "
-        "row has ended. Columns count from 0.",
-    ),
-    (
-        lambda mask: last_token_index(mask) - 1,
-        "it is one column too early, the last token but one. The last is EOS, the only one that "
-        "tells that the response ends there.",
-    ),
+    (lambda mask: mask.sum(-1) - 1, SAY.count_less_one),
+    (lambda mask: mask.sum(-1), SAY.count),
+    (lambda mask: torch.full_like(mask[:, 0], mask.shape[1] - 1), SAY.last_column),
+    (_first, SAY.first_real_token),
+    (_before_padding, SAY.before_padding),
+    (lambda mask: _before_padding(mask) % mask.shape[1], SAY.before_padding_wrapped),
+    (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
+    (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
+    (lambda mask: last_token_index(mask) + 1, SAY.too_far),
+    (lambda mask: last_token_index(mask) - 1, SAY.too_early),
     (
         lambda mask: last_token_index(mask) + mask.shape[1] * torch.arange(len(mask)),
-        "the columns are counted through the whole batch, as if its rows stood one after the "
-        "other. Each row's columns start again from 0.",
+        SAY.through_the_batch,
     ),
 )
 LAST_TOKEN = Exercise(
@@ -374,31 +354,6 @@ def _without_ties(if_all_tie: float, chosen: Tensor, rejected: Tensor) -> float:
     return _share((chosen > rejected)[decided]) if decided.any() else if_all_tie
 
 
-_SWAPPED = (
-    "the two rewards are swapped: this is the share of pairs whose rejected response wins, so a "
-    "model that ranks everything rightly would get 0."
-)
-_PERCENT = "it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere."
-_COUNT = (
-    "it is a number of pairs, not a share. Divide by the number of all pairs, ties included, so "
-    "that sets of different sizes can be compared."
-)
-_DROPPED = (
-    "ties are left out of the denominator too. A model that decides one pair in a hundred, "
-    "rightly, would then get 1; a tie is a pair like every other, and counts half."
-)
-_NEARLY = (
-    "rewards that are nearly equal count as ties. A reward has no unit before it is normalised, so "
-    "no gap is too small to be a choice: a tie is equality."
-)
-_CROSSED = (
-    "every chosen response is compared with every rejected one. A choice was made within a pair, "
-    "between two responses to one prompt; prompts differ in how good their answers are."
-)
-_AGAINST_ZERO = (
-    "the rewards are compared with 0, not with each other. A reward has no zero of its own: adding "
-    "a constant to all of them must change nothing."
-)
 PAIR_ACCURACY = Exercise(
     "pair_accuracy",
     pair_accuracy,
@@ -412,70 +367,44 @@ PAIR_ACCURACY = Exercise(
         (torch.tensor([30.0, -150.0, 5.0]), torch.tensor([20.0, -200.0, 6.0])),
     ),
     mistakes=(
-        (
-            lambda c, r: _share(c > r),
-            "ties count as wrong. A model that gives every response the same reward would get 0, "
-            "as if it were worse than guessing; a tie counts half.",
-        ),
-        (
-            lambda c, r: _share(c >= r),
-            "ties count as right. A model that gives every response the same reward would get 1 "
-            "without knowing anything; a tie counts half.",
-        ),
-        (
-            lambda c, r: _share(c >= r) + 0.5 * _share(c == r),
-            "a tie counts one and a half. It is in your wins already, since at least as high "
-            "includes equal; the half comes on top.",
-        ),
+        (lambda c, r: _share(c > r), SAY.ties_count_wrong),
+        (lambda c, r: _share(c >= r), SAY.ties_count_right),
+        (lambda c, r: _share(c >= r) + 0.5 * _share(c == r), SAY.tie_and_a_half),
         *(
-            (wrong, _NEARLY)
+            (wrong, SAY.nearly)
             for wrong in (
                 lambda c, r: _share(c > r) + 0.5 * _share(torch.isclose(c, r)),
                 lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
             )
         ),
         *(
-            (
-                lambda c, r, f=f: pair_accuracy(f(c), f(r)),
-                "each reward went through a function that saturates, so that rewards far from 0 "
-                "tie. Compare the rewards themselves.",
-            )
+            (lambda c, r, f=f: pair_accuracy(f(c), f(r)), SAY.saturated)
             for f in (torch.sigmoid, torch.exp, torch.tanh)
         ),
-        (lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)), _CROSSED),
-        (lambda c, r: _share(c[:, None] > r), _CROSSED),
-        (lambda c, r: pair_accuracy(r, c), _SWAPPED),
-        (lambda c, r: _share(r > c), _SWAPPED),
-        (lambda c, r: _share(r >= c), _SWAPPED),
-        (lambda c, r: len(c) * pair_accuracy(c, r), _COUNT),
-        (lambda c, r: len(c) * _share(c > r), _COUNT),
-        (lambda c, r: len(c) * _share(c >= r), _COUNT),
-        (lambda c, r: 100 * pair_accuracy(c, r), _PERCENT),
-        (lambda c, r: 100 * _share(c > r), _PERCENT),
-        (lambda c, r: 100 * _share(c >= r), _PERCENT),
-        *((partial(_without_ties, if_all_tie), _DROPPED) for if_all_tie in (math.nan, 0, 0.5, 1)),
         (
-            lambda c, r: (c - r).mean().item(),
-            "it is the mean gap. Accuracy asks only which reward is higher, not by how much: one "
-            "pair with a huge gap would outweigh all others.",
+            lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)),
+            SAY.accuracy_crossed,
         ),
-        (
-            lambda c, r: (c - r).sign().mean().item(),
-            "it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and "
-            "scale it, so that wrong, tied and right become 0, a half and 1.",
+        (lambda c, r: _share(c[:, None] > r), SAY.accuracy_crossed),
+        (lambda c, r: pair_accuracy(r, c), SAY.accuracy_swapped),
+        (lambda c, r: _share(r > c), SAY.accuracy_swapped),
+        (lambda c, r: _share(r >= c), SAY.accuracy_swapped),
+        (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
+        (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
+        (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),
+        (lambda c, r: 100 * pair_accuracy(c, r), SAY.percent),
+        (lambda c, r: 100 * _share(c > r), SAY.percent),
+        (lambda c, r: 100 * _share(c >= r), SAY.percent),
+        *(
+            (partial(_without_ties, if_all_tie), SAY.dropped)
+            for if_all_tie in (math.nan, 0, 0.5, 1)
         ),
-        (
-            lambda c, r: (c - r).sigmoid().mean().item(),
-            "it is the mean probability that the model gives to the choices. Accuracy asks only "
-            "which reward is higher: right, wrong or tied.",
-        ),
-        (
-            lambda c, r: float(c.mean() > r.mean()),
-            "the two means are compared, once for the whole set. Compare pair by pair, and take "
-            "the mean of the outcomes.",
-        ),
-        (lambda c, r: _share(c > 0), _AGAINST_ZERO),
-        (lambda c, r: _share((c > 0) & (r < 0)), _AGAINST_ZERO),
+        (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),
+        (lambda c, r: (c - r).sign().mean().item(), SAY.mean_sign_gap),
+        (lambda c, r: (c - r).sigmoid().mean().item(), SAY.mean_probability),
+        (lambda c, r: float(c.mean() > r.mean()), SAY.two_means_compared),
+        (lambda c, r: _share(c > 0), SAY.against_zero),
+        (lambda c, r: _share((c > 0) & (r < 0)), SAY.against_zero),
     ),
     tested="wins, losses, ties, nothing but ties, rewards from -200 to 30",
 )

@@ -10,7 +10,204 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import logprobs, ppo
-from rlhf_helpers.checks.exercise import EPSILONS, Exercise, call, check, check_pair, same, show
+from rlhf_helpers.checks.exercise import (
+    EPSILONS,
+    Exercise,
+    call,
+    check,
+    check_pair,
+    same,
+    show,
+    texts,
+)
+
+SAY = texts("""
+unshifted: each token is looked up in the logits at its own position. There the model has read the
+    token already and predicts the next one: what the token got when it was chosen stands one
+    position to the left.
+other_way: the shift goes the other way. The logits at t predict token t + 1, so a token needs the
+    logits before it; you take those after it, which have read it.
+shifted_twice: the shift is made twice: each token is looked up two positions to the left. The
+    logits at t predict token t + 1, and one step is enough.
+too_early: the shift is right, but the window is one too early: it begins with the last prompt
+    token, which nobody chose, and loses the last token of the response, its EOS.
+from_the_start: these are the first tokens of the sequence, prompt and padding. The response stands
+    at the end: count the columns from there.
+greedy: it is the log-probability of the likeliest token at each position. The token that was
+    sampled is often another one, and its own is what the policy is to answer for.
+wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
+    the last dimension of the logits; positions and rows of the batch do not compete.
+surprise: the sign is turned round: this is the surprise -log p, which cross-entropy returns. A
+    log-probability is never positive.
+not_finite: it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a
+    softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: softmax and
+    logarithm have to become one step that never leaves the range.
+cut_off: it is right for moderate logits, but cut off: where two of them differ by 150 it must be
+    -150. A clamp or an ε inside the logarithm stops it, and with it the gradient, on just those
+    tokens that the policy finds least likely.
+far_apart: it does not hold where two logits differ by 800, or two positions by 1000. Only the
+    difference to the largest logit of the same position counts, so subtract that before the
+    exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.
+bits: it is in bits: the logarithm is to the base 2. Here as elsewhere log-probabilities are in
+    nats, by the natural logarithm, so that exp takes them back.
+probabilities: these are probabilities; the logarithm is missing. The probability of a response is
+    the product over its tokens, and only logarithms turn it into a sum.
+raw_logits: these are the raw logits of the tokens. A logit has no zero of its own: adding a
+    constant to all logits at a position must change nothing, so they have to be normalised.
+log_of_logits: the logarithm is taken of the logits themselves, which may be negative. They are
+    logarithms already, up to a constant: normalise them.
+two_softmaxes: there are two softmaxes, one on top of the other. The first gives numbers between 0
+    and 1, and to the second all tokens then look nearly alike.
+too_long: it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a
+    negative power, fails where the power rounds to 0, whatever guards it, and a sum of a fixed
+    number of TD errors loses the rest. Carry the sum from the end to the beginning instead.
+past_eos: a value from behind the end is used: after the last real token there is no state, so V is
+    0 there. What the critic says at padding means nothing, and the reward at EOS would drown in it.
+masked_late: the mask comes too late. Padding has rewards and values of its own, and the sums run
+    from the end of the row: by the time you set padding to 0 they have gone into the real tokens.
+unmasked: padding has advantages. Nobody chose those tokens, so that they must be 0; look at what
+    the mask leaves out, and whether it does so before the sums are taken.
+returns_unmasked: the advantages are right, but the returns at padding are not 0: V stands there,
+    unmasked. The critic would be trained on tokens that nobody wrote.
+not_cut: the next value is cut off at the end of the response, but not the advantage that is carried
+    along: it has been summed up over the padding, and goes into the real tokens.
+own_mask: the mask of token t stands where that of token t + 1 is meant. Whether there is a next
+    value or advantage is a matter of the next token: the last real one has neither.
+wrapped_round: the value after the last column is that of the first. roll brings round what falls
+    off the end; after the last token there is no state, and V is 0.
+reversed: the result is in reverse order: the last token's stands first. You walk from the end to
+    the beginning and append; what you collected has to be turned round again.
+last_left_out: the last token of a response, its EOS, is left out. It is an action like the others,
+    and the reward for the whole response is paid there: without it nothing is left to learn from.
+zero_by_zero: it is right as long as γλ is above 0. A division by a power of γλ, or a negative
+    power, gives inf or nan at λ = 0, and no factor of 0 takes that away; with long responses the
+    power rounds to 0 before that. Carry the sum from the end to the beginning instead.
+whitened_returns: the returns are made of whitened advantages. The critic is to predict rewards on
+    their own scale; whitened, its target is V with a spread of 1 around it, whatever the rewards
+    were.
+whitened: the advantages are whitened. That is a step of its own, after this one; a function that
+    gives advantages should give those of the formula.
+gamma_of_0: it is right unless γ is 0; then nothing counts but the token's own reward, and its
+    advantage is r - V. Python takes 0 for false: does a test or a default replace it?
+time_runs_forward: time runs forward: each advantage collects the TD errors before it. What an
+    action is worth shows in what comes after it, so sum from the end of the response.
+last_column_never_computed: the last column is never computed. Where a response fills its row, the
+    reward at its end is lost; where does your loop begin?
+lambda_in_td_error: λ stands inside the TD error. There the next value is discounted by γ alone; λ
+    says only how much of later TD errors an advantage takes in.
+gamma_lambda_exchanged: γ and λ have changed places: the next value is discounted by λ. γ is the
+    price of time and belongs in the TD error; λ says how far the critic is trusted.
+no_gamma_in_td_error: γ is missing from the TD error: the next value lies one step ahead and counts
+    γ times. That shows only where γ is below 1.
+td_error_sign: the TD error has the wrong sign: it is positive where things went worse than
+    expected. PPO would make the bad actions more likely.
+td_error_own_value: the TD error compares a value with itself. It is the next token's value that
+    shows what the action led to; with V of the same token on both sides nothing is learnt from it.
+td_error_looks_back: the TD error looks back: it takes the value before the token, not the one after
+    it. The shift goes the other way.
+v_not_subtracted: V is not subtracted. An advantage is what came out less what was expected; without
+    the second part a response that is just as good as expected is pushed up too.
+v_added_td_error: V is added in the TD error, where it has to be subtracted: it is what was expected
+    before the token was chosen.
+no_next_value: the next value is missing from the TD error. A step is judged by its reward and by
+    what can still be expected; without the second part every token is charged the whole of V.
+gamma_ignored: the argument gamma changes nothing. γ belongs in two places: it discounts the next
+    value in the TD error, and with λ it weighs later TD errors.
+no_gamma_in_weights: γ is missing from the weights: a TD error l steps ahead counts (γλ) to the
+    power l, not λ to the power l. That shows only where γ is below 1.
+lambda_ignored: λ changes nothing: this is the advantage for λ = 1, all rewards from here on less V.
+    A TD error l steps ahead counts (γλ) to the power l.
+td_error_alone: it is the TD error alone, the advantage for λ = 0. The TD errors of later tokens are
+    missing: the reward at the end would reach no token but the last.
+no_weights: the TD errors are added up without weights. One that lies l steps ahead counts (γλ) to
+    the power l, so that the noise of a long response does not pile up.
+too_small: all advantages are γλ times too small. The TD error of the token itself counts in full;
+    the weight applies to what comes after it.
+pair_swapped: the pair is swapped: the advantages come first, then the returns.
+returns_advantages_again: the returns are the advantages again. The critic learns to predict the
+    whole that is to come; an advantage is only what V did not foresee.
+v_subtracted_twice: V is subtracted a second time in the returns. An advantage is a return less V;
+    how do you get the return back?
+next_value_added: the returns add the next token's value. An advantage is a return less the value at
+    its own token; add that.
+one_step_returns: the returns look one step ahead only: reward and next value. The critic's target
+    goes with the advantages, and mixes later TD errors in as they do.
+plain_returns: the returns are the plain sums of rewards, the target for λ = 1. The critic's target
+    goes with the advantages, and λ smooths both.
+time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
+    responses, and time runs along a row: step over columns, and keep all rows.
+fixed_lambda: λ is 0.95 whatever the argument lam says. Use the argument, so that whoever calls the
+    function can set it.
+maximum: it takes the larger of the two terms, not the smaller. The minimum is the careful one: it
+    gives no credit beyond the clip, and the full blame for what went too far the wrong way.
+unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
+    actions become less likely.
+no_exp: the difference of the log-probabilities is not a ratio yet: where nothing has changed it is
+    0, and the ratio is 1. Exponentiate it.
+one_sided: the clip has one end only. Good actions must not gain from a ratio above 1 + ε, and bad
+    ones not from a ratio below 1 - ε: it takes both ends.
+uneven: the clip is not at 1 - ε and 1 + ε. It acts on the ratio itself, by the same amount on
+    either side of 1; on the log-ratio, or with 1/(1 + ε) as an end, the limits lie elsewhere.
+not_round_one: the clip holds the ratio near 0. A ratio of 1 means that nothing has changed: the
+    limits lie at ε to either side of 1.
+product: the clip acts on the product of ratio and advantage. It has to act on the ratio alone,
+    before the advantage comes in: how far the policy may move does not depend on how good a token
+    was.
+exponentials_divided: it is a ratio of two exponentials: below -103 nats both are 0 in float32, and
+    an ε in the denominator outweighs them long before. Subtract the logarithms first.
+ratio_cut_off: it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000
+    times as likely must count in full, or nothing brings it back: no limit on the log-ratio, and
+    none but the clip on the ratio.
+advantage_of_0: a real token whose advantage is 0 is not counted. It has nothing to gain, but it is
+    one of the tokens that the mean is over: only the mask says what padding is.
+not_finite_at_padding: it is not finite (or its gradient is not) where padding holds
+    log-probabilities far apart: inf times 0 is nan. Set the difference at padding to 0 before the
+    exp.
+maximum_of_losses: the larger of the two terms belongs to the form that carries its minus inside, as
+    losses. Here both terms are gains: take the smaller, and put the minus before the mean.
+ratio_upside_down: the ratio is upside down: it is the old probability over the new one, and falls
+    when the policy makes a token more likely.
+ratio_log_probabilities: it is a ratio of log-probabilities. The probabilities' ratio is the
+    exponential of the logarithms' difference; divided, a likelier token even gets a smaller number.
+ratio_1_everywhere: the ratio is 1 everywhere. It compares the trained policy with the one that
+    sampled; is one of the two missing from your difference?
+probability: the probability stands where the ratio belongs. Divide it by the probability under the
+    policy that sampled, else likely tokens would weigh more than rare ones.
+minimum_of_ratios: the minimum is taken of the two ratios, before the advantage comes in. For a
+    negative advantage the smaller ratio is the larger product: multiply first, then take the
+    minimum.
+only_clipped_term: only the clipped term is there. A token that went too far the wrong way then has
+    no gradient to come back on; the minimum with the unclipped term gives it one.
+nothing_clipped: nothing is clipped: the argument clip changes nothing. The sample says little about
+    a policy far from the one that drew it, and the clip takes away the gain from going there.
+fixed_clip: ε is 0.2 whatever the argument clip says. Use the argument, so that whoever calls the
+    function can set it.
+plain_policy_gradient: it is the plain policy gradient, log-probability times advantage. It has no
+    ratio, so the clip cannot tell how far the policy has moved since it sampled.
+minimum_after_mean: the minimum comes after the mean. Each token has a clip of its own: one that has
+    moved too far must not hide behind others that have not.
+padding_counts: padding counts. What stands there means nothing, and short responses would be judged
+    mostly by it; what tells padding from tokens?
+padding_in_denominator: padding is 0 in the sum, but counts in the denominator. The loss would
+    shrink with the amount of padding, which is chance: divide by the number of real tokens.
+mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
+    than one of a long response; the mean here is over all real tokens of the batch at once.
+summed: it is the sum over the tokens, not their mean. The gradient would grow with the length of
+    the responses and the size of the batch.
+per_response: the tokens of a response are summed, and only the responses averaged. The gradient
+    would grow with the length of the responses; divide by the number of all real tokens.
+loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
+    the whole batch before the first step; the loss takes them as they are.
+one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
+    go of a token depends on how far this token has moved, not on its neighbours.
+padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
+    is 1, and a ratio of 0 is clipped to 1 - ε, so that padding keeps a part in the loss. Mask what
+    the mean is taken of.
+grid: the sums and the counts have different shapes, [B] and [B, 1], so that each response is
+    divided by the length of every other, too.
+integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
+    places are counted again and again. Make it bool, or multiply by it.
+""")
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
 
@@ -75,7 +272,9 @@ def _gradient(exercise: Exercise, fn: Callable, case: tuple) -> Tensor | None:
         return None
 
 
-def _further_fault(exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True) -> str:
+def further_fault(
+    exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True, dtype: bool = True
+) -> str:
     """What goes wrong on cases beyond those of the exercise, or with the dtype; "" if nothing does.
 
     Each case comes with what to tell those who get only this one wrong.
@@ -88,7 +287,7 @@ def _further_fault(exercise: Exercise, further: tuple, fn: Callable, gradient: b
             return fault
         if gradient and not same(*(slopes := [_gradient(exercise, f, case) for f in both])):
             return f"{fault}\n  your gradient: {slopes[0]}"
-    if result.dtype != expected.dtype:
+    if dtype and result.dtype != expected.dtype:
         return (
             f"the values are right, but the dtype is {result.dtype}; return {expected.dtype}, that "
             "of the arguments, or everything computed from the result changes its dtype too."
@@ -167,66 +366,21 @@ TOKEN_FURTHER = (
             torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]]),
             2,
         ),
-        "it does not hold where two logits differ by 800, or two positions by 1000. Only the "
-        "difference to the largest logit of the same position counts, so subtract that before the "
-        "exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.",
+        SAY.far_apart,
     ),
 )
 
-_UNSHIFTED = (
-    "each token is looked up in the logits at its own position. There the model has read the token "
-    "already and predicts the next one: what the token got when it was chosen stands one position "
-    "to the left."
-)
-_OTHER_WAY = (
-    "the shift goes the other way. The logits at t predict token t + 1, so a token needs the "
-    "logits before it; you take those after it, which have read it."
-)
-_SHIFTED_TWICE = (
-    "the shift is made twice: each token is looked up two positions to the left. The logits at t "
-    "predict token t + 1, and one step is enough."
-)
-_TOO_EARLY = (
-    "the shift is right, but the window is one too early: it begins with the last prompt token, "
-    "which nobody chose, and loses the last token of the response, its EOS."
-)
-_FROM_THE_START = (
-    "these are the first tokens of the sequence, prompt and padding. The response stands at the "
-    "end: count the columns from there."
-)
-GREEDY = (
-    "it is the log-probability of the likeliest token at each position. The token that was sampled "
-    "is often another one, and its own is what the policy is to answer for."
-)
-WRONG_DIMENSION = (
-    "the softmax runs over the wrong dimension. One distribution is over the vocabulary, the last "
-    "dimension of the logits; positions and rows of the batch do not compete."
-)
-SURPRISE = (
-    "the sign is turned round: this is the surprise -log p, which cross-entropy returns. A "
-    "log-probability is never positive."
-)
-NOT_FINITE = (
-    "it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a "
-    "softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: "
-    "softmax and logarithm have to become one step that never leaves the range."
-)
-CUT_OFF = (
-    "it is right for moderate logits, but cut off: where two of them differ by 150 it must be "
-    "-150. A clamp or an ε inside the logarithm stops it, and with it the gradient, on just those "
-    "tokens that the policy finds least likely."
-)
 NAIVE = (_naive, _naive_difference, _naive_share)
 _TOKEN_MISTAKES = (
     *(
         (partial(_misaligned, normalise, *back), message)
         for normalise in (torch.log_softmax, *NAIVE)
         for back, message in (
-            ((0, 0), _UNSHIFTED),
-            ((1, 1), _UNSHIFTED),
-            ((0, 1), _OTHER_WAY),
-            ((2, 0), _SHIFTED_TWICE),
-            ((2, 1), _TOO_EARLY),
+            ((0, 0), SAY.unshifted),
+            ((1, 1), SAY.unshifted),
+            ((0, 1), SAY.other_way),
+            ((2, 0), SAY.shifted_twice),
+            ((2, 1), SAY.too_early),
         )
     ),
     *(
@@ -237,64 +391,41 @@ _TOKEN_MISTAKES = (
                 lambda z, ids, length, f=normalise: _misaligned(
                     f, 0, 0, z.roll(-1, 1), ids, length
                 ),
-                _OTHER_WAY,
+                SAY.other_way,
             ),
             (
                 lambda z, ids, length, f=normalise: pick(
                     f(z[:, :length], -1), ids[:, 1 : length + 1]
                 ),
-                _FROM_THE_START,
+                SAY.from_the_start,
             ),
             (
                 lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, :length]),
-                _FROM_THE_START,
+                SAY.from_the_start,
             ),
-            (
-                lambda z, ids, length, f=normalise: f(_window(z, length, 1), -1).amax(-1),
-                GREEDY,
-            ),
+            (lambda z, ids, length, f=normalise: f(_window(z, length, 1), -1).amax(-1), SAY.greedy),
             (
                 lambda z, ids, length, f=normalise: -_misaligned(f, 1, 0, z, ids, length),
-                SURPRISE,
+                SAY.surprise,
             ),
-            (partial(_normalised_before, normalise, 0), WRONG_DIMENSION),
-            (partial(_normalised_before, normalise, 1), WRONG_DIMENSION),
+            (partial(_normalised_before, normalise, 0), SAY.wrong_dimension),
+            (partial(_normalised_before, normalise, 1), SAY.wrong_dimension),
             (
                 lambda z, ids, length, f=normalise: _scored(lambda x: f(x, 1), z, ids, length),
-                WRONG_DIMENSION,
+                SAY.wrong_dimension,
             ),
         )
     ),
-    *((partial(_misaligned, naive, 1, 0), NOT_FINITE) for naive in NAIVE),
+    *((partial(_misaligned, naive, 1, 0), SAY.not_finite) for naive in NAIVE),
     *(
-        (lambda *case, low=low: _token_logprobs(*case).clamp(min=low), CUT_OFF)
+        (lambda *case, low=low: _token_logprobs(*case).clamp(min=low), SAY.cut_off)
         for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
     ),
-    (
-        lambda *case: _token_logprobs(*case) / math.log(2),
-        "it is in bits: the logarithm is to the base 2. Here as elsewhere log-probabilities are in "
-        "nats, by the natural logarithm, so that exp takes them back.",
-    ),
-    (
-        partial(_scored, lambda x: x.softmax(-1)),
-        "these are probabilities; the logarithm is missing. The probability of a response is the "
-        "product over its tokens, and only logarithms turn it into a sum.",
-    ),
-    (
-        partial(_scored, lambda x: x),
-        "these are the raw logits of the tokens. A logit has no zero of its own: adding a constant "
-        "to all logits at a position must change nothing, so they have to be normalised.",
-    ),
-    (
-        partial(_scored, lambda x: x.log()),
-        "the logarithm is taken of the logits themselves, which may be negative. They are "
-        "logarithms already, up to a constant: normalise them.",
-    ),
-    (
-        partial(_scored, lambda x: x.softmax(-1).log_softmax(-1)),
-        "there are two softmaxes, one on top of the other. The first gives numbers between 0 and "
-        "1, and to the second all tokens then look nearly alike.",
-    ),
+    (lambda *case: _token_logprobs(*case) / math.log(2), SAY.bits),
+    (partial(_scored, lambda x: x.softmax(-1)), SAY.probabilities),
+    (partial(_scored, lambda x: x), SAY.raw_logits),
+    (partial(_scored, lambda x: x.log()), SAY.log_of_logits),
+    (partial(_scored, lambda x: x.softmax(-1).log_softmax(-1)), SAY.two_softmaxes),
 )
 TOKEN_LOGPROBS = Exercise(
     "token_logprobs",
@@ -306,7 +437,7 @@ TOKEN_LOGPROBS = Exercise(
     "the prompt, none lost to the shift, and no mean or sum over them.",
     further=lambda fn: (
         _gradient_fault(TOKEN_LOGPROBS, "logits", fn)
-        or _further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
+        or further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
     ),
 )
 
@@ -397,13 +528,18 @@ def _carelessly_masked(
     return _with_values(_sum_up(deltas, gamma * lam), values * added) * results
 
 
+def _time_first(which: tuple, rewards, values, mask, gamma, lam) -> Tensor:
+    tensors = (rewards.T, values.T, mask.T)
+    return _carelessly_masked(lambda v: 0 * v[:, :1], which, *tensors, gamma, lam).mT
+
+
 def _masking_message(which: tuple[bool, bool, bool, bool, bool]) -> str:
     rewards, values, deltas, results, added = which
     if values and (rewards or deltas):
-        return "" if results or added else _RETURNS_UNMASKED
+        return "" if results or added else SAY.returns_unmasked
     if deltas:
-        return _PAST_EOS
-    return _MASKED_LATE if results else _UNMASKED
+        return SAY.past_eos
+    return SAY.masked_late if results else SAY.unmasked
 
 
 def _cut(masks: Callable, masked: tuple[bool, bool], rewards, values, mask, gamma, lam) -> Tensor:
@@ -496,76 +632,18 @@ _LONG = (
     drawn(6, 200, seed=5),
     (torch.arange(200) < torch.tensor([[1], [7], [60], [120], [199], [200]])).long(),
 )
-_TOO_LONG = (
-    "it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a "
-    "negative power, fails where the power rounds to 0, whatever guards it, and a sum of a fixed "
-    "number of TD errors loses the rest. Carry the sum from the end to the beginning instead."
-)
 GAE_FURTHER = (
-    *(((*_LONG, 1.0, lam), _TOO_LONG) for lam in (0.95, 0.5, 0.0)),
-    (
-        (*_SHORT, 0.0, 0.95),
-        "it is right unless γ is 0; then nothing counts but the token's own reward, and its "
-        "advantage is r - V. Python takes 0 for false: does a test or a default replace it?",
-    ),
+    *(((*_LONG, 1.0, lam), SAY.too_long) for lam in (0.95, 0.5, 0.0)),
+    ((*_SHORT, 0.0, 0.95), SAY.gamma_of_0),
 )
 
-_PAST_EOS = (
-    "a value from behind the end is used: after the last real token there is no state, so V is 0 "
-    "there. What the critic says at padding means nothing, and the reward at EOS would drown in it."
-)
-_MASKED_LATE = (
-    "the mask comes too late. Padding has rewards and values of its own, and the sums run from the "
-    "end of the row: by the time you set padding to 0 they have gone into the real tokens."
-)
-_UNMASKED = (
-    "padding has advantages. Nobody chose those tokens, so that they must be 0; look at what the "
-    "mask leaves out, and whether it does so before the sums are taken."
-)
-_RETURNS_UNMASKED = (
-    "the advantages are right, but the returns at padding are not 0: V stands there, unmasked. The "
-    "critic would be trained on tokens that nobody wrote."
-)
-_NOT_CUT = (
-    "the next value is cut off at the end of the response, but not the advantage that is carried "
-    "along: it has been summed up over the padding, and goes into the real tokens."
-)
-_OWN_MASK = (
-    "the mask of token t stands where that of token t + 1 is meant. Whether there is a next value "
-    "or advantage is a matter of the next token: the last real one has neither."
-)
-_WRAPPED_ROUND = (
-    "the value after the last column is that of the first. roll brings round what falls off the "
-    "end; after the last token there is no state, and V is 0."
-)
-_REVERSED = (
-    "the result is in reverse order: the last token's stands first. You walk from the end to the "
-    "beginning and append; what you collected has to be turned round again."
-)
-_LAST_LEFT_OUT = (
-    "the last token of a response, its EOS, is left out. It is an action like the others, and the "
-    "reward for the whole response is paid there: without it nothing is left to learn from."
-)
-_ZERO_BY_ZERO = (
-    "it is right as long as γλ is above 0. A division by a power of γλ, or a negative power, gives "
-    "inf or nan at λ = 0, and no factor of 0 takes that away; with long responses the power rounds "
-    "to 0 before that. Carry the sum from the end to the beginning instead."
-)
-_WHITENED_RETURNS = (
-    "the returns are made of whitened advantages. The critic is to predict rewards on their own "
-    "scale; whitened, its target is V with a spread of 1 around it, whatever the rewards were."
-)
-_WHITENED = (
-    "the advantages are whitened. That is a step of its own, after this one; a function that gives "
-    "advantages should give those of the formula."
-)
 _GAE_MISTAKES = (
     *(
         (partial(_carelessly_masked, end, which), message)
         for end, message_of in (
             (lambda v: 0 * v[:, :1], _masking_message),
-            (lambda v: v[:, -1:], lambda which: _PAST_EOS),
-            (lambda v: v[:, :1], lambda which: _WRAPPED_ROUND),
+            (lambda v: v[:, -1:], lambda which: SAY.past_eos),
+            (lambda v: v[:, :1], lambda which: SAY.wrapped_round),
         )
         for which in product((True, False), repeat=5)
         if (message := message_of(which))
@@ -573,145 +651,65 @@ _GAE_MISTAKES = (
     *(
         (partial(_cut, masks, masked), message)
         for masks, message in (
-            (lambda own, later: (later, torch.ones_like(own)), _NOT_CUT),
-            (lambda own, later: (own, own), _OWN_MASK),
-            (lambda own, later: (later, own), _OWN_MASK),
+            (lambda own, later: (later, torch.ones_like(own)), SAY.not_cut),
+            (lambda own, later: (own, own), SAY.own_mask),
+            (lambda own, later: (later, own), SAY.own_mask),
         )
         for masked in product((True, False), repeat=2)
     ),
-    (
-        _forward,
-        "time runs forward: each advantage collects the TD errors before it. What an action is "
-        "worth shows in what comes after it, so sum from the end of the response.",
-    ),
+    (_forward, SAY.time_runs_forward),
+    *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
+    (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, 0.95), SAY.fixed_lambda),
     *(
-        (partial(_left_reversed, both, masked), _REVERSED)
+        (partial(_left_reversed, both, masked), SAY.reversed)
         for both, masked in product((True, False), repeat=2)
     ),
-    (
-        _without_last_column,
-        "the last column is never computed. Where a response fills its row, the reward at its end "
-        "is lost; where does your loop begin?",
-    ),
-    (partial(_without_eos, True), _LAST_LEFT_OUT),
-    (partial(_without_eos, False), _LAST_LEFT_OUT),
-    (partial(_divided, True), _ZERO_BY_ZERO),
-    (partial(_divided, False), _ZERO_BY_ZERO),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
-        "λ stands inside the TD error. There the next value is discounted by γ alone; λ says only "
-        "how much of later TD errors an advantage takes in.",
-    ),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + lam * _next(v) - v),
-        "γ and λ have changed places: the next value is discounted by λ. γ is the price of time "
-        "and belongs in the TD error; λ says how far the critic is trusted.",
-    ),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + _next(v) - v),
-        "γ is missing from the TD error: the next value lies one step ahead and counts γ times. "
-        "That shows only where γ is below 1.",
-    ),
-    (
-        _other_delta(lambda r, v, gamma, lam: v - r - gamma * _next(v)),
-        "the TD error has the wrong sign: it is positive where things went worse than expected. "
-        "PPO would make the bad actions more likely.",
-    ),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + gamma * v - v),
-        "the TD error compares a value with itself. It is the next token's value that shows what "
-        "the action led to; with V of the same token on both sides nothing is learnt from it.",
-    ),
+    (_without_last_column, SAY.last_column_never_computed),
+    (partial(_without_eos, True), SAY.last_left_out),
+    (partial(_without_eos, False), SAY.last_left_out),
+    (partial(_divided, True), SAY.zero_by_zero),
+    (partial(_divided, False), SAY.zero_by_zero),
+    (_other_delta(lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v), SAY.lambda_in_td_error),
+    (_other_delta(lambda r, v, gamma, lam: r + lam * _next(v) - v), SAY.gamma_lambda_exchanged),
+    (_other_delta(lambda r, v, gamma, lam: r + _next(v) - v), SAY.no_gamma_in_td_error),
+    (_other_delta(lambda r, v, gamma, lam: v - r - gamma * _next(v)), SAY.td_error_sign),
+    (_other_delta(lambda r, v, gamma, lam: r + gamma * v - v), SAY.td_error_own_value),
     (
         _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v),
-        "the TD error looks back: it takes the value before the token, not the one after it. The "
-        "shift goes the other way.",
+        SAY.td_error_looks_back,
     ),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v)),
-        "V is not subtracted. An advantage is what came out less what was expected; without the "
-        "second part a response that is just as good as expected is pushed up too.",
-    ),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v) + v),
-        "V is added in the TD error, where it has to be subtracted: it is what was expected before "
-        "the token was chosen.",
-    ),
-    (
-        _other_delta(lambda r, v, gamma, lam: r - v),
-        "the next value is missing from the TD error. A step is judged by its reward and by what "
-        "can still be expected; without the second part every token is charged the whole of V.",
-    ),
+    (_other_delta(lambda r, v, gamma, lam: r + gamma * _next(v)), SAY.v_not_subtracted),
+    (_other_delta(lambda r, v, gamma, lam: r + gamma * _next(v) + v), SAY.v_added_td_error),
+    (_other_delta(lambda r, v, gamma, lam: r - v), SAY.no_next_value),
     (
         partial(_of_deltas, lambda r, v, gamma, lam: r + _next(v) - v, lambda gamma, lam: lam),
-        "the argument gamma changes nothing. γ belongs in two places: it discounts the next value "
-        "in the TD error, and with λ it weighs later TD errors.",
+        SAY.gamma_ignored,
     ),
-    (
-        _other_decay(lambda gamma, lam: lam),
-        "γ is missing from the weights: a TD error l steps ahead counts (γλ) to the power l, not λ "
-        "to the power l. That shows only where γ is below 1.",
-    ),
-    (
-        _other_decay(lambda gamma, lam: gamma),
-        "λ changes nothing: this is the advantage for λ = 1, all rewards from here on less V. A "
-        "TD error l steps ahead counts (γλ) to the power l.",
-    ),
-    (
-        _other_decay(lambda gamma, lam: 0),
-        "it is the TD error alone, the advantage for λ = 0. The TD errors of later tokens are "
-        "missing: the reward at the end would reach no token but the last.",
-    ),
-    (
-        _other_decay(lambda gamma, lam: 1),
-        "the TD errors are added up without weights. One that lies l steps ahead counts (γλ) to "
-        "the power l, so that the noise of a long response does not pile up.",
-    ),
+    (_other_decay(lambda gamma, lam: lam), SAY.no_gamma_in_weights),
+    (_other_decay(lambda gamma, lam: gamma), SAY.lambda_ignored),
+    (_other_decay(lambda gamma, lam: 0), SAY.td_error_alone),
+    (_other_decay(lambda gamma, lam: 1), SAY.no_weights),
     (
         lambda r, v, mask, gamma, lam: _with_values(
             gamma * lam * ppo.gae(r, v, mask, gamma, lam)[0], v * mask
         ),
-        "all advantages are γλ times too small. The TD error of the token itself counts in full; "
-        "the weight applies to what comes after it.",
+        SAY.too_small,
     ),
-    (
-        lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0),
-        "the pair is swapped: the advantages come first, then the returns.",
-    ),
+    (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0), SAY.pair_swapped),
     *(
         (partial(_whitened, where, correction, everywhere), message)
         for where, message in (
-            ((True, False), _WHITENED),
-            ((True, True), _WHITENED_RETURNS),
-            ((False, True), _WHITENED_RETURNS),
+            ((True, False), SAY.whitened),
+            ((True, True), SAY.whitened_returns),
+            ((False, True), SAY.whitened_returns),
         )
         for correction, everywhere in product((0, 1), (False, True))
     ),
-    (
-        partial(_other_returns, lambda r, v, a, gamma: a),
-        "the returns are the advantages again. The critic learns to predict the whole that is to "
-        "come; an advantage is only what V did not foresee.",
-    ),
-    (
-        partial(_other_returns, lambda r, v, a, gamma: a - v),
-        "V is subtracted a second time in the returns. An advantage is a return less V; how do you "
-        "get the return back?",
-    ),
-    (
-        partial(_other_returns, lambda r, v, a, gamma: a + _next(v)),
-        "the returns add the next token's value. An advantage is a return less the value at its "
-        "own token; add that.",
-    ),
-    (
-        partial(_other_returns, lambda r, v, a, gamma: r + gamma * _next(v)),
-        "the returns look one step ahead only: reward and next value. The critic's target goes "
-        "with the advantages, and mixes later TD errors in as they do.",
-    ),
-    (
-        partial(_other_returns, lambda r, v, a, gamma: _sum_up(r, gamma)),
-        "the returns are the plain sums of rewards, the target for λ = 1. The critic's target goes "
-        "with the advantages, and λ smooths both.",
-    ),
+    (partial(_other_returns, lambda r, v, a, gamma: a), SAY.returns_advantages_again),
+    (partial(_other_returns, lambda r, v, a, gamma: a - v), SAY.v_subtracted_twice),
+    (partial(_other_returns, lambda r, v, a, gamma: a + _next(v)), SAY.next_value_added),
+    (partial(_other_returns, lambda r, v, a, gamma: r + gamma * _next(v)), SAY.one_step_returns),
+    (partial(_other_returns, lambda r, v, a, gamma: _sum_up(r, gamma)), SAY.plain_returns),
 )
 GAE = Exercise(
     "gae",
@@ -719,7 +717,7 @@ GAE = Exercise(
     _GAE_CASES,
     _GAE_MISTAKES,
     tested="padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1",
-    further=lambda fn: _further_fault(GAE, GAE_FURTHER, fn, gradient=False),
+    further=lambda fn: further_fault(GAE, GAE_FURTHER, fn, gradient=False),
 )
 
 
@@ -777,6 +775,18 @@ def _one_ratio(count: Callable, new, old, a, mask, clip) -> Tensor:
     return -token_mean(_clipped_objective(ratio, a, clip), mask)
 
 
+def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tensor:
+    """The log-ratio or the ratio masked, and nothing else, with a mean over the row or the mask."""
+    ratio = ((new - old) * mask).exp() if log else (new - old).exp() * mask
+    objective = _clipped_objective(ratio, a, clip)
+    return -(objective.mean() if everywhere else objective.sum() / mask.sum())
+
+
+def mean_by_grid(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the responses' sums over all lengths, as a kept dimension makes it."""
+    return ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean()
+
+
 def _other_clip(low: Callable, high: Callable, new, old, a, mask, clip) -> Tensor:
     """The loss with the ratio held between two other ends."""
     ratio = (new - old).exp()
@@ -820,22 +830,12 @@ _LOSS_CASES = (
 )
 
 POLICY_FURTHER = (
-    (
-        _case_of_row([-20.0, -150.0], [-20.0, -150.0], [1.0, 2.0], [1, 1]),
-        "it is a ratio of two exponentials: below -103 nats both are 0 in float32, and an ε in the "
-        "denominator outweighs them long before. Subtract the logarithms first.",
-    ),
+    (_case_of_row([-20.0, -150.0], [-20.0, -150.0], [1.0, 2.0], [1, 1]), SAY.exponentials_divided),
     (
         _case_of_row([-1.0, -1.0, -5.0], [-4.4, -10.0, -1.0], [-1.0, -1.0, 1.0], [1, 1, 1]),
-        "it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000 times "
-        "as likely must count in full, or nothing brings it back: no limit on the log-ratio, and "
-        "none but the clip on the ratio.",
+        SAY.ratio_cut_off,
     ),
-    (
-        _case_of_ratios([[1.1, 0.9, 1.0]], [[1.0, 0.0, -0.5]], [[1, 1, 1]], 0.2),
-        "a real token whose advantage is 0 is not counted. It has nothing to gain, but it is one "
-        "of the tokens that the mean is over: only the mask says what padding is.",
-    ),
+    (_case_of_ratios([[1.1, 0.9, 1.0]], [[1.0, 0.0, -0.5]], [[1, 1, 1]], 0.2), SAY.advantage_of_0),
     (
         _case_of_row(
             [-1.0, -2.0, -1.0, -1.0, -201.0],
@@ -843,121 +843,29 @@ POLICY_FURTHER = (
             [1.0, -1.0, -1.0, 1.0, 1.0],
             [1, 1, 0, 0, 0],
         ),
-        "it is not finite (or its gradient is not) where padding holds log-probabilities far "
-        "apart: inf times 0 is nan. Set the difference at padding to 0 before the exp.",
+        SAY.not_finite_at_padding,
     ),
 )
 
-_MAXIMUM = (
-    "it takes the larger of the two terms, not the smaller. The minimum is the careful one: it "
-    "gives no credit beyond the clip, and the full blame for what went too far the wrong way."
-)
-_UNSIGNED = (
-    "the minus sign is missing. An optimizer makes a loss small, and this one falls when good "
-    "actions become less likely."
-)
-_NO_EXP = (
-    "the difference of the log-probabilities is not a ratio yet: where nothing has changed it is "
-    "0, and the ratio is 1. Exponentiate it."
-)
-_ONE_SIDED = (
-    "the clip has one end only. Good actions must not gain from a ratio above 1 + ε, and bad ones "
-    "not from a ratio below 1 - ε: it takes both ends."
-)
-_UNEVEN = (
-    "the clip is not at 1 - ε and 1 + ε. It acts on the ratio itself, by the same amount on either "
-    "side of 1; on the log-ratio, or with 1/(1 + ε) as an end, the limits lie elsewhere."
-)
-_NOT_ROUND_ONE = (
-    "the clip holds the ratio near 0. A ratio of 1 means that nothing has changed: the limits lie "
-    "at ε to either side of 1."
-)
-_PRODUCT = (
-    "the clip acts on the product of ratio and advantage. It has to act on the ratio alone, before "
-    "the advantage comes in: how far the policy may move does not depend on how good a token was."
-)
 _POLICY_MISTAKES = (
-    (
-        partial(_other_objective, lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a)),
-        _MAXIMUM,
-    ),
-    (lambda *case: -_policy_loss(*case), _UNSIGNED),
+    (lambda *case: -_policy_loss(*case), SAY.unsigned),
     (
         lambda new, old, a, mask, clip: token_mean(
             torch.maximum((r := (new - old).exp()) * a, r.clamp(1 - clip, 1 + clip) * a), mask
         ),
-        "the larger of the two terms belongs to the form that carries its minus inside, as losses. "
-        "Here both terms are gains: take the smaller, and put the minus before the mean.",
+        SAY.maximum_of_losses,
     ),
-    (partial(_other_ratio, lambda new, old: new - old), _NO_EXP),
-    (
-        partial(_other_ratio, lambda new, old: (old - new).exp()),
-        "the ratio is upside down: it is the old probability over the new one, and falls when the "
-        "policy makes a token more likely.",
-    ),
-    (
-        partial(_other_ratio, lambda new, old: new / old),
-        "it is a ratio of log-probabilities. The probabilities' ratio is the exponential of the "
-        "logarithms' difference; divided, a likelier token even gets a smaller number.",
-    ),
-    (
-        partial(_other_ratio, lambda new, old: torch.ones_like(new)),
-        "the ratio is 1 everywhere. It compares the trained policy with the one that sampled; is "
-        "one of the two missing from your difference?",
-    ),
-    (
-        partial(_other_ratio, lambda new, old: new.exp()),
-        "the probability stands where the ratio belongs. Divide it by the probability under the "
-        "policy that sampled, else likely tokens would weigh more than rare ones.",
-    ),
-    (
-        partial(_other_objective, lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a),
-        "the minimum is taken of the two ratios, before the advantage comes in. For a negative "
-        "advantage the smaller ratio is the larger product: multiply first, then take the minimum.",
-    ),
-    (
-        partial(_other_objective, lambda p, a, e: p.clamp(1 - e, 1 + e) * a),
-        "only the clipped term is there. A token that went too far the wrong way then has no "
-        "gradient to come back on; the minimum with the unclipped term gives it one.",
-    ),
-    (
-        partial(_other_objective, lambda p, a, e: p * a),
-        "nothing is clipped: the argument clip changes nothing. The sample says little about a "
-        "policy far from the one that drew it, and the clip takes away the gain from going there.",
-    ),
-    (
-        lambda new, old, a, mask, clip: _policy_loss(new, old, a, mask, 0.2),
-        "ε is 0.2 whatever the argument clip says. Use the argument, so that whoever calls the "
-        "function can set it.",
-    ),
-    (
-        partial(
-            _other_objective, lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a)
-        ),
-        _UNEVEN,
-    ),
-    (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), _UNEVEN),
-    (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), _ONE_SIDED),
-    (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), _ONE_SIDED),
-    (partial(_other_clip, lambda e: -e, lambda e: e), _NOT_ROUND_ONE),
-    (
-        partial(
-            _other_objective, lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e))
-        ),
-        _PRODUCT,
-    ),
-    (
-        partial(
-            _other_objective,
-            lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
-        ),
-        _PRODUCT,
-    ),
-    (
-        lambda new, old, a, mask, clip: -token_mean(new * a, mask),
-        "it is the plain policy gradient, log-probability times advantage. It has no ratio, so the "
-        "clip cannot tell how far the policy has moved since it sampled.",
-    ),
+    (partial(_other_ratio, lambda new, old: new - old), SAY.no_exp),
+    (partial(_other_ratio, lambda new, old: (old - new).exp()), SAY.ratio_upside_down),
+    (partial(_other_ratio, lambda new, old: new / old), SAY.ratio_log_probabilities),
+    (partial(_other_ratio, lambda new, old: torch.ones_like(new)), SAY.ratio_1_everywhere),
+    (partial(_other_ratio, lambda new, old: new.exp()), SAY.probability),
+    (lambda new, old, a, mask, clip: _policy_loss(new, old, a, mask, 0.2), SAY.fixed_clip),
+    (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
+    (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), SAY.one_sided),
+    (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), SAY.one_sided),
+    (partial(_other_clip, lambda e: -e, lambda e: e), SAY.not_round_one),
+    (lambda new, old, a, mask, clip: -token_mean(new * a, mask), SAY.plain_policy_gradient),
     (
         lambda new, old, a, mask, clip: (
             -torch.minimum(
@@ -965,51 +873,46 @@ _POLICY_MISTAKES = (
                 token_mean(r.clamp(1 - clip, 1 + clip) * a, mask),
             )
         ),
-        "the minimum comes after the mean. Each token has a clip of its own: one that has moved "
-        "too far must not hide behind others that have not.",
+        SAY.minimum_after_mean,
     ),
     *(
         (
             lambda new, old, a, mask, clip, how=how: _policy_loss(
                 new, old, _white(a, mask, *how), mask, clip
             ),
-            "the advantages are whitened inside the loss. That is a step of its own, made once for "
-            "the whole batch before the first step; the loss takes them as they are.",
+            SAY.loss_whitened,
         )
         for how in product((0, 1), (False, True))
     ),
     *(
-        (
-            partial(_one_ratio, count),
-            "there is one ratio for each response. Here each token has its own: whether the clip "
-            "lets go of a token depends on how far this token has moved, not on its neighbours.",
-        )
+        (partial(_one_ratio, count), SAY.one_ratio)
         for count in (lambda mask: 1, lambda mask: mask.sum(1, True))
     ),
-    (
-        partial(_other_mean, lambda x, mask: x.mean()),
-        "padding counts. What stands there means nothing, and short responses would be judged "
-        "mostly by it; what tells padding from tokens?",
-    ),
-    (
-        partial(_other_mean, lambda x, mask: (x * mask).mean()),
-        "padding is 0 in the sum, but counts in the denominator. The loss would shrink with the "
-        "amount of padding, which is chance: divide by the number of real tokens.",
-    ),
+    (partial(_other_mean, lambda x, mask: x.mean()), SAY.padding_counts),
+    (partial(_other_mean, lambda x, mask: (x * mask).mean()), SAY.padding_in_denominator),
+    *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
+    (partial(_other_mean, mean_by_grid), SAY.grid),
+    (partial(_other_mean, lambda x, mask: x.gather(1, mask).mean()), SAY.integer_mask),
     (
         partial(_other_mean, lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
-        "it is the mean of the responses' means. A token of a short response then weighs more than "
-        "one of a long response; the mean here is over all real tokens of the batch at once.",
+        SAY.mean_of_means,
     ),
-    (
-        partial(_other_mean, lambda x, mask: (x * mask).sum()),
-        "it is the sum over the tokens, not their mean. The gradient would grow with the length of "
-        "the responses and the size of the batch.",
-    ),
-    (
-        partial(_other_mean, lambda x, mask: (x * mask).sum(1).mean()),
-        "the tokens of a response are summed, and only the responses averaged. The gradient would "
-        "grow with the length of the responses; divide by the number of all real tokens.",
+    (partial(_other_mean, lambda x, mask: (x * mask).sum()), SAY.summed),
+    (partial(_other_mean, lambda x, mask: (x * mask).sum(1).mean()), SAY.per_response),
+    *(
+        (partial(_other_objective, of), message)
+        for of, message in (
+            (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
+            (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
+            (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
+            (lambda p, a, e: p * a, SAY.nothing_clipped),
+            (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
+            (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),
+            (
+                lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
+                SAY.product,
+            ),
+        )
     ),
 )
 POLICY_LOSS = Exercise(
@@ -1021,6 +924,6 @@ POLICY_LOSS = Exercise(
     shape_hint="Training differentiates one number, the mean over all real tokens.",
     further=lambda fn: (
         _gradient_fault(POLICY_LOSS, "logprobs", fn)
-        or _further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
+        or further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
     ),
 )

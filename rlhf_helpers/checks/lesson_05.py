@@ -9,19 +9,115 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl, logprobs, ppo
-from rlhf_helpers.checks.exercise import EPSILONS, Exercise, check, check_pair
+from rlhf_helpers.checks.exercise import EPSILONS, Exercise, check, check_pair, texts
 from rlhf_helpers.checks.lesson_03 import (
-    CUT_OFF,
-    GREEDY,
     NAIVE,
-    NOT_FINITE,
-    SURPRISE,
-    WRONG_DIMENSION,
     drawn,
+    further_fault,
+    mean_by_grid,
     pick,
     token_mean,
 )
-from rlhf_helpers.checks.lesson_04 import case_of_odds, last_token, mean_of_row
+from rlhf_helpers.checks.lesson_03 import SAY as SAY_03
+from rlhf_helpers.checks.lesson_04 import FIXED_BETAS, case_of_odds, last_token, mean_of_row
+from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
+
+SAY = texts("""
+shifted: the tokens are looked up one position off. These logits are aligned already: those at
+    position t predict the token at t, so there is no shift left to make.
+logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
+    argument. They may be negative and do not sum to 1; give them by their name, logits.
+whole_vocabulary: the whole vocabulary is added up at each position. Only one token was sampled
+    there, and its log-probability alone is asked for.
+no_tokens: the sampled tokens are not used: it is the expected log-probability, minus the entropy.
+    That is the mean over all samples; asked for is the one at hand.
+one_policy: both results come from the same logits. The tokens are the same, but the second result
+    is what the reference thinks of them.
+pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_ref. Whatever is made
+    of their difference would change its sign.
+reversed: it is the other direction, KL(reference‖policy). The penalty weighs each token by how
+    often the policy chooses it, so the policy stands first.
+softmax_as_logits: probabilities are handed over as logits. A Categorical made from logits applies
+    the softmax itself; after a second one all tokens look nearly alike.
+unweighted: each token of the vocabulary counts alike, whether the policy chooses it always or
+    never. The KL is the mean of the log-ratio over what the policy samples: weigh it with p.
+averaged: the weighted terms are averaged over the vocabulary, but the weights p make a mean
+    already: add up. Divided by V the KL would shrink as the vocabulary grows.
+cross_entropy: it is the cross-entropy -Σ p log q. That is not 0 where the two agree; the KL is what
+    it exceeds the entropy of p by.
+entropies: it is a difference of two entropies. Two policies may be equally unsure about quite
+    different tokens; the logarithms of both have to be weighed with the same p.
+negative: the sign is turned round. A KL is never negative: the policy's own logarithm is larger on
+    average over what it samples, so log q is subtracted from log p.
+ref_weights: the log-ratio is weighed with q, how often the reference chooses a token. That is minus
+    the KL of the other direction; weigh it with p.
+not_normalised: the logits themselves are subtracted. They are logarithms only up to a constant at
+    each position, another one for each policy: take the log-softmax first.
+of_probabilities: probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long
+    way for the KL, and from 0.5 to 0.6 a short one.
+far_apart: it is right for moderate logits, but not where two of them differ by 40 or by 150: there
+    a softmax rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of probabilities
+    then does the rest. Take the logarithms straight from the logits.
+log_of_log: it is nan everywhere, as a logarithm of numbers below 0 is: of logits, or of
+    log-probabilities. kl_div takes its second argument for probabilities and makes the logarithm
+    itself, unless log_target says that it is there already.
+estimate_swapped: the two are subtracted the wrong way round. Over what the policy samples its own
+    log-probability is the larger one on average, so that log_probs_ref is what is taken off.
+padding_counts: padding counts. Nobody sampled those tokens, and their log-probabilities mean
+    nothing; what tells padding from tokens?
+wrong_denominator: padding is 0 in the sum, but counts in the denominator. The estimate would shrink
+    with the amount of padding, which is chance: divide by the number of real tokens.
+summed: it is the sum over all tokens of the batch, not their mean. It would grow with the batch;
+    divide by the number of real tokens.
+per_response: the tokens of a response are added up, and only the responses averaged. Those are nats
+    per response, which the reward needs later; here nats per token are asked for.
+mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
+    than one of a long response; the mean here is over all real tokens of the batch at once.
+absolute: an absolute value is taken. Some log-ratios are negative, and so may be their mean in a
+    small sample; only with both signs are they the KL on average, else too much.
+cut_at_0: what is negative is cut off at 0. The KL is never negative, but its estimate may be; to
+    drop the low ones makes it too large on average.
+squared: the log-ratio is squared. Half of that is the estimate k2, never negative and wrong on
+    average; here the log-ratio itself is asked for, k1.
+third: it is the estimate k3. It is right on average and never negative; here the log-ratio itself
+    is asked for, k1.
+ratio: it takes the ratio of the probabilities, not its logarithm. Where the two policies agree the
+    ratio is 1, and the KL is 0.
+weighted: each token is weighed with its probability. The sampling has done that already: a likely
+    token comes up often. Weights are for a sum over the whole vocabulary.
+no_reference: the reference is missing. The mean log-probability of its own samples says how sure
+    the policy is; how far it has gone shows only beside the reference.
+quotient: the log-probabilities are divided. The logarithm of a ratio is the difference of the
+    logarithms.
+paid_out: the penalty is paid out. A response that the policy likes better than the reference does
+    must lose by it: check the minus, and which of the two is subtracted from which.
+padding_charged: padding is charged. Nobody sampled those tokens, and a short response would pay for
+    what stands behind its end.
+mean: it is the mean of the log-ratio over a response, not the sum. The log-ratio of a whole
+    response is the sum over its tokens; with the mean, a long response could go far for little.
+same_for_all: all responses pay the same, the mean over the batch. Then the penalty moves no
+    response against another, and nothing is learnt from it: each pays for its own tokens.
+batch_sum: each response pays for the whole batch. The sum runs over its own tokens only, along the
+    second dimension.
+reward_scaled: the reward is multiplied by β too. β is the price of a nat; with both scaled it
+    changes nothing in which response is better.
+reward_only: β has changed sides: it multiplies the reward, and the KL is left without it. β is the
+    price of a nat.
+one_of_two: β multiplies one of the two log-probabilities only; look at the brackets. Where policy
+    and reference agree nothing would cancel, and the penalty would not be 0.
+no_beta: the KL is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the
+    reward may remain.
+no_penalty: there is no penalty at all, only the reward. What keeps the policy near the reference
+    then?
+no_reward: there is no reward, only the penalty. The best that the policy could do is to stay where
+    it is; take the penalty off the reward.
+reward_at_each: the reward is counted once for every token. It is given once, for the whole
+    response.
+shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not a share: take β times
+    the KL off the reward, and leave the reward as it is.
+last_only: only the last token pays. The score is known there, but every token of the response has
+    its part in the KL.
+""")
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
 
@@ -101,11 +197,7 @@ _HAND_CURR = torch.tensor([[[0.0, 0.6931, 0.0], [1.0986, 0.0, 0.0]]])  # 1/4 1/2
 _HAND_REF = torch.tensor([[[0.6931, 0.0, 0.0], [0.0, 0.0, 0.0]]])  # 1/2 1/4 1/4, 1/3 1/3 1/3
 _SAMPLED_CASES = (
     (_HAND_CURR, _HAND_REF, torch.tensor([[1, 1]])),
-    (
-        drawn(2, 4, 5, seed=10),
-        drawn(2, 4, 5, seed=11),
-        torch.tensor([[3, 0, 4, 1], [2, 2, 0, 4]]),
-    ),
+    (drawn(2, 4, 5, seed=10), drawn(2, 4, 5, seed=11), torch.tensor([[3, 0, 4, 1], [2, 2, 0, 4]])),
     (drawn(3, 1, 4, seed=12), drawn(3, 1, 4, seed=13), torch.tensor([[1], [3], [0]])),
     (
         torch.tensor([[[150.0, 0.0], [0.0, 150.0]]]),
@@ -114,85 +206,49 @@ _SAMPLED_CASES = (
     ),
 )
 
-_SHIFTED = (
-    "the tokens are looked up one position off. These logits are aligned already: those at "
-    "position t predict the token at t, so there is no shift left to make."
-)
-_PROBABILITIES = (
-    "these are probabilities; the logarithm is missing. The KL is made of log-ratios, and only "
-    "logarithms turn the product over the tokens into a sum."
-)
-_RAW_LOGITS = (
-    "these are the raw logits of the tokens. A constant added to all logits at a position changes "
-    "no probability, but would change the difference between two policies: normalise them."
-)
-_LOGITS_AS_PROBS = (
-    "logits are handed over as probabilities, which is how a Categorical takes its first argument. "
-    "They may be negative and do not sum to 1; give them by their name, logits."
-)
-_TWO_SOFTMAXES = (
-    "there are two softmaxes, one on top of the other. The first gives numbers between 0 and 1, "
-    "and to the second all tokens look nearly alike."
-)
-_WHOLE_VOCABULARY = (
-    "the whole vocabulary is added up at each position. Only one token was sampled there, and its "
-    "log-probability alone is asked for."
-)
-_NO_TOKENS = (
-    "the sampled tokens are not used: it is the expected log-probability, minus the entropy. That "
-    "is the mean over all samples; asked for is the one at hand."
-)
-_ONE_POLICY = (
-    "both results come from the same logits. The tokens are the same, but the second result is "
-    "what the reference thinks of them."
-)
-_PAIR_SWAPPED = (
-    "the pair is swapped: log_probs_curr comes first, then log_probs_ref. Whatever is made of "
-    "their difference would change its sign."
-)
 _LOOKUPS = (
     *(
         (of, message)
         for f in (torch.log_softmax, *NAIVE)
         for of, message in (
             *(
-                (partial(_shifted, f, step, filled), _SHIFTED)
+                (partial(_shifted, f, step, filled), SAY.shifted)
                 for step in (1, -1)
                 for filled in (True, False)
             ),
-            (partial(_shifted_and_padded, f), _SHIFTED),
-            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SURPRISE),
-            (lambda z, tokens, f=f: pick(f(z, 0), tokens), WRONG_DIMENSION),
-            (lambda z, tokens, f=f: pick(f(z, 1), tokens), WRONG_DIMENSION),
-            (partial(_over_vocabulary, lambda x: x.amax(-1), f), GREEDY),
-            (partial(_over_vocabulary, lambda x: x.sum(-1), f), _WHOLE_VOCABULARY),
-            (partial(_over_vocabulary, lambda x: x.mean(-1), f), _WHOLE_VOCABULARY),
-            (partial(_over_vocabulary, lambda x: (x.exp() * x).sum(-1), f), _NO_TOKENS),
+            (partial(_shifted_and_padded, f), SAY.shifted),
+            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SAY_03.surprise),
+            (lambda z, tokens, f=f: pick(f(z, 0), tokens), SAY_03.wrong_dimension),
+            (lambda z, tokens, f=f: pick(f(z, 1), tokens), SAY_03.wrong_dimension),
+            (partial(_over_vocabulary, lambda x: x.amax(-1), f), SAY_03.greedy),
+            (partial(_over_vocabulary, lambda x: x.sum(-1), f), SAY.whole_vocabulary),
+            (partial(_over_vocabulary, lambda x: x.mean(-1), f), SAY.whole_vocabulary),
+            (partial(_over_vocabulary, lambda x: (x.exp() * x).sum(-1), f), SAY.no_tokens),
         )
     ),
-    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), NOT_FINITE) for f in NAIVE),
+    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY_03.not_finite) for f in NAIVE),
     *(
         (
             lambda z, tokens, e=epsilon: logprobs.token_logprobs(z, tokens).clamp(min=math.log(e)),
-            CUT_OFF,
+            SAY_03.cut_off,
         )
         for epsilon in EPSILONS
     ),
-    (lambda z, tokens: pick(z.softmax(-1), tokens), _PROBABILITIES),
-    (lambda z, tokens: _probs(z).log_prob(tokens), _LOGITS_AS_PROBS),
-    (lambda z, tokens: pick(z, tokens), _RAW_LOGITS),
-    (lambda z, tokens: pick(z.softmax(-1).log_softmax(-1), tokens), _TWO_SOFTMAXES),
+    (lambda z, tokens: pick(z.softmax(-1), tokens), SAY_03.probabilities),
+    (lambda z, tokens: _probs(z).log_prob(tokens), SAY.logits_as_probs),
+    (lambda z, tokens: pick(z, tokens), SAY_03.raw_logits),
+    (lambda z, tokens: pick(z.softmax(-1).log_softmax(-1), tokens), SAY_03.two_softmaxes),
 )
 _SAMPLED_MISTAKES = (
     *(
         (lambda curr, ref, tokens, f=f: _other_lookup((True, True), f, ref, curr, tokens), message)
         for f, message in (
-            (logprobs.token_logprobs, _PAIR_SWAPPED),
-            *((lambda z, tokens, f=f: pick(f(z, -1), tokens), _PAIR_SWAPPED) for f in NAIVE),
+            (logprobs.token_logprobs, SAY.pair_swapped),
+            *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
         )
     ),
-    (lambda curr, ref, tokens: _sampled_log_probs(curr, curr, tokens), _ONE_POLICY),
-    (lambda curr, ref, tokens: _sampled_log_probs(ref, ref, tokens), _ONE_POLICY),
+    (lambda curr, ref, tokens: _sampled_log_probs(curr, curr, tokens), SAY.one_policy),
+    (lambda curr, ref, tokens: _sampled_log_probs(ref, ref, tokens), SAY.one_policy),
     *(
         (partial(_other_lookup, which, of), message)
         for of, message in _LOOKUPS
@@ -224,7 +280,7 @@ def check_exact_kl(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     Example:
         >>> check_exact_kl(kl.exact_kl)
-        exact_kl: correct. Tested: one row and several, T = 1, policies that agree.
+        exact_kl: correct. Tested: one row and several, T = 1, policies that agree, gaps of 150.
     """
     check(EXACT_KL, fn)
 
@@ -238,6 +294,10 @@ def _of_log_softmax(of: Callable, curr: Tensor, ref: Tensor) -> Tensor:
     return of(curr.log_softmax(-1), ref.log_softmax(-1))
 
 
+def _with_epsilon(p: Tensor, q: Tensor, epsilon: float) -> Tensor:
+    return (p * ((p + epsilon) / (q + epsilon)).log()).sum(-1)
+
+
 _EQUAL = drawn(1, 2, 4, seed=16)
 _EXACT_CASES = (
     (_HAND_CURR, _HAND_REF),
@@ -246,80 +306,55 @@ _EXACT_CASES = (
     (_EQUAL, _EQUAL + 3),  # a constant changes no probability
 )
 
-_REVERSED = (
-    "it is the other direction, KL(reference‖policy). The penalty weighs each token by how often "
-    "the policy chooses it, so the policy stands first."
-)
-_SOFTMAX_AS_LOGITS = (
-    "probabilities are handed over as logits. A Categorical made from logits applies the softmax "
-    "itself; after a second one all tokens look nearly alike."
-)
-_UNWEIGHTED = (
-    "each token of the vocabulary counts alike, whether the policy chooses it always or never. The "
-    "KL is the mean of the log-ratio over what the policy samples: weigh it with p."
-)
-_AVERAGED = (
-    "the weighted terms are averaged over the vocabulary, but the weights p make a mean already: "
-    "add up. Divided by V the KL would shrink as the vocabulary grows."
-)
-_CROSS_ENTROPY = (
-    "it is the cross-entropy -Σ p log q. That is not 0 where the two agree; the KL is what it "
-    "exceeds the entropy of p by."
-)
-_ENTROPIES = (
-    "it is a difference of two entropies. Two policies may be equally unsure about quite different "
-    "tokens; the logarithms of both have to be weighed with the same p."
-)
-_NEGATIVE = (
-    "the sign is turned round. A KL is never negative: the policy's own logarithm is larger on "
-    "average over what it samples, so log q is subtracted from log p."
-)
-_REF_WEIGHTS = (
-    "the log-ratio is weighed with q, how often the reference chooses a token. That is minus the "
-    "KL of the other direction; weigh it with p."
-)
-_NOT_NORMALISED = (
-    "the logits themselves are subtracted. They are logarithms only up to a constant at each "
-    "position, another one for each policy: take the log-softmax first."
-)
-_OF_PROBABILITIES = (
-    "probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long way for the "
-    "KL, and from 0.5 to 0.6 a short one."
+_EXACT_FURTHER = (
+    (
+        (
+            torch.tensor([[[0.0, 150.0, 0.0], [40.0, 0.0, 20.0]]]),
+            torch.tensor([[[0.0, 0.0, 0.0], [0.0, 40.0, 0.0]]]),
+        ),
+        SAY.far_apart,
+    ),
 )
 _EXACT_MISTAKES = (
-    (lambda curr, ref: _exact_kl(ref, curr), _REVERSED),
-    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref.softmax(-1)), _SOFTMAX_AS_LOGITS),
-    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref), _SOFTMAX_AS_LOGITS),
-    (lambda curr, ref: _exact_kl(curr, ref.softmax(-1)), _SOFTMAX_AS_LOGITS),
-    (lambda curr, ref: kl_divergence(_probs(curr), _probs(ref)), _LOGITS_AS_PROBS),
-    (lambda curr, ref: kl_divergence(_probs(ref), _probs(curr)), _LOGITS_AS_PROBS),
-    (lambda curr, ref: kl_divergence(_probs(curr), Categorical(logits=ref)), _LOGITS_AS_PROBS),
-    (lambda curr, ref: kl_divergence(Categorical(logits=curr), _probs(ref)), _LOGITS_AS_PROBS),
-    (lambda curr, ref: -_exact_kl(curr, ref), _NEGATIVE),
+    (lambda curr, ref: _exact_kl(ref, curr), SAY.reversed),
+    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref.softmax(-1)), SAY.softmax_as_logits),
+    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref), SAY.softmax_as_logits),
+    (lambda curr, ref: _exact_kl(curr, ref.softmax(-1)), SAY.softmax_as_logits),
+    (lambda curr, ref: kl_divergence(_probs(curr), _probs(ref)), SAY.logits_as_probs),
+    (lambda curr, ref: kl_divergence(_probs(ref), _probs(curr)), SAY.logits_as_probs),
+    (lambda curr, ref: kl_divergence(_probs(curr), Categorical(logits=ref)), SAY.logits_as_probs),
+    (lambda curr, ref: kl_divergence(Categorical(logits=curr), _probs(ref)), SAY.logits_as_probs),
+    (lambda curr, ref: -_exact_kl(curr, ref), SAY.negative),
     *(
         (partial(_of_log_softmax, of), message)
         for of, message in (
             *(
-                (lambda p, q, sign=sign, of=of: of(sign * (p - q), -1), _UNWEIGHTED)
+                (lambda p, q, sign=sign, of=of: of(sign * (p - q), -1), SAY.unweighted)
                 for sign in (1, -1)
                 for of in (torch.mean, torch.sum)
             ),
-            (lambda p, q: (p.exp() * (p - q)).mean(-1), _AVERAGED),
-            (lambda p, q: -(p.exp() * q).sum(-1), _CROSS_ENTROPY),
-            (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), _ENTROPIES),
-            (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), _ENTROPIES),
-            (lambda p, q: (q.exp() * (p - q)).sum(-1), _REF_WEIGHTS),
-            (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), _OF_PROBABILITIES),
+            (lambda p, q: (p.exp() * (p - q)).mean(-1), SAY.averaged),
+            (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
+            *(
+                (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), SAY.far_apart)
+                for e in (1e-3, 1e-4, 1e-5)
+            ),
+            (lambda p, q: -(p.exp() * q).sum(-1), SAY.cross_entropy),
+            (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), SAY.entropies),
+            (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), SAY.entropies),
+            (lambda p, q: (q.exp() * (p - q)).sum(-1), SAY.ref_weights),
+            (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), SAY.of_probabilities),
         )
     ),
-    (lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1), _NOT_NORMALISED),
+    (lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1), SAY.not_normalised),
 )
 EXACT_KL = Exercise(
     "exact_kl",
     _exact_kl,
     _EXACT_CASES,
     _EXACT_MISTAKES,
-    tested="one row and several, T = 1, policies that agree",
+    tested="one row and several, T = 1, policies that agree, gaps of 150",
+    further=lambda fn: further_fault(EXACT_KL, _EXACT_FURTHER, fn, gradient=False, dtype=False),
     shape_hint="It is one number for each position: summed over the vocabulary, and over nothing "
     "else.",
 )
@@ -388,98 +423,52 @@ _ESTIMATE_CASES = (
     ),  # an estimate below 0, and a token on which both agree
 )
 
-_ESTIMATE_SWAPPED = (
-    "the two are subtracted the wrong way round. Over what the policy samples its own "
-    "log-probability is the larger one on average, so that log_probs_ref is what is taken off."
-)
-_PADDING_COUNTS = (
-    "padding counts. Nobody sampled those tokens, and their log-probabilities mean nothing; what "
-    "tells padding from tokens?"
-)
-_WRONG_DENOMINATOR = (
-    "padding is 0 in the sum, but counts in the denominator. The estimate would shrink with the "
-    "amount of padding, which is chance: divide by the number of real tokens."
-)
-_SUMMED = (
-    "it is the sum over all tokens of the batch, not their mean. It would grow with the batch; "
-    "divide by the number of real tokens."
-)
-_PER_RESPONSE = (
-    "the tokens of a response are added up, and only the responses averaged. Those are nats per "
-    "response, which the reward needs later; here nats per token are asked for."
-)
-_MEAN_OF_MEANS = (
-    "it is the mean of the responses' means. A token of a short response then weighs more than one "
-    "of a long response; the mean here is over all real tokens of the batch at once."
-)
-_ABSOLUTE = (
-    "an absolute value is taken. Some log-ratios are negative, and so may be their mean in a small "
-    "sample; only with both signs are they the KL on average, else too much."
-)
-_CUT_AT_0 = (
-    "what is negative is cut off at 0. The KL is never negative, but its estimate may be; to drop "
-    "the low ones makes it too large on average."
-)
-_SQUARED = (
-    "the log-ratio is squared. Half of that is the estimate k2, never negative and wrong on "
-    "average; here the log-ratio itself is asked for, k1."
-)
-_THIRD = (
-    "it is the estimate k3. It is right on average and never negative; here the log-ratio itself "
-    "is asked for, k1."
-)
-_RATIO = (
-    "it takes the ratio of the probabilities, not its logarithm. Where the two policies agree the "
-    "ratio is 1, and the KL is 0."
-)
-_WEIGHTED = (
-    "each token is weighed with its probability. The sampling has done that already: a likely "
-    "token comes up often. Weights are for a sum over the whole vocabulary."
-)
-_NO_REFERENCE = (
-    "the reference is missing. The mean log-probability of its own samples says how sure the "
-    "policy is; how far it has gone shows only beside the reference."
-)
-_QUOTIENT = (
-    "the log-probabilities are divided. The logarithm of a ratio is the difference of the "
-    "logarithms."
-)
 _K3 = partial(_other_term, lambda curr, ref: (ref - curr).exp() - 1 - (ref - curr))
 _ESTIMATE_MISTAKES = (
-    (lambda curr, ref, mask: estimate_kl(ref, curr, mask), _ESTIMATE_SWAPPED),
+    (lambda curr, ref, mask: estimate_kl(ref, curr, mask), SAY.estimate_swapped),
     *(
         (partial(_other_mean, of), message)
         for of, message in (
-            (lambda x, mask: -x.mean(), _ESTIMATE_SWAPPED),
-            (lambda x, mask: x.mean(), _PADDING_COUNTS),
-            (lambda x, mask: (x * mask).mean(), _WRONG_DENOMINATOR),
-            (lambda x, mask: (x * mask).sum(), _SUMMED),
-            (lambda x, mask: x.sum(), _SUMMED),
-            (lambda x, mask: (x * mask).sum(1).mean(), _PER_RESPONSE),
-            (lambda x, mask: x.sum(1).mean(), _PER_RESPONSE),
-            (lambda x, mask: mean_of_row(x, mask).mean(), _MEAN_OF_MEANS),
-            (lambda x, mask: token_mean(x, mask).abs(), _ABSOLUTE),
-            (lambda x, mask: token_mean(x.abs(), mask), _ABSOLUTE),
-            (lambda x, mask: token_mean(x, mask).clamp(min=0), _CUT_AT_0),
-            (lambda x, mask: token_mean(x.clamp(min=0), mask), _CUT_AT_0),
-            (lambda x, mask: token_mean(x.square(), mask), _SQUARED),
-            (lambda x, mask: token_mean(x.square() / 2, mask), _SQUARED),
-            (lambda x, mask: token_mean(x.exp(), mask), _RATIO),
+            (lambda x, mask: -x.mean(), SAY.estimate_swapped),
+            (lambda x, mask: x.mean(), SAY.padding_counts),
+            (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
+            (mean_by_grid, SAY_03.grid),
+            (lambda x, mask: x.gather(1, mask).mean(), SAY_03.integer_mask),
+            (lambda x, mask: (x * mask).sum(), SAY.summed),
+            (lambda x, mask: x.sum(), SAY.summed),
+            (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
+            (lambda x, mask: x.sum(1).mean(), SAY.per_response),
+            (lambda x, mask: mean_of_row(x, mask).mean(), SAY.mean_of_means),
+            (lambda x, mask: token_mean(x, mask).abs(), SAY.absolute),
+            (lambda x, mask: token_mean(x.abs(), mask), SAY.absolute),
+            (lambda x, mask: token_mean(x, mask).clamp(min=0), SAY.cut_at_0),
+            (lambda x, mask: token_mean(x.clamp(min=0), mask), SAY.cut_at_0),
+            (lambda x, mask: token_mean(x.square(), mask), SAY.squared),
+            (lambda x, mask: token_mean(x.square() / 2, mask), SAY.squared),
+            (lambda x, mask: token_mean(x.exp(), mask), SAY.ratio),
         )
     ),
     *(
         (partial(_other_term, of), message)
         for of, message in (
-            (lambda curr, ref: curr.exp() - ref.exp(), _OF_PROBABILITIES),
-            (lambda curr, ref: curr.exp() * (curr - ref), _WEIGHTED),
-            (lambda curr, ref: curr, _NO_REFERENCE),
-            (lambda curr, ref: -curr, _NO_REFERENCE),
-            (lambda curr, ref: curr / ref, _QUOTIENT),
+            (lambda curr, ref: curr.exp() - ref.exp(), SAY.of_probabilities),
+            (lambda curr, ref: curr.exp() * (curr - ref), SAY.weighted),
+            (lambda curr, ref: curr, SAY.no_reference),
+            (lambda curr, ref: -curr, SAY.no_reference),
+            (lambda curr, ref: curr / ref, SAY.quotient),
         )
     ),
-    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), _WEIGHTED),
-    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), _WEIGHTED),
-    (_K3, _THIRD),
+    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY.weighted),
+    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY.weighted),
+    (_K3, SAY.third),
+    *(
+        (lambda curr, ref, mask, of=of, n=n: of(curr, ref, mask) / n(mask), SAY_04.half_masked)
+        for of in (
+            lambda curr, ref, mask: (curr - ref * mask).sum(),
+            lambda curr, ref, mask: (curr * mask - ref).sum(),
+        )
+        for n in (lambda mask: mask.sum(), lambda mask: mask.numel())
+    ),
 )
 ESTIMATE_KL = Exercise(
     "estimate_kl",
@@ -565,112 +554,68 @@ _FINAL_CASES = (
     case_of_odds([0.7], [[2.0, 0.5, 3.0]], [[1, 1, 0]], 0.0),
 )
 
-_PAID_OUT = (
-    "the penalty is paid out. A response that the policy likes better than the reference does must "
-    "lose by it: check the minus, and which of the two is subtracted from which."
-)
-_PADDING_CHARGED = (
-    "padding is charged. Nobody sampled those tokens, and a short response would pay for what "
-    "stands behind its end."
-)
-_MEAN = (
-    "it is the mean of the log-ratio over a response, not the sum. The log-ratio of a whole "
-    "response is the sum over its tokens; with the mean, a long response could go far for little."
-)
-_SAME_FOR_ALL = (
-    "all responses pay the same, the mean over the batch. Then the penalty moves no response "
-    "against another, and nothing is learnt from it: each pays for its own tokens."
-)
-_BATCH_SUM = (
-    "each response pays for the whole batch. The sum runs over its own tokens only, along the "
-    "second dimension."
-)
-_REWARD_SCALED = (
-    "the reward is multiplied by β too. β is the price of a nat; with both scaled it changes "
-    "nothing in which response is better."
-)
-_REWARD_ONLY = (
-    "β has changed sides: it multiplies the reward, and the KL is left without it. β is the price "
-    "of a nat."
-)
-_ONE_OF_TWO = (
-    "β multiplies one of the two log-probabilities only; look at the brackets. Where policy and "
-    "reference agree nothing would cancel, and the penalty would not be 0."
-)
-_NO_BETA = (
-    "the KL is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the reward "
-    "may remain."
-)
-_NO_PENALTY = (
-    "there is no penalty at all, only the reward. What keeps the policy near the reference then?"
-)
-_NO_REWARD = (
-    "there is no reward, only the penalty. The best that the policy could do is to stay where it "
-    "is; take the penalty off the reward."
-)
-_REWARD_AT_EACH = (
-    "the reward is counted once for every token. It is given once, for the whole response."
-)
-_SHARED_OUT = (
-    "the reward is multiplied by 1 − β. β is the price of a nat, not a share: take β times the KL "
-    "off the reward, and leave the reward as it is."
-)
-_LAST_ONLY = (
-    "only the last token pays. The score is known there, but every token of the response has its "
-    "part in the KL."
-)
 _FINAL_MISTAKES = (
     *(
         (partial(_other_kl, of), message)
         for of, message in (
-            (lambda curr, ref, mask: _row_sum(ref - curr, mask), _PAID_OUT),
-            (lambda curr, ref, mask: (ref - curr).sum(1), _PAID_OUT),
-            (lambda curr, ref, mask: (curr - ref).sum(1), _PADDING_CHARGED),
-            (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], _MEAN),
-            (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), _MEAN),
-            (lambda curr, ref, mask: (curr - ref).mean(1), _MEAN),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), _SAME_FOR_ALL),
-            (lambda curr, ref, mask: token_mean(curr - ref, mask), _SAME_FOR_ALL),
-            (lambda curr, ref, mask: (curr - ref).mean(), _SAME_FOR_ALL),
-            (lambda curr, ref, mask: ((curr - ref) * mask).mean(), _SAME_FOR_ALL),
-            (lambda curr, ref, mask: ((curr - ref) * mask).sum(), _BATCH_SUM),
-            (lambda curr, ref, mask: _row_sum(curr.exp() - ref.exp(), mask), _OF_PROBABILITIES),
-            (lambda curr, ref, mask: _row_sum(curr.exp() * (curr - ref), mask), _WEIGHTED),
-            (lambda curr, ref, mask: _row_sum((curr - ref).exp(), mask), _RATIO),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).exp(), _RATIO),
-            (lambda curr, ref, mask: _row_sum((curr - ref).abs(), mask), _ABSOLUTE),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).abs(), _ABSOLUTE),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).clamp(min=0), _CUT_AT_0),
-            (lambda curr, ref, mask: _row_sum((curr - ref).clamp(min=0), mask), _CUT_AT_0),
-            (lambda curr, ref, mask: _row_sum((curr - ref).square(), mask), _SQUARED),
-            (lambda curr, ref, mask: _row_sum((curr - ref).square() / 2, mask), _SQUARED),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).square(), _SQUARED),
-            (lambda curr, ref, mask: _row_sum((ref - curr).exp() - 1 - ref + curr, mask), _THIRD),
-            (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), _LAST_ONLY),
-            (lambda curr, ref, mask: 0 * curr[:, 0], _NO_PENALTY),
-            (lambda curr, ref, mask: _row_sum(curr, mask), _NO_REFERENCE),
+            (lambda curr, ref, mask: _row_sum(ref - curr, mask), SAY.paid_out),
+            (lambda curr, ref, mask: (ref - curr).sum(1), SAY.paid_out),
+            (lambda curr, ref, mask: (curr - ref).sum(1), SAY.padding_charged),
+            (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], SAY.mean),
+            (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), SAY.mean),
+            (lambda curr, ref, mask: (curr - ref).mean(1), SAY.mean),
+            (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), SAY.same_for_all),
+            (lambda curr, ref, mask: token_mean(curr - ref, mask), SAY.same_for_all),
+            (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
+            (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
+            (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
+            (lambda curr, ref, mask: _row_sum(curr.exp() - ref.exp(), mask), SAY.of_probabilities),
+            (lambda curr, ref, mask: _row_sum(curr.exp() * (curr - ref), mask), SAY.weighted),
+            (lambda curr, ref, mask: _row_sum((curr - ref).exp(), mask), SAY.ratio),
+            (lambda curr, ref, mask: _row_sum(curr - ref, mask).exp(), SAY.ratio),
+            (lambda curr, ref, mask: _row_sum((curr - ref).abs(), mask), SAY.absolute),
+            (lambda curr, ref, mask: _row_sum(curr - ref, mask).abs(), SAY.absolute),
+            (lambda curr, ref, mask: _row_sum(curr - ref, mask).clamp(min=0), SAY.cut_at_0),
+            (lambda curr, ref, mask: _row_sum((curr - ref).clamp(min=0), mask), SAY.cut_at_0),
+            (lambda curr, ref, mask: _row_sum((curr - ref).square(), mask), SAY.squared),
+            (lambda curr, ref, mask: _row_sum((curr - ref).square() / 2, mask), SAY.squared),
+            (lambda curr, ref, mask: _row_sum(curr - ref, mask).square(), SAY.squared),
+            (
+                lambda curr, ref, mask: _row_sum((ref - curr).exp() - 1 - ref + curr, mask),
+                SAY.third,
+            ),
+            (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
+            (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
+            (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
+            (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
+            (lambda curr, ref, mask: 0 * curr[:, 0], SAY.no_penalty),
+            (lambda curr, ref, mask: _row_sum(curr, mask), SAY.no_reference),
         )
     ),
     *(
         (partial(_other_price, of), message)
         for of, message in (
-            (lambda rewards, kl, beta: beta * (rewards - kl), _REWARD_SCALED),
-            (lambda rewards, kl, beta: beta * rewards - kl, _REWARD_ONLY),
-            (lambda rewards, kl, beta: rewards - kl, _NO_BETA),
-            (lambda rewards, kl, beta: -beta * kl, _NO_REWARD),
-            (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, _SHARED_OUT),
+            (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
+            (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
+            (lambda rewards, kl, beta: rewards - kl, SAY.no_beta),
+            (lambda rewards, kl, beta: -beta * kl, SAY.no_reward),
+            (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
         )
     ),
     *(
         (lambda r, curr, ref, mask, beta, of=of: r - _row_sum(of(curr, ref, beta), mask), message)
         for of, message in (
-            (lambda curr, ref, beta: beta * curr - ref, _ONE_OF_TWO),
-            (lambda curr, ref, beta: curr - beta * ref, _ONE_OF_TWO),
+            (lambda curr, ref, beta: beta * curr - ref, SAY.one_of_two),
+            (lambda curr, ref, beta: curr - beta * ref, SAY.one_of_two),
         )
+    ),
+    *(
+        (lambda *case, beta=beta: final_reward(*case[:4], beta), SAY_04.fixed_beta)
+        for beta in FIXED_BETAS
     ),
     (
         lambda r, curr, ref, mask, beta: _row_sum(r[:, None] - beta * (curr - ref), mask),
-        _REWARD_AT_EACH,
+        SAY.reward_at_each,
     ),
 )
 FINAL_REWARD = Exercise(
