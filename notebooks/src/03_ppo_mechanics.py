@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.nn.functional import log_softmax
 
-from rlhf_helpers import plots, ppo
+from rlhf_helpers import losses, plots
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.logprobs import response_logprobs
@@ -132,12 +132,12 @@ def play(loss_of, steps=8, rate=4.0, batches=40, runs=100):
 # clips that ratio.
 
 # %%
-losses = {
+objectives = {
     "REINFORCE": lambda new, old, A: -(A * new).mean(),
     "ratio": lambda new, old, A: -(A * (new - old).exp()).mean(),
-    "PPO": lambda new, old, A: ppo.policy_loss(new, old, A, torch.ones_like(A))[0],
+    "PPO": lambda new, old, A: losses.policy_loss(new, old, A, torch.ones_like(A))[0],
 }
-runs = {name: play(loss) for name, loss in losses.items()}
+runs = {name: play(loss) for name, loss in objectives.items()}
 series = {name: curves.mean(0).tolist() for name, curves in runs.items()}
 fig = plots.lines(series, "batches", "mean reward, of 100 runs")
 ends = ", ".join(f"{name} {curve[-1]:.2f}" for name, curve in series.items())
@@ -149,12 +149,12 @@ for name, curves in runs.items():
     print(
         f"{name:10} above 0.95 in {found[name]:2} of 100 runs, the worst ends at {curves[:, -1].min():.2f}"
     )
-small = [play(loss, rate=0.1)[:, -1].mean().item() for loss in losses.values()]
+small = [play(loss, rate=0.1)[:, -1].mean().item() for loss in objectives.values()]
 print("steps of a fortieth of the size: mean", [round(x, 3) for x in small])
-once = play(losses["PPO"], steps=1)
+once = play(objectives["PPO"], steps=1)
 print(f"one step on each batch: {(once[:, -1] > 0.95).sum()};", end=" ")
-print(f"as the ratio without clip: {torch.equal(once, play(losses['ratio'], steps=1))}")
-quarter = [play(losses["PPO"], steps, rate=1.0)[:, 10].mean().item() for steps in (8, 1)]
+print(f"as the ratio without clip: {torch.equal(once, play(objectives['ratio'], steps=1))}")
+quarter = [play(objectives["PPO"], steps, rate=1.0)[:, 10].mean().item() for steps in (8, 1)]
 print(
     "steps of a quarter of the size, mean after 10 batches: PPO with eight on each batch", end=" "
 )
@@ -193,7 +193,7 @@ assert found["PPO"] > found["REINFORCE"] > found["ratio"] and quarter[0] > quart
 def objective_and_slope(ratio, advantage, epsilon):
     one, old = torch.ones(1, 1), torch.tensor([[0.5]]).log()
     new = (old + torch.tensor(ratio).log()).requires_grad_()
-    loss, _ = ppo.policy_loss(new, old, advantage * one, one, clip=epsilon)
+    loss, _ = losses.policy_loss(new, old, advantage * one, one, clip=epsilon)
     (slope,) = torch.autograd.grad(loss, new)
     return -loss.item(), -slope.item() / ratio  # with respect to the ratio
 
@@ -229,7 +229,7 @@ for advantage, flat in ((1, "above 1 + ε"), (-1, "below 1 − ε")):
 
 # %% tags=["nbval-check-output"]
 policy, reference = torch.tensor([[0.5, 0.2, 0.3]]).log(), torch.tensor([[0.25, 0.2, 0.6]]).log()
-rewards = ppo.shape_rewards(torch.tensor([2.0]), policy, reference, torch.ones(1, 3), beta=0.1)
+rewards = losses.shape_rewards(torch.tensor([2.0]), policy, reference, torch.ones(1, 3), beta=0.1)
 print([round(x, 4) for x in rewards[0].tolist()], "= -0.1 log 2, 0, 2 + 0.1 log 2")
 
 # %% [markdown]
@@ -265,7 +265,7 @@ for delta in reversed(deltas[0].tolist()):
     by_hand.insert(0, round(advantage, 4))
 print("λ = 0.5, by hand   ", by_hand)
 for lam in (0.5, 0.0, 1.0):
-    advantages, returns = ppo.gae(rewards, values, torch.ones(1, 4), lam=lam)
+    advantages, returns = losses.gae(rewards, values, torch.ones(1, 4), lam=lam)
     print(f"λ = {lam}: advantages", [round(x, 4) for x in advantages[0].tolist()], end=" ")
     print("returns", [round(x, 4) for x in returns[0].tolist()])
 
@@ -275,12 +275,12 @@ for lam in (0.5, 0.0, 1.0):
 # how the helper computes it.
 
 # %%
-weights = ppo.gae_weights(8, 0.7)
+weights = losses.gae_weights(8, 0.7)
 columns, rows = [f"A at {t}" for t in range(8)], [f"δ at {t}" for t in range(8)]
 fig = plots.heat_map(weights.tolist(), columns, rows, "weight")
 alt = "A triangle: a TD error weighs 1 at its own token, and 0.7 of that with each token before."
 plots.show(fig, alt=alt)
-by_matrix = deltas @ ppo.gae_weights(4, 0.5).float()
+by_matrix = deltas @ losses.gae_weights(4, 0.5).float()
 print("advantages as a product:", [round(x, 4) for x in by_matrix[0].tolist()])
 
 # %% [markdown]
@@ -295,8 +295,10 @@ beta = 0.1
 with torch.no_grad():
     ids, attention = rollout.input_ids, rollout.attention_mask
     values = roles.values("reward", ids, attention)[:, P - 1 : -1]
-rewards = ppo.shape_rewards(scores, logprobs, logprobs, mask, beta)  # the policy is the reference
-advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, lam=0.95)
+rewards = losses.shape_rewards(
+    scores, logprobs, logprobs, mask, beta
+)  # the policy is the reference
+advantages, returns = losses.gae(rewards, values, mask, gamma=1.0, lam=0.95)
 best = int(scores.argmax())
 words = tokenizer.convert_ids_to_tokens(ids[best, P:][real[best]].tolist())
 print(prompts[best])
@@ -336,7 +338,7 @@ plots.show(fig, alt=alt + "The reward is 0 but for the last token; the advantage
 # %% tags=["nbval-check-output"]
 old, target, one = torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1)
 for value in (0.1, 0.2, 0.5, -0.5):
-    loss, stats = ppo.value_loss(torch.tensor([[value]]), old, target, one, clip=0.2)
+    loss, stats = losses.value_loss(torch.tensor([[value]]), old, target, one, clip=0.2)
     print(f"says {value:4}: loss {loss:.3f}, clipped {stats['clip_fraction']:.0%}")
 
 # %% [markdown]
@@ -350,10 +352,10 @@ for value in (0.1, 0.2, 0.5, -0.5):
 # critic is partly judged against itself.)
 
 # %%
-white = ppo.whiten(advantages, mask)
+white = losses.whiten(advantages, mask)
 for name, numbers in (("advantages", advantages[real]), ("whitened", white[real])):
     print(f"{name:10} mean {numbers.mean():+.3f}, standard deviation {numbers.std():.3f}")
-untrained = ppo.value_loss(values, values, returns, mask)[1]["explained_variance"]
+untrained = losses.value_loss(values, values, returns, mask)[1]["explained_variance"]
 print(f"explained variance of the untrained critic {untrained:.2f},", end=" ")
 print(f"mean of R - V {(returns - values)[real].mean():.2f}")
 
@@ -427,11 +429,11 @@ print(f"mean ratio {ratio.mean():.2f}, outside of the clip {outside:.0%}, before
 
 # %%
 A = scores[:, None] * mask.float()
-loss, stats = ppo.policy_loss(logprobs, logprobs, A, mask)
+loss, stats = losses.policy_loss(logprobs, logprobs, A, mask)
 print(f"mean ratio {stats['ratio']}, clipped {stats['clip_fraction']:.0%}, loss {loss:.4f}")
-priced = ppo.shape_rewards(scores, logprobs, base_logprobs, mask, beta=0.1)
+priced = losses.shape_rewards(scores, logprobs, base_logprobs, mask, beta=0.1)
 A = priced.sum(-1, keepdim=True) * mask.float()
-loss, _ = ppo.policy_loss(logprobs, logprobs, A, mask)
+loss, _ = losses.policy_loss(logprobs, logprobs, A, mask)
 print(f"with the price of KL in the reward: loss {loss:.4f}")
 
 # %% [markdown]
@@ -443,12 +445,12 @@ print(f"with the price of KL in the reward: loss {loss:.4f}")
 roles.add("policy", copy_of="sft")
 optimizer = torch.optim.Adam(roles.parameters("policy").values(), lr=1e-3)
 new = response_logprobs(roles.use("policy"), ids, attention, T)
-ppo.policy_loss(new, logprobs, A, mask)[0].backward()
+losses.policy_loss(new, logprobs, A, mask)[0].backward()
 optimizer.step()
 with torch.no_grad():
     new = response_logprobs(roles.use("policy"), ids, attention, T)
 for name, old in (("kept", logprobs), ("computed anew", new)):
-    _, stats = ppo.policy_loss(new, old, A, mask)
+    _, stats = losses.policy_loss(new, old, A, mask)
     print(f"old {name:13}: mean ratio {stats['ratio']:.3f}, clipped {stats['clip_fraction']:.0%}")
 
 # %% [markdown]
@@ -459,12 +461,12 @@ for name, old in (("kept", logprobs), ("computed anew", new)):
 # whitened. How many responses have tokens of both signs?
 
 # %%
-shared, targets = ppo.gae(priced, values, mask, gamma=1.0, lam=0.95)
-versions = {"the outcome": A, "GAE": shared, "GAE, whitened": ppo.whiten(shared, mask)}
+shared, targets = losses.gae(priced, values, mask, gamma=1.0, lam=0.95)
+versions = {"the outcome": A, "GAE": shared, "GAE, whitened": losses.whiten(shared, mask)}
 for name, numbers in versions.items():
     positive = [(row[keep] > 0).float().mean() for row, keep in zip(numbers, real, strict=True)]
     both = sum(bool(0 < share < 1) for share in positive)
-    loss, _ = ppo.policy_loss(logprobs, logprobs, numbers, mask)
+    loss, _ = losses.policy_loss(logprobs, logprobs, numbers, mask)
     print(f"{name:14} loss {loss:+.4f}, tokens of both signs in {both} of {len(prompts)} responses")
 
 # %% [markdown]
@@ -505,7 +507,7 @@ with torch.no_grad():
     new = response_logprobs(roles.use("fresh"), ids, attention, T)
     cold = response_logprobs(roles.use("fresh"), ids, attention, T, temperature=0.7)
 for name, scored in (("as it should be", new), ("the new one scored at temperature 0.7", cold)):
-    _, stats = ppo.policy_loss(scored, logprobs, ppo.whiten(shared, mask), mask)
+    _, stats = losses.policy_loss(scored, logprobs, losses.whiten(shared, mask), mask)
     kl = (scored - logprobs)[real].sum().item() / len(prompts)
     print(f"{name}: ratio {stats['ratio']:.4f}, clipped {stats['clip_fraction']:.0%}, KL {kl:.4f}")
 assert torch.equal(new, logprobs)

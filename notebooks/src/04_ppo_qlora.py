@@ -474,8 +474,8 @@ plots.show(
 
 # %% [markdown]
 # The first row is in nats, the second in units of the score, the third in standard deviations. A value stands
-# *before* its token: 1.54 is what the critic expects before "nine", 1.06 once it is said, and 0.09 after the full
-# stop that follows; the score is 0.44. So it sees a part of the fault at once and most of it a token later, and then
+# *before* its token: about 1.5 is what the critic expects before "nine", 1.1 once it is said, and next to nothing after
+# the full stop that follows; the score is 0.44. So it sees a part of the fault at once and most of it a token later, and then
 # thinks too little of the rest. GAE looks ahead: of all tokens "nine" gets the most blame. Most of the KL is in two
 # tokens: to end that sentence there, and to begin a courtesy.
 #

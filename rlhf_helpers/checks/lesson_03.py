@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rlhf_helpers import logprobs, ppo
+from rlhf_helpers import logprobs, losses
 from rlhf_helpers.checks.exercise import (
     EPSILONS,
     Exercise,
@@ -451,13 +451,13 @@ def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor,
     Where it shows a result, the advantages stand first and the returns below.
 
     Args:
-        fn: returns advantages and returns, `[B, T]` each, float32, as `rlhf_helpers.ppo.gae` does.
+        fn: returns advantages and returns, `[B, T]` each, float32, as `losses.gae` does.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
-        >>> check_gae(ppo.gae)
+        >>> check_gae(losses.gae)
         gae: correct. Tested: padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1.
     """
     check_pair(GAE, fn, ("the advantages", "the returns"))
@@ -466,7 +466,7 @@ def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor,
 def _gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    return torch.stack(ppo.gae(rewards, values, response_mask, gamma, lam))
+    return torch.stack(losses.gae(rewards, values, response_mask, gamma, lam))
 
 
 def _next(values: Tensor) -> Tensor:
@@ -474,7 +474,7 @@ def _next(values: Tensor) -> Tensor:
 
 
 def _sum_up(deltas: Tensor, decay: float) -> Tensor:
-    return deltas @ ppo.gae_weights(deltas.shape[1], decay).to(deltas)
+    return deltas @ losses.gae_weights(deltas.shape[1], decay).to(deltas)
 
 
 def _with_values(advantages: Tensor, values: Tensor) -> Tensor:
@@ -504,7 +504,7 @@ def _other_decay(decay: Callable) -> Callable:
 
 def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam):
     """The right advantages, with other returns."""
-    advantages, _ = ppo.gae(rewards, values, mask, gamma, lam)
+    advantages, _ = losses.gae(rewards, values, mask, gamma, lam)
     returns = of(rewards * mask, values * mask, advantages, gamma)
     return torch.stack([advantages, returns * mask])
 
@@ -602,7 +602,7 @@ def _whitened(
     where: tuple[bool, bool], correction: int, everywhere: bool, rewards, values, mask, gamma, lam
 ) -> Tensor:
     """gae with whitened advantages as the result, or in the returns, or both (`where`)."""
-    plain, _ = ppo.gae(rewards, values, mask, gamma, lam)
+    plain, _ = losses.gae(rewards, values, mask, gamma, lam)
     white = _white(plain, mask, correction, everywhere)
     shown, used = (white if whiten else plain for whiten in where)
     return torch.stack([shown, used + values]) * mask
@@ -691,7 +691,7 @@ _GAE_MISTAKES = (
     (_other_decay(lambda gamma, lam: 1), SAY.no_weights),
     (
         lambda r, v, mask, gamma, lam: _with_values(
-            gamma * lam * ppo.gae(r, v, mask, gamma, lam)[0], v * mask
+            gamma * lam * losses.gae(r, v, mask, gamma, lam)[0], v * mask
         ),
         SAY.too_small,
     ),
@@ -728,7 +728,7 @@ def check_policy_loss(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tens
     """Check the learner's `policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)`.
 
     Args:
-        fn: returns a scalar, float32, the first of what `rlhf_helpers.ppo.policy_loss` returns.
+        fn: returns a scalar, float32, the first of what `rlhf_helpers.losses.policy_loss` returns.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
@@ -743,7 +743,7 @@ def check_policy_loss(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tens
 def _policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip: float
 ) -> Tensor:
-    return ppo.policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)[0]
+    return losses.policy_loss(logprobs, old_logprobs, advantages, response_mask, clip)[0]
 
 
 def token_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from rlhf_helpers import ppo
+from rlhf_helpers import losses
 from rlhf_helpers.base import NF4_BLOCK
 from rlhf_helpers.checks.exercise import (
     NOT_ATTEMPTED,
@@ -620,13 +620,13 @@ def check_shape_rewards(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Te
     """Check the learner's `shape_rewards(scores, logprobs, ref_logprobs, response_mask, beta)`.
 
     Args:
-        fn: returns `[B, T]`, as `rlhf_helpers.ppo.shape_rewards` with k1 does.
+        fn: returns `[B, T]`, as `rlhf_helpers.losses.shape_rewards` with k1 does.
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
     Example:
-        >>> check_shape_rewards(ppo.shape_rewards)
+        >>> check_shape_rewards(losses.shape_rewards)
         shape_rewards: correct. Tested: padding, full rows, EOS alone, β 0 to 1, log-ratios of ±8.
     """
     check(SHAPE_REWARDS, fn)
@@ -635,7 +635,7 @@ def check_shape_rewards(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Te
 def _shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float
 ) -> Tensor:
-    return ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
+    return losses.shape_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
 
 
 def last_token(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from rlhf_helpers import kl, logprobs, ppo
+from rlhf_helpers import kl, logprobs, losses
 from rlhf_helpers.checks.exercise import EPSILONS, Exercise, check, check_pair, texts
 from rlhf_helpers.checks.lesson_03 import (
     NAIVE,
@@ -501,9 +501,10 @@ def final_reward(
     Returns:
         `[B]`.
 
-    Derived in lesson 05; `ppo.shape_rewards` shares it out among the tokens.
+    Derived in lesson 05; `losses.shape_rewards` shares it out among the tokens.
     """
-    rewards = ppo.shape_rewards(rewards_model, log_probs_curr, log_probs_ref, response_mask, beta)
+    logprobs_of_both = (log_probs_curr, log_probs_ref)
+    rewards = losses.shape_rewards(rewards_model, *logprobs_of_both, response_mask, beta)
     return rewards.sum(-1)
 
 
