@@ -182,7 +182,7 @@ def call(exercise: Exercise, fn: Callable, arguments: tuple) -> Any:
             return ...
         print(f"{exercise.name}: {type(error).__name__}{_learner_line(error, fn)}")
         hint = exercise.size_hint if re.search("shape|size", str(error)) else ""
-        if isinstance(error, IndexError) and any("mask" in n for n in _argument_names(exercise)):
+        if isinstance(error, IndexError) and "mask]" in _learner_line(error, fn):
             hint = "Integers in square brackets are row numbers; a mask there has to be bool.\n"
         print(f"on this call:\n{show(exercise, case)}\n{hint}The traceback follows.")
         raise
