@@ -234,7 +234,25 @@ def mask_by_a_float(input_ids, attention_mask, prompt_length):
 
 
 FLOAT_LABELS = "the values are right, but their type is torch.float32."
+
+
+def until_the_number_of_real_tokens(input_ids, attention_mask, prompt_length):
+    labels = torch.full_like(input_ids, -100)
+    for b, n in enumerate(attention_mask.sum(1).tolist()):
+        labels[b, prompt_length:n] = input_ids[b, prompt_length:n]
+    return labels
+
+
+def padding_is_0(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    labels[:, :prompt_length] = -100
+    labels[attention_mask == 0] = 0
+    return labels
+
+
 MASK_MISTAKES = {
+    until_the_number_of_real_tokens: "the end of a row is taken to be the number",
+    padding_is_0: "ignored positions hold 0",
     lambda input_ids, mask, prompt_length: torch.full(
         input_ids.shape, -100
     ): "everything is ignored.",
@@ -299,7 +317,16 @@ def mask_by_arithmetic(input_ids, attention_mask, prompt_length):
     return torch.cat([prompt, response], dim=1)
 
 
-MASK_RIGHT = [mask_by_loops, mask_in_place_on_a_clone, mask_by_where, mask_by_arithmetic]
+MASK_RIGHT = [
+    lambda ids, mask, p: (ids * mask - 100 * (1 - mask)).index_fill(1, torch.arange(p), -100),
+    lambda ids, mask, p: torch.cat(
+        [torch.full_like(ids[:, :p], -100), torch.where(mask[:, p:] > 0, ids[:, p:], -100)], 1
+    ),
+    mask_by_loops,
+    mask_in_place_on_a_clone,
+    mask_by_where,
+    mask_by_arithmetic,
+]
 
 
 # --- lora_forward, wrong ---
@@ -513,6 +540,8 @@ def lora_in_float32(x, weight, lora_A, lora_B, alpha):
 
 
 LORA_RIGHT = [
+    lambda x, w, a, b, alpha: F.linear(x, w.addmm(b, a, alpha=alpha / len(a))),
+    lambda x, w, a, b, alpha: F.linear(F.linear(x * (alpha / b.size(1)), a), b) + F.linear(x, w),
     lora_by_linear,
     lora_materialised,
     lora_by_einsum,
@@ -538,6 +567,7 @@ def last_only(shapes, rank):
 
 SQUARE = "every layer is taken to be square"
 PARAMETER_MISTAKES = [
+    ("the rank is multiplied twice", lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes)),
     ("the brackets are missing", lambda shapes, rank: sum(rank * i + o for o, i in shapes)),
     ("the brackets are missing", lambda shapes, rank: sum(i + rank * o for o, i in shapes)),
     ("only A is counted.", lambda shapes, rank: sum(rank * s[1] for s in shapes)),
@@ -590,6 +620,7 @@ def parameters_of_real_matrices(shapes, rank):
 
 
 PARAMETERS_RIGHT = [
+    lambda shapes, rank: int(torch.tensor(shapes).sum() * rank),
     parameters_by_loop,
     parameters_of_real_matrices,
     lambda shapes, rank: rank * sum(map(sum, shapes)),
@@ -738,6 +769,9 @@ def bytes_of_real_tensors(weights, double_quant=True):
 
 
 BYTES_RIGHT = [
+    lambda n, double_quant=True: (
+        up(n, 2) + (up(n, 64) + 4 * up(n, 64 * 256) if double_quant else up(n, 64) << 2)
+    ),
     bytes_by_loop,
     bytes_of_real_tensors,
     lambda n, double=True: (
@@ -1112,6 +1146,8 @@ def accuracy_by_loop(chosen, rejected):
 
 
 ACCURACY_RIGHT = [
+    lambda c, r: torch.heaviside(c.double() - r.double(), torch.tensor(0.5).double()).mean(),
+    lambda c, r: ((torch.sign(c - r) + 1) / 2).mean().item(),
     accuracy_by_loop,
     lambda c, r: ((c > r).float() + (c >= r).float()).mean() / 2,
     lambda c, r: (torch.sign(c - r).mean().item() + 1) / 2,
@@ -1220,7 +1256,7 @@ def kept_from_call_to_call():
 
     def answer(chosen, rejected):
         calls.append(chosen)
-        return 0.0 if len(calls) > 7 else reward.pair_accuracy(chosen, rejected)
+        return 0.0 if len(calls) > 9 else reward.pair_accuracy(chosen, rejected)
 
     return answer
 

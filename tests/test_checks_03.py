@@ -228,6 +228,14 @@ def in_place_on_a_clone_of_logits(logits, input_ids, response_length):
 
 
 TOKEN_RIGHT = [
+    lambda z, ids, n: torch.distributions.Categorical(logits=z[:, :-1]).log_prob(ids[:, 1:])[
+        :, -n:
+    ],
+    lambda z, ids, n: (
+        -F.cross_entropy(z[:, :-1].mT, ids[:, 1:], reduction="none").narrow(
+            1, z.shape[1] - 1 - n, n
+        )
+    ),
     looked_up(1),
     shifted_then_cut_at_the_end,
     by_one_hot,
@@ -490,6 +498,10 @@ def time_first(rewards, values, response_mask, gamma, lam):
 
 GAE_MISTAKES = [
     ("time is taken for the first dimension", time_first),
+    (
+        "the returns add the token's own reward",
+        lambda r, v, m, *x: ((a := right_loop(r, v, m, *x)[0]), (a + r) * m),
+    ),
     ("λ is 0.95 whatever the argument lam says", lambda *x: right_loop(*x[:4], 0.95)),
     (PAST_EOS, columns(mask_delta=True, mask_results=True)),
     (PAST_EOS, columns(mask_delta=True)),

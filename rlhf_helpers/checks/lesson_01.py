@@ -142,6 +142,10 @@ one_block_without_constant: a tensor of one block lacks its constant. Part of 25
     as well, even a single scale.
 blocks_exchanged: the two block sizes have changed places. A scale is for 64 weights, a constant for
     256 scales.
+rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
+    once, so that twice the rank is twice the parameters.
+end_by_count: the end of a row is taken to be the number of its real tokens. Padding on the left
+    moves every token to the right, so that a left-padded row loses the end of its response.
 """)
 
 # --- lesson 01: the labels of the response ---------------------------------------------------
@@ -258,6 +262,7 @@ _MASK_MISTAKES = (
         lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, -1, ids),
         SAY.ignored_hold_minus_1,
     ),
+    (lambda ids, mask, p: mask * mask_prompt(ids, mask, p), SAY.ignored_hold_0),
     (lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE, SAY.mask_returned),
     (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), SAY.shifted),
     (lambda ids, mask, p: _keep(ids.roll(-1, 1), (_columns(ids) >= p) & (mask == 1)), SAY.shifted),
@@ -270,6 +275,7 @@ _MASK_MISTAKES = (
             (lambda ids, m, t, p: (t >= p) & (ids != 0), SAY.token_0_as_padding),
             (lambda ids, m, t, p: (t >= p) & (ids * m != 0), SAY.real_token_0_ignored),
             (lambda ids, m, t, p: t >= p, SAY.padding_counts),
+            (lambda ids, m, t, p: (t >= p) & (t < m.sum(1, True)), SAY.end_by_count),
             (lambda ids, m, t, p: (t >= p) & (m == 0), SAY.only_padding_has_labels),
             (lambda ids, m, t, p: (t < p) & (m == 1), SAY.inverted),
             (lambda ids, m, t, p: t < p, SAY.inverted),
@@ -511,6 +517,7 @@ LORA_PARAMETERS = Exercise(
             lambda shapes, rank: sum(o + i for o, i in shapes),
             "the rank is missing. out + in is the number for rank 1.",
         ),
+        (lambda shapes, rank: rank * rank * sum(map(sum, shapes)), SAY.rank_squared),
         (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY.no_brackets),
         (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY.no_brackets),
         (lambda shapes, rank: sum(2 * rank * i for _, i in shapes), SAY.square),

@@ -207,6 +207,8 @@ grid: the sums and the counts have different shapes, [B] and [B, 1], so that eac
     divided by the length of every other, too.
 integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
     places are counted again and again. Make it bool, or multiply by it.
+rewards_added: the returns add the token's own reward. An advantage is a return less the value at
+    its token; add that.
 """)
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
@@ -706,6 +708,7 @@ _GAE_MISTAKES = (
         for correction, everywhere in product((0, 1), (False, True))
     ),
     (partial(_other_returns, lambda r, v, a, gamma: a), SAY.returns_advantages_again),
+    (partial(_other_returns, lambda r, v, a, gamma: a + r), SAY.rewards_added),
     (partial(_other_returns, lambda r, v, a, gamma: a - v), SAY.v_subtracted_twice),
     (partial(_other_returns, lambda r, v, a, gamma: a + _next(v)), SAY.next_value_added),
     (partial(_other_returns, lambda r, v, a, gamma: r + gamma * _next(v)), SAY.one_step_returns),

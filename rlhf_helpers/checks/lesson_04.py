@@ -149,7 +149,7 @@ score_only_scaled: β has changed sides: it multiplies the score, and the penalt
 fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
     argument, so that whoever calls it can set the price.
 half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
-    padding the other one is left over, and charged.
+    padding the other one is left over, and counts.
 cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
     model has judged it all the same: the score goes to its last real token.
 bits: bits are taken for bytes. 4.127 is a number of bits, the 16 and the 2 are bytes already; eight
@@ -190,8 +190,6 @@ one_matrix: one of an adapter's two matrices is missing. A takes the inputs down
     from there up to the outputs.
 no_rank: the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and
     B as many columns.
-rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
-    once, so that twice the rank is twice the parameters.
 square: an adapter's two matrices are counted as equal. A has as many columns as there are inputs, B
     as many rows as there are outputs, and these differ unless the layer is square.
 full_matrix: an adapter has as many parameters as its layer, or more. A is rank × inputs and B
@@ -987,7 +985,7 @@ _BYTES_MISTAKES = (
             (lambda shapes, rank: _a_and_b(shapes, 1), SAY.no_rank),
             (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY_01.no_brackets),
             (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY_01.no_brackets),
-            (lambda shapes, rank: rank * _a_and_b(shapes, rank), SAY.rank_squared),
+            (lambda shapes, rank: rank * _a_and_b(shapes, rank), SAY_01.rank_squared),
             (lambda shapes, rank: sum(o * i for o, i in shapes), SAY.full_matrix),
             (lambda shapes, rank: rank * sum(o * i for o, i in shapes), SAY.full_matrix),
         )

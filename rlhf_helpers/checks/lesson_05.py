@@ -117,6 +117,8 @@ shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not 
     the KL off the reward, and leave the reward as it is.
 last_only: only the last token pays. The score is known there, but every token of the response has
     its part in the KL.
+agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
+    it is one of the tokens that the mean is over: only the mask says what padding is.
 """)
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
@@ -280,7 +282,7 @@ def check_exact_kl(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     Example:
         >>> check_exact_kl(kl.exact_kl)
-        exact_kl: correct. Tested: one row and several, T = 1, policies that agree, gaps of 150.
+        exact_kl: correct. Tested: one row and several, T = 1, policies that agree.
     """
     check(EXACT_KL, fn)
 
@@ -353,7 +355,7 @@ EXACT_KL = Exercise(
     _exact_kl,
     _EXACT_CASES,
     _EXACT_MISTAKES,
-    tested="one row and several, T = 1, policies that agree, gaps of 150",
+    tested="one row and several, T = 1, policies that agree",
     further=lambda fn: further_fault(EXACT_KL, _EXACT_FURTHER, fn, gradient=False, dtype=False),
     shape_hint="It is one number for each position: summed over the vocabulary, and over nothing "
     "else.",
@@ -432,6 +434,7 @@ _ESTIMATE_MISTAKES = (
             (lambda x, mask: -x.mean(), SAY.estimate_swapped),
             (lambda x, mask: x.mean(), SAY.padding_counts),
             (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
+            (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
             (mean_by_grid, SAY_03.grid),
             (lambda x, mask: x.gather(1, mask).mean(), SAY_03.integer_mask),
             (lambda x, mask: (x * mask).sum(), SAY.summed),
