@@ -342,12 +342,10 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     names = list(splits)
     train = names[0] if len(names) == 1 else "train"
     own = next((name for name in ("test", "validation") if name in names and name != train), None)
-    for name in names:
-        _names(splits[name], source, columns)
     if split in names and split != "train":
-        return _fit_rows(splits[split], source, split, preset)
+        return _fit_rows(splits[split], source, split, columns, preset)
     if split in HELD_OUT and own:
-        return _fit_rows(splits[own], source, own, preset)
+        return _fit_rows(splits[own], source, own, columns, preset)
     if train not in names or split not in ("train", "judge", *HELD_OUT):
         raise ValueError(
             f"{source!r} has no split {split!r}; it has {', '.join(names)}; choose one of those"
@@ -355,7 +353,7 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     if split == "judge" and not pairs:
         raise ValueError("split is 'judge', which holds pairs: only preference_dataset has it")
     held_out = {p for name in names if name != train for p in _prompts(splits[name])}
-    rows = _fit_rows(splits[train], source, train, preset, held_out)
+    rows = _fit_rows(splits[train], source, train, columns, preset, held_out)
     # By a hash of each prompt: its side does not change with the lengths that are allowed, nor, but
     # for a few at the borders, with the rows that a file gets or loses.
     prompts = sorted(
@@ -376,9 +374,15 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
 
 
 def _fit_rows(
-    dataset: Dataset, source: str, split: str, preset: Preset, held_out: set[str] = frozenset()
+    dataset: Dataset,
+    source: str,
+    split: str,
+    columns: tuple[str, ...],
+    preset: Preset,
+    held_out: set[str] = frozenset(),
 ) -> list[dict]:
     """Rows that can be used, shuffled, at most `preset.rows`; a line says what was left out."""
+    _names(dataset, source, columns)
     tokenizer = bare_tokenizer(preset)
     marks = reserved(tokenizer)
     left_out, rows, seen = Counter(), [], set()
