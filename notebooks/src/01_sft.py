@@ -55,7 +55,7 @@ base = load_base(preset)
 # %%
 demonstrations = sft_dataset(preset)
 for row in demonstrations.select(range(4)):
-    print(f"{row['prompt']:40} {row['completion']}")
+    print(f"{readable(row['prompt']):40} {answer_text(row['completion'])}")
 print(f"\n{len(demonstrations)} demonstrations")
 
 # %% [markdown]
