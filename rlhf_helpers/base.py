@@ -93,13 +93,13 @@ def load_base(
 
 def _require_weights(folder: Path) -> None:
     """Raise unless a folder has a config and safetensors, in one file or in all their parts."""
-    require_files(folder, "config.json")
-    index = folder / f"{SAFETENSORS}.index.json"
     if (folder / CONFIG).is_file():
         raise ValueError(
             f"'{folder}' holds an adapter ({CONFIG}); give the folder of its base, and load the "
             "adapter with Roles.load"
         )
+    require_files(folder, "config.json")
+    index = folder / f"{SAFETENSORS}.index.json"
     if (folder / SAFETENSORS).is_file() and index.is_file():
         raise ValueError(
             f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "

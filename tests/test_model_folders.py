@@ -87,7 +87,7 @@ def test_an_adapter_in_the_place_of_a_model_is_named(folder, tmp_path):
     roles.save("sft", tmp_path / "adapter")
     shutil.copy(tmp_path / "adapter" / "adapter_config.json", folder)
     for place in (folder, tmp_path / "adapter"):
-        with pytest.raises((ValueError, FileNotFoundError), match="holds an adapter|config.json"):
+        with pytest.raises(ValueError, match="holds an adapter .*; give the folder of its base"):
             load(place)
 
 

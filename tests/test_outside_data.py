@@ -213,19 +213,13 @@ def test_prompts_of_the_sources_own_held_out_split_are_not_trained_on(model, tmp
 
 def test_a_prompts_side_does_not_change_with_the_lengths_or_a_new_row(preset):
     rows = [pair(f"what is {i}?", "good " * (i % 30) + "x") for i in range(200)]
-    sides_of = {}
-    for length in (40, 24):
-        for extra in ([], [pair("what is new?")]):
-            made = preset([*rows, *extra], response_length=length)
-            sides_of[length, len(extra)] = sides(made)
-    for length in (40, 24):
-        for extra in (0, 1):
-            train, judge, held_out = sides_of[length, extra]
-            for other in sides_of.values():
-                assert not train & other[1] or extra or other is not sides_of[40, 0]
-                assert len(held_out & (other[0] | other[1])) <= 1
-                assert len(train & other[1]) <= 1 and len(judge & other[0]) <= 1
-    assert not sides_of[40, 0][0] & sides_of[24, 0][2]
+    long = sides(preset(rows))
+    short = sides(preset(rows, response_length=24))
+    more = sides(preset([*rows, pair("what is new?")]))
+    for a, b in ((0, 1), (0, 2), (1, 2), (1, 0), (2, 0), (2, 1)):
+        assert not long[a] & short[b]
+        assert len(long[a] & more[b]) <= 1  # at a border
+    assert short[0] < long[0] and short[2] < long[2]
 
 
 @pytest.mark.parametrize(
