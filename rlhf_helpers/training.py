@@ -179,9 +179,8 @@ class Run:
         self.step, self.seconds, self.facts = 0, 0.0, {}
         self.saved: int | None = None
         self.ended = False
-        self._dirty = self._closing = (
-            False  # weights moved since the last whole step; it is closing
-        )
+        self._dirty = False  # weights have moved since the last whole step
+        self._closing = False  # a step is being made whole
         self.folder = None if folder is None else Path(folder).absolute()
         tensors = {}
         for role in self.trained:
