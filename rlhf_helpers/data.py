@@ -501,7 +501,8 @@ def _parse(row: dict) -> dict:
         if before:
             prompts.append(before)
     if system := _clean(row.get("system")):
-        prompts = [[{"role": "system", "content": system}, *talk] for talk in prompts]
+        first = {"role": "system", "content": system}
+        prompts = [talk if talk[:1] == [first] else [first, *talk] for talk in prompts]
     talks = {same_prompt(talk): as_messages(talk) for talk in prompts}
     if len(talks) != 1:
         raise Unfit("of two prompts" if talks else "empty")

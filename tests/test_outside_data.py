@@ -248,6 +248,8 @@ def test_a_system_column_is_a_system_message(preset, capsys):
     assert found["prompt"][1:] == as_messages("what is tea?")
     assert "1 of 1 rows kept; columns not read: source\n" in capsys.readouterr().out
     assert only(preset([pair() | {"system": ""}])) == pair()
+    twice = pair(found["prompt"]) | {"system": "Answer in French."}
+    assert only(preset([twice]))["prompt"] == found["prompt"]
 
 
 def test_answers_that_are_labelled_as_bad_are_not_imitated(preset, capsys):

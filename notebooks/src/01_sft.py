@@ -708,7 +708,7 @@ class InOrder(SFTTrainer):
         return SequentialSampler(self.train_dataset)
 
 
-def as_messages(row):
+def in_messages(row):
     roles = {"prompt": "user", "completion": "assistant"}
     return {column: [{"role": role, "content": row[column]}] for column, role in roles.items()}
 
@@ -746,8 +746,8 @@ roles.add("trl", seed=preset.seed)
 trainer = InOrder(
     model=roles.use("trl"),
     args=settings,
-    train_dataset=demonstrations.map(as_messages),
-    eval_dataset=written.map(as_messages),
+    train_dataset=demonstrations.map(in_messages),
+    eval_dataset=written.map(in_messages),
     processing_class=tokenizer,
 )
 trainer.remove_callback(PrinterCallback)
