@@ -322,7 +322,7 @@ def test_a_csv_file_holds_texts_whatever_they_look_like(pocket, tmp_path):
         ("r.csv", b"prompt,chosen,rejected\na,b,\xff\n", "not UTF-8; save it"),
         ("r.csv", "prompt,chosen,rejected\n", "is empty: it needs at least one row"),
         ("r.csv", "", "is empty: it needs at least one row"),
-        ("r.jsonl.gz", gzip.compress(b""), "is empty: it needs at least one row"),
+        ("r.jsonl.gz", gzip.compress(b"", mtime=0), "is empty: it needs at least one row"),
         ("r.parquet", b"PAR1", "cannot be read as parquet .*copy it again"),
     ],
 )
