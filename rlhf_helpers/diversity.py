@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from sacrebleu.metrics import BLEU
 
-from rlhf_helpers.validation import check_whole
+from rlhf_helpers.validation import Whole, checked
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
+@checked
+def distinct_n(texts: Sequence[str], n: Whole[1]) -> float:
     """Share of different n-grams among all n-grams of the texts.
 
     distinct-n = |set of n-grams| / number of n-grams, over all texts together; an n-gram is n words
@@ -38,7 +39,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     1510.03055), section 5.1. Derived in lesson 05.
     """
     rows = _words(texts)
-    check_whole("n", n)
     if math.isnan(share := _distinct(rows, n)):
         longest = max(len(row) for row in rows)
         raise ValueError(
@@ -74,7 +74,8 @@ def unique_share(texts: Sequence[str]) -> float:
     return _unique(_words(texts))
 
 
-def self_bleu(texts: Sequence[str], sample: int = 64, seed: int = 0) -> float:
+@checked
+def self_bleu(texts: Sequence[str], sample: Whole[2] = 64, seed: int = 0) -> float:
     """Mean BLEU of each text against all the others: how much of it the others say as well.
 
     With pₙ the share of a text's n-grams that another text has, for n from 1 to N:
@@ -112,7 +113,6 @@ def self_bleu(texts: Sequence[str], sample: int = 64, seed: int = 0) -> float:
     Derived in lesson 05.
     """
     rows = _words(texts)
-    check_whole("sample", sample, 2)
     if len(rows) < 2:
         raise ValueError(f"texts is {list(texts)!r}: give at least 2, to compare one with others.")
     return _self_bleu(rows, sample, seed)

@@ -6,17 +6,24 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers.validation import (
-    check_logits,
-    check_logprobs,
-    check_normalised,
+    Above,
+    Distributions,
+    Floating,
+    LogProbs,
+    OneOf,
+    V,
     check_softmax,
-    first_index,
+    checked,
     in_range,
+    refuse,
     upcast,
 )
 
+KINDS = ("k1", "k2", "k3")  # of `kl_estimate`
 
-def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+
+@checked
+def exact_kl(logits_p: Floating[..., V], logits_q: Floating[..., V]) -> Tensor:
     """KL divergence KL(p‖q) at each position, summed over the whole vocabulary.
 
     KL(p‖q) = Σ_a p(a) (log p(a) − log q(a)), with p and q the softmax of the logits. A token with
@@ -51,9 +58,6 @@ def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
     Kullback and Leibler, "On Information and Sufficiency" (1951), section 2. Derived in lesson 05.
     """
-    check_logits("logits_p", logits_p)
-    check_logits("logits_q", logits_q)
-    _check_same_shape("logits_p", logits_p, "logits_q", logits_q)
     logprobs_p = _log_softmax("logits_p", logits_p)
     logprobs_q = _log_softmax("logits_q", logits_q)
     # 0 * log 0 is 0, but 0 * -inf is NaN.
@@ -61,7 +65,12 @@ def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return (logprobs_p.exp() * log_ratio).sum(-1)
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
+@checked
+def kl_estimate(
+    logprobs: LogProbs[...],
+    ref_logprobs: LogProbs[...],
+    kind: OneOf[KINDS] = "k1",
+) -> Tensor:
     """Estimate of KL(policy‖reference) from each token that the policy sampled.
 
     With r = log π_ref(a) − log π(a) and a sampled from the policy π:
@@ -106,12 +115,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html, where
     e^r is called r. Derived in lesson 05.
     """
-    if kind not in ("k1", "k2", "k3"):
-        raise ValueError(f'kind is {kind!r}: it must be "k1", "k2" or "k3".')
-    check_logprobs("logprobs", logprobs)
-    check_logprobs("ref_logprobs", ref_logprobs)
-    _check_same_shape("logprobs", logprobs, "ref_logprobs", ref_logprobs)
-    _check_sampled(logprobs)
+    never = "the policy cannot have sampled a token of probability 0. Give its own"
+    refuse("logprobs", logprobs, logprobs == -torch.inf, f"{never} log-probabilities first.")
     if ref_logprobs.requires_grad:
         raise ValueError(
             "ref_logprobs requires a gradient: the reference is frozen, or it would come to the "
@@ -125,8 +130,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     return torch.expm1(r) - r  # exp(r) - 1 would lose a small r to rounding
 
 
+@checked
 def estimator_moments(
-    logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1"
+    logprobs: Distributions[..., V], ref_logprobs: Distributions[..., V], kind: OneOf[KINDS] = "k1"
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of an estimate over all tokens that the policy could sample.
 
@@ -158,8 +164,6 @@ def estimator_moments(
 
     Derived in lesson 05.
     """
-    check_normalised("logprobs", logprobs)
-    check_normalised("ref_logprobs", ref_logprobs)
     values = kl_estimate(logprobs, ref_logprobs, kind)
     probabilities = upcast(logprobs).exp()
     mean = (probabilities * values).sum(-1)
@@ -194,10 +198,8 @@ class AdaptiveKL:
     Ziegler et al. (arXiv 1909.08593), section 2.2. Derived in lesson 05.
     """
 
-    def __init__(self, beta: float, target: float, gain: float = 0.5) -> None:
-        for name, value in (("beta", beta), ("target", target), ("gain", gain)):
-            if not in_range(value, above=True):
-                raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
+    @checked
+    def __init__(self, beta: Above[0], target: Above[0], gain: Above[0] = 0.5) -> None:
         if gain >= 5:
             raise ValueError(f"gain is {gain}: give less than 5, or β would fall to 0 or below.")
         self.beta, self.target, self.gain = beta, target, gain
@@ -215,19 +217,3 @@ def _log_softmax(name: str, logits: Tensor) -> Tensor:
     logprobs = torch.log_softmax(upcast(logits), dim=-1)
     check_softmax(name, logprobs[..., 0])  # one bad logit makes its whole row NaN
     return logprobs
-
-
-def _check_same_shape(name: str, values: Tensor, other_name: str, others: Tensor) -> None:
-    if values.shape != others.shape:
-        raise ValueError(
-            f"{name} has shape {list(values.shape)}, {other_name} {list(others.shape)}: they must "
-            "be equal, for the same tokens under two policies with one vocabulary."
-        )
-
-
-def _check_sampled(logprobs: Tensor) -> None:
-    if (index := first_index(logprobs == -torch.inf)) is not None:
-        raise ValueError(
-            f"logprobs is -inf at {index}: the policy cannot have sampled a token of "
-            "probability 0. Put the log-probabilities of the policy that sampled first."
-        )

@@ -18,12 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf_helpers.validation import (
-    check_binary,
-    check_logits,
+    Above,
+    B,
+    Floating,
+    Ids,
+    L,
+    Mask,
+    V,
+    Whole,
+    check_ids,
     check_softmax,
+    checked,
     context_length,
     first_index,
-    in_range,
     upcast,
 )
 
@@ -32,7 +39,10 @@ CHUNK_LOGITS = 2**24  # at a time: 67 MB in float32, or 110 positions of a vocab
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+@checked
+def token_logprobs(
+    logits: Floating[..., V], tokens: Ids[...], temperature: Above[0] = 1.0
+) -> Tensor:
     """Log-probability of each given token under the softmax of its logits.
 
     log π(a) = z_a − logsumexp(z), with z = logits / temperature. It equals
@@ -70,18 +80,12 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     log π(a_t | s_t) of Schulman et al., "Proximal Policy Optimization Algorithms"
     (arXiv 1707.06347), equation 1. Derived in lesson 03.
     """
-    check_logits("logits", logits)
-    _check_temperature(temperature)
-    if tokens.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"tokens has shape {list(tokens.shape)}, logits {list(logits.shape)}: logits must have "
-            "the shape of tokens plus one last dimension, the vocabulary."
-        )
-    _check_ids("tokens", tokens, logits.shape[-1])
+    check_ids("tokens", tokens, logits.shape[-1])
     return _reduce_vocabulary(_pick, logits, temperature, tokens)
 
 
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+@checked
+def token_entropy(logits: Floating[..., V], temperature: Above[0] = 1.0) -> Tensor:
     """Entropy of the next-token distribution at each position.
 
     H = −Σ_a π(a) log π(a) = logsumexp(z) − Σ_a softmax(z)_a z_a, with z = logits / temperature.
@@ -113,17 +117,16 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Shannon, "A Mathematical Theory of Communication" (1948), section 6; the bonus S of Schulman
     et al. (arXiv 1707.06347), equation 9. Derived in lesson 03.
     """
-    check_logits("logits", logits)
-    _check_temperature(temperature)
     return _reduce_vocabulary(_entropy, logits, temperature)
 
 
+@checked
 def response_logprobs(
     model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_length: int,
-    temperature: float = 1.0,
+    input_ids: Ids[B, L],
+    attention_mask: Mask[B, L],
+    response_length: Whole[1],
+    temperature: Above[0] = 1.0,
 ) -> Tensor:
     """Log-probability of each response token given the prompt and the response before it.
 
@@ -170,7 +173,6 @@ def response_logprobs(
     """
     check_sequences(model, input_ids, attention_mask)
     _check_response(attention_mask, response_length)
-    _check_temperature(temperature)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -280,35 +282,10 @@ def _chunks(limit: int, inputs: Tensor, *tokens: Tensor) -> Iterator[tuple[Tenso
         yield from zip(*(x.split(entries) for x in (inputs, *tokens)), strict=True)
 
 
-def _check_temperature(temperature: float) -> None:
-    if not in_range(temperature, above=True):
-        raise ValueError(
-            f"temperature is {temperature}: it must be positive and finite; 1.0 leaves the logits "
-            "as they are."
-        )
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, not {ids.dtype}: convert with .long().")
-    if (index := first_index((ids < 0) | (ids >= vocab_size))) is not None:
-        raise ValueError(
-            f"{name} holds id {ids[tuple(index)].item()} at {index}, outside 0..{vocab_size - 1}: "
-            "use the model's own tokenizer; for ignored tokens put the pad id and mask the result."
-        )
-
-
-def check_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
+@checked
+def check_sequences(model: nn.Module, input_ids: Ids[B, L], attention_mask: Mask[B, L]) -> None:
     """Raise unless these are token ids of the model's and their mask, and fit its context."""
-    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {list(input_ids.shape)}, attention_mask "
-            f"{list(attention_mask.shape)}: both must be [B, P + T]."
-        )
-    _check_ids("input_ids", input_ids, model.config.vocab_size)
-    check_binary("attention_mask", attention_mask)
-    if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
-        raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
+    check_ids("input_ids", input_ids, model.config.vocab_size)
     tokens, context = attention_mask.sum(-1), context_length(model)
     if (row := first_index(tokens > context)) is not None:
         raise ValueError(
@@ -319,10 +296,10 @@ def check_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
 
 def _check_response(attention_mask: Tensor, response_length: int) -> None:
     length = attention_mask.shape[1]
-    if isinstance(response_length, float) or not 1 <= response_length < length:
+    if response_length >= length:
         raise ValueError(
-            f"response_length is {response_length} in sequences of {length} tokens: it must be a "
-            f"whole number, at least 1, and leave a prompt, so at most {length - 1}."
+            f"response_length is {response_length} in sequences of {length} tokens: it must leave "
+            f"a prompt, so at most {length - 1}."
         )
     column = length - response_length - 1
     if (row := first_index(attention_mask[:, column] == 0)) is not None:

@@ -3,26 +3,34 @@
 import torch
 from torch import Tensor
 
-from rlhf_helpers.kl import kl_estimate
+from rlhf_helpers.kl import KINDS, kl_estimate
 from rlhf_helpers.validation import (
-    check_binary,
-    check_floating,
-    check_logprobs,
-    first_index,
-    in_range,
+    Above,
+    AtLeast,
+    B,
+    Between,
+    Finite,
+    LogProbs,
+    Mask,
+    OneOf,
+    Responses,
+    T,
+    checked,
+    refuse,
     upcast,
 )
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
 
 
+@checked
 def shape_rewards(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    response_mask: Tensor,
-    beta: float,
-    kind: str = "k1",
+    scores: Finite[B],
+    logprobs: LogProbs[B, T],
+    ref_logprobs: LogProbs[B, T],
+    response_mask: Responses[B, T],
+    beta: AtLeast[0],
+    kind: OneOf[KINDS] = "k1",
 ) -> Tensor:
     """The reward of each token: the KL penalty everywhere, the score at the last token.
 
@@ -57,20 +65,6 @@ def shape_rewards(
     Ziegler et al. (arXiv 1909.08593), equation 2; Stiennon et al. (arXiv 2009.01325), section 3.4.
     Derived in lesson 03.
     """
-    _check_all(response_mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    check_floating("scores", scores)
-    if scores.shape != response_mask.shape[:1]:
-        raise ValueError(
-            f"scores has shape {list(scores.shape)}, response_mask {list(response_mask.shape)}: "
-            "give one score for each response, [B]."
-        )
-    if (index := first_index(~scores.isfinite())) is not None:
-        raise ValueError(
-            f"scores{index} is {scores[tuple(index)].item()}: not a reward. Look for weights that "
-            "diverged."
-        )
-    if not in_range(beta):
-        raise ValueError(f"beta is {beta}: it must be a finite number, 0 or above.")
     mask = response_mask.bool()
     rewards = torch.zeros_like(upcast(logprobs + ref_logprobs + scores[:, None])).detach()
     if beta > 0:
@@ -82,12 +76,13 @@ def shape_rewards(
     return rewards.scatter_add(1, last, scores.detach().to(rewards.dtype)[:, None])
 
 
+@checked
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    response_mask: Tensor,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    rewards: Finite[B, T],
+    values: Finite[B, T],
+    response_mask: Responses[B, T],
+    gamma: Between[0, 1] = 1.0,
+    lam: Between[0, 1] = 0.95,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: an exponential mix of TD errors.
 
@@ -123,10 +118,6 @@ def gae(
 
     Schulman et al. (arXiv 1506.02438), equation 16. Derived in lesson 03.
     """
-    _check_all(response_mask, rewards=rewards, values=values)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not in_range(value, 0, 1):
-            raise ValueError(f"{name} is {value}: it must be between 0 and 1.")
     padding = ~response_mask.bool()
     rewards, values = (upcast(x.detach()).masked_fill(padding, 0) for x in (rewards, values))
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -150,7 +141,8 @@ def gae_weights(length: int, decay: float) -> Tensor:
     return powers[(steps[:, None] - steps).clamp(min=0)].tril()
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
+@checked
+def whiten(x: Finite[...], mask: Mask[...]) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over the entries that count.
 
     (x − μ) / √(s² + 1e−8), with μ the mean and s² the unbiased variance under the mask.
@@ -173,10 +165,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     Huang et al. (arXiv 2403.17031), detail 18. Derived in lesson 03.
     """
-    check_floating("x", x)
-    _check_binary("mask", mask, x, "x")
     real = mask.bool()
-    _check_finite("x", x, real)
     if (count := int(real.sum())) < 2:
         raise ValueError(f"mask counts {count} entries: a spread needs at least 2.")
     values = upcast(x).masked_fill(~real, 0)
@@ -184,12 +173,13 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return ((values - mean) * (variance + VARIANCE_EPSILON).rsqrt()).masked_fill(~real, 0)
 
 
+@checked
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    clip: float = 0.2,
+    logprobs: LogProbs[B, T],
+    old_logprobs: LogProbs[B, T],
+    advantages: Finite[B, T],
+    response_mask: Responses[B, T],
+    clip: Above[0] = 0.2,
 ) -> tuple[Tensor, dict[str, float]]:
     """PPO's clipped loss: raise what turned out better than expected, but not far at a time.
 
@@ -228,18 +218,14 @@ def policy_loss(
 
     Schulman et al. (arXiv 1707.06347), equation 7. Derived in lesson 03.
     """
-    _check_all(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    _check_clip(clip)
     real = response_mask.bool()
     new, old, advantages = (
         upcast(x).masked_fill(~real, 0)
         for x in (logprobs, old_logprobs.detach(), advantages.detach())
     )
-    check_logprobs("logprobs", new)
-    check_logprobs("old_logprobs", old)
     log_ratio = new - old
     ratio = log_ratio.exp()
-    _check_finite("the ratio of new to old", ratio, real)
+    refuse("the ratio of new to old", ratio, ~ratio.isfinite(), "look for weights that diverged.")
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -masked_mean(torch.minimum(free, clipped), real)
     stats = {
@@ -251,12 +237,13 @@ def policy_loss(
     return loss, {name: masked_mean(x.detach(), real).item() for name, x in stats.items()}
 
 
+@checked
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    response_mask: Tensor,
-    clip: float = 0.2,
+    values: Finite[B, T],
+    old_values: Finite[B, T],
+    returns: Finite[B, T],
+    response_mask: Responses[B, T],
+    clip: Above[0] = 0.2,
 ) -> tuple[Tensor, dict[str, float]]:
     """The critic's clipped loss: half the squared error, and no reward for moving far at a time.
 
@@ -288,8 +275,6 @@ def value_loss(
 
     Huang et al. (arXiv 2403.17031), detail 19. Derived in lesson 03.
     """
-    _check_all(response_mask, values=values, old_values=old_values, returns=returns)
-    _check_clip(clip)
     real = response_mask.bool()
     new, old, target = (
         upcast(x).masked_fill(~real, 0) for x in (values, old_values.detach(), returns.detach())
@@ -308,46 +293,3 @@ def value_loss(
 def masked_mean(x: Tensor, real: Tensor) -> Tensor:
     """Mean over the tokens that count; what stands elsewhere, even NaN, changes nothing."""
     return x.masked_fill(~real, 0).sum() / real.sum()
-
-
-def _check_clip(clip: float) -> None:
-    if not in_range(clip, above=True):
-        raise ValueError(f"clip is {clip}: it must be a finite number above 0; 0.2 is usual.")
-
-
-def _check_all(response_mask: Tensor, **tensors: Tensor) -> None:
-    """Raise unless the tensors fit a `[B, T]` mask of responses and are finite under it."""
-    for name, tensor in tensors.items():
-        check_floating(name, tensor)
-        _check_binary("response_mask", response_mask, tensor, name)
-    if response_mask.dim() != 2 or not response_mask.numel():
-        raise ValueError(f"response_mask has shape {list(response_mask.shape)}: it must be [B, T].")
-    real = response_mask.bool()
-    if (row := first_index(~real.any(-1))) is not None:
-        raise ValueError(
-            f"response_mask row {row[0]} is all zeros: a response has at least its EOS; drop it."
-        )
-    if (index := first_index(real[:, 1:] & ~real[:, :-1])) is not None:
-        raise ValueError(
-            f"response_mask row {index[0]} has a hole before column {index[1] + 1}: it must be 1 "
-            "up to and including EOS, and 0 from there on."
-        )
-    for name, tensor in tensors.items():
-        _check_finite(name, tensor, real)
-
-
-def _check_binary(mask_name: str, mask: Tensor, tensor: Tensor, name: str) -> None:
-    if mask.shape != tensor.shape:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, {mask_name} {list(mask.shape)}: they must be "
-            "equal."
-        )
-    check_binary(mask_name, mask)
-
-
-def _check_finite(name: str, tensor: Tensor, real: Tensor) -> None:
-    if (index := first_index(~tensor.isfinite() & real)) is not None:
-        raise ValueError(
-            f"{name} is {tensor[tuple(index)].item()} at {index}: look for weights that diverged, "
-            "or a score that was never finite."
-        )

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from rlhf_helpers.base import NF4_BLOCK, hidden_width, linear_shapes, on_meta
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.validation import check_whole
+from rlhf_helpers.validation import Whole, check_fields, checked
 
 NF4_SUPERBLOCK = 256  # scales that share one float32 under double quantization
 FLOAT32 = 4  # bytes
@@ -40,15 +40,13 @@ class ModelSizes:
     """
 
     shapes: tuple[tuple[int, int], ...]
-    other: int
-    output: int
-    width: int
+    other: Whole[0]
+    output: Whole[0]
+    width: Whole[1]
 
     def __post_init__(self) -> None:
         _check_shapes(self.shapes)
-        check_whole("other", self.other, least=0)
-        check_whole("output", self.output, least=0)
-        check_whole("width", self.width)
+        check_fields(self)
 
     @property
     def parameters(self) -> int:
@@ -130,7 +128,7 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
 
 
 def memory_table(
-    sizes: ModelSizes, rank: int = 16, double_quant: bool = True, weight_bytes: int = 2
+    sizes: ModelSizes, rank: Whole[1] = 16, double_quant: bool = True, weight_bytes: int = 2
 ) -> dict[str, list[RoleBytes]]:
     """What PPO's four roles take, in four ways to hold them.
 
@@ -209,7 +207,8 @@ def memory_table(
     }
 
 
-def lora_parameters(shapes: Sequence[tuple[int, int]], rank: int) -> int:
+@checked
+def lora_parameters(shapes: Sequence[tuple[int, int]], rank: Whole[1]) -> int:
     """Trainable parameters of LoRA adapters on linear layers.
 
     The layer y = x Wᵀ with W `[out, in]` gets A `[rank, in]` and B `[out, rank]`, so
@@ -234,12 +233,12 @@ def lora_parameters(shapes: Sequence[tuple[int, int]], rank: int) -> int:
 
     Hu et al., LoRA (arXiv 2106.09685), section 4. Derived in lesson 01.
     """
-    check_whole("rank", rank)
     _check_shapes(shapes)
     return sum(rank * (outputs + inputs) for outputs, inputs in shapes)
 
 
-def nf4_bytes(weights: int, double_quant: bool = True) -> int:
+@checked
+def nf4_bytes(weights: Whole[1], double_quant: bool = True) -> int:
     """Bytes of one weight tensor in NF4, its scales included.
 
     Each weight is a 4-bit code, two to a byte; each block of 64 weights has one scale. Plain, a
@@ -273,14 +272,16 @@ def nf4_bytes(weights: int, double_quant: bool = True) -> int:
 
     Dettmers et al., QLoRA (arXiv 2305.14314), section 3. Derived in lesson 01.
     """
-    check_whole("weights", weights)
     codes, scales = ceil(weights / 2), ceil(weights / NF4_BLOCK)
     if not double_quant:
         return codes + FLOAT32 * scales
     return codes + scales + FLOAT32 * ceil(scales / NF4_SUPERBLOCK)
 
 
-def logits_bytes(batch: int, tokens: int, vocabulary: int, entry_bytes: int = FLOAT32) -> int:
+@checked
+def logits_bytes(
+    batch: Whole[1], tokens: Whole[1], vocabulary: Whole[1], entry_bytes: Whole[1] = FLOAT32
+) -> int:
     """Bytes of the logits of a batch: B · T · V entries.
 
     Args:
@@ -304,12 +305,17 @@ def logits_bytes(batch: int, tokens: int, vocabulary: int, entry_bytes: int = FL
 
     Derived in lesson 04.
     """
-    _check_counts(batch=batch, tokens=tokens, vocabulary=vocabulary, entry_bytes=entry_bytes)
     return batch * tokens * vocabulary * entry_bytes
 
 
+@checked
 def kv_cache_bytes(
-    layers: int, kv_heads: int, head_dim: int, batch: int, tokens: int, entry_bytes: int = 2
+    layers: Whole[1],
+    kv_heads: Whole[1],
+    head_dim: Whole[1],
+    batch: Whole[1],
+    tokens: Whole[1],
+    entry_bytes: Whole[1] = 2,
 ) -> int:
     """Bytes of the cache that generation keeps: a key and a value of every token so far.
 
@@ -337,18 +343,13 @@ def kv_cache_bytes(
 
     Derived in lesson 04.
     """
-    _check_counts(
-        layers=layers,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        batch=batch,
-        tokens=tokens,
-        entry_bytes=entry_bytes,
-    )
     return 2 * layers * kv_heads * head_dim * batch * tokens * entry_bytes
 
 
-def cache_bytes(config: PreTrainedConfig, batch: int, tokens: int, entry_bytes: int = 2) -> int:
+@checked
+def cache_bytes(
+    config: PreTrainedConfig, batch: Whole[1], tokens: Whole[1], entry_bytes: Whole[1] = 2
+) -> int:
     """Bytes of a model's cache of keys and values, from its configuration.
 
     `kv_cache_bytes` with three things that configurations know and the formula does not: a head may
@@ -378,7 +379,6 @@ def cache_bytes(config: PreTrainedConfig, batch: int, tokens: int, entry_bytes: 
 
     Lesson 04 uses it.
     """
-    _check_counts(batch=batch, tokens=tokens, entry_bytes=entry_bytes)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "multi_query", False) and not getattr(
@@ -493,14 +493,8 @@ def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
     if not shapes:
         raise ValueError("shapes is empty: give (out, in) of at least one adapted layer.")
     for index, shape in enumerate(shapes):
-        if len(shape) != 2:
+        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(
-                f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer."
+                f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer, two whole "
+                "numbers of at least 1."
             )
-        for size in shape:
-            check_whole(f"shapes[{index}] is {tuple(shape)}, and its size", size)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        check_whole(name, value)

@@ -29,13 +29,7 @@ from rlhf_helpers.text import (
     same_prompt,
 )
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import (
-    check_floating,
-    check_whole,
-    first_index,
-    in_range,
-    require_columns,
-)
+from rlhf_helpers.validation import B, Finite, L, Mask, N, Whole, checked, in_range, require_columns
 
 ROWS = 128  # responses scored at a time
 
@@ -48,7 +42,8 @@ class RewardConfig(TrainConfig):
     learning_rate: float = 1e-3
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+@checked
+def pairwise_loss(chosen: Finite[N], rejected: Finite[N]) -> Tensor:
     """Mean surprise at the choices, by Bradley and Terry: −log σ(r_chosen − r_rejected), in nats.
 
     L = −(1/N) Σ log σ(r_c − r_r). Its gradient with respect to r_c is −(1 − σ(r_c − r_r))/N: the
@@ -75,26 +70,11 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     Stiennon et al. (arXiv 2009.01325), section 3.4; Bradley and Terry 1952. Derived in lesson 02.
     """
-    _check_rewards(chosen, rejected)
     return -logsigmoid(chosen - rejected).mean()
 
 
-def _check_rewards(chosen: Tensor, rejected: Tensor) -> None:
-    for name, rewards in (("chosen", chosen), ("rejected", rejected)):
-        check_floating(name, rewards)
-        if (index := first_index(~rewards.isfinite())) is not None:
-            raise ValueError(
-                f"{name}{index} is {rewards[tuple(index)].item()}: not a reward. Look for weights "
-                "that diverged."
-            )
-    if chosen.shape != rejected.shape or not chosen.numel():
-        raise ValueError(
-            f"chosen has shape {list(chosen.shape)}, rejected {list(rejected.shape)}: give one "
-            "reward of each for every pair."
-        )
-
-
-def last_token_index(attention_mask: Tensor) -> Tensor:
+@checked
+def last_token_index(attention_mask: Mask[B, L]) -> Tensor:
     """Column of the last real token of each row, whichever side the padding is on.
 
     Args:
@@ -110,10 +90,6 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
         >>> last_token_index(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
         [1, 2]
     """
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}: give [B, L].")
-    if (row := first_index(attention_mask.sum(-1) == 0)) is not None:
-        raise ValueError(f"attention_mask row {row[0]} is all zeros: drop this empty sequence.")
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return ((attention_mask != 0) * columns).argmax(-1)
 
@@ -382,7 +358,8 @@ def normalise(roles: Roles, role: str, scores: Tensor) -> None:
     head.rescale(mean.item(), std.item())
 
 
-def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
+@checked
+def pair_accuracy(chosen: Finite[N], rejected: Finite[N]) -> float:
     """Share of pairs whose chosen response has the higher reward; a tie counts half.
 
     Raises:
@@ -392,7 +369,6 @@ def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
         >>> pair_accuracy(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0]))
         0.5
     """
-    _check_rewards(chosen, rejected)
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
@@ -459,7 +435,8 @@ def train_reward_model(
     return fit(run, loss_of, measure)
 
 
-def calibration(gaps: Tensor, bins: int = 8) -> list[tuple[float, float, int]]:
+@checked
+def calibration(gaps: Finite[N], bins: Whole[1] = 8) -> list[tuple[float, float, int]]:
     """Predicted against observed choices: where a model says 80%, is it right in 80%?
 
     A model bets on the response with the higher reward, with confidence σ(|Δ|) for a gap of
@@ -476,13 +453,6 @@ def calibration(gaps: Tensor, bins: int = 8) -> list[tuple[float, float, int]]:
         TypeError: `gaps` not floating point.
         ValueError: no gaps, one that is NaN, or bins that are no whole number of at least 1.
     """
-    check_floating("gaps", gaps)
-    check_whole("bins", bins)
-    if not gaps.numel() or gaps.isnan().any():
-        raise ValueError(
-            f"gaps of shape {list(gaps.shape)} hold NaN or nothing: give at least one pair's, and "
-            "look for NaN in the rewards."
-        )
     confidence = torch.sigmoid(gaps.abs())
     group = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     rows = []

@@ -109,8 +109,8 @@ def test_lora_parameters_are_those_that_peft_trains(rank):
     [
         ([(3, 4)], 0, "rank is 0: .* at least 1"),
         ([(3, 4)], 2.0, r"rank is 2\.0: it must be a whole number"),
-        ([(3, 4), (0, 4)], 2, r"shapes\[1\] is \(0, 4\).* 0: it must be"),
-        ([(3, -4)], 2, r"shapes\[0\] is \(3, -4\).* -4: it must be"),
+        ([(3, 4), (0, 4)], 2, r"shapes\[1\] is \(0, 4\): give .* at least 1"),
+        ([(3, -4)], 2, r"shapes\[0\] is \(3, -4\): give .* at least 1"),
         ([(3, 4, 5)], 2, r"shapes\[0\] is \(3, 4, 5\): give \(out, in\)"),
         ([], 2, "shapes is empty: give"),
     ],

@@ -120,7 +120,7 @@ def test_the_loss_is_trls():
 @pytest.mark.parametrize("shapes", [[(3,), (2,)], [(3,), (1,)], [(3, 1), (3,)], [(0,), (0,)]])
 def test_rewards_that_are_no_pairs_are_refused(shapes):
     chosen, rejected = (torch.zeros(shape) for shape in shapes)
-    message = rf"chosen has shape \[{', '.join(map(str, shapes[0]))}\], rejected .*every pair"
+    message = r"chosen (has shape )?\[.*(they|it) must be"
     with pytest.raises(ValueError, match=message):
         pairwise_loss(chosen, rejected)
 
@@ -139,7 +139,7 @@ def test_rewards_that_are_not_floating_point_are_refused(name, dtype):
 def test_a_reward_that_is_not_finite_is_named(name, bad):
     rewards = {"chosen": torch.zeros(4), "rejected": torch.zeros(4)}
     rewards[name][2] = bad
-    with pytest.raises(ValueError, match=rf"{name}\[2\] is {bad}: not a reward"):
+    with pytest.raises(ValueError, match=rf"{name} is {bad} at \[2\]: it must be finite"):
         pairwise_loss(**rewards)
 
 
@@ -205,10 +205,11 @@ def test_calibration_by_hand():
 def test_groups_of_a_calibration_are_equally_wide():
     """Four groups from ½ to 1: [½, 0.625), [0.625, 0.75), [0.75, 0.875), [0.875, 1]."""
     confidence = torch.tensor([0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0], dtype=torch.float64)
-    found = calibration(confidence.logit(), bins=4)
+    gaps = confidence.logit().clamp(max=50)
+    found = calibration(gaps, bins=4)
     assert [count for *_, count in found] == [2, 1, 1, 3]
     assert all(right == 1 for _, right, _ in found)
-    assert calibration(confidence.logit()) == calibration(confidence.logit(), bins=8)
+    assert calibration(gaps) == calibration(gaps, bins=8)
 
 
 # --- preference_card -----------------------------------------------------------------------
@@ -1029,12 +1030,12 @@ def test_pairs_longer_than_the_context_are_refused_at_the_call(train, tokenizer)
 
 @pytest.mark.parametrize("rewards", [[NAN, 0.0], [INF, 0.0]])
 def test_accuracy_of_rewards_that_are_not_finite_is_refused(rewards):
-    with pytest.raises(ValueError, match=r"chosen\[0\] is (nan|inf)"):
+    with pytest.raises(ValueError, match=r"chosen is (nan|inf) at \[0\]"):
         pair_accuracy(torch.tensor(rewards), torch.zeros(2))
 
 
 def test_accuracy_needs_a_pair():
-    with pytest.raises(ValueError, match="give one reward of each for every pair"):
+    with pytest.raises(ValueError, match=r"chosen has shape \[0\]: it must be \[N\]"):
         pair_accuracy(torch.zeros(0), torch.zeros(0))
 
 
