@@ -1,4 +1,4 @@
-"""Data sets in TRL's columns: generated, local or from the hub."""
+"""Data sets in TRL's columns, from a file, a folder or the hub."""
 
 import ast
 import csv
@@ -16,8 +16,6 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers.hub import from_hub
-from rlhf_helpers.pocket import corpus, world
-from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.text import (
     HALF,
@@ -44,96 +42,30 @@ CSV = {"converters": dict.fromkeys(READ[:2] + READ[3:], str), "keep_default_na":
 HELD_OUT = ("held_out", "held_out_phrasing", "held_out_fact")
 
 
-def prompt_dataset(preset: Preset, split: str = "train", source: str | None = None) -> Dataset:
-    """Prompts to respond to; column `prompt`.
+def read_dataset(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> Dataset:
+    """Rows of a file, a folder or a hub data set, in TRL's columns.
 
-    With `preset.drop_unfit`, rows of a source that cannot be used are left out, a line says how
-    many and why, and at most `preset.rows` of the others are used, in an order of `preset.seed`.
-    `held_out` is then the source's test or validation split, else the last tenth of the prompts of
-    its only one; no prompt of it is in `train`.
+    With `preset.drop_unfit`, rows that cannot be used are left out, a line says how many and why,
+    and at most `preset.rows` of the others are used, in an order of `preset.seed`. `held_out` is
+    then the source's test or validation split, else the last tenth of the prompts of its only one;
+    no prompt of it is in `train`. Pairs to train on are halved by prompt: `train` is for the reward
+    model, `judge` for another.
 
     A prompt is everything before the last answer: a question, or a dialogue. Where some rows have
     dialogues, prompts and answers are lists of messages, as TRL has them, else texts.
 
     Args:
-        split: `train`, `held_out`, and in the generated world its parts `held_out_phrasing` and
-            `held_out_fact`; for other sources also the name of a split of theirs.
         source: a hub id, a folder or a file (.jsonl, .json, .csv, .parquet, or one of them with
-            .gz); None for the preset's data. Its columns may be `chosen` and `rejected` transcripts
+            .gz). Its columns may be `chosen` and `rejected` transcripts
             ("\\n\\nHuman: … \\n\\nAssistant: …", as in hh-rlhf), or `prompt` with `chosen` and
             `rejected` or with `completion`, each a text or a list of messages.
+        split: `train`, `held_out`, `judge`, or the name of a split of the source.
+        columns: `prompt`, and where wanted `completion`, or `chosen` and `rejected`.
 
     Raises:
-        ValueError: for a file that is empty or cannot be read, or lacks the column; for a split
-            that is not there, or without a row that can be used.
+        ValueError: for a file that is empty or cannot be read, or lacks a column; for a split that
+            is not there, or without a row that can be used; for a pair of equal responses.
     """
-    if source := source or preset.data:
-        return _read(source, split, ("prompt",), preset)
-    return Dataset.from_dict({"prompt": world.prompts(split)})
-
-
-def sft_dataset(
-    preset: Preset, split: str = "train", source: str | None = None, copies: int = 5
-) -> Dataset:
-    """Demonstrations to imitate; columns `prompt`, `completion`.
-
-    Args:
-        split, source: as for `prompt_dataset`.
-        copies: how many demonstrations are written for each generated prompt.
-
-    Raises:
-        ValueError: as for `prompt_dataset`.
-    """
-    if source := source or preset.data:
-        return _read(source, split, ("prompt", "completion"), preset)
-    if not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"copies is {copies}; give at least 1, a whole number")
-    rng = random.Random(f"sft-{split}-{preset.seed}")
-    prompts = world.prompts(split) * copies
-    rng.shuffle(prompts)
-    completions = [corpus.demonstration(rng, prompt) for prompt in prompts]
-    return Dataset.from_dict({"prompt": prompts, "completion": completions})
-
-
-def preference_dataset(
-    preset: Preset,
-    split: str = "train",
-    source: str | None = None,
-    annotator: Annotator | None = None,
-) -> Dataset:
-    """Pairs of responses; columns `prompt`, `chosen`, `rejected`, and `probability` if generated.
-
-    Generated pairs are two answers in the style of the base text, labelled by the annotator;
-    `probability` is the chance with which the annotator chooses the one in `chosen`.
-
-    Args:
-        split, source: as for `prompt_dataset`. With `preset.drop_unfit`, the pairs of a source to
-            train on are halved by prompt: `train` is for the reward model, `judge` for another.
-        annotator: who labels generated pairs; None for `Annotator()`.
-
-    Raises:
-        ValueError: as for `prompt_dataset`, and for a pair whose two responses are equal.
-    """
-    if source := source or preset.data:
-        return _read(source, split, ("prompt", "chosen", "rejected"), preset)
-    rng = random.Random(f"preferences-{split}-{preset.seed}")
-    annotator = annotator or Annotator()
-    return Dataset.from_list([_pair(rng, annotator, prompt) for prompt in world.prompts(split)])
-
-
-def _pair(rng: random.Random, annotator: Annotator, prompt: str) -> dict:
-    question = world.questions()[prompt]
-    first = second = corpus.web_answer(rng, question, held_out=False)[0]
-    while second == first:
-        second = corpus.web_answer(rng, question, held_out=False)[0]
-    if not annotator.prefer(prompt, first, second, rng):
-        first, second = second, first
-    probability = annotator.probability(prompt, first, second)
-    return {"prompt": prompt, "chosen": first, "rejected": second, "probability": probability}
-
-
-def _read(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> Dataset:
-    """Read a file, a folder or a hub data set, and check its columns."""
     if preset.drop_unfit:
         rows = _fit_part(source, split, columns, preset)
     else:
