@@ -295,7 +295,7 @@ LENGTH = 12  # short: some responses are cut off
 
 def spy(monkeypatch):
     """Keep what `sample_responses` gives."""
-    kept, real = [], reward.sample_responses
+    kept, real = [], preferences_module.sample_responses
 
     def sample(*arguments, **options):
         kept.append(real(*arguments, **options))
@@ -500,7 +500,7 @@ def test_an_interrupted_write_leaves_no_pairs(base, tokenizer, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(reward.os, "replace", interrupt)
+        patch.setattr(preferences_module.os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             collect_preferences(*arguments, cache=tmp_path)
     assert not list(tmp_path.glob("*.jsonl"))
