@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -221,15 +222,15 @@ def _bad_line(path: Path) -> str | None:
 def _all_rows(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[dict]:
     """All rows, each as `_parse` gives it; ValueError for the first that cannot be used."""
     names = _names(dataset, source, columns)
+    needed = [name for name in names if name not in ("system", "label")]
     rows = []
     for number, row in enumerate(dataset.select_columns(names).to_list(), 1):
-        needed = [name for name in names if name not in ("system", "label")]
-        bad = [n for n in needed if not isinstance(row[n], str | list) or not row[n]]
-        bad += [n for n in needed if isinstance(row[n], str) and not row[n].strip()]
-        if bad:
-            raise ValueError(
-                f"{source!r}, row {number}: {bad[0]} is {row[bad[0]]!r:.99}, give it some text"
-            )
+        for name in needed:
+            value = row[name].strip() if isinstance(row[name], str) else row[name]
+            if not value or not isinstance(value, str | list):
+                raise ValueError(
+                    f"{source!r}, row {number}: {name} is {row[name]!r:.99}, give it some text"
+                )
         try:
             rows.append(_parse(row))
         except Unfit as reason:
@@ -274,10 +275,10 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     names = list(splits)
     train = names[0] if len(names) == 1 else "train"
     own = next((name for name in ("test", "validation") if name in names and name != train), None)
+    if split in HELD_OUT and split not in names and own:
+        split = own
     if split in names and split != "train":
         return _fit_rows(splits[split], source, split, columns, preset)
-    if split in HELD_OUT and own:
-        return _fit_rows(splits[own], source, own, columns, preset)
     if train not in names or split not in ("train", "judge", *HELD_OUT):
         raise ValueError(
             f"{source!r} has no split {split!r}; it has {', '.join(names)}; choose one of those"
@@ -317,22 +318,23 @@ def _fit_rows(
     _names(dataset, source, columns)
     tokenizer = bare_tokenizer(preset)
     marks = reserved(tokenizer)
-    left_out, rows, seen = Counter(), [], set()
-    for row in _columns_read(dataset).to_list():
+    left_out, rows, rendered = Counter(), {}, []
+    for row in _parsed(dataset):
         try:
-            row = _parse(row)
-            rendered = _rendered(tokenizer, marks, row)
-            if same_prompt(row["prompt"]) in held_out:
+            if isinstance(row, Unfit):
+                raise row
+            text = _rendered(tokenizer, marks, row)
+            if (prompt := same_prompt(row["prompt"])) in held_out:
                 raise Unfit("of a held-out prompt")
-            key = same_prompt(row["prompt"]), *(row.get(name) for name in ANSWERS)
-            if key in seen:
+            key = prompt, *(row.get(name) for name in ANSWERS)
+            if key in rows:
                 raise Unfit("copies")
         except Unfit as reason:
             left_out[str(reason)] += 1
             continue
-        seen.add(key)
-        rows.append((row, rendered))
-    short = _short_enough(rows, tokenizer, preset)
+        rows[key] = row
+        rendered.append(text)
+    short = _short_enough(list(rows.values()), rendered, tokenizer, preset)
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
     if not short:
@@ -341,38 +343,37 @@ def _fit_rows(
             f"prompt may have {preset.prompt_length} tokens with its template, a response "
             f"{preset.response_length} with EOS: {'raise those, or ' * bool(rows)}give other data"
         )
-    _report(source, split, dataset, len(short), reasons, preset.rows)
+    name = Path(source).name if Path(source).exists() else source
+    _report(f"{name}, {split}", dataset, len(short), reasons, preset.rows)
     random.Random(preset.seed).shuffle(short)
     return _in_columns(short[: preset.rows])
 
 
-def _columns_read(dataset: Dataset) -> Dataset:
-    return dataset.select_columns([name for name in READ if name in dataset.column_names])
+def _parsed(dataset: Dataset) -> Iterator[dict | Unfit]:
+    """Each row as `_parse` gives it, or why it cannot be used."""
+    names = [name for name in READ if name in dataset.column_names]
+    for row in dataset.select_columns(names).to_list():
+        try:
+            yield _parse(row)
+        except Unfit as reason:
+            yield reason
 
 
 def _prompts(dataset: Dataset) -> set[str]:
     """The prompts of all rows, as keys; rows without one are passed over."""
-    found = set()
-    for row in _columns_read(dataset).to_list():
-        try:
-            found.add(same_prompt(_parse(row)["prompt"]))
-        except Unfit:
-            continue
-    return found
+    rows = (row for row in _parsed(dataset) if not isinstance(row, Unfit))
+    return {same_prompt(row["prompt"]) for row in rows}
 
 
-def _report(
-    source: str, split: str, dataset: Dataset, kept: int, reasons: str, limit: int | None
-) -> None:
-    name = Path(source).name if Path(source).exists() else source
-    line = f"{name}, {split}: {kept} of {len(dataset)} rows kept"
+def _report(name: str, dataset: Dataset, kept: int, reasons: str, limit: int | None) -> None:
+    parts = [f"{name}: {kept} of {len(dataset)} rows kept"]
     if reasons:
-        line += f"; left out: {reasons}"
-    if unread := [name for name in dataset.column_names if name not in READ]:
-        line += f"; columns not read: {', '.join(unread)}"
+        parts.append(f"left out: {reasons}")
+    if unread := [column for column in dataset.column_names if column not in READ]:
+        parts.append(f"columns not read: {', '.join(unread)}")
     if limit is not None and limit < kept:
-        line += f"; {limit} of them are used"
-    print(line)
+        parts.append(f"{limit} of them are used")
+    print("; ".join(parts))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) -> str:
@@ -388,16 +389,16 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) 
 
 
 def _short_enough(
-    rows: list[tuple[dict, str]], tokenizer: PreTrainedTokenizerBase, preset: Preset
+    rows: list[dict], rendered: list[str], tokenizer: PreTrainedTokenizerBase, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
-    rendered = [text for _, text in rows]
-    lengths = [(prompt_tokens(tokenizer, rendered) if rows else [], preset.prompt_length)]
-    for name in (name for name in ANSWERS if rows and name in rows[0][0]):
-        answers = [row[name] for row, _ in rows]
-        lengths.append((response_tokens(tokenizer, rendered, answers), preset.response_length))
-    fits = zip(*([len(ids) <= limit for ids in column] for column, limit in lengths), strict=True)
-    return [row for (row, _), fit in zip(rows, fits, strict=True) if all(fit)]
+    if not rows:
+        return []
+    fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, rendered)]]
+    for name in (name for name in ANSWERS if name in rows[0]):
+        tokens = response_tokens(tokenizer, rendered, [row[name] for row in rows])
+        fits.append([len(ids) <= preset.response_length for ids in tokens])
+    return [row for row, *fit in zip(rows, *fits, strict=True) if all(fit)]
 
 
 # --- one row -------------------------------------------------------------------------------
