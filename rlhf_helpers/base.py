@@ -100,12 +100,13 @@ def _require_weights(folder: Path) -> None:
         )
     require_files(folder, "config.json")
     index = folder / f"{SAFETENSORS}.index.json"
-    if (folder / SAFETENSORS).is_file() and index.is_file():
+    whole, parts = (folder / SAFETENSORS).is_file(), [SAFETENSORS]
+    if whole and index.is_file():
         raise ValueError(
             f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "
             "saved over the other; delete those that are older"
         )
-    if not (folder / SAFETENSORS).is_file() and index.is_file():
+    if index.is_file():
         try:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
@@ -113,13 +114,12 @@ def _require_weights(folder: Path) -> None:
                 f"'{index}' cannot be read ({type(error).__name__}: {error}); it is truncated or "
                 "damaged: copy the whole folder again"
             ) from error
-        return require_files(folder, *sorted(parts))
-    if not (folder / SAFETENSORS).is_file() and any(folder.glob("pytorch_model*.bin")):
+    elif not whole and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
             "that can run any code; get the model as safetensors, or convert it where you trust it"
         )
-    require_files(folder, SAFETENSORS)
+    require_files(folder, *sorted(parts))
 
 
 def _switch_off_dropout(config: PreTrainedConfig) -> None:

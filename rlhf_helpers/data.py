@@ -1,9 +1,6 @@
 """Data sets in TRL's columns, from a file, a folder or the hub."""
 
 import ast
-import csv
-import glob
-import gzip
 import hashlib
 import json
 import random
@@ -11,15 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers.hub import from_hub
+from rlhf_helpers.files import read_source
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.text import (
-    HALF,
     Message,
     Unfit,
     as_messages,
@@ -36,10 +31,9 @@ from rlhf_helpers.validation import require_columns
 ASSISTANT = "\n\nAssistant:"
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # who speaks in a transcript of hh-rlhf
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 ANSWERS = ("completion", "chosen", "rejected")
 READ = ("prompt", "system", "label", *ANSWERS)
-CSV = {"converters": dict.fromkeys(READ[:2] + READ[3:], str), "keep_default_na": False}
 HELD_OUT = ("held_out", "held_out_phrasing", "held_out_fact")
 
 
@@ -70,7 +64,7 @@ def read_dataset(source: str, split: str, columns: tuple[str, ...], preset: Pres
     if preset.drop_unfit:
         rows = _fit_part(source, split, columns, preset)
     else:
-        rows = _all_rows(_load(source, preset, split), source, columns)
+        rows = _all_rows(read_source(source, preset, split), source, columns)
     if "completion" in columns and "completion" not in rows[0]:
         rows = [row | {"completion": row["chosen"]} for row in rows]  # the preferred one serves
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
@@ -85,135 +79,6 @@ def _in_columns(rows: list[dict]) -> list[dict]:
         row | {name: [{"role": "assistant", "content": row[name]}] for name in names}
         for row in rows
     ]
-
-
-# --- reading -------------------------------------------------------------------------------
-
-
-def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | dict[str, Dataset]:
-    """One split of a source as it is, or, without a name, all of them by their names."""
-    path = Path(source).expanduser()
-    kind = _kind(path)
-    if kind and not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
-        if split not in (None, "train"):
-            raise ValueError(
-                f"split is {split!r}, but the file {source!r} is one split, 'train'; give another "
-                "file, or a folder with a file for each split"
-            )
-        dataset = _read_file(path, kind)
-        return {"train": dataset} if split is None else dataset
-    if path.is_file():
-        raise ValueError(f"{source!r} ends in none of {', '.join(FORMATS)}; convert it to one")
-    options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
-    if path.is_dir():
-        options |= _folder_options(path / (options["data_dir"] or ""))
-        try:
-            return _load_local(str(path), **options)
-        except Exception as error:
-            detail = str(error.__cause__ or error).strip().partition("\n")[0]
-            raise ValueError(
-                f"the folder {source!r} cannot be read as data ({detail:.150}); give it one file "
-                "for each split, such as train.jsonl"
-            ) from error
-    if source == preset.data:
-        options["revision"] = preset.data_revision
-    return from_hub(source, load_dataset, source, **options)
-
-
-def _kind(path: Path) -> str | None:
-    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
-
-
-def _folder_options(folder: Path) -> dict:
-    """How to read a folder's files; ValueError for what would be read wrongly, or not at all."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
-    kinds = {kind: path for path in files if (kind := _kind(path))}
-    if len(kinds) > 1:
-        names = ", ".join(sorted(path.name for path in kinds.values()))
-        raise ValueError(
-            f"the folder '{folder}' has data of several kinds ({names}), of which one would be "
-            "read; keep one kind"
-        )
-    for path in files:
-        if _kind(path) == "csv":
-            _check_csv(path)
-    return CSV if "csv" in kinds else {}
-
-
-def _load_local(*source: str, **options) -> Dataset | dict[str, Dataset]:
-    """`load_dataset` without its cache, which takes a changed file of the same date for the old."""
-    with TemporaryDirectory() as cache:
-        return load_dataset(*source, cache_dir=cache, keep_in_memory=True, **options)
-
-
-def _read_file(path: Path, kind: str) -> Dataset:
-    """One file, by the `datasets` library; texts of a CSV file stay texts, even "12" and "NA"."""
-    if not path.stat().st_size:
-        raise ValueError(f"'{path}' is empty: it needs at least one row")
-    if kind == "csv":
-        _check_csv(path)
-    files = {"train": [glob.escape(str(path))]}
-    try:
-        options = CSV if kind == "csv" else {}
-        dataset = _load_local(kind, data_files=files, split="train", **options)
-        dataset[:]  # finds what is not UTF-8
-        return dataset
-    except Exception as error:
-        causes = [error.__cause__ or error, error]
-        if isinstance(causes[0], StopIteration) or "no data" in str(error):
-            raise ValueError(f"'{path}' is empty: it needs at least one row") from error
-        found = _bad_line(path) if path.suffix == ".jsonl" else None
-        if any(isinstance(cause, UnicodeDecodeError) for cause in causes):
-            found = "it is not UTF-8; save it with that encoding"
-        detail = found or str(causes[0]).strip().partition("\n")[0]
-        raise ValueError(
-            f"'{path}' cannot be read as {kind} ({detail}); mend that, or, if the file is "
-            "truncated or damaged, copy it again"
-        ) from error
-
-
-def _check_csv(path: Path) -> None:
-    """Rows of another length than the header: the library would shift or drop columns."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise ValueError(
-                        f"'{path}', line {rows.line_num}: {len(row)} fields, but the header has "
-                        f"{len(header)}; give every line the same number, and quote texts with "
-                        "commas"
-                    )
-    except csv.Error as error:
-        raise ValueError(
-            f"'{path}': {error}; look for a quote that is never closed, or give such long texts as "
-            ".jsonl"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8; save it with that encoding") from error
-
-
-def _bad_line(path: Path) -> str | None:
-    """Where a file of JSON lines is wrong; the library names a row of a block, or none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 (byte {error.start}); save it with that encoding"
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"line {number} is not JSON: {error}"
-        if not isinstance(row, dict):
-            return f"line {number} is {row!r:.99}, no JSON object such as {{'prompt': …}}"
-        for name, value in row.items():
-            if HALF.search(str(value)):
-                return f"line {number} has half of a character, a lone surrogate, in {name!r}"
-    return None
 
 
 # --- rows ----------------------------------------------------------------------------------
@@ -271,7 +136,7 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     No prompt stands in two of `train`, `judge` and `held_out`: what is measured on a prompt that
     was trained on measures memory.
     """
-    splits, pairs = _load(source, preset), "rejected" in columns
+    splits, pairs = read_source(source, preset), "rejected" in columns
     names = list(splits)
     train = names[0] if len(names) == 1 else "train"
     own = next((name for name in ("test", "validation") if name in names and name != train), None)
@@ -334,7 +199,7 @@ def _fit_rows(
             continue
         rows[key] = row
         rendered.append(text)
-    short = _short_enough(list(rows.values()), rendered, tokenizer, preset)
+    short = _short_enough(list(rows.values()), rendered, tokenizer, preset) if rows else []
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
     if not short:
@@ -392,8 +257,6 @@ def _short_enough(
     rows: list[dict], rendered: list[str], tokenizer: PreTrainedTokenizerBase, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
-    if not rows:
-        return []
     fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, rendered)]]
     for name in (name for name in ANSWERS if name in rows[0]):
         tokens = response_tokens(tokenizer, rendered, [row[name] for row in rows])
@@ -460,13 +323,12 @@ def _turns(value: object) -> list[Message]:
     if isinstance(value, list):
         return [turn | {"content": _clean(turn["content"])} for turn in messages_of(value)]
     before, *rest = MARK.split(_clean(value))
-    speakers, contents = rest[::2], rest[1::2]
+    speakers = [SPEAKERS[mark] for mark in rest[::2]]
     if before:
-        speakers.insert(0, "System" if speakers[:1] == ["Human"] else "Human")
-        contents.insert(0, before)
-    names = {"System": "system", "Human": "user", "Assistant": "assistant"}
-    turns = zip((names[s] for s in speakers), map(str.strip, contents), strict=True)
-    return [{"role": role, "content": content} for role, content in turns]
+        speakers.insert(0, "system" if speakers[:1] == ["user"] else "user")
+        rest = ["", before, *rest]
+    turns = zip(speakers, rest[1::2], strict=True)
+    return [{"role": role, "content": content.strip()} for role, content in turns]
 
 
 def _clean(value: object) -> str:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rlhf_helpers import base as base_module
-from rlhf_helpers import data
+from rlhf_helpers import files as files_module
 from rlhf_helpers import text as text_module
 from rlhf_helpers.base import linear_shapes, load_base
 from rlhf_helpers.ppo import PPOConfig, train_ppo
@@ -607,7 +607,7 @@ def test_the_pinned_revision_is_asked_for(preset, monkeypatch):
         asked.append((source, options))
         raise OSError("enough")
 
-    monkeypatch.setattr(data, "load_dataset", load)
+    monkeypatch.setattr(files_module, "load_dataset", load)
     made = replace(load_preset("single_gpu", device="cpu"), model=preset().model, revision=None)
     with pytest.raises(ConnectionError):
         preference_dataset(made)
