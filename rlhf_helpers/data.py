@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from datasets import Dataset
@@ -184,10 +184,9 @@ def _fit_rows(
     tokenizer = bare_tokenizer(preset)
     marks = reserved(tokenizer)
     left_out, rows, rendered = Counter(), {}, []
-    for row in _parsed(dataset):
+    for row in _read_columns(dataset):
         try:
-            if isinstance(row, Unfit):
-                raise row
+            row = _parse(row)
             text = _rendered(tokenizer, marks, row)
             if (prompt := same_prompt(row["prompt"])) in held_out:
                 raise Unfit("of a held-out prompt")
@@ -214,20 +213,17 @@ def _fit_rows(
     return _in_columns(short[: preset.rows])
 
 
-def _parsed(dataset: Dataset) -> Iterator[dict | Unfit]:
-    """Each row as `_parse` gives it, or why it cannot be used."""
-    names = [name for name in READ if name in dataset.column_names]
-    for row in dataset.select_columns(names).to_list():
-        try:
-            yield _parse(row)
-        except Unfit as reason:
-            yield reason
+def _read_columns(dataset: Dataset) -> list[dict]:
+    return dataset.select_columns([n for n in READ if n in dataset.column_names]).to_list()
 
 
 def _prompts(dataset: Dataset) -> set[str]:
     """The prompts of all rows, as keys; rows without one are passed over."""
-    rows = (row for row in _parsed(dataset) if not isinstance(row, Unfit))
-    return {same_prompt(row["prompt"]) for row in rows}
+    found = set()
+    for row in _read_columns(dataset):
+        with suppress(Unfit):
+            found.add(same_prompt(_parse(row)["prompt"]))
+    return found
 
 
 def _report(name: str, dataset: Dataset, kept: int, reasons: str, limit: int | None) -> None:

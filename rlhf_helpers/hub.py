@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from rlhf_helpers.presets import Preset
+
 REFUSALS = {  # the first is a case of the second
     GatedRepoError: "the hub gives it only to those who accepted its licence; do so on its page at "
     "huggingface.co and log in with `hf auth login`",
@@ -37,6 +39,13 @@ def from_hub(source: str, load, *args, **kwargs):
             f"{source!r} is no local path, and {_refusal(error)}, or download it elsewhere and "
             "pass the local folder"
         ) from error
+
+
+def load_pretrained(preset: Preset, load, **options):
+    """Call a `from_pretrained` for the preset's model; no code of the model's author is run."""
+    options |= {"revision": preset.revision, "local_files_only": preset.offline}
+    options["trust_remote_code"] = False  # else transformers would ask whether to run it
+    return from_hub(preset.model, load, preset.model, **options)
 
 
 def _refusal(error: BaseException) -> str:

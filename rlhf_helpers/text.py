@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import BatchEncoding
 
-from rlhf_helpers.hub import from_hub, require_files
+from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.validation import context_length, require_columns
 
@@ -77,10 +77,8 @@ def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
         # AutoTokenizer guesses the class from the model's config and can guess wrong.
         tokenizer = from_hub(preset.model, PreTrainedTokenizerFast.from_pretrained, preset.model)
     else:
-        with_hub = {"revision": preset.revision, "local_files_only": preset.offline}
-        with_hub["trust_remote_code"] = False  # else transformers would ask whether to run it
-        tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
-        config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **with_hub)
+        tokenizer = load_pretrained(preset, AutoTokenizer.from_pretrained)
+        config = load_pretrained(preset, AutoConfig.from_pretrained)
         _complete(tokenizer, config.get_text_config().vocab_size)
     tokenizer.padding_side = "left"
     _check_tokenizer(tokenizer)
