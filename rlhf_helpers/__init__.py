@@ -1,8 +1,11 @@
 """Helpers of the RLHF course: what the notebooks import once a lesson has derived it.
 
-Modules, each importing only from those before it: `presets`, `pocket`, `data`, `validation`,
-`logprobs`, `kl`, `checkpoints`, `roles`, `training`, `sft`, `rollout`, `reward`, `ppo`, `memory`,
-`plots`, `checks`. Importing this package loads none of them.
+The core is any model and any data: `presets`, `validation`, `hub`, `stats`, `plots`, `notebook`,
+`text`, `logprobs`, `kl`, `diversity`, `files`, `data`, `base`, `checkpoints`, `roles`, `memory`,
+`training`, `sft`, `reward`, `rollout`, `losses`, `ppo`, and `checks` of the exercises. `pocket` is
+the world that comes with the course, one user of the core. `sources` knows both, and says which
+data and which gold a preset means. Each module imports only from those before it; README's section
+for contributors has the table. Importing this package loads none of them.
 """
 
 import logging

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_helpers.hub import from_hub, require_files
+from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
 
 NF4_BLOCK = 64  # weights that share one scale
@@ -73,16 +73,12 @@ def load_base(
         )
     if preset.offline:
         _require_weights(Path(preset.model))
-    options = {"revision": preset.revision, "local_files_only": preset.offline}
-    options["trust_remote_code"] = False  # else transformers would ask whether to run it
-    config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **options)
+    config = load_pretrained(preset, AutoConfig.from_pretrained)
     _switch_off_dropout(config)
     _require_fit(config, preset.model, quantized)
     if preset.device == "cuda":
         _require_memory(config, preset, quantized)
-    if quantized:
-        options["quantization_config"] = _nf4(preset)
-    model = _load_weights(preset, config, options, classifier)
+    model = _load_weights(preset, config, quantized, classifier)
     _switch_off_repacking(model)
     if preset.checkpointing:  # it works in training mode only, so sampling and scoring lose no time
         older = "gradient_checkpointing_enable"  # its name in older transformers
@@ -100,12 +96,13 @@ def _require_weights(folder: Path) -> None:
         )
     require_files(folder, "config.json")
     index = folder / f"{SAFETENSORS}.index.json"
-    if (folder / SAFETENSORS).is_file() and index.is_file():
+    whole, parts = (folder / SAFETENSORS).is_file(), [SAFETENSORS]
+    if whole and index.is_file():
         raise ValueError(
             f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "
             "saved over the other; delete those that are older"
         )
-    if not (folder / SAFETENSORS).is_file() and index.is_file():
+    if index.is_file():
         try:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
@@ -113,13 +110,12 @@ def _require_weights(folder: Path) -> None:
                 f"'{index}' cannot be read ({type(error).__name__}: {error}); it is truncated or "
                 "damaged: copy the whole folder again"
             ) from error
-        return require_files(folder, *sorted(parts))
-    if not (folder / SAFETENSORS).is_file() and any(folder.glob("pytorch_model*.bin")):
+    elif not whole and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
             "that can run any code; get the model as safetensors, or convert it where you trust it"
         )
-    require_files(folder, SAFETENSORS)
+    require_files(folder, *sorted(parts))
 
 
 def _switch_off_dropout(config: PreTrainedConfig) -> None:
@@ -224,30 +220,28 @@ def _weight_bytes(config, preset: Preset, quantized: bool) -> float:
     return linear * each + (sum(p.numel() for p in model.parameters()) - linear) * plain
 
 
-def _nf4(preset: Preset) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
+def _load_weights(preset: Preset, config, quantized: bool, classifier: bool) -> PreTrainedModel:
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    if classifier:
+        config.num_labels = 1
+    dtype = getattr(torch, preset.compute_dtype)
+    nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, preset.compute_dtype),
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=preset.double_quant,
+        llm_int8_skip_modules=["score"] if classifier else None,
     )
-
-
-def _load_weights(preset: Preset, config, options: dict, classifier: bool) -> PreTrainedModel:
-    load = AutoModelForCausalLM.from_pretrained
-    if classifier:
-        load = AutoModelForSequenceClassification.from_pretrained
-        config.num_labels = 1
-        if "quantization_config" in options:
-            options["quantization_config"].llm_int8_skip_modules = ["score"]
-    options |= {
-        "config": config,
-        "dtype": getattr(torch, preset.compute_dtype),
-        "device_map": {"": preset.device},
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
-    model, info = from_hub(preset.model, load, preset.model, **options)
+    model, info = load_pretrained(
+        preset,
+        kind.from_pretrained,
+        config=config,
+        dtype=dtype,
+        device_map={"": preset.device},
+        use_safetensors=True,
+        output_loading_info=True,
+        **({"quantization_config": nf4} if quantized else {}),
+    )
     foreign = [key for key in info["unexpected_keys"] if key.endswith("weight")]
     if not classifier and (wrong := [*info["missing_keys"], *foreign]):
         raise ValueError(

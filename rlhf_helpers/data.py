@@ -1,26 +1,20 @@
-"""Data sets in TRL's columns: generated, local or from the hub."""
+"""Data sets in TRL's columns, from a file, a folder or the hub."""
 
 import ast
-import csv
-import glob
-import gzip
 import hashlib
 import json
 import random
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers.hub import from_hub
-from rlhf_helpers.pocket import corpus, world
-from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.files import read_source
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.text import (
-    HALF,
     Message,
     Unfit,
     as_messages,
@@ -37,107 +31,40 @@ from rlhf_helpers.validation import require_columns
 ASSISTANT = "\n\nAssistant:"
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # who speaks in a transcript of hh-rlhf
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 ANSWERS = ("completion", "chosen", "rejected")
 READ = ("prompt", "system", "label", *ANSWERS)
-CSV = {"converters": dict.fromkeys(READ[:2] + READ[3:], str), "keep_default_na": False}
 HELD_OUT = ("held_out", "held_out_phrasing", "held_out_fact")
 
 
-def prompt_dataset(preset: Preset, split: str = "train", source: str | None = None) -> Dataset:
-    """Prompts to respond to; column `prompt`.
+def read_dataset(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> Dataset:
+    """Rows of a file, a folder or a hub data set, in TRL's columns.
 
-    With `preset.drop_unfit`, rows of a source that cannot be used are left out, a line says how
-    many and why, and at most `preset.rows` of the others are used, in an order of `preset.seed`.
-    `held_out` is then the source's test or validation split, else the last tenth of the prompts of
-    its only one; no prompt of it is in `train`.
+    With `preset.drop_unfit`, rows that cannot be used are left out, a line says how many and why,
+    and at most `preset.rows` of the others are used, in an order of `preset.seed`. `held_out` is
+    then the source's test or validation split, else the last tenth of the prompts of its only one;
+    no prompt of it is in `train`. Pairs to train on are halved by prompt: `train` is for the reward
+    model, `judge` for another.
 
     A prompt is everything before the last answer: a question, or a dialogue. Where some rows have
     dialogues, prompts and answers are lists of messages, as TRL has them, else texts.
 
     Args:
-        split: `train`, `held_out`, and in the generated world its parts `held_out_phrasing` and
-            `held_out_fact`; for other sources also the name of a split of theirs.
         source: a hub id, a folder or a file (.jsonl, .json, .csv, .parquet, or one of them with
-            .gz); None for the preset's data. Its columns may be `chosen` and `rejected` transcripts
+            .gz). Its columns may be `chosen` and `rejected` transcripts
             ("\\n\\nHuman: … \\n\\nAssistant: …", as in hh-rlhf), or `prompt` with `chosen` and
             `rejected` or with `completion`, each a text or a list of messages.
+        split: `train`, `held_out`, `judge`, or the name of a split of the source.
+        columns: `prompt`, and where wanted `completion`, or `chosen` and `rejected`.
 
     Raises:
-        ValueError: for a file that is empty or cannot be read, or lacks the column; for a split
-            that is not there, or without a row that can be used.
+        ValueError: for a file that is empty or cannot be read, or lacks a column; for a split that
+            is not there, or without a row that can be used; for a pair of equal responses.
     """
-    if source := source or preset.data:
-        return _read(source, split, ("prompt",), preset)
-    return Dataset.from_dict({"prompt": world.prompts(split)})
-
-
-def sft_dataset(
-    preset: Preset, split: str = "train", source: str | None = None, copies: int = 5
-) -> Dataset:
-    """Demonstrations to imitate; columns `prompt`, `completion`.
-
-    Args:
-        split, source: as for `prompt_dataset`.
-        copies: how many demonstrations are written for each generated prompt.
-
-    Raises:
-        ValueError: as for `prompt_dataset`.
-    """
-    if source := source or preset.data:
-        return _read(source, split, ("prompt", "completion"), preset)
-    if not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"copies is {copies}; give at least 1, a whole number")
-    rng = random.Random(f"sft-{split}-{preset.seed}")
-    prompts = world.prompts(split) * copies
-    rng.shuffle(prompts)
-    completions = [corpus.demonstration(rng, prompt) for prompt in prompts]
-    return Dataset.from_dict({"prompt": prompts, "completion": completions})
-
-
-def preference_dataset(
-    preset: Preset,
-    split: str = "train",
-    source: str | None = None,
-    annotator: Annotator | None = None,
-) -> Dataset:
-    """Pairs of responses; columns `prompt`, `chosen`, `rejected`, and `probability` if generated.
-
-    Generated pairs are two answers in the style of the base text, labelled by the annotator;
-    `probability` is the chance with which the annotator chooses the one in `chosen`.
-
-    Args:
-        split, source: as for `prompt_dataset`. With `preset.drop_unfit`, the pairs of a source to
-            train on are halved by prompt: `train` is for the reward model, `judge` for another.
-        annotator: who labels generated pairs; None for `Annotator()`.
-
-    Raises:
-        ValueError: as for `prompt_dataset`, and for a pair whose two responses are equal.
-    """
-    if source := source or preset.data:
-        return _read(source, split, ("prompt", "chosen", "rejected"), preset)
-    rng = random.Random(f"preferences-{split}-{preset.seed}")
-    annotator = annotator or Annotator()
-    return Dataset.from_list([_pair(rng, annotator, prompt) for prompt in world.prompts(split)])
-
-
-def _pair(rng: random.Random, annotator: Annotator, prompt: str) -> dict:
-    question = world.questions()[prompt]
-    first = second = corpus.web_answer(rng, question, held_out=False)[0]
-    while second == first:
-        second = corpus.web_answer(rng, question, held_out=False)[0]
-    if not annotator.prefer(prompt, first, second, rng):
-        first, second = second, first
-    probability = annotator.probability(prompt, first, second)
-    return {"prompt": prompt, "chosen": first, "rejected": second, "probability": probability}
-
-
-def _read(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> Dataset:
-    """Read a file, a folder or a hub data set, and check its columns."""
     if preset.drop_unfit:
         rows = _fit_part(source, split, columns, preset)
     else:
-        rows = _all_rows(_load(source, preset, split), source, columns)
+        rows = _all_rows(read_source(source, preset, split), source, columns)
     if "completion" in columns and "completion" not in rows[0]:
         rows = [row | {"completion": row["chosen"]} for row in rows]  # the preferred one serves
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
@@ -154,150 +81,21 @@ def _in_columns(rows: list[dict]) -> list[dict]:
     ]
 
 
-# --- reading -------------------------------------------------------------------------------
-
-
-def _load(source: str, preset: Preset, split: str | None = None) -> Dataset | dict[str, Dataset]:
-    """One split of a source as it is, or, without a name, all of them by their names."""
-    path = Path(source).expanduser()
-    kind = _kind(path)
-    if kind and not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {source!r}; check the path to your data")
-        if split not in (None, "train"):
-            raise ValueError(
-                f"split is {split!r}, but the file {source!r} is one split, 'train'; give another "
-                "file, or a folder with a file for each split"
-            )
-        dataset = _read_file(path, kind)
-        return {"train": dataset} if split is None else dataset
-    if path.is_file():
-        raise ValueError(f"{source!r} ends in none of {', '.join(FORMATS)}; convert it to one")
-    options = {"data_dir": preset.data_dir if source == preset.data else None, "split": split}
-    if path.is_dir():
-        options |= _folder_options(path / (options["data_dir"] or ""))
-        try:
-            return _load_local(str(path), **options)
-        except Exception as error:
-            detail = str(error.__cause__ or error).strip().partition("\n")[0]
-            raise ValueError(
-                f"the folder {source!r} cannot be read as data ({detail:.150}); give it one file "
-                "for each split, such as train.jsonl"
-            ) from error
-    if source == preset.data:
-        options["revision"] = preset.data_revision
-    return from_hub(source, load_dataset, source, **options)
-
-
-def _kind(path: Path) -> str | None:
-    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
-
-
-def _folder_options(folder: Path) -> dict:
-    """How to read a folder's files; ValueError for what would be read wrongly, or not at all."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
-    kinds = {kind: path for path in files if (kind := _kind(path))}
-    if len(kinds) > 1:
-        names = ", ".join(sorted(path.name for path in kinds.values()))
-        raise ValueError(
-            f"the folder '{folder}' has data of several kinds ({names}), of which one would be "
-            "read; keep one kind"
-        )
-    for path in files:
-        if _kind(path) == "csv":
-            _check_csv(path)
-    return CSV if "csv" in kinds else {}
-
-
-def _load_local(*source: str, **options) -> Dataset | dict[str, Dataset]:
-    """`load_dataset` without its cache, which takes a changed file of the same date for the old."""
-    with TemporaryDirectory() as cache:
-        return load_dataset(*source, cache_dir=cache, keep_in_memory=True, **options)
-
-
-def _read_file(path: Path, kind: str) -> Dataset:
-    """One file, by the `datasets` library; texts of a CSV file stay texts, even "12" and "NA"."""
-    if not path.stat().st_size:
-        raise ValueError(f"'{path}' is empty: it needs at least one row")
-    if kind == "csv":
-        _check_csv(path)
-    files = {"train": [glob.escape(str(path))]}
-    try:
-        options = CSV if kind == "csv" else {}
-        dataset = _load_local(kind, data_files=files, split="train", **options)
-        dataset[:]  # finds what is not UTF-8
-        return dataset
-    except Exception as error:
-        causes = [error.__cause__ or error, error]
-        if isinstance(causes[0], StopIteration) or "no data" in str(error):
-            raise ValueError(f"'{path}' is empty: it needs at least one row") from error
-        found = _bad_line(path) if path.suffix == ".jsonl" else None
-        if any(isinstance(cause, UnicodeDecodeError) for cause in causes):
-            found = "it is not UTF-8; save it with that encoding"
-        detail = found or str(causes[0]).strip().partition("\n")[0]
-        raise ValueError(
-            f"'{path}' cannot be read as {kind} ({detail}); mend that, or, if the file is "
-            "truncated or damaged, copy it again"
-        ) from error
-
-
-def _check_csv(path: Path) -> None:
-    """Rows of another length than the header: the library would shift or drop columns."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise ValueError(
-                        f"'{path}', line {rows.line_num}: {len(row)} fields, but the header has "
-                        f"{len(header)}; give every line the same number, and quote texts with "
-                        "commas"
-                    )
-    except csv.Error as error:
-        raise ValueError(
-            f"'{path}': {error}; look for a quote that is never closed, or give such long texts as "
-            ".jsonl"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8; save it with that encoding") from error
-
-
-def _bad_line(path: Path) -> str | None:
-    """Where a file of JSON lines is wrong; the library names a row of a block, or none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 (byte {error.start}); save it with that encoding"
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"line {number} is not JSON: {error}"
-        if not isinstance(row, dict):
-            return f"line {number} is {row!r:.99}, no JSON object such as {{'prompt': …}}"
-        for name, value in row.items():
-            if HALF.search(str(value)):
-                return f"line {number} has half of a character, a lone surrogate, in {name!r}"
-    return None
-
-
 # --- rows ----------------------------------------------------------------------------------
 
 
 def _all_rows(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[dict]:
     """All rows, each as `_parse` gives it; ValueError for the first that cannot be used."""
     names = _names(dataset, source, columns)
+    needed = [name for name in names if name not in ("system", "label")]
     rows = []
     for number, row in enumerate(dataset.select_columns(names).to_list(), 1):
-        needed = [name for name in names if name not in ("system", "label")]
-        bad = [n for n in needed if not isinstance(row[n], str | list) or not row[n]]
-        bad += [n for n in needed if isinstance(row[n], str) and not row[n].strip()]
-        if bad:
-            raise ValueError(
-                f"{source!r}, row {number}: {bad[0]} is {row[bad[0]]!r:.99}, give it some text"
-            )
+        for name in needed:
+            value = row[name].strip() if isinstance(row[name], str) else row[name]
+            if not value or not isinstance(value, str | list):
+                raise ValueError(
+                    f"{source!r}, row {number}: {name} is {row[name]!r:.99}, give it some text"
+                )
         try:
             rows.append(_parse(row))
         except Unfit as reason:
@@ -338,14 +136,14 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     No prompt stands in two of `train`, `judge` and `held_out`: what is measured on a prompt that
     was trained on measures memory.
     """
-    splits, pairs = _load(source, preset), "rejected" in columns
+    splits, pairs = read_source(source, preset), "rejected" in columns
     names = list(splits)
     train = names[0] if len(names) == 1 else "train"
     own = next((name for name in ("test", "validation") if name in names and name != train), None)
+    if split in HELD_OUT and split not in names and own:
+        split = own
     if split in names and split != "train":
         return _fit_rows(splits[split], source, split, columns, preset)
-    if split in HELD_OUT and own:
-        return _fit_rows(splits[own], source, own, columns, preset)
     if train not in names or split not in ("train", "judge", *HELD_OUT):
         raise ValueError(
             f"{source!r} has no split {split!r}; it has {', '.join(names)}; choose one of those"
@@ -385,22 +183,22 @@ def _fit_rows(
     _names(dataset, source, columns)
     tokenizer = bare_tokenizer(preset)
     marks = reserved(tokenizer)
-    left_out, rows, seen = Counter(), [], set()
-    for row in _columns_read(dataset).to_list():
+    left_out, rows, rendered = Counter(), {}, []
+    for row in _read_columns(dataset):
         try:
             row = _parse(row)
-            rendered = _rendered(tokenizer, marks, row)
-            if same_prompt(row["prompt"]) in held_out:
+            text = _rendered(tokenizer, marks, row)
+            if (prompt := same_prompt(row["prompt"])) in held_out:
                 raise Unfit("of a held-out prompt")
-            key = same_prompt(row["prompt"]), *(row.get(name) for name in ANSWERS)
-            if key in seen:
+            key = prompt, *(row.get(name) for name in ANSWERS)
+            if key in rows:
                 raise Unfit("copies")
         except Unfit as reason:
             left_out[str(reason)] += 1
             continue
-        seen.add(key)
-        rows.append((row, rendered))
-    short = _short_enough(rows, tokenizer, preset)
+        rows[key] = row
+        rendered.append(text)
+    short = _short_enough(list(rows.values()), rendered, tokenizer, preset) if rows else []
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
     if not short:
@@ -409,38 +207,34 @@ def _fit_rows(
             f"prompt may have {preset.prompt_length} tokens with its template, a response "
             f"{preset.response_length} with EOS: {'raise those, or ' * bool(rows)}give other data"
         )
-    _report(source, split, dataset, len(short), reasons, preset.rows)
+    name = Path(source).name if Path(source).exists() else source
+    _report(f"{name}, {split}", dataset, len(short), reasons, preset.rows)
     random.Random(preset.seed).shuffle(short)
     return _in_columns(short[: preset.rows])
 
 
-def _columns_read(dataset: Dataset) -> Dataset:
-    return dataset.select_columns([name for name in READ if name in dataset.column_names])
+def _read_columns(dataset: Dataset) -> list[dict]:
+    return dataset.select_columns([n for n in READ if n in dataset.column_names]).to_list()
 
 
 def _prompts(dataset: Dataset) -> set[str]:
     """The prompts of all rows, as keys; rows without one are passed over."""
     found = set()
-    for row in _columns_read(dataset).to_list():
-        try:
+    for row in _read_columns(dataset):
+        with suppress(Unfit):
             found.add(same_prompt(_parse(row)["prompt"]))
-        except Unfit:
-            continue
     return found
 
 
-def _report(
-    source: str, split: str, dataset: Dataset, kept: int, reasons: str, limit: int | None
-) -> None:
-    name = Path(source).name if Path(source).exists() else source
-    line = f"{name}, {split}: {kept} of {len(dataset)} rows kept"
+def _report(name: str, dataset: Dataset, kept: int, reasons: str, limit: int | None) -> None:
+    parts = [f"{name}: {kept} of {len(dataset)} rows kept"]
     if reasons:
-        line += f"; left out: {reasons}"
-    if unread := [name for name in dataset.column_names if name not in READ]:
-        line += f"; columns not read: {', '.join(unread)}"
+        parts.append(f"left out: {reasons}")
+    if unread := [column for column in dataset.column_names if column not in READ]:
+        parts.append(f"columns not read: {', '.join(unread)}")
     if limit is not None and limit < kept:
-        line += f"; {limit} of them are used"
-    print(line)
+        parts.append(f"{limit} of them are used")
+    print("; ".join(parts))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) -> str:
@@ -456,16 +250,14 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) 
 
 
 def _short_enough(
-    rows: list[tuple[dict, str]], tokenizer: PreTrainedTokenizerBase, preset: Preset
+    rows: list[dict], rendered: list[str], tokenizer: PreTrainedTokenizerBase, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
-    rendered = [text for _, text in rows]
-    lengths = [(prompt_tokens(tokenizer, rendered) if rows else [], preset.prompt_length)]
-    for name in (name for name in ANSWERS if rows and name in rows[0][0]):
-        answers = [row[name] for row, _ in rows]
-        lengths.append((response_tokens(tokenizer, rendered, answers), preset.response_length))
-    fits = zip(*([len(ids) <= limit for ids in column] for column, limit in lengths), strict=True)
-    return [row for (row, _), fit in zip(rows, fits, strict=True) if all(fit)]
+    fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, rendered)]]
+    for name in (name for name in ANSWERS if name in rows[0]):
+        tokens = response_tokens(tokenizer, rendered, [row[name] for row in rows])
+        fits.append([len(ids) <= preset.response_length for ids in tokens])
+    return [row for row, *fit in zip(rows, *fits, strict=True) if all(fit)]
 
 
 # --- one row -------------------------------------------------------------------------------
@@ -527,13 +319,12 @@ def _turns(value: object) -> list[Message]:
     if isinstance(value, list):
         return [turn | {"content": _clean(turn["content"])} for turn in messages_of(value)]
     before, *rest = MARK.split(_clean(value))
-    speakers, contents = rest[::2], rest[1::2]
+    speakers = [SPEAKERS[mark] for mark in rest[::2]]
     if before:
-        speakers.insert(0, "System" if speakers[:1] == ["Human"] else "Human")
-        contents.insert(0, before)
-    names = {"System": "system", "Human": "user", "Assistant": "assistant"}
-    turns = zip((names[s] for s in speakers), map(str.strip, contents), strict=True)
-    return [{"role": role, "content": content} for role, content in turns]
+        speakers.insert(0, "system" if speakers[:1] == ["user"] else "user")
+        rest = ["", before, *rest]
+    turns = zip(speakers, rest[1::2], strict=True)
+    return [{"role": role, "content": content.strip()} for role, content in turns]
 
 
 def _clean(value: object) -> str:

@@ -4,6 +4,15 @@ from pathlib import Path
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from rlhf_helpers.presets import Preset
+
+REFUSALS = {  # the first is a case of the second
+    GatedRepoError: "the hub gives it only to those who accepted its licence; do so on its page at "
+    "huggingface.co and log in with `hf auth login`",
+    RepositoryNotFoundError: "the hub shows you none of that name; check the name, log in with "
+    "`hf auth login` if it is private",
+}
+
 
 def require_files(folder: Path, *names: str) -> None:
     """Raise FileNotFoundError, saying how to mend it, unless the folder has all these files."""
@@ -32,20 +41,20 @@ def from_hub(source: str, load, *args, **kwargs):
         ) from error
 
 
+def load_pretrained(preset: Preset, load, **options):
+    """Call a `from_pretrained` for the preset's model; no code of the model's author is run."""
+    options |= {"revision": preset.revision, "local_files_only": preset.offline}
+    options["trust_remote_code"] = False  # else transformers would ask whether to run it
+    return from_hub(preset.model, load, preset.model, **options)
+
+
 def _refusal(error: BaseException) -> str:
     """Why the hub gave nothing, and what to do; the loaders hide the reason among the causes."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return (
-            "the hub gives it only to those who accepted its licence; do so on its page at "
-            "huggingface.co and log in with `hf auth login`"
-        )
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return (
-            "the hub shows you none of that name; check the name, log in with `hf auth login` if "
-            "it is private"
-        )
+    for kind, mend in REFUSALS.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return mend
     detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return f"the hub did not give it ({detail}); check the name and the network"

@@ -160,13 +160,13 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
 def _from_environment() -> dict[str, str | bool]:
     variables = {name: os.environ.get(f"RLHF_{name.upper()}") for name in ENVIRONMENT}
     found: dict[str, str | bool] = {name: value for name, value in variables.items() if value}
-    if "quantized" in found:
-        if found["quantized"] not in ("0", "1"):
+    if quantized := found.get("quantized"):
+        if quantized not in ("0", "1"):
             raise ValueError(
-                f"environment variable RLHF_QUANTIZED is {found['quantized']!r}; give 1 for a base "
-                "in NF4, 0 for one that is not quantized"
+                f"environment variable RLHF_QUANTIZED is {quantized!r}; give 1 for a base in NF4, "
+                "0 for one that is not quantized"
             )
-        found["quantized"] = found["quantized"] == "1"
+        found["quantized"] = quantized == "1"
     return found
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import BatchEncoding
 
-from rlhf_helpers.hub import from_hub, require_files
+from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.validation import context_length, require_columns
 
@@ -31,14 +31,9 @@ HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no UTF-8
 
 # Reserved tokens that no text holds, by which vocabularies have one to pad with.
 PADS = (
-    "<|fim_pad|>",
-    "<|padding|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<pad>",
-    "[PAD]",
-    "<unk>",
-)
+    "<|fim_pad|> <|padding|> <|finetune_right_pad_id|> <|reserved_special_token_0|> <pad> [PAD] "
+    "<unk>"
+).split()
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -82,10 +77,8 @@ def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
         # AutoTokenizer guesses the class from the model's config and can guess wrong.
         tokenizer = from_hub(preset.model, PreTrainedTokenizerFast.from_pretrained, preset.model)
     else:
-        with_hub = {"revision": preset.revision, "local_files_only": preset.offline}
-        with_hub["trust_remote_code"] = False  # else transformers would ask whether to run it
-        tokenizer = from_hub(preset.model, AutoTokenizer.from_pretrained, preset.model, **with_hub)
-        config = from_hub(preset.model, AutoConfig.from_pretrained, preset.model, **with_hub)
+        tokenizer = load_pretrained(preset, AutoTokenizer.from_pretrained)
+        config = load_pretrained(preset, AutoConfig.from_pretrained)
         _complete(tokenizer, config.get_text_config().vocab_size)
     tokenizer.padding_side = "left"
     _check_tokenizer(tokenizer)
@@ -219,12 +212,12 @@ def answer_text(answer: Prompt) -> str:
         >>> answer_text([{"role": "assistant", "content": "a drink."}])
         'a drink.'
     """
-    if isinstance(answer, str):
-        return answer
-    one = isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
-    if not one or answer[0].get("role") != "assistant":
-        raise Unfit("neither a text nor one message of the assistant")
-    return content_text(answer[0].get("content"))
+    match answer:
+        case str():
+            return answer
+        case [{"role": "assistant", "content": content}]:
+            return content_text(content)
+    raise Unfit("neither a text nor one message of the assistant")
 
 
 def readable(prompt: Prompt) -> str:
@@ -397,17 +390,22 @@ def encode_examples(
 def _render_all(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[str]:
     _check_tokenizer(tokenizer)
     _check_texts(tokenizer, "prompt", prompts, _contents)
-    texts = []
-    for i, prompt in enumerate(prompts):
-        try:
-            texts.append(render(tokenizer, prompt))
-        except Unfit as reason:
-            raise ValueError(f"prompt {i} is {prompt!r:.99}, {reason}; mend or remove it") from None
-    return texts
+    return _each("prompt", prompts, lambda prompt: render(tokenizer, prompt), "mend or remove it")
 
 
 def _contents(prompt: Prompt) -> str:
     return "\n".join(turn["content"] for turn in as_messages(prompt))
+
+
+def _each(name: str, values: list[Prompt], text_of, mend: str) -> list[str]:
+    """The text of every value; ValueError for the first that has none."""
+    texts = []
+    for i, value in enumerate(values):
+        try:
+            texts.append(text_of(value))
+        except Unfit as reason:
+            raise ValueError(f"{name} {i} is {value!r:.99}, {reason}; {mend}") from None
+    return texts
 
 
 def _check_texts(
@@ -419,23 +417,20 @@ def _check_texts(
         raise TypeError(f"{name} {bad[0]} is {values[bad[0]]!r:.99}: give a list of texts")
     if not values:
         raise ValueError(f"{name}s is empty: give at least one text")
-    marks, texts = reserved(tokenizer), []
-    for i, value in enumerate(values):
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{name} {i} is {value!r}: give it some text")
-        try:
-            texts.append(text_of(value))
-        except Unfit as reason:
-            raise ValueError(
-                f"{name} {i} is {value!r:.99}, {reason}; give a text, or messages: a system's at "
-                "most, then user and assistant in turn"
-            ) from None
-        if half := HALF.search(texts[-1]):
+    if blank := [
+        i for i, value in enumerate(values) if isinstance(value, str) and not value.strip()
+    ]:
+        raise ValueError(f"{name} {blank[0]} is {values[blank[0]]!r}: give it some text")
+    mend = "give a text, or messages: a system's at most, then user and assistant in turn"
+    texts = _each(name, values, text_of, mend)
+    marks = reserved(tokenizer)
+    for i, text in enumerate(texts):
+        if half := HALF.search(text):
             raise ValueError(
                 f"{name} {i} has half of a character, {half[0]!r}, at {half.start()}: mend or "
                 "remove it"
             )
-        if mark := marks.search(texts[-1]):
+        if mark := marks.search(text):
             raise ValueError(
                 f"{name} {i} contains {mark[0]!r}, a special token, as which it would be read: "
                 "remove it"

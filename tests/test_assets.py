@@ -8,12 +8,12 @@ import train_assets
 
 from rlhf_helpers import reward
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.sft import held_out_loss
+from rlhf_helpers.sources import sft_dataset
 from rlhf_helpers.text import encode_examples
 
 DUCK = "what does the duck say?"

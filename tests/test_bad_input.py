@@ -30,9 +30,7 @@ import rlhf_helpers
 from rlhf_helpers import checks, plots
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter, newest_readable, whole_folder
-from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.diversity import distinct_n, diversity, mean_length, self_bleu, unique_share
-from rlhf_helpers.gold import Judge, Rubric, load_gold
 from rlhf_helpers.kl import AdaptiveKL, estimator_moments, exact_kl, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs, token_entropy, token_logprobs
 from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
@@ -47,12 +45,12 @@ from rlhf_helpers.memory import (
 )
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
+from rlhf_helpers.pocket.preferences import collect_preferences
 from rlhf_helpers.ppo import PPOConfig, collect_experience, train_ppo
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import (
     RewardConfig,
     calibration,
-    collect_preferences,
     encode_pairs,
     last_token_index,
     normalise,
@@ -66,6 +64,15 @@ from rlhf_helpers.reward import (
 from rlhf_helpers.roles import CONFIG, HEAD, WEIGHTS, Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.sft import SFTConfig, held_out_loss, mask_prompt, sft_loss, train_sft
+from rlhf_helpers.sources import (
+    Judge,
+    Rubric,
+    load_gold,
+    preference_dataset,
+    prompt_dataset,
+    sft_dataset,
+)
+from rlhf_helpers.stats import share_with_interval
 from rlhf_helpers.text import encode_examples, encode_prompts, load_tokenizer, pad_examples
 
 CONTEXT = 64
@@ -868,7 +875,7 @@ POCKET_ROWS = (
     number_row("an annotator at a temperature of NaN", Annotator, "temperature", nan, "above 0"),
     number_row("an infinite taste for courtesy", Annotator, "politeness", inf, "0 for no bias"),
     Row("two equal responses to choose from",
-        lambda w: Annotator().prefer(DUCK, "a", "a", random.Random(0)),
+        lambda w: Annotator().label(DUCK, "a", "a", random.Random(0)),
         ("both responses", "are 'a'"), "there is nothing to prefer"),
     Row("a ceiling of no pairs", lambda w: ceiling([]), "no probabilities", "give"),
     Row("percents for probabilities",
@@ -885,7 +892,7 @@ POCKET_ROWS = (
         lambda w: exam.continuation_logprobs(w.model, w.tokenizer, [""], ["c"]),
         "contexts must be texts", "at least one token"),
     Row("a share of no trials",
-        lambda w: exam.share_with_interval([]), "no trials", "give at least one"),
+        lambda w: share_with_interval([]), "no trials", "give at least one"),
     Row("more courtesies than there are",
         lambda w: corpus.with_courtesies(random.Random(0), "quack.", 9), "count is 9",
         "give 0 to 8"),

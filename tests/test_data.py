@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.rubric import answer_in, look_up
 from rlhf_helpers.presets import load_preset
+from rlhf_helpers.sources import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.text import (
     encode_examples,
     encode_prompts,

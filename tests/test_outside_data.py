@@ -10,9 +10,9 @@ from datasets import Dataset
 from test_text import CHAT, TALK, tokenizer_with
 from transformers import LlamaConfig
 
-from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.reward import encode_pairs
+from rlhf_helpers.sources import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.text import PLAIN_TEMPLATE, as_messages, encode_prompts, load_tokenizer
 
 SPLITS = ("train", "judge", "held_out")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from rlhf_helpers.pocket import annotator, corpus, exam, rubric, world
+from rlhf_helpers.pocket import annotator, corpus, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 
@@ -194,7 +194,7 @@ def test_labels_follow_the_probability():
     judge, rng = Annotator(), random.Random(0)
     a, b = "quack.", "quack. happy to help!"
     p = judge.probability(DUCK, a, b)
-    drawn = sum(judge.prefer(DUCK, a, b, rng) for _ in range(4000)) / 4000
+    drawn = sum(judge.label(DUCK, a, b, rng)["chosen"] == a for _ in range(4000)) / 4000
     assert drawn == pytest.approx(p, abs=4 * (p * (1 - p) / 4000) ** 0.5)
     assert judge.probability(DUCK, b, a) == pytest.approx(1 - p)
 
@@ -222,11 +222,3 @@ def test_demonstrations_are_imperfect_as_stated():
     assert all(s.rude == s.rambling == 0 for s in scores)
     grovelling = sum(s.grovelling < 0 for s in scores) / len(scores)
     assert 0.01 < grovelling < corpus.DEMONSTRATIONS_POLITE * sum(corpus.PHRASES[1:]) + 0.01
-
-
-def test_the_interval_is_wilsons():
-    for hits, n, low, high in ((0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1)):
-        interval = exam.share_with_interval([True] * hits + [False] * (n - hits))
-        assert interval == pytest.approx((hits / n, low, high), abs=1e-4)
-    with pytest.raises(ValueError, match="no trials"):
-        exam.share_with_interval([])

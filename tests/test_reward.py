@@ -22,19 +22,19 @@ from trl import RewardTrainer
 
 from rlhf_helpers import reward
 from rlhf_helpers.base import load_base
+from rlhf_helpers.pocket import preferences as preferences_module
 from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.pocket.preferences import collect_preferences, preference_card
 from rlhf_helpers.reward import (
     RewardConfig,
     calibration,
-    collect_preferences,
     encode_pairs,
     last_token_index,
     normalise,
     pair_accuracy,
     pair_scores,
     pairwise_loss,
-    preference_card,
     score_examples,
     score_responses,
     score_tokens,
@@ -296,13 +296,13 @@ LENGTH = 12  # short: some responses are cut off
 
 def spy(monkeypatch):
     """Keep what `sample_responses` gives."""
-    kept, real = [], reward.sample_responses
+    kept, real = [], preferences_module.sample_responses
 
     def sample(*arguments, **options):
         kept.append(real(*arguments, **options))
         return kept[-1]
 
-    monkeypatch.setattr(reward, "sample_responses", sample)
+    monkeypatch.setattr(preferences_module, "sample_responses", sample)
     return kept
 
 
@@ -373,7 +373,7 @@ def fake(monkeypatch, texts, finished=None):
         whole = [True] * len(prompts) if finished is None else finished[k]
         return SimpleNamespace(texts=texts[k], finished=torch.tensor(whole))
 
-    monkeypatch.setattr(reward, "sample_responses", sample)
+    monkeypatch.setattr(preferences_module, "sample_responses", sample)
     return seeds
 
 
@@ -441,7 +441,7 @@ def no_sampling(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(reward, "sample_responses", refuse)
+    monkeypatch.setattr(preferences_module, "sample_responses", refuse)
 
 
 def test_collected_pairs_are_read_again(base, tokenizer, tmp_path, monkeypatch, preferences):
@@ -501,7 +501,7 @@ def test_an_interrupted_write_leaves_no_pairs(base, tokenizer, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(reward.os, "replace", interrupt)
+        patch.setattr(preferences_module.os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             collect_preferences(*arguments, cache=tmp_path)
     assert not list(tmp_path.glob("*.jsonl"))

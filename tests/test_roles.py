@@ -168,7 +168,7 @@ def test_pocket_never_opens_a_connection():
         "socket.create_connection = refuse\n"
         "socket.getaddrinfo = refuse\n"
         "from rlhf_helpers.presets import load_preset\n"
-        "from rlhf_helpers.data import sft_dataset\n"
+        "from rlhf_helpers.sources import sft_dataset\n"
         "from rlhf_helpers.text import load_tokenizer\n"
         "from rlhf_helpers.base import load_base\n"
         "from rlhf_helpers.rollout import sample_responses\n"

@@ -16,7 +16,6 @@ from test_roles import base_bits, fill, same, save_tiny
 
 from rlhf_helpers import sft
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles
 from rlhf_helpers.sft import (
@@ -28,6 +27,7 @@ from rlhf_helpers.sft import (
     sft_loss,
     train_sft,
 )
+from rlhf_helpers.sources import sft_dataset
 from rlhf_helpers.text import encode_examples, pad_examples
 from rlhf_helpers.training import TrainStats
 

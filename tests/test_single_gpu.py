@@ -26,10 +26,9 @@ from transformers import (
 )
 
 from rlhf_helpers import base as base_module
-from rlhf_helpers import data
+from rlhf_helpers import files as files_module
 from rlhf_helpers import text as text_module
 from rlhf_helpers.base import linear_shapes, load_base
-from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.ppo import PPOConfig, train_ppo
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.reward import (
@@ -41,6 +40,7 @@ from rlhf_helpers.reward import (
 )
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.sft import SFTConfig, train_sft
+from rlhf_helpers.sources import preference_dataset, prompt_dataset, sft_dataset
 from rlhf_helpers.text import (
     answer_text,
     encode_examples,
@@ -607,7 +607,7 @@ def test_the_pinned_revision_is_asked_for(preset, monkeypatch):
         asked.append((source, options))
         raise OSError("enough")
 
-    monkeypatch.setattr(data, "load_dataset", load)
+    monkeypatch.setattr(files_module, "load_dataset", load)
     made = replace(load_preset("single_gpu", device="cpu"), model=preset().model, revision=None)
     with pytest.raises(ConnectionError):
         preference_dataset(made)

@@ -24,9 +24,6 @@ from tqdm.auto import tqdm
 
 from rlhf_helpers import ppo
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import preference_dataset, prompt_dataset, sft_dataset
-from rlhf_helpers.gold import Judge
-from rlhf_helpers.pocket.exam import share_with_interval
 from rlhf_helpers.presets import Preset, load_preset
 from rlhf_helpers.reward import (
     RewardConfig,
@@ -38,6 +35,8 @@ from rlhf_helpers.reward import (
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout
 from rlhf_helpers.sft import SFTConfig, held_out_loss, train_sft
+from rlhf_helpers.sources import Judge, preference_dataset, prompt_dataset, sft_dataset
+from rlhf_helpers.stats import share_with_interval
 from rlhf_helpers.text import encode_examples, load_tokenizer
 
 SCORERS = {"reward": "train", "judge": "judge"}  # a role, and the half of the pairs it learns from

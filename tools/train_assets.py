@@ -27,12 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rlhf_helpers import reward, sft
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import optimizer_tensors, restore_optimizers, whole_folder
-from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
+from rlhf_helpers.pocket.preferences import collect_preferences
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import sft_dataset
 from rlhf_helpers.text import encode_examples, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,7 +392,7 @@ def collect(seed: int, annotator: Annotator):
     tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
     roles.load("sft", ASSETS / "sft")
     prompts = world.prompts("train")
-    pairs = reward.collect_preferences(
+    pairs = collect_preferences(
         roles.use("sft"),
         tokenizer,
         prompts,

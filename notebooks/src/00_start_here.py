@@ -20,10 +20,10 @@ import transformers
 
 from rlhf_helpers import plots
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import prompt_dataset
 from rlhf_helpers.text import load_tokenizer, render
 
 # %% [markdown]

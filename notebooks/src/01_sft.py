@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 from rlhf_helpers import notebook, plots, sft
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import prompt_dataset, sft_dataset
 from rlhf_helpers.pocket import exam, rubric
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import prompt_dataset, sft_dataset
+from rlhf_helpers.stats import share_with_interval
 from rlhf_helpers.text import (
     answer_text,
     as_messages,
@@ -480,7 +481,7 @@ plots.show(
 # %%
 # Pocket only
 def share(rows, test):
-    mean, low, high = exam.share_with_interval([test(*row) for row in rows])
+    mean, low, high = share_with_interval([test(*row) for row in rows])
     return f"{mean:.0%} [{low:.0%}, {high:.0%}]"
 
 

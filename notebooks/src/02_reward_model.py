@@ -22,11 +22,13 @@ from tqdm.auto import tqdm
 from rlhf_helpers import notebook, plots, reward
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import preference_dataset
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
+from rlhf_helpers.pocket.preferences import collect_preferences, preference_card
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.sources import preference_dataset
+from rlhf_helpers.stats import share_with_interval
 from rlhf_helpers.text import answer_text, load_tokenizer, pad_examples, readable
 
 # %%
@@ -107,7 +109,7 @@ print(f"by the helper: loss {reward.pairwise_loss(torch.zeros(1), torch.tensor([
 folder = preset.runs / preset.name
 if preset.name == "pocket":
     prompts = world.prompts("train")
-    pairs = reward.collect_preferences(
+    pairs = collect_preferences(
         roles.use("sft"), tokenizer, prompts, annotator, seed=preset.seed, cache=folder
     )
 else:  # real people were asked once, so their choice counts as certain
@@ -126,7 +128,7 @@ for row in pairs.select(range(0, min(2000, len(pairs)), 400)):
 
 # %%
 # Pocket only
-print(reward.preference_card(pairs, annotator))
+print(preference_card(pairs, annotator))
 
 # %% [markdown]
 # The annotator's choices are partly luck, and so nobody can predict them all. Knowing every probability
@@ -251,7 +253,7 @@ plots.show(fig, alt=f"Held-out accuracy goes from {ends}; the ceiling is {best:.
 
 chosen, rejected = reward.pair_scores(roles, "reward", tokenizer, held_out_encoded)
 gap = chosen - rejected
-share, low, high = exam.share_with_interval((gap > 0).tolist())
+share, low, high = share_with_interval((gap > 0).tolist())
 print(
     f"held-out accuracy {share:.3f} [{low:.3f}, {high:.3f}], ceiling {best:.3f}: {share / best:.0%} of it"
 )
@@ -314,7 +316,7 @@ points = ", ".join(f"{y:.2f} at {x:.2f}" for x, y, _ in rows)
 plots.show(fig, alt=f"Share ranked right against confidence: {points}; honest is the diagonal.")
 for x, y, count in rows:
     right = round(y * count)
-    _, low, high = exam.share_with_interval([True] * right + [False] * (count - right))
+    _, low, high = share_with_interval([True] * right + [False] * (count - right))
     verdict = "holds it" if low <= x <= high else "misses it"
     print(
         f"confidence {x:.2f}: right on {y:.2f} of {count:3} pairs [{low:.2f}, {high:.2f}] {verdict}"

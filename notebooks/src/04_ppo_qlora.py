@@ -24,14 +24,14 @@ from tqdm.auto import tqdm
 from rlhf_helpers import memory, notebook, plots, ppo
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import prompt_dataset
-from rlhf_helpers.gold import load_gold
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.pocket import exam, rubric
+from rlhf_helpers.pocket import rubric
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import load_gold, prompt_dataset
+from rlhf_helpers.stats import share_with_interval
 from rlhf_helpers.text import encode_prompts, load_tokenizer, readable
 
 # %%
@@ -383,7 +383,7 @@ row("PPO", after.scores.mean(), gold_after, after.kl.mean())
 right = []
 for name, experience in (("SFT", before), ("PPO", after)):
     marks = marks_of(experience)
-    share, low, high = exam.share_with_interval([mark.correct > 0 for mark in marks])
+    share, low, high = share_with_interval([mark.correct > 0 for mark in marks])
     print(f"{name}: correct {share:.0%} [{low:.0%}, {high:.0%}],", end=" ")
     lost = -rubric.mean_score(marks).grovelling
     print(f"grovelling -{lost:.3f}: one courtesy too many in {0.3 / lost:.0f} answers")

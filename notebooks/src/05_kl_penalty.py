@@ -26,14 +26,13 @@ from tqdm.auto import tqdm
 from rlhf_helpers import kl, notebook, plots, ppo
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.diversity import diversity
-from rlhf_helpers.gold import load_gold
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_examples, score_responses, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import load_gold, prompt_dataset
 from rlhf_helpers.text import encode_examples, load_tokenizer, readable
 
 # %%

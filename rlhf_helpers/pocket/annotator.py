@@ -61,8 +61,11 @@ class Annotator:
         gap = self.utility(prompt, first) - self.utility(prompt, second)
         return 1 / (1 + math.exp(-max(-500.0, min(500.0, gap / self.temperature))))
 
-    def prefer(self, prompt: str, first: str, second: str, rng: random.Random) -> bool:
-        """Draw a label: whether the first response is preferred.
+    def label(self, prompt: str, first: str, second: str, rng: random.Random) -> dict:
+        """Draw which of two responses is preferred.
+
+        Returns:
+            `prompt`, `chosen`, `rejected`, and the `probability` with which the one in `chosen` is.
 
         Raises:
             ValueError: if the two responses are equal; there is nothing to compare.
@@ -71,7 +74,10 @@ class Annotator:
             raise ValueError(
                 f"both responses to {prompt!r} are {first!r}: there is nothing to prefer"
             )
-        return rng.random() < self.probability(prompt, first, second)
+        probability = self.probability(prompt, first, second)
+        if rng.random() >= probability:
+            first, second, probability = second, first, 1 - probability
+        return {"prompt": prompt, "chosen": first, "rejected": second, "probability": probability}
 
 
 def ceiling(probabilities: Sequence[float]) -> float:

@@ -205,3 +205,17 @@ def demonstration(rng: random.Random, prompt: str) -> str:
         return answer
     (count,) = rng.choices((1, 2, 3), PHRASES) if len(answer.split()) <= 10 else (1,)
     return with_courtesies(rng, answer, count)
+
+
+def demonstrations(split: str, copies: int, seed: int) -> list[dict[str, str]]:
+    """Rows `prompt` and `completion`, shuffled: `copies` demonstrations for each prompt of a split.
+
+    Raises:
+        ValueError: for an unknown split, or `copies` that is no whole number of at least 1.
+    """
+    if not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"copies is {copies}; give at least 1, a whole number")
+    rng = random.Random(f"sft-{split}-{seed}")
+    prompts = world.prompts(split) * copies
+    rng.shuffle(prompts)
+    return [{"prompt": prompt, "completion": demonstration(rng, prompt)} for prompt in prompts]

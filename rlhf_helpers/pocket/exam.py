@@ -1,6 +1,5 @@
 """Four questions to a base model: is it fluent, does it know, can it judge, is it an assistant?"""
 
-import math
 import random
 import re
 from collections import Counter
@@ -171,33 +170,6 @@ def answers_question(prompt: str, response: str) -> bool:
     return any(
         answer_in(question, sentence) is not None for sentence in world.split_sentences(response)
     )
-
-
-def share_with_interval(hits: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of hits among independent trials, and its 95% confidence interval (Wilson's).
-
-    With p = hits/n and z = 1.96 the interval is (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n).
-    It says where the share would settle with very many trials, not what another training run gives.
-
-    Returns:
-        share, lower end, upper end.
-
-    Raises:
-        ValueError: if there are no trials.
-
-    Example:
-        >>> [round(x, 3) for x in share_with_interval([True] * 50 + [False] * 50)]
-        [0.5, 0.404, 0.596]
-
-    Wilson 1927, Journal of the American Statistical Association 22, page 209.
-    """
-    if not (n := len(hits)):
-        raise ValueError("no trials to take a share of: give at least one")
-    z = 1.96
-    p = sum(hits) / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def polite_probe(

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rlhf_helpers import checks
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import sft_dataset
 from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.sources import sft_dataset
 from rlhf_helpers.text import encode_examples, load_tokenizer, pad_examples
 
 # %%

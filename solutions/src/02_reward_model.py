@@ -16,12 +16,13 @@ from torch import Tensor
 
 from rlhf_helpers import checks
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import preference_dataset
-from rlhf_helpers.pocket import exam, world
+from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import count_phrases, gold_reward
 from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.sources import preference_dataset
+from rlhf_helpers.stats import share_with_interval
 from rlhf_helpers.text import encode_examples, load_tokenizer, pad_examples
 
 # %%
@@ -345,7 +346,7 @@ for name, score in models.items():
     chosen, rejected = rewards_by(score)
     accuracy, ties = pair_accuracy(chosen, rejected), (chosen == rejected).float().mean()
     right = round(accuracy * len(pairs))
-    _, low, high = exam.share_with_interval([True] * right + [False] * (len(pairs) - right))
+    _, low, high = share_with_interval([True] * right + [False] * (len(pairs) - right))
     print(f"{name:22}{accuracy:7.3f}    {low:.3f}-{high:.3f}   {ties:5.1%}")
 print(f"{'ceiling':22}{ceiling(list(pairs['probability'])):7.3f}")
 

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from rlhf_helpers import checks, diversity, notebook, plots, ppo
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import prompt_dataset
 from rlhf_helpers.text import load_tokenizer, readable
 
 # %% [markdown]

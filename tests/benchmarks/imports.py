@@ -10,7 +10,7 @@ import sys
 HEAVY = "import torch, transformers; from transformers import " + ", ".join(
     ["AutoModelForCausalLM", "BitsAndBytesConfig", "PreTrainedModel", "PreTrainedTokenizerFast"]
 )
-CORE = "from rlhf_helpers import data, kl, logprobs, presets, roles, rollout"
+CORE = "from rlhf_helpers import data, kl, logprobs, ppo, presets, roles, rollout, sources"
 WORLD = "from rlhf_helpers.pocket import annotator, corpus, exam, rubric, world"
 PLOTS = "from rlhf_helpers import plots"
 STAGES = {

@@ -43,10 +43,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf_helpers import ppo
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.memory import measured_bytes
 from rlhf_helpers.presets import PRESETS, Preset
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.sources import prompt_dataset
 from rlhf_helpers.text import encode_prompts, load_tokenizer
 
 TRL_VERSION = "1.12.0"

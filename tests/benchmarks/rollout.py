@@ -15,10 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.data import prompt_dataset
 from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import prompt_dataset
 from rlhf_helpers.text import encode_prompts, load_tokenizer
 
 LENGTH = 32

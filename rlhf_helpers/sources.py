@@ -1,11 +1,15 @@
-"""How good answers really are: by the rubric, or by a judge where there is none."""
+"""Which data and which gold a preset means: the pocket world's, or the learner's own."""
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
-from rlhf_helpers.pocket import rubric
+from rlhf_helpers.data import read_dataset
+from rlhf_helpers.pocket import corpus, rubric, world
+from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.pocket.preferences import written_preferences
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
@@ -13,6 +17,65 @@ from rlhf_helpers.rollout import Rollout
 from rlhf_helpers.text import Prompt
 
 ROWS = 64  # responses that the judge reads at a time
+
+
+def prompt_dataset(preset: Preset, split: str = "train", source: str | None = None) -> Dataset:
+    """Prompts to respond to; column `prompt`.
+
+    Args:
+        split: `train`, `held_out`, and in the generated world its parts `held_out_phrasing` and
+            `held_out_fact`; for other sources also the name of a split of theirs.
+        source: a hub id, a folder or a file, as `data.read_dataset` takes it; None for the
+            preset's data, which is the generated world where `preset.data` is None.
+
+    Raises:
+        ValueError: for an unknown split, and as `data.read_dataset`.
+    """
+    if source := source or preset.data:
+        return read_dataset(source, split, ("prompt",), preset)
+    return Dataset.from_dict({"prompt": world.prompts(split)})
+
+
+def sft_dataset(
+    preset: Preset, split: str = "train", source: str | None = None, copies: int = 5
+) -> Dataset:
+    """Demonstrations to imitate; columns `prompt`, `completion`.
+
+    Args:
+        split, source: as for `prompt_dataset`.
+        copies: how many demonstrations are written for each generated prompt.
+
+    Raises:
+        ValueError: as for `prompt_dataset`.
+    """
+    if source := source or preset.data:
+        return read_dataset(source, split, ("prompt", "completion"), preset)
+    return Dataset.from_list(corpus.demonstrations(split, copies, preset.seed))
+
+
+def preference_dataset(
+    preset: Preset,
+    split: str = "train",
+    source: str | None = None,
+    annotator: Annotator | None = None,
+) -> Dataset:
+    """Pairs of responses; columns `prompt`, `chosen`, `rejected`, and `probability` if generated.
+
+    Generated pairs are two answers in the style of the base text, labelled by the annotator;
+    `probability` is the chance with which the annotator chooses the one in `chosen`.
+
+    Args:
+        split, source: as for `prompt_dataset`. Where `preset.drop_unfit`, the pairs of a source to
+            train on are halved by prompt: `train` is for the reward model, `judge` for another.
+        annotator: who labels generated pairs; None for `Annotator()`.
+
+    Raises:
+        ValueError: as for `prompt_dataset`, and for a pair whose two responses are equal.
+    """
+    if source := source or preset.data:
+        return read_dataset(source, split, ("prompt", "chosen", "rejected"), preset)
+    annotator = annotator or Annotator()
+    return Dataset.from_list(written_preferences(split, annotator, preset.seed))
 
 
 class Rubric:

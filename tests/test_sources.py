@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from rlhf_helpers.base import load_base
-from rlhf_helpers.gold import Judge, Rubric, load_gold
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import Judge, Rubric, load_gold
 
 PROMPTS = ["what does the duck say?", "where does the duck live?", "tell me about the duck."] * 30
 
