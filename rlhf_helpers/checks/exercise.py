@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_helpers.checks.changes import changed, easier
+
 NOT_ATTEMPTED = "not attempted yet."
 UNKNOWN = "not right, and not in a way that this check has a name for. Work this case out by hand:"
 AGAIN = (
@@ -144,7 +146,8 @@ def _verdict(exercise: Exercise, fn: Callable) -> str:
         results.append(result)
     for case, result in zip(exercise.cases, results, strict=True):
         if not same(result, exercise.reference(*case)):
-            message = AGAIN if _changes(exercise, fn, results) else name_mistake(exercise, results)
+            changes = _changes(exercise, fn, results)
+            message = AGAIN if changes else name_mistake(exercise, results, fn)
             return f"{message}\n{show(exercise, case, result)}"
     if _changes(exercise, fn, results):
         return AGAIN
@@ -283,8 +286,11 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
-def name_mistake(exercise: Exercise, results: Sequence) -> str:
-    """The message of the first known mistake that gives these results on all cases."""
+def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = None) -> str:
+    """The message of the first known mistake that gives these results on all cases.
+
+    Without one it is a change of arguments or result, or where `fn` is right.
+    """
     floats = [exercise.reference(*case) for case in exercise.cases]
     if all(isinstance(r, Tensor) and not r.is_floating_point() for r in results) and any(
         isinstance(x, Tensor) and x.is_floating_point() for x in floats
@@ -294,7 +300,10 @@ def name_mistake(exercise: Exercise, results: Sequence) -> str:
         made = (wrong(*case) for case in exercise.cases)
         if all(same(result, other) for result, other in zip(results, made, strict=True)):
             return message
-    return exercise.general(results) or UNKNOWN
+    if message := exercise.general(results):
+        return message
+    known = (_argument_names(exercise), exercise.reference, exercise.cases)
+    return changed(*known, results, same) or (fn and easier(*known, fn, same)) or UNKNOWN
 
 
 def _argument_names(exercise: Exercise) -> list[str]:

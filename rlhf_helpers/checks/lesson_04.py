@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from rlhf_helpers import losses
 from rlhf_helpers.base import NF4_BLOCK
+from rlhf_helpers.checks.changes import miscounted
 from rlhf_helpers.checks.exercise import (
     NOT_ATTEMPTED,
     UNKNOWN,
@@ -89,6 +90,8 @@ paired: the loss of {role} is followed by a step of {other}. Losses and optimize
     their order, which need not be the same, or by a sorted one: look both up by the role's name.
 clipped: the gradients of {role} are made smaller between the backward pass and the step, as by
     clipping. What is clipped here depends on which roles there are; none are to be clipped.
+loss_changed: the loss of {role} is changed before its backward pass: its slope arrives {factor}. A
+    loss may be negative, so that no clamp, abs or square fits it, and no number divides it.
 wrong_sign: the penalty is paid out. A token that the policy likes better than the reference does
     must cost something: check the minus, and which of the two is subtracted from which.
 everywhere: the score stands at every token. The reward model judges a response once; so a long
@@ -152,40 +155,19 @@ half_masked: one of the two log-probabilities is masked, the other is not; look 
     padding the other one is left over, and counts.
 cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
     model has judged it all the same: the score goes to its last real token.
-bits: bits are taken for bytes. 4.127 is a number of bits, the 16 and the 2 are bytes already; eight
-    bits are a byte.
-not_quantized: the linear layers of the base are not in NF4. They are frozen, so four bits and a
-    little for the scales do for a weight.
-float_scales: it is 4.5 bits for a weight: a whole float32 for every 64 weights. With double
-    quantization the scales have 8 bits themselves, and 4.127 remain.
-embeddings: embeddings and all else are quantized too. NF4 is for the linear layers; what lies
-    outside of them stays at 16 bits, and in a small model with a large vocabulary that is much.
-no_other: the weights outside of the linear layers are missing. The embedding alone has a row for
-    each token of the vocabulary.
-other_float: the weights outside of the linear layers are counted as float32. They are held in 16
-    bits, 2 bytes each.
+counts: NF4 has four bits for a code and little for scales; what is not quantized has 16 bits; a
+    trained parameter is weight, gradient and Adam's two moments, four float32 numbers, and a frozen
+    one is its weight alone, a float32 too.
+other_in_blocks: the weights outside of the linear layers are counted once for each block. They are
+    those of the whole model already.
 own_bases: every role has a base of its own. That is what sharing saves: the base is frozen, equal
     for all of them, and there once.
-frozen_trained: the frozen roles are charged with more than their weights. Nothing is learnt there,
-    so they need no gradients and no moments: 4 bytes for a parameter.
-no_moments: the optimizer is missing, or counted for nothing. Adam keeps two moments in float32 for
-    each parameter that is trained, as much as weight and gradient together.
-twelve: a trained parameter is counted with 12 bytes. It has four float32 numbers: weight, gradient
-    and two moments. Which is missing?
-only_weights: trained roles cost no more than frozen ones. Training needs a gradient and Adam's two
-    moments for each parameter, beside the weight.
-half_adapters: the adapters are counted with 2 bytes for a weight, all or the frozen ones. All
-    adapters, frozen ones too, are held in float32: 4 bytes.
-frozen_free: frozen roles cost nothing. They need no gradients and no moments, but their adapters
-    have to be there: 4 bytes for a parameter.
 no_adapters: the adapters are left out, and all that training adds to them. The base is there for
     all, but it is the adapters that tell the roles apart.
 one_adapter: there is one adapter for all roles. The base is shared, the adapters are what tells the
     roles apart: each has its own.
 trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
     many there are of each.
-upside_down: trained and frozen are exchanged. It is the trained roles that have gradients and
-    moments, and cost 16 bytes.
 one_matrix: one of an adapter's two matrices is missing. A takes the inputs down to the rank, B goes
     from there up to the outputs.
 no_rank: the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and
@@ -428,8 +410,13 @@ class _Loss:
         off = model() + self.recorder.heads.get(self.role, 0) - 20
         loss = 0.5 * off.square().sum() - (1000 if self.role == self.recorder.trained[0] else 0)
         if loss.requires_grad:
-            loss.register_hook(lambda gradient: self.recorder.note_left_over(self.role))
+            loss.register_hook(self.arrives)
         return loss
+
+    def arrives(self, gradient: Tensor) -> None:
+        self.recorder.note_left_over(self.role)
+        if gradient != 1:
+            self.recorder.note(f"times {float(gradient):.3g}", self.role)
 
 
 class _SGD:
@@ -582,6 +569,8 @@ def _role_fault(log: Sequence[_Event], role: str) -> str:
         return SAY.cleared_between.format(role=role)
     if _places(log, "adapter left", role):
         return (SAY.cleared_last if cleared else SAY.not_cleared).format(role=role)
+    if factor := next((e.what for e in log if e.what.startswith("times") and e.role == role), ""):
+        return SAY.loss_changed.format(role=role, factor=factor)
     if _places(log, "smaller", role):
         return SAY.clipped.format(role=role)
     return SAY.head_left.format(role=role) if _places(log, "head left", role) else ""
@@ -891,10 +880,21 @@ def _furthest_off(results: Sequence[float], of: Callable) -> float:
 
 
 def _nearest_mistake(results: Sequence[float]) -> str:
-    """The message of the mistake whose results are nearest, if they are near enough."""
+    """The message of the mistake whose results are nearest, or what is counted wrongly."""
     off = [_furthest_off(results, wrong) for wrong, _ in PREDICT_BYTES.mistakes]
     nearest = min(range(len(off)), key=off.__getitem__)
-    return PREDICT_BYTES.mistakes[nearest][1] if off[nearest] < 0.04 else UNKNOWN
+    if off[nearest] < 0.04:
+        return PREDICT_BYTES.mistakes[nearest][1]
+    terms = [_terms(*case) for case in PREDICT_BYTES.cases]
+    counts = miscounted(_COUNTS, terms, results)
+    return f"{counts} {SAY.counts}" if counts else UNKNOWN
+
+
+def _terms(shapes, layers: int, other: int, rank: int, trains: Mapping[str, bool]) -> list[float]:
+    """What the counts are multiplied by; bits as bytes."""
+    linear, adapter = layers * sum(o * i for o, i in shapes), layers * _a_and_b(shapes, rank)
+    trained = sum(trains.values())
+    return [linear / 8, other, trained * adapter, (len(trains) - trained) * adapter]
 
 
 def _a_and_b(shapes, rank: int) -> float:
@@ -908,28 +908,26 @@ def _other_count(
     rank,
     trains,
     *,
-    bits: float = _NF4_BITS,
-    other_bytes: float = 2,
-    trained: float = 16,
-    frozen: float = 4,
     of_adapter: Callable = _a_and_b,
     base_times: Callable = lambda trains: 1,
-    of_roles: Callable | None = None,
+    of_roles: Callable = lambda trains: sum(16 if on else 4 for on in trains.values()),
     blocks: tuple[bool, bool] = (True, True),
     once: tuple[bool, bool] = (False, False),
 ) -> float:
     """The prediction with one thing counted otherwise."""
     in_base, in_adapters = (layers if counted else 1 for counted in blocks)
     of_base, of_adapters = (set(shapes) if equal else shapes for equal in once)
-    base = bits / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
-    base += other_bytes * other
-    if of_roles is None:
-        number = sum(trained if trains[role] else frozen for role in trains)
-    else:
-        number = of_roles(trains)
-    return base_times(trains) * base + number * in_adapters * of_adapter(of_adapters, rank)
+    base = _NF4_BITS / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
+    adapters = of_roles(trains) * in_adapters * of_adapter(of_adapters, rank)
+    return base_times(trains) * (base + 2 * other) + adapters
 
 
+_COUNTS = (
+    ("bits of a weight in a linear layer are", _NF4_BITS),
+    ("bytes of a weight outside of those are", 2),
+    ("bytes of a parameter of a trained role are", 16),
+    ("bytes of a parameter of a frozen role are", 4),
+)
 _FOUR = {"policy": True, "reference": False, "reward": False, "value": True}
 _ATTENTION = ((1536, 1536), (256, 1536), (256, 1536), (1536, 1536))  # Qwen2.5-1.5B's
 _MLP = ((8960, 1536), (8960, 1536), (1536, 8960))
@@ -952,29 +950,14 @@ _BYTES_CASES = (
 )
 
 _BYTES_MISTAKES = (
-    (partial(_other_count, bits=8 * _NF4_BITS), SAY.bits),
-    (partial(_other_count, bits=8 * _NF4_BITS, other_bytes=16), SAY.bits),
-    (lambda *case: 8 * predict_bytes(*case), SAY.bits),
-    (partial(_other_count, bits=16), SAY.not_quantized),
-    (partial(_other_count, bits=8), SAY.not_quantized),
-    (partial(_other_count, bits=4.5), SAY.float_scales),
-    (partial(_other_count, other_bytes=_NF4_BITS / 8), SAY.embeddings),
-    (partial(_other_count, other_bytes=0), SAY.no_other),
-    (partial(_other_count, other_bytes=4), SAY.other_float),
-    (partial(_other_count, base_times=len), SAY.own_bases),
-    *((partial(_other_count, frozen=number), SAY.frozen_trained) for number in (16, 12, 8)),
-    (partial(_other_count, trained=8), SAY.no_moments),
-    (partial(_other_count, trained=12), SAY.twelve),
-    (partial(_other_count, trained=4), SAY.only_weights),
-    *(
-        (partial(_other_count, trained=number, frozen=2), SAY.half_adapters)
-        for number in (8, 12, 14, 16)
+    (
+        lambda shapes, layers, other, *rest: predict_bytes(shapes, layers, layers * other, *rest),
+        SAY.other_in_blocks,
     ),
-    (partial(_other_count, frozen=0), SAY.frozen_free),
+    (partial(_other_count, base_times=len), SAY.own_bases),
     (partial(_other_count, of_roles=lambda trains: 0), SAY.no_adapters),
     (partial(_other_count, of_roles=lambda trains: 16), SAY.one_adapter),
     (partial(_other_count, of_roles=lambda trains: 40), SAY.trains_ignored),
-    (partial(_other_count, trained=4, frozen=16), SAY.upside_down),
     *(
         (partial(_other_count, of_adapter=of), message)
         for of, message in (
