@@ -190,23 +190,22 @@ def _with(case: tuple, group: Sequence[int], change: Callable) -> tuple:
     return tuple(change(x) if i in group else x for i, x in enumerate(case))
 
 
-def miscounted(parts: Sequence[tuple[str, float]], terms: Sequence, results: Sequence) -> str:
-    """What each part counts, if the results are sums of `terms`, a row of them for each result.
+def miscounted(parts: Sequence[tuple[str, float, str]], terms: Sequence, results: Sequence) -> str:
+    """Which parts are counted wrongly, if the results are sums of `terms`, a row for each of them.
 
-    A part is what it is and what one of its terms counts.
+    A part is what it is, what its term counts, and why.
     """
     scale = torch.tensor([[max(abs(result), 1e-9)] for result in results], dtype=torch.float64)
     rows = torch.tensor(terms, dtype=torch.float64) / scale
     found = torch.linalg.lstsq(rows, torch.ones_like(scale), driver="gelsd").solution
     if not torch.allclose(rows @ found, torch.ones_like(scale), atol=0.005):
         return ""
-    counts = zip(parts, found[:, 0].tolist(), strict=True)
     off = [
-        f"{what} {got:.4g} where it should be {want:.4g}"
-        for (what, want), got in counts
+        f"{what}: {round(got, 3):.4g}, not {want:.4g} ({why})"
+        for (what, want, why), got in zip(parts, found[:, 0].tolist(), strict=True)
         if abs(got - want) > 0.05 * max(want, 0.1)
     ]
-    return f"the counts are not right: {'; '.join(off)}." if off else ""
+    return f"it counts otherwise than the exercise: {'; '.join(off)}." if off else ""
 
 
 def easier(

@@ -17,6 +17,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,9 @@ GRID = (
     "A dimension of size 1 that was kept, as by keepdim, or added met the rows, and broadcasting "
     "then pairs every row with every other. Both sides need the same shape."
 )
+MEDIAN = (
+    "it is a median, the middle value. Asked for is the mean, in which each value has its part."
+)
 TRANSPOSED = "Rows and columns have changed places: here the batch stands first, and time second."
 # what learners put into a logarithm, so that it stays finite
 EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
@@ -59,6 +63,7 @@ class Exercise:
     shape_hint: str = ""
     further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
     general: Callable[[Sequence], str] = lambda results: ""  # of wrong ones that no mistake gives
+    parts: tuple[str, ...] = ()  # the names of two results, in the plural, stacked by the reference
     size_hint: str = ""  # a line for the author of an error about sizes
 
 
@@ -72,25 +77,25 @@ def check(exercise: Exercise, fn: Callable) -> None:
     print(wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
 
 
-def check_pair(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> None:
-    """`check` for a function that returns two tensors of one shape, called `names`, in the plural.
+def check_pair(exercise: Exercise, fn: Callable) -> None:
+    """`check` for a function that returns two tensors of one shape, the `parts` of the exercise.
 
     Reference and mistakes of the exercise return the two stacked, and so they are shown.
     """
-    if callable(fn) and (fault := _pair_fault(exercise, fn, names)):
+    if callable(fn) and (fault := _pair_fault(exercise, fn)):
         print(wrapped(f"{exercise.name}: {fault}"))
     else:
         check(exercise, _stacked(fn) if callable(fn) else fn)
 
 
-def _pair_fault(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> str:
+def _pair_fault(exercise: Exercise, fn: Callable) -> str:
     """What is wrong with the results as pairs of tensors, "" if nothing is."""
     for case in exercise.cases:
         result = call(exercise, fn, copy.deepcopy(case))
         if result is ...:
             return ""
         shape = list(exercise.reference(*case).shape[1:])
-        if fault := _not_a_pair(result, shape, names):
+        if fault := _not_a_pair(result, shape, exercise.parts):
             return f"{fault} {_shape_hint(exercise, fn)}" if "have shape" in fault else fault
     return ""
 
@@ -303,7 +308,24 @@ def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = No
     if message := exercise.general(results):
         return message
     known = (_argument_names(exercise), exercise.reference, exercise.cases)
-    return changed(*known, results, same) or (fn and easier(*known, fn, same)) or UNKNOWN
+    message = changed(*known, results, same) or _changed_part(exercise, results)
+    return message or (fn and easier(*known, fn, same)) or UNKNOWN
+
+
+def _changed_part(exercise: Exercise, results: Sequence) -> str:
+    """Which of two results is right, and what was changed in the other."""
+    names, cases = _argument_names(exercise), exercise.cases
+    for k, name in enumerate(exercise.parts):
+        halves = [partial(_part, exercise.reference, j) for j in (1 - k, k)]
+        others, own = ([result[j] for result in results] for j in (1 - k, k))
+        if all(same(x, halves[0](*case)) for x, case in zip(others, cases, strict=True)):
+            how = changed(names, halves[1], cases, own, same)
+            return f"{exercise.parts[1 - k]} are right, {name} are not{how and ': '}{how or '.'}"
+    return ""
+
+
+def _part(reference: Callable, number: int, *case) -> Tensor:
+    return reference(*case)[number]
 
 
 def _argument_names(exercise: Exercise) -> list[str]:

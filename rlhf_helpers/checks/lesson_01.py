@@ -10,6 +10,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from rlhf_helpers.checks.changes import miscounted
 from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
 from rlhf_helpers.memory import FLOAT32, NF4_BLOCK, NF4_SUPERBLOCK, lora_parameters, nf4_bytes
 from rlhf_helpers.sft import IGNORE, mask_prompt
@@ -89,10 +90,12 @@ only_update_returned: only the update is returned. The frozen layer still does i
     adapter adds to it; with B = 0 the result must be the layer's own.
 only_frozen_layer_returned: only the frozen layer is returned; A, B and alpha change nothing. What
     does the adapter add to it?
-whole_sum_scaled: the whole sum is scaled, the frozen layer too. With B = 0 the result must be the
+whole_sum_scaled: the frozen layer is scaled, too or alone. With B = 0 the result must be the
     layer's own; look at what your factor multiplies.
-fixed_scale: the scale is that of the example by hand, where α or r is a number of its own. Both
-    come with the arguments: alpha, and the size that A and B have in common.
+fixed_scale: α, r or the whole scale is a number written into the function. Both come with the
+    arguments: alpha, and the size that A and B have in common.
+update_subtracted: the update has the wrong sign. The adapter adds to what the frozen layer gives.
+scaled_twice: the scale α/r comes in twice. Multiply one of the factors by it, and only once.
 square: every layer is taken to be square: one of its two widths is counted twice, the other not at
     all. Write down the shapes of A and of B for a layer of shape (3, 4).
 only_a_counted: only A is counted. B is trained as well; it starts at 0, but it does not stay there.
@@ -105,6 +108,9 @@ frozen_weights_too: the frozen weights W are counted with A and B. They get no g
     optimizer state, so they are not trainable parameters.
 only_first_layer_counted: only the first layer is counted. Each adapted layer has an A and a B of
     its own; is your return inside a loop?
+layers_alike: every layer is taken to have the first one's shape. Go through all of them.
+times_layers: the sum over the layers is multiplied by their number as well. It has each of them.
+third_matrix: a matrix of rank × rank is counted too. An adapter has two matrices, A and B.
 only_last_layer_counted: only the last layer is counted. Each adapted layer has an A and a B of its
     own; does your loop add, or overwrite?
 equal_shapes_once: layers of equal shape are counted once. They are different layers, each with an A
@@ -116,32 +122,18 @@ no_brackets: the brackets are missing: the rank multiplies one of the two widths
 rounding: the total is right only where everything divides evenly. Codes left over still take a
     byte, weights left over a scale, and scales left over a constant: round up at each of these
     levels, before you multiply and add.
-scales_missing: the scales are missing. Without the scale of its block a 4-bit code says nothing
-    about how large its weight is.
-scales_twice: under double quantization the scales are counted twice, as 8-bit numbers and as
-    float32. The 8-bit ones take the place of the others.
-codes_of_4_bytes: the codes take 8 times too much: each has 4 bits, and you count 4 bytes.
-scales_in_bits: the codes are in bytes, but what the scales add is in bits, 8 times too much.
 always_double: double_quant changes nothing: the scales always count as float32. Double quantization
     stores them in 8 bits, with constants of their own.
 always_double_2: double_quant changes nothing: the scales always count as quantized. Without double
     quantization each of them is a float32.
 double_quant_inverted: double_quant is taken the wrong way round: False costs more than True, since
     plain scales are float32.
-no_second_level: under double quantization the second level is missing. The 8-bit scales are
-    quantized in blocks too, and each block of scales has a constant.
 too_many_constants: there are too many float32 constants: you count one for every 256 weights. It is
     one for every 256 scales, and a scale stands for 64 weights already.
-codes_of_a_byte: the codes take twice too much, a byte per weight. A code has 4 bits; how many fit
-    in a byte?
-constant_of_a_byte: a constant counts as one byte. The scales have 8 bits, but the constants that
-    they are quantized with are float32, of 32 bits.
-scales_keep_4_bytes: under double quantization the scales keep their 4 bytes and the constants come
-    on top. What it saves is that a scale becomes an 8-bit number.
 one_block_without_constant: a tensor of one block lacks its constant. Part of 256 scales takes one
     as well, even a single scale.
-blocks_exchanged: the two block sizes have changed places. A scale is for 64 weights, a constant for
-    256 scales.
+other_blocks: the blocks have other sizes than here, or theirs have changed places. A scale is for
+    64 weights, a constant for 256 scales.
 rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
     once, so that twice the rank is twice the parameters.
 end_by_count: the end of a row is taken to be the number of its real tokens. Padding on the left
@@ -194,6 +186,13 @@ def _whole_rows(rows: slice, input_ids: Tensor, mask: Tensor, prompt_length: int
     kept = _columns(input_ids) >= prompt_length
     kept[rows] = False
     return _keep(input_ids, kept)
+
+
+def _next_tokens(how: tuple[int, bool], input_ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """The next token at each place from `length` less how[0] on; how[1] says if there is a last."""
+    columns = _columns(input_ids)
+    kept = (columns >= length - how[0]) & (mask == 1)
+    return _keep(input_ids.roll(-1, 1), kept & ((columns < columns[0, -1]) | how[1]))
 
 
 def _until_eos(input_ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:
@@ -265,7 +264,7 @@ _MASK_MISTAKES = (
     (lambda ids, mask, p: mask * mask_prompt(ids, mask, p), SAY.ignored_hold_0),
     (lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE, SAY.mask_returned),
     (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), SAY.shifted),
-    (lambda ids, mask, p: _keep(ids.roll(-1, 1), (_columns(ids) >= p) & (mask == 1)), SAY.shifted),
+    *((partial(_next_tokens, how), SAY.shifted) for how in product((0, 1), (False, True))),
     (lambda ids, mask, p: ids, SAY.nothing_ignored),
     *(
         (lambda ids, mask, p, of=of: _keep(ids, of(ids, mask, _columns(ids), p)), message)
@@ -330,10 +329,6 @@ def _lora_forward(
 
 def _scaled(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     return x @ weight.T + scale * (x @ lora_A.T @ lora_B.T)
-
-
-def _rounded_scale(digits: int, x, weight, lora_A, lora_B, alpha) -> Tensor:
-    return _scaled(x, weight, lora_A, lora_B, round(alpha / lora_A.shape[0], digits))
 
 
 def _reshaped(matrix: Tensor) -> Tensor:
@@ -418,31 +413,42 @@ _LORA_CASES = (
 )
 
 _LORA_MISTAKES = (
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1), SAY.update_not_scaled),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha), SAY.scaled_by_alpha),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, a.shape[0] / alpha), SAY.scale_upside_down),
-    (
-        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / math.sqrt(a.shape[0])),
-        SAY.scaled_by_root,
-    ),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha // a.shape[0]), SAY.rounded_down),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1 / a.shape[0]), SAY.update_divided_r),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha * a.shape[0]), SAY.update_multiplied_r),
     *(
-        (lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, alpha)), SAY.fixed_scale)
-        for of in (lambda a, alpha: 3, lambda a, alpha: alpha / 2, lambda a, alpha: 6 / len(a))
+        (lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, b, alpha)), message)
+        for of, message in (
+            (lambda a, b, alpha: 1, SAY.update_not_scaled),
+            (lambda a, b, alpha: alpha, SAY.scaled_by_alpha),
+            (lambda a, b, alpha: len(a) / alpha, SAY.scale_upside_down),
+            (lambda a, b, alpha: alpha / math.sqrt(len(a)), SAY.scaled_by_root),
+            (lambda a, b, alpha: alpha // len(a), SAY.rounded_down),
+            (lambda a, b, alpha: 1 / len(a), SAY.update_divided_r),
+            (lambda a, b, alpha: alpha * len(a), SAY.update_multiplied_r),
+            (lambda a, b, alpha: -alpha / len(a), SAY.update_subtracted),
+            (lambda a, b, alpha: (alpha / len(a)) ** 2, SAY.scaled_twice),
+            *((lambda a, b, alpha, n=n: n, SAY.fixed_scale) for n in (0.5, 2, 3, 4, 8, 16)),
+            *((lambda a, b, alpha, n=n: n / len(a), SAY.fixed_scale) for n in (6, 8, 16, 32, 64)),
+            *((lambda a, b, alpha, n=n: alpha / n, SAY.fixed_scale) for n in (2, 4, 8, 16, 32)),
+            *(
+                (lambda a, b, alpha, n=n: round(alpha / len(a), n), SAY.rounded_scale)
+                for n in range(4)
+            ),
+            (lambda a, b, alpha: alpha / torch.linalg.matrix_rank(a), SAY.matrix_rank),
+            (lambda a, b, alpha: alpha / min(a.shape), SAY.wrong_rank),
+            (lambda a, b, alpha: alpha / a.shape[1], SAY.wrong_rank),
+            (lambda a, b, alpha: alpha / len(b), SAY.wrong_rank),
+        )
     ),
-    *((partial(_rounded_scale, digits), SAY.rounded_scale) for digits in range(4)),
-    (
-        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / torch.linalg.matrix_rank(a)),
-        SAY.matrix_rank,
-    ),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / min(a.shape)), SAY.wrong_rank),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / a.shape[1]), SAY.wrong_rank),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / b.shape[0]), SAY.wrong_rank),
     (lambda x, w, a, b, alpha: _lora_forward(x, 0 * w, a, b, alpha), SAY.only_update_returned),
     (lambda x, w, a, b, alpha: x @ w.T, SAY.only_frozen_layer_returned),
-    (lambda x, w, a, b, alpha: alpha / a.shape[0] * _scaled(x, w, a, b, 1), SAY.whole_sum_scaled),
+    *(
+        (
+            lambda x, w, a, b, alpha, of=of: _scaled(
+                x, alpha / len(a) * w, a, b, of(alpha / len(a))
+            ),
+            SAY.whole_sum_scaled,
+        )
+        for of in (lambda scale: scale, lambda scale: 1, lambda scale: scale**2)
+    ),
     *(
         (partial(_misread, which), SAY.reshaped)
         for which in product((False, True), repeat=3)
@@ -509,6 +515,11 @@ LORA_PARAMETERS = Exercise(
             SAY.frozen_weights_too,
         ),
         (lambda shapes, rank: rank * sum(shapes[0]), SAY.only_first_layer_counted),
+        (lambda shapes, rank: rank * len(shapes) * sum(shapes[0]), SAY.layers_alike),
+        (lambda shapes, rank: rank * len(shapes) * sum(map(sum, shapes)), SAY.times_layers),
+        (lambda shapes, rank: sum(rank * (o + i + rank) for o, i in shapes), SAY.third_matrix),
+        (lambda shapes, rank: sum(2 * rank * max(s) for s in shapes), SAY.square),
+        (lambda shapes, rank: sum(2 * rank * min(s) for s in shapes), SAY.square),
         (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
         (lambda shapes, rank: sum(rank * (o + i) for o, i in set(shapes)), SAY.equal_shapes_once),
         (lambda shapes, rank: sum(rank * (o + i) + rank + o for o, i in shapes), SAY.two_biases),
@@ -563,6 +574,28 @@ def _rounded(levels: Sequence[Callable], n: int, double_quant: bool) -> float:
     return _bytes(codes, scales, levels[2](scales / NF4_SUPERBLOCK), double_quant)
 
 
+def _other_blocks(sizes: tuple[int, int], n: int, double_quant: bool) -> float:
+    scales = math.ceil(n / sizes[0])
+    return _bytes(_codes(n), scales, math.ceil(scales / sizes[1]), double_quant)
+
+
+_COUNTS = (
+    ("bits of a code", 4, "two to a byte"),
+    ("bytes of a scale without double quantization", 4, "a float32"),
+    ("bytes of a constant without double quantization", 0, "there is none"),
+    ("bytes of a scale with double quantization", 1, "8 bits in place of a float32"),
+    ("bytes of a constant with double quantization", 4, "a float32"),
+)
+
+
+def _miscounted_bytes(results: Sequence) -> str:
+    terms = []
+    for n, double in NF4_BYTES.cases:
+        counts = [_scales(n), _constants(n)]
+        terms.append([_codes(n) / 4, *((0, 0, *counts) if double else (*counts, 0, 0))])
+    return miscounted(_COUNTS, terms, results)
+
+
 def _nf4_fault(fn: Callable) -> str:
     if fault := _not_whole(NF4_BYTES, fn):
         return fault
@@ -593,43 +626,12 @@ NF4_BYTES = Exercise(
         *product((1, 63), (False, True)),
     ),
     mistakes=(
-        (lambda n, double: _codes(n), SAY.scales_missing),
-        (
-            lambda n, double: 8 * nf4_bytes(n, double),
-            "8 times too many: these are bits, not bytes.",
-        ),
-        (
-            lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
-            "8 times too many: these are bits, not bytes.",
-        ),
-        (
-            lambda n, double: (
-                _bytes(_codes(n), _scales(n), _constants(n), double) + double * FLOAT32 * _scales(n)
-            ),
-            SAY.scales_twice,
-        ),
-        (lambda n, double: nf4_bytes(n, double) - _codes(n) + 4 * n, SAY.codes_of_4_bytes),
-        (lambda n, double: 8 * nf4_bytes(n, double) - 7 * _codes(n), SAY.scales_in_bits),
         (lambda n, double: nf4_bytes(n, False), SAY.always_double),
         (lambda n, double: nf4_bytes(n, True), SAY.always_double_2),
         (lambda n, double: nf4_bytes(n, not double), SAY.double_quant_inverted),
-        (lambda n, double: _bytes(_codes(n), _scales(n), 0, double), SAY.no_second_level),
         (
             lambda n, double: _bytes(_codes(n), _scales(n), math.ceil(n / NF4_SUPERBLOCK), double),
             SAY.too_many_constants,
-        ),
-        (lambda n, double: nf4_bytes(n, double) - _codes(n) + n, SAY.codes_of_a_byte),
-        (
-            lambda n, double: _codes(n) + _scales(n) + double * _constants(n),
-            "a float32 counts as one byte. It has 32 bits.",
-        ),
-        (
-            lambda n, double: nf4_bytes(n, double) - double * (FLOAT32 - 1) * _constants(n),
-            SAY.constant_of_a_byte,
-        ),
-        (
-            lambda n, double: nf4_bytes(n, False) + double * FLOAT32 * _constants(n),
-            SAY.scales_keep_4_bytes,
         ),
         (
             lambda n, double: nf4_bytes(n, double) - FLOAT32 * (double and n <= NF4_BLOCK),
@@ -640,11 +642,10 @@ NF4_BYTES = Exercise(
             for levels in product((math.ceil, math.floor, float), repeat=3)
             if levels != (math.ceil,) * 3
         ),
-        (
-            lambda n, double: _bytes(
-                _codes(n), math.ceil(n / 256), math.ceil(n / 256 / 64), double
-            ),
-            SAY.blocks_exchanged,
+        *(
+            (partial(_other_blocks, sizes), SAY.other_blocks)
+            for sizes in product((32, 64, 128, 256, 512, 4096), (64, 128, 256, 512))
+            if sizes != (NF4_BLOCK, NF4_SUPERBLOCK)
         ),
         (lambda n, double: math.ceil(_exact_bytes(n, double)), SAY.rounding),
         (lambda n, double: int(_exact_bytes(n, double)), SAY.rounding),
@@ -652,4 +653,5 @@ NF4_BYTES = Exercise(
     ),
     tested="plain and double quantization, blocks that are not full, 1 weight, the default",
     further=_nf4_fault,
+    general=_miscounted_bytes,
 )

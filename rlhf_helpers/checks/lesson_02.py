@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
+from rlhf_helpers.checks.changes import miscounted
+from rlhf_helpers.checks.exercise import MEDIAN, Exercise, call, check, same, texts
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
@@ -38,10 +39,6 @@ no_log: there is a σ but no logarithm. The surprise at a choice of probability 
     the logarithm the gradient vanishes for the pairs that are badly wrong.
 squared: a square stands where the logarithm belongs. The data are choices, and their surprise is
     -log σ of the gap; a square of the gap even punishes a pair for being well separated.
-half_loss: it is half of the loss. The mean over the pairs is all that divides it; something divides
-    by 2 as well.
-bits: it is in bits: the logarithm is to the base 2. Here as elsewhere surprise is in nats, by the
-    natural logarithm, so that the slope at a tie is one half.
 crossed: every chosen response is compared with every rejected one. A choice was made within a pair,
     between two responses to one prompt; across pairs nobody chose.
 mean_gap: it is the mean gap, without σ and logarithm. It has no lower end: the rewards would drift
@@ -80,6 +77,8 @@ from_the_right: the columns are counted from the right: this is the amount of pa
     real token. Which column of the original mask is that, in a row of length L?
 negative: the columns are counted from the end, as negative numbers. Indexing takes those, gather
     does not, and there are L columns to choose from: count from 0.
+few_bits: it is right in short rows only: in 16 bits a number such as 2605 is rounded to another.
+    Leave columns as the integers that they are.
 too_far: it is one column too far, the first one after the sequence, where padding stands or the row
     has ended. Columns count from 0.
 too_early: it is one column too early, the last token but one. The last is EOS, the only one that
@@ -88,7 +87,6 @@ through_the_batch: the columns are counted through the whole batch, as if its ro
     the other. Each row's columns start again from 0.
 accuracy_swapped: the two rewards are swapped: this is the share of pairs whose rejected response
     wins, so a model that ranks everything rightly would get 0.
-percent: it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere.
 accuracy_count: it is a number of pairs, not a share. Divide by the number of all pairs, ties
     included, so that sets of different sizes can be compared.
 dropped: ties are left out of the denominator too. A model that decides one pair in a hundred,
@@ -104,12 +102,10 @@ ties_count_wrong: ties count as wrong. A model that gives every response the sam
     0, as if it were worse than guessing; a tie counts half.
 ties_count_right: ties count as right. A model that gives every response the same reward would get 1
     without knowing anything; a tie counts half.
-tie_and_a_half: a tie counts one and a half. It is in your wins already, since at least as high
-    includes equal; the half comes on top.
+whole_ties: some ties count 1 and the others 0, as with a coin, also one with a fixed seed, or where
+    a half is rounded. Each tie counts half.
 accuracy_mean_gap: it is the mean gap. Accuracy asks only which reward is higher, not by how much:
     one pair with a huge gap would outweigh all others.
-mean_sign_gap: it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and
-    scale it, so that wrong, tied and right become 0, a half and 1.
 mean_probability: it is the mean probability that the model gives to the choices. Accuracy asks only
     which reward is higher: right, wrong or tied.
 two_means_compared: the two means are compared, once for the whole set. Compare pair by pair, and
@@ -224,7 +220,6 @@ _PAIRWISE_MISTAKES = (
         for low, high in product((0.75, 1.5, 2.2, 3, 5, math.inf), repeat=2)
         if (low, high) != (math.inf, math.inf)
     ),
-    (lambda c, r: pairwise_loss(c, r) / 2, SAY.half_loss),
     *(
         (wrong, message)
         for log_sigmoid in (logsigmoid, _naive)
@@ -240,7 +235,7 @@ _PAIRWISE_MISTAKES = (
             (lambda c, r, f=log_sigmoid: -f(c).mean(), SAY.apart),
         )
     ),
-    (lambda c, r: pairwise_loss(c, r) / math.log(2), SAY.bits),
+    *((lambda c, r, k=k: k * (k * _softplus(r - c)).median(), MEDIAN) for k in (1, -1)),
     (lambda c, r: -logsigmoid(c[:, None] - r).mean(), SAY.crossed),
     (lambda c, r: -(c - r).sigmoid().mean(), SAY.no_log),
     (lambda c, r: (r - c).sigmoid().mean(), SAY.no_log),
@@ -306,6 +301,14 @@ _LAST_TOKEN_MISTAKES = (
     (lambda mask: _before_padding(mask) % mask.shape[1], SAY.before_padding_wrapped),
     (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
     (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
+    *(
+        (lambda mask, t=t: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1), SAY.few_bits)
+        for t in (torch.float16, torch.bfloat16)
+    ),
+    *(
+        (lambda mask, t=t: last_token_index(mask).to(t), SAY.few_bits)
+        for t in (torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+    ),
     (lambda mask: last_token_index(mask) + 1, SAY.too_far),
     (lambda mask: last_token_index(mask) - 1, SAY.too_early),
     (
@@ -354,6 +357,25 @@ def _without_ties(if_all_tie: float, chosen: Tensor, rejected: Tensor) -> float:
     return _share((chosen > rejected)[decided]) if decided.any() else if_all_tie
 
 
+_OUTCOMES = (
+    ("a win", 1, "the chosen one is higher"),
+    ("a tie", 0.5, "what guessing would earn"),
+    ("a loss", 0, "the rejected one is higher"),
+)
+
+
+def _other_outcomes(results: Sequence) -> str:
+    """What win, tie and loss count, or that a tie counts now as one, now as the other."""
+    shares = [[_share(c > r), _share(c == r), _share(c < r)] for c, r in PAIR_ACCURACY.cases]
+    ties = [
+        (len(c) * (float(result) - win), len(c) * tie)
+        for result, (win, tie, _), (c, _) in zip(results, shares, PAIR_ACCURACY.cases, strict=True)
+    ]
+    if all(abs(n - round(n)) < 1e-4 and 0 <= round(n) <= of for n, of in ties):
+        return SAY.whole_ties
+    return miscounted(_OUTCOMES, shares, results)
+
+
 PAIR_ACCURACY = Exercise(
     "pair_accuracy",
     pair_accuracy,
@@ -369,7 +391,7 @@ PAIR_ACCURACY = Exercise(
     mistakes=(
         (lambda c, r: _share(c > r), SAY.ties_count_wrong),
         (lambda c, r: _share(c >= r), SAY.ties_count_right),
-        (lambda c, r: _share(c >= r) + 0.5 * _share(c == r), SAY.tie_and_a_half),
+        (lambda c, r: ((c - r).sign() / 2 + 0.5).median().item(), MEDIAN),
         *(
             (wrong, SAY.nearly)
             for wrong in (
@@ -392,19 +414,16 @@ PAIR_ACCURACY = Exercise(
         (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),
-        (lambda c, r: 100 * pair_accuracy(c, r), SAY.percent),
-        (lambda c, r: 100 * _share(c > r), SAY.percent),
-        (lambda c, r: 100 * _share(c >= r), SAY.percent),
         *(
             (partial(_without_ties, if_all_tie), SAY.dropped)
             for if_all_tie in (math.nan, 0, 0.5, 1)
         ),
         (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),
-        (lambda c, r: (c - r).sign().mean().item(), SAY.mean_sign_gap),
         (lambda c, r: (c - r).sigmoid().mean().item(), SAY.mean_probability),
         (lambda c, r: float(c.mean() > r.mean()), SAY.two_means_compared),
         (lambda c, r: _share(c > 0), SAY.against_zero),
         (lambda c, r: _share((c > 0) & (r < 0)), SAY.against_zero),
     ),
     tested="wins, losses, ties, nothing but ties, rewards from -200 to 30",
+    general=_other_outcomes,
 )

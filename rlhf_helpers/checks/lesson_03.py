@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_helpers import logprobs, losses
 from rlhf_helpers.checks.exercise import (
     EPSILONS,
+    MEDIAN,
     Exercise,
     call,
     check,
@@ -48,10 +49,10 @@ cut_off: it is right for moderate logits, but cut off: where two of them differ 
 far_apart: it does not hold where two logits differ by 800, or two positions by 1000. Only the
     difference to the largest logit of the same position counts, so subtract that before the
     exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.
-bits: it is in bits: the logarithm is to the base 2. Here as elsewhere log-probabilities are in
-    nats, by the natural logarithm, so that exp takes them back.
 probabilities: these are probabilities; the logarithm is missing. The probability of a response is
     the product over its tokens, and only logarithms turn it into a sum.
+no_log_sum: the mean or the largest logit of each position is subtracted, or the mean of their
+    exponentials. What normalises is the logarithm of the sum of their exponentials.
 raw_logits: these are the raw logits of the tokens. A logit has no zero of its own: adding a
     constant to all logits at a position must change nothing, so they have to be normalised.
 log_of_logits: the logarithm is taken of the logits themselves, which may be negative. They are
@@ -136,8 +137,6 @@ plain_returns: the returns are the plain sums of rewards, the target for λ = 1.
     goes with the advantages, and λ smooths both.
 time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
     responses, and time runs along a row: step over columns, and keep all rows.
-fixed_lambda: λ is 0.95 whatever the argument lam says. Use the argument, so that whoever calls the
-    function can set it.
 maximum: it takes the larger of the two terms, not the smaller. The minimum is the careful one: it
     gives no credit beyond the clip, and the full blame for what went too far the wrong way.
 unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
@@ -180,22 +179,26 @@ only_clipped_term: only the clipped term is there. A token that went too far the
     no gradient to come back on; the minimum with the unclipped term gives it one.
 nothing_clipped: nothing is clipped: the argument clip changes nothing. The sample says little about
     a policy far from the one that drew it, and the clip takes away the gain from going there.
-fixed_clip: ε is 0.2 whatever the argument clip says. Use the argument, so that whoever calls the
-    function can set it.
 plain_policy_gradient: it is the plain policy gradient, log-probability times advantage. It has no
     ratio, so the clip cannot tell how far the policy has moved since it sampled.
 minimum_after_mean: the minimum comes after the mean. Each token has a clip of its own: one that has
     moved too far must not hide behind others that have not.
-padding_counts: padding counts. What stands there means nothing, and short responses would be judged
-    mostly by it; what tells padding from tokens?
-padding_in_denominator: padding is 0 in the sum, but counts in the denominator. The loss would
-    shrink with the amount of padding, which is chance: divide by the number of real tokens.
+padding_counts: padding counts. What stands there means nothing, and nobody sampled it; what tells
+    padding from tokens?
+wrong_denominator: padding is 0 in the sum, but counts in the denominator. The mean would shrink
+    with the amount of padding, which is chance: divide by the number of real tokens.
+summed: it is the sum over the tokens, not their mean. It would grow with the batch and the length
+    of the responses; divide by the number of real tokens.
+per_response: the tokens of a response are added up, and only the responses averaged. That is per
+    response, and grows with the length; here the mean is over all real tokens.
+of_columns: it is the mean of the columns' means, as in code where time stands first. A column with
+    few real tokens weighs as much as a full one; the mean is over all real tokens at once.
+zeros_dropped: a real token whose value is 0 is not counted. It is one of the tokens that the mean
+    is over: only the mask says what padding is.
+two_means: a mean over all columns is multiplied by the mean of the mask. Padding is in the first of
+    the two: mask each token before you add up.
 mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
     than one of a long response; the mean here is over all real tokens of the batch at once.
-summed: it is the sum over the tokens, not their mean. The gradient would grow with the length of
-    the responses and the size of the batch.
-per_response: the tokens of a response are summed, and only the responses averaged. The gradient
-    would grow with the length of the responses; divide by the number of all real tokens.
 loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
     the whole batch before the first step; the loss takes them as they are.
 one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
@@ -423,7 +426,10 @@ _TOKEN_MISTAKES = (
         (lambda *case, low=low: _token_logprobs(*case).clamp(min=low), SAY.cut_off)
         for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
     ),
-    (lambda *case: _token_logprobs(*case) / math.log(2), SAY.bits),
+    *(
+        (partial(_scored, lambda x, of=of: x - of(x, -1, keepdim=True)), SAY.no_log_sum)
+        for of in (torch.mean, torch.amax, lambda x, *dim, **keep: x.exp().mean(*dim, **keep).log())
+    ),
     (partial(_scored, lambda x: x.softmax(-1)), SAY.probabilities),
     (partial(_scored, lambda x: x), SAY.raw_logits),
     (partial(_scored, lambda x: x.log()), SAY.log_of_logits),
@@ -462,7 +468,7 @@ def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor,
         >>> check_gae(losses.gae)
         gae: correct. Tested: padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1.
     """
-    check_pair(GAE, fn, ("the advantages", "the returns"))
+    check_pair(GAE, fn)
 
 
 def _gae(
@@ -661,7 +667,6 @@ _GAE_MISTAKES = (
     ),
     (_forward, SAY.time_runs_forward),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
-    (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, 0.95), SAY.fixed_lambda),
     *(
         (partial(_left_reversed, both, masked), SAY.reversed)
         for both, masked in product((True, False), repeat=2)
@@ -720,6 +725,7 @@ GAE = Exercise(
     _GAE_CASES,
     _GAE_MISTAKES,
     tested="padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1",
+    parts=("the advantages", "the returns"),
     further=lambda fn: further_fault(GAE, GAE_FURTHER, fn, gradient=False),
 )
 
@@ -785,9 +791,24 @@ def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tenso
     return -(objective.mean() if everywhere else objective.sum() / mask.sum())
 
 
-def mean_by_grid(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the responses' sums over all lengths, as a kept dimension makes it."""
-    return ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean()
+OTHER_MEANS = (  # of what stands at each token, and the mask
+    (lambda x, mask: x.mean(), SAY.padding_counts),
+    (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
+    (lambda x, mask: ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean(), SAY.grid),
+    (lambda x, mask: x.gather(1, mask).mean(), SAY.integer_mask),
+    (lambda x, mask: (x * mask).sum(), SAY.summed),
+    (lambda x, mask: x.sum(), SAY.summed),
+    (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
+    (lambda x, mask: x.sum(1).mean(), SAY.per_response),
+    (lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean(), SAY.mean_of_means),
+    *(
+        (lambda x, mask, of=of: of((x * mask).sum(0) / mask.sum(0).clamp(min=1)), SAY.of_columns)
+        for of in (torch.mean, torch.nanmean)
+    ),
+    *((lambda x, mask, k=k: k * (k * x[mask.bool()]).median(), MEDIAN) for k in (1, -1)),
+    (lambda x, mask: x[mask.bool() & (x != 0)].mean(), SAY.zeros_dropped),
+    (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
+)
 
 
 def _other_clip(low: Callable, high: Callable, new, old, a, mask, clip) -> Tensor:
@@ -863,7 +884,6 @@ _POLICY_MISTAKES = (
     (partial(_other_ratio, lambda new, old: new / old), SAY.ratio_log_probabilities),
     (partial(_other_ratio, lambda new, old: torch.ones_like(new)), SAY.ratio_1_everywhere),
     (partial(_other_ratio, lambda new, old: new.exp()), SAY.probability),
-    (lambda new, old, a, mask, clip: _policy_loss(new, old, a, mask, 0.2), SAY.fixed_clip),
     (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
     (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), SAY.one_sided),
     (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), SAY.one_sided),
@@ -891,17 +911,8 @@ _POLICY_MISTAKES = (
         (partial(_one_ratio, count), SAY.one_ratio)
         for count in (lambda mask: 1, lambda mask: mask.sum(1, True))
     ),
-    (partial(_other_mean, lambda x, mask: x.mean()), SAY.padding_counts),
-    (partial(_other_mean, lambda x, mask: (x * mask).mean()), SAY.padding_in_denominator),
     *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
-    (partial(_other_mean, mean_by_grid), SAY.grid),
-    (partial(_other_mean, lambda x, mask: x.gather(1, mask).mean()), SAY.integer_mask),
-    (
-        partial(_other_mean, lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
-        SAY.mean_of_means,
-    ),
-    (partial(_other_mean, lambda x, mask: (x * mask).sum()), SAY.summed),
-    (partial(_other_mean, lambda x, mask: (x * mask).sum(1).mean()), SAY.per_response),
+    *((partial(_other_mean, of), message) for of, message in OTHER_MEANS),
     *(
         (partial(_other_objective, of), message)
         for of, message in (

@@ -149,15 +149,10 @@ by_length: the score is divided by the number of tokens. It is for the whole res
     full however long that is.
 score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
     β is the price of a nat.
-fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
-    argument, so that whoever calls it can set the price.
 half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
     padding the other one is left over, and counts.
 cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
     model has judged it all the same: the score goes to its last real token.
-counts: NF4 has four bits for a code and little for scales; what is not quantized has 16 bits; a
-    trained parameter is weight, gradient and Adam's two moments, four float32 numbers, and a frozen
-    one is its weight alone, a float32 too.
 other_in_blocks: the weights outside of the linear layers are counted once for each block. They are
     those of the whole model already.
 own_bases: every role has a base of its own. That is what sharing saves: the base is frozen, equal
@@ -498,7 +493,8 @@ def _steps() -> list[_Event]:
 def _sequence(whose: str, events: Sequence[_Event]) -> str:
     """The events of one call on a few lines."""
     hidden = ("pass", "frozen", "adapter left", "head left", "smaller")
-    phrases = [_phrase(event) for event in events if event.what not in hidden]
+    seen = (e for e in events if e.what not in hidden and not e.what.startswith("times"))
+    phrases = [_phrase(event) for event in seen]
     text = ", ".join(phrase.replace(" ", "~") for phrase in phrases) or "nothing"
     first, other = f"  {whose:10}", " " * 12
     filled = textwrap.fill(text, 100, initial_indent=first, subsequent_indent=other)
@@ -683,7 +679,6 @@ def case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
     return torch.tensor(scores), (ref * ratio).log(), ref.log(), torch.tensor(mask), beta
 
 
-FIXED_BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the usual ones
 _REWARD_CASES = (
     (
         torch.tensor([2.0]),
@@ -763,10 +758,6 @@ _REWARD_MISTAKES = (
     (partial(_in_place_of_penalty, last_token), SAY.replaced),
     (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), SAY.last_column),
     (partial(_other_place, torch.zeros_like), SAY.no_score),
-    *(
-        (lambda *case, beta=beta: _shape_rewards(*case[:4], beta), SAY.fixed_beta)
-        for beta in FIXED_BETAS
-    ),
     *(
         (partial(_other_penalty, of), SAY.half_masked)
         for of in (
@@ -886,8 +877,7 @@ def _nearest_mistake(results: Sequence[float]) -> str:
     if off[nearest] < 0.04:
         return PREDICT_BYTES.mistakes[nearest][1]
     terms = [_terms(*case) for case in PREDICT_BYTES.cases]
-    counts = miscounted(_COUNTS, terms, results)
-    return f"{counts} {SAY.counts}" if counts else UNKNOWN
+    return miscounted(_COUNTS, terms, results) or UNKNOWN
 
 
 def _terms(shapes, layers: int, other: int, rank: int, trains: Mapping[str, bool]) -> list[float]:
@@ -923,10 +913,10 @@ def _other_count(
 
 
 _COUNTS = (
-    ("bits of a weight in a linear layer are", _NF4_BITS),
-    ("bytes of a weight outside of those are", 2),
-    ("bytes of a parameter of a trained role are", 16),
-    ("bytes of a parameter of a frozen role are", 4),
+    ("bits of a weight in a linear layer", _NF4_BITS, "a code, and a little for the scales"),
+    ("bytes of a weight outside of those", 2, "16 bits, not quantized"),
+    ("bytes of a trained parameter", 16, "a float32 each for weight, gradient and two moments"),
+    ("bytes of a frozen role's parameter", 4, "a float32 for the weight, and nothing is learnt"),
 )
 _FOUR = {"policy": True, "reference": False, "reward": False, "value": True}
 _ATTENTION = ((1536, 1536), (256, 1536), (256, 1536), (1536, 1536))  # Qwen2.5-1.5B's

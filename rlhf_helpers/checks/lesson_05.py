@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl, logprobs, losses
-from rlhf_helpers.checks.exercise import EPSILONS, Exercise, check, check_pair, texts
+from rlhf_helpers.checks.exercise import EPSILONS, MEDIAN, Exercise, check, check_pair, texts
 from rlhf_helpers.checks.lesson_03 import (
     NAIVE,
+    OTHER_MEANS,
     drawn,
     further_fault,
-    mean_by_grid,
     pick,
     token_mean,
 )
 from rlhf_helpers.checks.lesson_03 import SAY as SAY_03
-from rlhf_helpers.checks.lesson_04 import FIXED_BETAS, case_of_odds, last_token, mean_of_row
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
+from rlhf_helpers.checks.lesson_04 import case_of_odds, last_token, mean_of_row
 
 SAY = texts("""
 shifted: the tokens are looked up one position off. These logits are aligned already: those at
@@ -37,6 +37,8 @@ pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_re
     of their difference would change its sign.
 reversed: it is the other direction, KL(reference‖policy). The penalty weighs each token by how
     often the policy chooses it, so the policy stands first.
+symmetric: both directions are in it, so that the two policies could change places. The penalty has
+    one, KL(policy‖reference).
 softmax_as_logits: probabilities are handed over as logits. A Categorical made from logits applies
     the softmax itself; after a second one all tokens look nearly alike.
 unweighted: each token of the vocabulary counts alike, whether the policy chooses it always or
@@ -55,24 +57,14 @@ not_normalised: the logits themselves are subtracted. They are logarithms only u
     each position, another one for each policy: take the log-softmax first.
 of_probabilities: probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long
     way for the KL, and from 0.5 to 0.6 a short one.
-far_apart: it is right for moderate logits, but not where two of them differ by 40 or by 150: there
-    a softmax rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of probabilities
-    then does the rest. Take the logarithms straight from the logits.
+far_apart: it is right for moderate logits, but not where two of them differ by 40 to 150: there a
+    softmax loses digits or rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of
+    probabilities then does the rest. Take the logarithms straight from the logits.
 log_of_log: it is nan everywhere, as a logarithm of numbers below 0 is: of logits, or of
     log-probabilities. kl_div takes its second argument for probabilities and makes the logarithm
     itself, unless log_target says that it is there already.
 estimate_swapped: the two are subtracted the wrong way round. Over what the policy samples its own
     log-probability is the larger one on average, so that log_probs_ref is what is taken off.
-padding_counts: padding counts. Nobody sampled those tokens, and their log-probabilities mean
-    nothing; what tells padding from tokens?
-wrong_denominator: padding is 0 in the sum, but counts in the denominator. The estimate would shrink
-    with the amount of padding, which is chance: divide by the number of real tokens.
-summed: it is the sum over all tokens of the batch, not their mean. It would grow with the batch;
-    divide by the number of real tokens.
-per_response: the tokens of a response are added up, and only the responses averaged. Those are nats
-    per response, which the reward needs later; here nats per token are asked for.
-mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
-    than one of a long response; the mean here is over all real tokens of the batch at once.
 absolute: an absolute value is taken. Some log-ratios are negative, and so may be their mean in a
     small sample; only with both signs are they the KL on average, else too much.
 cut_at_0: what is negative is cut off at 0. The KL is never negative, but its estimate may be; to
@@ -117,8 +109,6 @@ shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not 
     the KL off the reward, and leave the reward as it is.
 last_only: only the last token pays. The score is known there, but every token of the response has
     its part in the KL.
-agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
-    it is one of the tokens that the mean is over: only the mask says what padding is.
 """)
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
@@ -158,7 +148,7 @@ def check_sampled_log_probs(fn: Callable[[Tensor, Tensor, Tensor], tuple[Tensor,
         >>> check_sampled_log_probs(sampled_log_probs)
         sampled_log_probs: correct. Tested: one row and several, T = 1, logits of 0 and 150.
     """
-    check_pair(SAMPLED_LOG_PROBS, fn, ("log_probs_curr", "log_probs_ref"))
+    check_pair(SAMPLED_LOG_PROBS, fn)
 
 
 def _sampled_log_probs(curr_logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
@@ -263,6 +253,7 @@ SAMPLED_LOG_PROBS = Exercise(
     _SAMPLED_CASES,
     _SAMPLED_MISTAKES,
     tested="one row and several, T = 1, logits of 0 and 150",
+    parts=("log_probs_curr", "log_probs_ref"),
     shape_hint="It is one number for each sampled token: one of the V at its position, not all of "
     "them, and no token is lost to a shift, since the logits are aligned already.",
 )
@@ -300,6 +291,11 @@ def _with_epsilon(p: Tensor, q: Tensor, epsilon: float) -> Tensor:
     return (p * ((p + epsilon) / (q + epsilon)).log()).sum(-1)
 
 
+def _to_the_middle(p: Tensor, q: Tensor) -> Tensor:
+    """KL from the first to the mean of both."""
+    return (p.exp() * (p - ((p.exp() + q.exp()) / 2).log())).sum(-1)
+
+
 _EQUAL = drawn(1, 2, 4, seed=16)
 _EXACT_CASES = (
     (_HAND_CURR, _HAND_REF),
@@ -308,6 +304,8 @@ _EXACT_CASES = (
     (_EQUAL, _EQUAL + 3),  # a constant changes no probability
 )
 
+# float32 still has numbers that small, and a Categorical is right
+_GAP_OF_100 = (torch.tensor([[[100.0, 0.0, 0.0]]]), torch.tensor([[[0.0, 100.0, 0.0]]]))
 _EXACT_FURTHER = (
     (
         (
@@ -316,6 +314,7 @@ _EXACT_FURTHER = (
         ),
         SAY.far_apart,
     ),
+    (_GAP_OF_100, SAY.far_apart),
 )
 _EXACT_MISTAKES = (
     (lambda curr, ref: _exact_kl(ref, curr), SAY.reversed),
@@ -341,6 +340,14 @@ _EXACT_MISTAKES = (
                 (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), SAY.far_apart)
                 for e in (1e-3, 1e-4, 1e-5)
             ),
+            *(
+                (lambda p, q, k=k: k * ((p.exp() - q.exp()) * (p - q)).sum(-1), SAY.symmetric)
+                for k in (1, 0.5)
+            ),
+            (lambda p, q: _to_the_middle(p, q) / 2 + _to_the_middle(q, p) / 2, SAY.symmetric),
+            (lambda p, q: (p.exp() * (p - q).abs()).sum(-1), SAY.absolute),
+            (lambda p, q: (p.exp() * (p - q).square()).sum(-1), SAY.squared),
+            (lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2, SAY.squared),
             (lambda p, q: -(p.exp() * q).sum(-1), SAY.cross_entropy),
             (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), SAY.entropies),
             (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), SAY.entropies),
@@ -432,16 +439,7 @@ _ESTIMATE_MISTAKES = (
         (partial(_other_mean, of), message)
         for of, message in (
             (lambda x, mask: -x.mean(), SAY.estimate_swapped),
-            (lambda x, mask: x.mean(), SAY.padding_counts),
-            (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
-            (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
-            (mean_by_grid, SAY_03.grid),
-            (lambda x, mask: x.gather(1, mask).mean(), SAY_03.integer_mask),
-            (lambda x, mask: (x * mask).sum(), SAY.summed),
-            (lambda x, mask: x.sum(), SAY.summed),
-            (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
-            (lambda x, mask: x.sum(1).mean(), SAY.per_response),
-            (lambda x, mask: mean_of_row(x, mask).mean(), SAY.mean_of_means),
+            *OTHER_MEANS,
             (lambda x, mask: token_mean(x, mask).abs(), SAY.absolute),
             (lambda x, mask: token_mean(x.abs(), mask), SAY.absolute),
             (lambda x, mask: token_mean(x, mask).clamp(min=0), SAY.cut_at_0),
@@ -531,6 +529,10 @@ def _row_sum(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum(1)
 
 
+def _row_median(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([row[real].median() for row, real in zip(x, mask.bool(), strict=True)])
+
+
 def _other_kl(of: Callable, rewards, curr, ref, mask, beta) -> Tensor:
     """The final reward with another KL, of both log-probabilities and the mask."""
     return rewards - beta * of(curr, ref, mask)
@@ -592,6 +594,7 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
+            (lambda curr, ref, mask: _row_median(curr - ref, mask), MEDIAN),
             (lambda curr, ref, mask: 0 * curr[:, 0], SAY.no_penalty),
             (lambda curr, ref, mask: _row_sum(curr, mask), SAY.no_reference),
         )
@@ -614,12 +617,8 @@ _FINAL_MISTAKES = (
         )
     ),
     *(
-        (lambda *case, beta=beta: final_reward(*case[:4], beta), SAY_04.fixed_beta)
-        for beta in FIXED_BETAS
-    ),
-    (
-        lambda r, curr, ref, mask, beta: _row_sum(r[:, None] - beta * (curr - ref), mask),
-        SAY.reward_at_each,
+        (lambda r, *case, of=of: (of(case[2]) - 1) * r + final_reward(r, *case), SAY.reward_at_each)
+        for of in (lambda mask: mask.sum(1), lambda mask: mask.shape[1])
     ),
 )
 FINAL_REWARD = Exercise(
