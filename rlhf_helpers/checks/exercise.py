@@ -64,6 +64,7 @@ class Exercise:
     further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
     general: Callable[[Sequence], str] = lambda results: ""  # of wrong ones that no mistake gives
     parts: tuple[str, ...] = ()  # the names of two results, in the plural, stacked by the reference
+    equal: Callable = lambda result, want: same(result, want)  # whether a result counts as right
     size_hint: str = ""  # a line for the author of an error about sizes
 
 
@@ -150,7 +151,7 @@ def _verdict(exercise: Exercise, fn: Callable) -> str:
             return fault
         results.append(result)
     for case, result in zip(exercise.cases, results, strict=True):
-        if not same(result, exercise.reference(*case)):
+        if not exercise.equal(result, exercise.reference(*case)):
             changes = _changes(exercise, fn, results)
             message = AGAIN if changes else name_mistake(exercise, results, fn)
             return f"{message}\n{show(exercise, case, result)}"

@@ -38,6 +38,10 @@ greedy: it is the log-probability of the likeliest token at each position. The t
     sampled is often another one, and its own is what the policy is to answer for.
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
     the last dimension of the logits; positions and rows of the batch do not compete.
+whole_vocabulary: the whole vocabulary is added up at each position. Only one token was sampled
+    there, and its log-probability alone is asked for.
+no_tokens: the sampled tokens are not used: it is the expected log-probability, minus the entropy.
+    That is the mean over all samples; asked for is the one at hand.
 surprise: the sign is turned round: this is the surprise -log p, which cross-entropy returns. A
     log-probability is never positive.
 not_finite: it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a
@@ -193,8 +197,6 @@ per_response: the tokens of a response are added up, and only the responses aver
     response, and grows with the length; here the mean is over all real tokens.
 of_columns: it is the mean of the columns' means, as in code where time stands first. A column with
     few real tokens weighs as much as a full one; the mean is over all real tokens at once.
-zeros_dropped: a real token whose value is 0 is not counted. It is one of the tokens that the mean
-    is over: only the mask says what padding is.
 two_means: a mean over all columns is multiplied by the mean of the mask. Padding is in the first of
     the two: mask each token before you add up.
 mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
@@ -316,16 +318,16 @@ def _misaligned(
     return pick(normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back))
 
 
-def _scored(score: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
-    """The right window and shift, with another score than the log-probability."""
-    return pick(score(_window(logits, length, 1)), _window(ids, length, 0))
+def _aligned(of: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
+    """`of` what the right window and shift give."""
+    return of(_window(logits, length, 1), _window(ids, length, 0))
 
 
 def _normalised_before(
     normalise: Callable, dim: int, logits: Tensor, ids: Tensor, length: int
 ) -> Tensor:
     """The right window and shift, of the whole logits normalised over `dim`."""
-    return _scored(lambda x: x, normalise(logits, dim), ids, length)
+    return _aligned(pick, normalise(logits, dim), ids, length)
 
 
 def _naive(logits: Tensor, dim: int) -> Tensor:
@@ -376,6 +378,38 @@ TOKEN_FURTHER = (
 )
 
 NAIVE = (_naive, _naive_difference, _naive_share)
+LOOKUPS = (  # of logits and tokens that are aligned
+    *(
+        (of, message)
+        for f in (torch.log_softmax, *NAIVE)
+        for of, message in (
+            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SAY.surprise),
+            (lambda z, tokens, f=f: pick(f(z, 0), tokens), SAY.wrong_dimension),
+            (lambda z, tokens, f=f: pick(f(z, 1), tokens), SAY.wrong_dimension),
+            (lambda z, tokens, f=f: f(z, -1).amax(-1), SAY.greedy),
+            (lambda z, tokens, f=f: f(z, -1).sum(-1), SAY.whole_vocabulary),
+            (lambda z, tokens, f=f: f(z, -1).mean(-1), SAY.whole_vocabulary),
+            (lambda z, tokens, f=f: (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens),
+        )
+    ),
+    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.not_finite) for f in NAIVE),
+    *(
+        (lambda z, tokens, low=low: logprobs.token_logprobs(z, tokens).clamp(min=low), SAY.cut_off)
+        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
+    ),
+    *(
+        (lambda z, tokens, of=of: pick(of(z), tokens), message)
+        for of, message in (
+            (lambda z: z.softmax(-1), SAY.probabilities),
+            (lambda z: z, SAY.raw_logits),
+            (lambda z: z.log(), SAY.log_of_logits),
+            (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
+            (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
+            (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
+            (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
+        )
+    ),
+)
 _TOKEN_MISTAKES = (
     *(
         (partial(_misaligned, normalise, *back), message)
@@ -398,42 +432,20 @@ _TOKEN_MISTAKES = (
                 ),
                 SAY.other_way,
             ),
-            (
-                lambda z, ids, length, f=normalise: pick(
-                    f(z[:, :length], -1), ids[:, 1 : length + 1]
-                ),
-                SAY.from_the_start,
-            ),
-            (
-                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, :length]),
-                SAY.from_the_start,
-            ),
-            (lambda z, ids, length, f=normalise: f(_window(z, length, 1), -1).amax(-1), SAY.greedy),
-            (
-                lambda z, ids, length, f=normalise: -_misaligned(f, 1, 0, z, ids, length),
-                SAY.surprise,
+            *(
+                (
+                    lambda z, ids, length, f=normalise, t=t: pick(
+                        f(z[:, :length], -1), ids[:, t : length + t]
+                    ),
+                    SAY.from_the_start,
+                )
+                for t in (0, 1)
             ),
             (partial(_normalised_before, normalise, 0), SAY.wrong_dimension),
             (partial(_normalised_before, normalise, 1), SAY.wrong_dimension),
-            (
-                lambda z, ids, length, f=normalise: _scored(lambda x: f(x, 1), z, ids, length),
-                SAY.wrong_dimension,
-            ),
         )
     ),
-    *((partial(_misaligned, naive, 1, 0), SAY.not_finite) for naive in NAIVE),
-    *(
-        (lambda *case, low=low: _token_logprobs(*case).clamp(min=low), SAY.cut_off)
-        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
-    ),
-    *(
-        (partial(_scored, lambda x, of=of: x - of(x, -1, keepdim=True)), SAY.no_log_sum)
-        for of in (torch.mean, torch.amax, lambda x, *dim, **keep: x.exp().mean(*dim, **keep).log())
-    ),
-    (partial(_scored, lambda x: x.softmax(-1)), SAY.probabilities),
-    (partial(_scored, lambda x: x), SAY.raw_logits),
-    (partial(_scored, lambda x: x.log()), SAY.log_of_logits),
-    (partial(_scored, lambda x: x.softmax(-1).log_softmax(-1)), SAY.two_softmaxes),
+    *((partial(_aligned, of), message) for of, message in LOOKUPS),
 )
 TOKEN_LOGPROBS = Exercise(
     "token_logprobs",
@@ -806,7 +818,6 @@ OTHER_MEANS = (  # of what stands at each token, and the mask
         for of in (torch.mean, torch.nanmean)
     ),
     *((lambda x, mask, k=k: k * (k * x[mask.bool()]).median(), MEDIAN) for k in (1, -1)),
-    (lambda x, mask: x[mask.bool() & (x != 0)].mean(), SAY.zeros_dropped),
     (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
 )
 

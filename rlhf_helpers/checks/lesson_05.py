@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl, logprobs, losses
-from rlhf_helpers.checks.exercise import EPSILONS, MEDIAN, Exercise, check, check_pair, texts
+from rlhf_helpers.checks.exercise import MEDIAN, Exercise, check, check_pair, texts
 from rlhf_helpers.checks.lesson_03 import (
+    LOOKUPS,
     NAIVE,
     OTHER_MEANS,
     drawn,
@@ -19,18 +20,20 @@ from rlhf_helpers.checks.lesson_03 import (
     token_mean,
 )
 from rlhf_helpers.checks.lesson_03 import SAY as SAY_03
+from rlhf_helpers.checks.lesson_04 import (
+    OF_LOG_RATIO,
+    OTHER_LOG_RATIOS,
+    case_of_odds,
+    last_token,
+    mean_of_row,
+)
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
-from rlhf_helpers.checks.lesson_04 import case_of_odds, last_token, mean_of_row
 
 SAY = texts("""
 shifted: the tokens are looked up one position off. These logits are aligned already: those at
     position t predict the token at t, so there is no shift left to make.
 logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
     argument. They may be negative and do not sum to 1; give them by their name, logits.
-whole_vocabulary: the whole vocabulary is added up at each position. Only one token was sampled
-    there, and its log-probability alone is asked for.
-no_tokens: the sampled tokens are not used: it is the expected log-probability, minus the entropy.
-    That is the mean over all samples; asked for is the one at hand.
 one_policy: both results come from the same logits. The tokens are the same, but the second result
     is what the reference thinks of them.
 pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_ref. Whatever is made
@@ -39,8 +42,6 @@ reversed: it is the other direction, KL(reference‖policy). The penalty weighs 
     often the policy chooses it, so the policy stands first.
 symmetric: both directions are in it, so that the two policies could change places. The penalty has
     one, KL(policy‖reference).
-softmax_as_logits: probabilities are handed over as logits. A Categorical made from logits applies
-    the softmax itself; after a second one all tokens look nearly alike.
 unweighted: each token of the vocabulary counts alike, whether the policy chooses it always or
     never. The KL is the mean of the log-ratio over what the policy samples: weigh it with p.
 averaged: the weighted terms are averaged over the vocabulary, but the weights p make a mean
@@ -49,14 +50,10 @@ cross_entropy: it is the cross-entropy -Σ p log q. That is not 0 where the two 
     it exceeds the entropy of p by.
 entropies: it is a difference of two entropies. Two policies may be equally unsure about quite
     different tokens; the logarithms of both have to be weighed with the same p.
-negative: the sign is turned round. A KL is never negative: the policy's own logarithm is larger on
-    average over what it samples, so log q is subtracted from log p.
 ref_weights: the log-ratio is weighed with q, how often the reference chooses a token. That is minus
     the KL of the other direction; weigh it with p.
 not_normalised: the logits themselves are subtracted. They are logarithms only up to a constant at
     each position, another one for each policy: take the log-softmax first.
-of_probabilities: probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long
-    way for the KL, and from 0.5 to 0.6 a short one.
 far_apart: it is right for moderate logits, but not where two of them differ by 40 to 150: there a
     softmax loses digits or rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of
     probabilities then does the rest. Take the logarithms straight from the logits.
@@ -65,28 +62,14 @@ log_of_log: it is nan everywhere, as a logarithm of numbers below 0 is: of logit
     itself, unless log_target says that it is there already.
 estimate_swapped: the two are subtracted the wrong way round. Over what the policy samples its own
     log-probability is the larger one on average, so that log_probs_ref is what is taken off.
-absolute: an absolute value is taken. Some log-ratios are negative, and so may be their mean in a
-    small sample; only with both signs are they the KL on average, else too much.
-cut_at_0: what is negative is cut off at 0. The KL is never negative, but its estimate may be; to
-    drop the low ones makes it too large on average.
-squared: the log-ratio is squared. Half of that is the estimate k2, never negative and wrong on
-    average; here the log-ratio itself is asked for, k1.
-third: it is the estimate k3. It is right on average and never negative; here the log-ratio itself
-    is asked for, k1.
-ratio: it takes the ratio of the probabilities, not its logarithm. Where the two policies agree the
-    ratio is 1, and the KL is 0.
-weighted: each token is weighed with its probability. The sampling has done that already: a likely
-    token comes up often. Weights are for a sum over the whole vocabulary.
-no_reference: the reference is missing. The mean log-probability of its own samples says how sure
-    the policy is; how far it has gone shows only beside the reference.
-quotient: the log-probabilities are divided. The logarithm of a ratio is the difference of the
-    logarithms.
 paid_out: the penalty is paid out. A response that the policy likes better than the reference does
     must lose by it: check the minus, and which of the two is subtracted from which.
 padding_charged: padding is charged. Nobody sampled those tokens, and a short response would pay for
     what stands behind its end.
 mean: it is the mean of the log-ratio over a response, not the sum. The log-ratio of a whole
     response is the sum over its tokens; with the mean, a long response could go far for little.
+agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
+    it is one of the tokens that the mean is over: only the mask says what padding is.
 same_for_all: all responses pay the same, the mean over the batch. Then the penalty moves no
     response against another, and nothing is learnt from it: each pays for its own tokens.
 batch_sum: each response pays for the whole batch. The sum runs over its own tokens only, along the
@@ -97,12 +80,6 @@ reward_only: β has changed sides: it multiplies the reward, and the KL is left 
     price of a nat.
 one_of_two: β multiplies one of the two log-probabilities only; look at the brackets. Where policy
     and reference agree nothing would cancel, and the penalty would not be 0.
-no_beta: the KL is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the
-    reward may remain.
-no_penalty: there is no penalty at all, only the reward. What keeps the policy near the reference
-    then?
-no_reward: there is no reward, only the penalty. The best that the policy could do is to stay where
-    it is; take the penalty off the reward.
 reward_at_each: the reward is counted once for every token. It is given once, for the whole
     response.
 shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not a share: take β times
@@ -181,10 +158,6 @@ def _probs(logits: Tensor) -> Categorical:
     return Categorical(probs=logits, validate_args=False)
 
 
-def _over_vocabulary(of: Callable, normalise: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
-    return of(normalise(logits, -1))
-
-
 _HAND_CURR = torch.tensor([[[0.0, 0.6931, 0.0], [1.0986, 0.0, 0.0]]])  # 1/4 1/2 1/4, 3/5 1/5 1/5
 _HAND_REF = torch.tensor([[[0.6931, 0.0, 0.0], [0.0, 0.0, 0.0]]])  # 1/2 1/4 1/4, 1/3 1/3 1/3
 _SAMPLED_CASES = (
@@ -209,27 +182,10 @@ _LOOKUPS = (
                 for filled in (True, False)
             ),
             (partial(_shifted_and_padded, f), SAY.shifted),
-            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SAY_03.surprise),
-            (lambda z, tokens, f=f: pick(f(z, 0), tokens), SAY_03.wrong_dimension),
-            (lambda z, tokens, f=f: pick(f(z, 1), tokens), SAY_03.wrong_dimension),
-            (partial(_over_vocabulary, lambda x: x.amax(-1), f), SAY_03.greedy),
-            (partial(_over_vocabulary, lambda x: x.sum(-1), f), SAY.whole_vocabulary),
-            (partial(_over_vocabulary, lambda x: x.mean(-1), f), SAY.whole_vocabulary),
-            (partial(_over_vocabulary, lambda x: (x.exp() * x).sum(-1), f), SAY.no_tokens),
         )
     ),
-    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY_03.not_finite) for f in NAIVE),
-    *(
-        (
-            lambda z, tokens, e=epsilon: logprobs.token_logprobs(z, tokens).clamp(min=math.log(e)),
-            SAY_03.cut_off,
-        )
-        for epsilon in EPSILONS
-    ),
-    (lambda z, tokens: pick(z.softmax(-1), tokens), SAY_03.probabilities),
     (lambda z, tokens: _probs(z).log_prob(tokens), SAY.logits_as_probs),
-    (lambda z, tokens: pick(z, tokens), SAY_03.raw_logits),
-    (lambda z, tokens: pick(z.softmax(-1).log_softmax(-1), tokens), SAY_03.two_softmaxes),
+    *LOOKUPS,
 )
 _SAMPLED_MISTAKES = (
     *(
@@ -318,14 +274,10 @@ _EXACT_FURTHER = (
 )
 _EXACT_MISTAKES = (
     (lambda curr, ref: _exact_kl(ref, curr), SAY.reversed),
-    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref.softmax(-1)), SAY.softmax_as_logits),
-    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref), SAY.softmax_as_logits),
-    (lambda curr, ref: _exact_kl(curr, ref.softmax(-1)), SAY.softmax_as_logits),
     (lambda curr, ref: kl_divergence(_probs(curr), _probs(ref)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(_probs(ref), _probs(curr)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(_probs(curr), Categorical(logits=ref)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(Categorical(logits=curr), _probs(ref)), SAY.logits_as_probs),
-    (lambda curr, ref: -_exact_kl(curr, ref), SAY.negative),
     *(
         (partial(_of_log_softmax, of), message)
         for of, message in (
@@ -345,14 +297,14 @@ _EXACT_MISTAKES = (
                 for k in (1, 0.5)
             ),
             (lambda p, q: _to_the_middle(p, q) / 2 + _to_the_middle(q, p) / 2, SAY.symmetric),
-            (lambda p, q: (p.exp() * (p - q).abs()).sum(-1), SAY.absolute),
-            (lambda p, q: (p.exp() * (p - q).square()).sum(-1), SAY.squared),
-            (lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2, SAY.squared),
+            (lambda p, q: (p.exp() * (p - q).abs()).sum(-1), SAY_04.absolute),
+            (lambda p, q: (p.exp() * (p - q).square()).sum(-1), SAY_04.squared),
+            (lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2, SAY_04.squared),
             (lambda p, q: -(p.exp() * q).sum(-1), SAY.cross_entropy),
             (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), SAY.entropies),
             (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), SAY.entropies),
             (lambda p, q: (q.exp() * (p - q)).sum(-1), SAY.ref_weights),
-            (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), SAY.of_probabilities),
+            (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), SAY_04.probabilities),
         )
     ),
     (lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1), SAY.not_normalised),
@@ -432,7 +384,6 @@ _ESTIMATE_CASES = (
     ),  # an estimate below 0, and a token on which both agree
 )
 
-_K3 = partial(_other_term, lambda curr, ref: (ref - curr).exp() - 1 - (ref - curr))
 _ESTIMATE_MISTAKES = (
     (lambda curr, ref, mask: estimate_kl(ref, curr, mask), SAY.estimate_swapped),
     *(
@@ -440,28 +391,13 @@ _ESTIMATE_MISTAKES = (
         for of, message in (
             (lambda x, mask: -x.mean(), SAY.estimate_swapped),
             *OTHER_MEANS,
-            (lambda x, mask: token_mean(x, mask).abs(), SAY.absolute),
-            (lambda x, mask: token_mean(x.abs(), mask), SAY.absolute),
-            (lambda x, mask: token_mean(x, mask).clamp(min=0), SAY.cut_at_0),
-            (lambda x, mask: token_mean(x.clamp(min=0), mask), SAY.cut_at_0),
-            (lambda x, mask: token_mean(x.square(), mask), SAY.squared),
-            (lambda x, mask: token_mean(x.square() / 2, mask), SAY.squared),
-            (lambda x, mask: token_mean(x.exp(), mask), SAY.ratio),
+            (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
+            *((lambda x, mask, f=f: f(token_mean(x, mask)), says) for f, says in OF_LOG_RATIO),
         )
     ),
-    *(
-        (partial(_other_term, of), message)
-        for of, message in (
-            (lambda curr, ref: curr.exp() - ref.exp(), SAY.of_probabilities),
-            (lambda curr, ref: curr.exp() * (curr - ref), SAY.weighted),
-            (lambda curr, ref: curr, SAY.no_reference),
-            (lambda curr, ref: -curr, SAY.no_reference),
-            (lambda curr, ref: curr / ref, SAY.quotient),
-        )
-    ),
-    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY.weighted),
-    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY.weighted),
-    (_K3, SAY.third),
+    *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
+    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY_04.weighted),
+    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
     *(
         (lambda curr, ref, mask, of=of, n=n: of(curr, ref, mask) / n(mask), SAY_04.half_masked)
         for of in (
@@ -575,28 +511,19 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
             (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
             (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
-            (lambda curr, ref, mask: _row_sum(curr.exp() - ref.exp(), mask), SAY.of_probabilities),
-            (lambda curr, ref, mask: _row_sum(curr.exp() * (curr - ref), mask), SAY.weighted),
-            (lambda curr, ref, mask: _row_sum((curr - ref).exp(), mask), SAY.ratio),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).exp(), SAY.ratio),
-            (lambda curr, ref, mask: _row_sum((curr - ref).abs(), mask), SAY.absolute),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).abs(), SAY.absolute),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).clamp(min=0), SAY.cut_at_0),
-            (lambda curr, ref, mask: _row_sum((curr - ref).clamp(min=0), mask), SAY.cut_at_0),
-            (lambda curr, ref, mask: _row_sum((curr - ref).square(), mask), SAY.squared),
-            (lambda curr, ref, mask: _row_sum((curr - ref).square() / 2, mask), SAY.squared),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).square(), SAY.squared),
-            (
-                lambda curr, ref, mask: _row_sum((ref - curr).exp() - 1 - ref + curr, mask),
-                SAY.third,
+            *(
+                (lambda curr, ref, mask, of=of: _row_sum(of(curr, ref), mask), message)
+                for of, message in OTHER_LOG_RATIOS
+            ),
+            *(
+                (lambda curr, ref, mask, of=of: of(_row_sum(curr - ref, mask)), message)
+                for of, message in OF_LOG_RATIO
             ),
             (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
             (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
             (lambda curr, ref, mask: _row_median(curr - ref, mask), MEDIAN),
-            (lambda curr, ref, mask: 0 * curr[:, 0], SAY.no_penalty),
-            (lambda curr, ref, mask: _row_sum(curr, mask), SAY.no_reference),
         )
     ),
     *(
@@ -604,8 +531,6 @@ _FINAL_MISTAKES = (
         for of, message in (
             (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
             (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
-            (lambda rewards, kl, beta: rewards - kl, SAY.no_beta),
-            (lambda rewards, kl, beta: -beta * kl, SAY.no_reward),
             (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
         )
     ),
