@@ -7,6 +7,7 @@ them too. Where there is no such change, the function itself is tried on easier 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any
 
@@ -110,7 +111,41 @@ def changed(
     for who, how, change in _of_arguments(names, cases[0]):
         if _agree(results, cases, lambda case, change=change: reference(*change(case)), same):
             return f"all is right up to one thing: {who} used {how}."
-    return _place(right, results, cases)
+    return _added(names, right, results, cases) or _place(right, results, cases)
+
+
+_TERMS: tuple[Change, ...] = (
+    ("the mean of {}", lambda x, real: x[real].mean()),
+    ("the mean of {}, padding included", lambda x, real: x.mean()),
+    ("the mean square of {}", lambda x, real: x[real].square().mean()),
+    ("the sum of {}", lambda x, real: x[real].sum()),
+    ("the sum of squares of {}", lambda x, real: x[real].square().sum()),
+    ("the entropy by {}", lambda x, real: (x.exp() * x)[real].mean()),
+)
+
+
+def _added(names: Sequence[str], right: Sequence, results: Sequence, cases: Sequence) -> str:
+    """The term that was added to every result, a multiple of something made of the arguments."""
+    if any(x.dim() for x in right):
+        return ""
+    extra = _numbers(results) - _numbers(right)
+    floats = [i for i, x in enumerate(cases[0]) if _is_float(x)]
+    places = [(i,) for i in floats] + [
+        (i, j) for i, j in combinations(floats, 2) if cases[0][i].shape == cases[0][j].shape
+    ]
+    for place in places:
+        for what, of in _TERMS:
+            terms = []
+            for case in cases:
+                x = case[place[0]] - case[place[1]] if len(place) > 1 else case[place[0]]
+                masks = [m == 1 for m in case if _changes(m) is _OF_MASKS]
+                terms.append(of(x, masks[0] if masks else torch.ones_like(x).bool()).double())
+            terms = torch.stack(terms)
+            factor = (extra * terms).sum() / (terms * terms).sum()
+            if torch.allclose(extra, factor * terms, 1e-3, 1e-4) and abs(factor) > 1e-3:
+                what = what.format(" - ".join(names[i] for i in place))
+                return f"all is right up to one thing: {factor:.3g} times {what} is added."
+    return ""
 
 
 def _agree(results: Sequence, items: Sequence, of: Callable, same: Callable) -> bool:
@@ -172,8 +207,19 @@ def _of_arguments(names: Sequence[str], case: tuple) -> Iterator[tuple[str, str,
             yield who, how, lambda case, g=group, f=change: _with(case, g, f)
     for i, j in permutations(floats, 2):
         if case[i].shape == case[j].shape:
+            who = f"the difference of {names[i]} and {names[j]} is"
+            for how, change in _OF_TENSORS:
+                yield who, how, partial(_other_difference, i, j, change)
             how = f"where {names[j]} belongs"
             yield f"{names[i]} is", how, lambda case, i=i, j=j: _with(case, (j,), lambda x: case[i])
+
+
+def _other_difference(i: int, j: int, change: Callable, case: tuple) -> tuple:
+    """The case with another difference of two arguments, both below 0 as log-probabilities are."""
+    difference = change((case[i] - case[j]).double())
+    top = difference.max().clamp(min=0) + 1
+    second = -top.expand(case[j].shape)
+    return _with(_with(case, (i,), lambda x: difference - top), (j,), lambda x: second)
 
 
 def _is_float(x: Any) -> bool:

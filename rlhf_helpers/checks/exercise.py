@@ -45,9 +45,11 @@ GRID = (
     "A dimension of size 1 that was kept, as by keepdim, or added met the rows, and broadcasting "
     "then pairs every row with every other. Both sides need the same shape."
 )
-MEDIAN = (
-    "it is a median, the middle value. Asked for is the mean, in which each value has its part."
+FEW_DIGITS = (
+    "it is computed in 16 bits, with three digits or fewer. Leave the arguments their type."
 )
+NO_MEAN = "it is a median, a maximum, a minimum or a spread where the mean is asked for."
+NO_MEANS = (Tensor.median, lambda x: -(-x).median(), Tensor.max, Tensor.min, Tensor.std)
 TRANSPOSED = "Rows and columns have changed places: here the batch stands first, and time second."
 # what learners put into a logarithm, so that it stays finite
 EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
@@ -302,6 +304,8 @@ def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = No
         isinstance(x, Tensor) and x.is_floating_point() for x in floats
     ):
         return INTEGERS
+    if all(isinstance(r, Tensor) and r.dtype in (torch.float16, torch.bfloat16) for r in results):
+        return FEW_DIGITS
     for wrong, message in exercise.mistakes:
         made = (wrong(*case) for case in exercise.cases)
         if all(same(result, other) for result, other in zip(results, made, strict=True)):
@@ -321,6 +325,12 @@ def _changed_part(exercise: Exercise, results: Sequence) -> str:
         others, own = ([result[j] for result in results] for j in (1 - k, k))
         if all(same(x, halves[0](*case)) for x, case in zip(others, cases, strict=True)):
             how = changed(names, halves[1], cases, own, same)
+            for sign in (1, -1):  # the difference of both is a common one
+                if all(
+                    same(x, sign * (y - halves[1](*c)))
+                    for x, y, c in zip(own, others, cases, strict=True)
+                ):
+                    how = "they are the difference of the two."
             return f"{exercise.parts[1 - k]} are right, {name} are not{how and ': '}{how or '.'}"
     return ""
 

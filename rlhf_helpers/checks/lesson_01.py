@@ -57,6 +57,8 @@ mask_returned: it returns a mask of zeros and ones. The right positions are mark
     the tokens themselves there, and the ignored value elsewhere.
 nothing_ignored: nothing is ignored: prompt and padding have labels like the response. Two kinds of
     positions must go; which argument tells of which?
+both: only padding among the prompts is ignored. It takes one of the two reasons to leave a position
+    out, not both: or, not and.
 only_padding_ignored: padding is ignored, the prompt is not. Part of the training would go into
     predicting questions, which are given. What does prompt_length tell about columns?
 counted_from_first_token: prompt_length is counted from the first real token of each row. It is a
@@ -128,8 +130,11 @@ always_double_2: double_quant changes nothing: the scales always count as quanti
     quantization each of them is a float32.
 double_quant_inverted: double_quant is taken the wrong way round: False costs more than True, since
     plain scales are float32.
-too_many_constants: there are too many float32 constants: you count one for every 256 weights. It is
-    one for every 256 scales, and a scale stands for 64 weights already.
+codes: the codes take too much. A code has 4 bits; how many fit in a byte?
+average: it is the average of a large tensor, in bits for each weight. Blocks that are not full still
+    take a scale and a constant: count codes, scales and constants, each rounded up.
+constants: the float32 constants are not counted from the scales. It is one for every 256 scales,
+    and a scale stands for 64 weights already.
 one_block_without_constant: a tensor of one block lacks its constant. Part of 256 scales takes one
     as well, even a single scale.
 other_blocks: the blocks have other sizes than here, or theirs have changed places. A scale is for
@@ -284,6 +289,7 @@ _MASK_MISTAKES = (
                 lambda ids, m, t, p: (m == 1) & (t >= p - m.argmax(1, True)),
                 SAY.left_padding_subtracted,
             ),
+            (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
             (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
             (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
         )
@@ -629,9 +635,17 @@ NF4_BYTES = Exercise(
         (lambda n, double: nf4_bytes(n, False), SAY.always_double),
         (lambda n, double: nf4_bytes(n, True), SAY.always_double_2),
         (lambda n, double: nf4_bytes(n, not double), SAY.double_quant_inverted),
-        (
-            lambda n, double: _bytes(_codes(n), _scales(n), math.ceil(n / NF4_SUPERBLOCK), double),
-            SAY.too_many_constants,
+        *(
+            (lambda n, double, of=of: _bytes(of(n), _scales(n), _constants(n), double), SAY.codes)
+            for of in (lambda n: n, lambda n: 2 * n, lambda n: 4 * n)
+        ),
+        *(
+            (lambda n, double, of=of: _bytes(_codes(n), _scales(n), of(n), double), SAY.constants)
+            for of in (lambda n: math.ceil(n / NF4_SUPERBLOCK), lambda n: 1)
+        ),
+        *(
+            (lambda n, double, of=of: of(n * (4.127 if double else 4.5) / 8), SAY.average)
+            for of in (math.ceil, math.floor, round, float)
         ),
         (
             lambda n, double: nf4_bytes(n, double) - FLOAT32 * (double and n <= NF4_BLOCK),

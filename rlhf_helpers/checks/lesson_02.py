@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_helpers.checks.changes import miscounted
-from rlhf_helpers.checks.exercise import MEDIAN, Exercise, call, check, same, texts
+from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, check, same, texts
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
@@ -73,6 +73,10 @@ before_padding: it is the column before the first padding. A row with none, or w
 before_padding_wrapped: it is the column before the first padding, with -1 wrapped round to the last
     column. That is right for a row padded on one side; a row padded on both, as a prompt on the
     left and its response on the right are, ends before the last column.
+first_padding: it is the first column of padding, wherever that is, and 0 where there is none.
+no_fall: it is where the mask falls from 1 to 0. A row whose last column is a real token has no such
+    place, and gets its first column.
+added_up: the numbers of all real columns are added up, or averaged. Only the largest is asked for.
 from_the_right: the columns are counted from the right: this is the amount of padding after the last
     real token. Which column of the original mask is that, in a row of length L?
 negative: the columns are counted from the end, as negative numbers. Indexing takes those, gather
@@ -235,7 +239,7 @@ _PAIRWISE_MISTAKES = (
             (lambda c, r, f=log_sigmoid: -f(c).mean(), SAY.apart),
         )
     ),
-    *((lambda c, r, k=k: k * (k * _softplus(r - c)).median(), MEDIAN) for k in (1, -1)),
+    *((lambda c, r, of=of: of(_softplus(r - c)), NO_MEAN) for of in NO_MEANS),
     (lambda c, r: -logsigmoid(c[:, None] - r).mean(), SAY.crossed),
     (lambda c, r: -(c - r).sigmoid().mean(), SAY.no_log),
     (lambda c, r: (r - c).sigmoid().mean(), SAY.no_log),
@@ -299,6 +303,10 @@ _LAST_TOKEN_MISTAKES = (
     (_first, SAY.first_real_token),
     (_before_padding, SAY.before_padding),
     (lambda mask: _before_padding(mask) % mask.shape[1], SAY.before_padding_wrapped),
+    (lambda mask: (mask == 0).int().argmax(-1), SAY.first_padding),
+    (lambda mask: mask.diff(dim=-1).argmin(-1), SAY.no_fall),
+    (lambda mask: (mask * torch.arange(mask.shape[1])).sum(-1), SAY.added_up),
+    (lambda mask: (mask * torch.arange(mask.shape[1])).sum(-1) // mask.sum(-1), SAY.added_up),
     (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
     (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
     *(
@@ -391,7 +399,7 @@ PAIR_ACCURACY = Exercise(
     mistakes=(
         (lambda c, r: _share(c > r), SAY.ties_count_wrong),
         (lambda c, r: _share(c >= r), SAY.ties_count_right),
-        (lambda c, r: ((c - r).sign() / 2 + 0.5).median().item(), MEDIAN),
+        *((lambda c, r, of=of: of((c - r).sign() / 2 + 0.5).item(), NO_MEAN) for of in NO_MEANS),
         *(
             (wrong, SAY.nearly)
             for wrong in (

@@ -12,7 +12,8 @@ from torch import Tensor
 from rlhf_helpers import logprobs, losses
 from rlhf_helpers.checks.exercise import (
     EPSILONS,
-    MEDIAN,
+    NO_MEAN,
+    NO_MEANS,
     Exercise,
     call,
     check,
@@ -32,7 +33,7 @@ shifted_twice: the shift is made twice: each token is looked up two positions to
     logits at t predict token t + 1, and one step is enough.
 too_early: the shift is right, but the window is one too early: it begins with the last prompt
     token, which nobody chose, and loses the last token of the response, its EOS.
-from_the_start: these are the first tokens of the sequence, prompt and padding. The response stands
+from_the_start: these are the first logits of the sequence, of prompt and padding. The response stands
     at the end: count the columns from there.
 greedy: it is the log-probability of the likeliest token at each position. The token that was
     sampled is often another one, and its own is what the policy is to answer for.
@@ -40,7 +41,7 @@ wrong_dimension: the softmax runs over the wrong dimension. One distribution is 
     the last dimension of the logits; positions and rows of the batch do not compete.
 whole_vocabulary: the whole vocabulary is added up at each position. Only one token was sampled
     there, and its log-probability alone is asked for.
-no_tokens: the sampled tokens are not used: it is the expected log-probability, minus the entropy.
+no_tokens: the sampled tokens are not used: it is the entropy, or minus the entropy.
     That is the mean over all samples; asked for is the one at hand.
 surprise: the sign is turned round: this is the surprise -log p, which cross-entropy returns. A
     log-probability is never positive.
@@ -55,8 +56,8 @@ far_apart: it does not hold where two logits differ by 800, or two positions by 
     exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.
 probabilities: these are probabilities; the logarithm is missing. The probability of a response is
     the product over its tokens, and only logarithms turn it into a sum.
-no_log_sum: the mean or the largest logit of each position is subtracted, or the mean of their
-    exponentials. What normalises is the logarithm of the sum of their exponentials.
+no_log_sum: a mean or the largest logit of each position is subtracted, or taken off in one place
+    and not put back. What normalises is the logarithm of the sum of their exponentials.
 raw_logits: these are the raw logits of the tokens. A logit has no zero of its own: adding a
     constant to all logits at a position must change nothing, so they have to be normalised.
 log_of_logits: the logarithm is taken of the logits themselves, which may be negative. They are
@@ -181,6 +182,8 @@ minimum_of_ratios: the minimum is taken of the two ratios, before the advantage 
     minimum.
 only_clipped_term: only the clipped term is there. A token that went too far the wrong way then has
     no gradient to come back on; the minimum with the unclipped term gives it one.
+advantage_added: the advantage is added to the ratio. It is a factor: a token counts the more, the
+    better or worse it was.
 nothing_clipped: nothing is clipped: the argument clip changes nothing. The sample says little about
     a policy far from the one that drew it, and the clip takes away the gain from going there.
 plain_policy_gradient: it is the plain policy gradient, log-probability times advantage. It has no
@@ -389,7 +392,10 @@ LOOKUPS = (  # of logits and tokens that are aligned
             (lambda z, tokens, f=f: f(z, -1).amax(-1), SAY.greedy),
             (lambda z, tokens, f=f: f(z, -1).sum(-1), SAY.whole_vocabulary),
             (lambda z, tokens, f=f: f(z, -1).mean(-1), SAY.whole_vocabulary),
-            (lambda z, tokens, f=f: (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens),
+            *(
+                (lambda z, tokens, f=f, k=k: k * (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens)
+                for k in (1, -1)
+            ),
         )
     ),
     *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.not_finite) for f in NAIVE),
@@ -405,6 +411,7 @@ LOOKUPS = (  # of logits and tokens that are aligned
             (lambda z: z.log(), SAY.log_of_logits),
             (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
             (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
+            (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
             (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
             (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
         )
@@ -440,6 +447,10 @@ _TOKEN_MISTAKES = (
                     SAY.from_the_start,
                 )
                 for t in (0, 1)
+            ),
+            (
+                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, -length:]),
+                SAY.from_the_start,
             ),
             (partial(_normalised_before, normalise, 0), SAY.wrong_dimension),
             (partial(_normalised_before, normalise, 1), SAY.wrong_dimension),
@@ -817,7 +828,7 @@ OTHER_MEANS = (  # of what stands at each token, and the mask
         (lambda x, mask, of=of: of((x * mask).sum(0) / mask.sum(0).clamp(min=1)), SAY.of_columns)
         for of in (torch.mean, torch.nanmean)
     ),
-    *((lambda x, mask, k=k: k * (k * x[mask.bool()]).median(), MEDIAN) for k in (1, -1)),
+    *((lambda x, mask, of=of: of(x[mask.bool()]), NO_MEAN) for of in NO_MEANS),
     (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
 )
 
@@ -930,6 +941,7 @@ _POLICY_MISTAKES = (
             (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
             (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
             (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
+            (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
             (lambda p, a, e: p * a, SAY.nothing_clipped),
             (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
             (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),

@@ -155,7 +155,7 @@ own_bases: every role has a base of its own. That is what sharing saves: the bas
     for all of them, and there once.
 no_adapters: the adapters are left out, and all that training adds to them. The base is there for
     all, but it is the adapters that tell the roles apart.
-one_adapter: there is one adapter for all roles. The base is shared, the adapters are what tells the
+one_adapter: there is one adapter for all roles, or for all trained or all frozen ones. The base is shared, the adapters are what tells the
     roles apart: each has its own.
 trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
     many there are of each.
@@ -916,7 +916,14 @@ _BYTES_MISTAKES = (
     ),
     (partial(_other_count, base_times=len), SAY.own_bases),
     (partial(_other_count, of_roles=lambda trains: 0), SAY.no_adapters),
-    (partial(_other_count, of_roles=lambda trains: 16), SAY.one_adapter),
+    *(
+        (partial(_other_count, of_roles=of), SAY.one_adapter)
+        for of in (
+            lambda trains: 16,
+            lambda trains: 16 * sum(trains.values()) + 4 * (not all(trains.values())),
+            lambda trains: 16 * any(trains.values()) + 4 * list(trains.values()).count(False),
+        )
+    ),
     (partial(_other_count, of_roles=lambda trains: 40), SAY.trains_ignored),
     *(
         (partial(_other_count, of_adapter=of), message)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from rlhf_helpers import kl, logprobs, losses
-from rlhf_helpers.checks.exercise import MEDIAN, Exercise, check, check_pair, texts
+from rlhf_helpers import kl, logprobs
+from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, check, check_pair, texts
 from rlhf_helpers.checks.lesson_03 import (
     LOOKUPS,
     NAIVE,
@@ -52,7 +52,7 @@ entropies: it is a difference of two entropies. Two policies may be equally unsu
     different tokens; the logarithms of both have to be weighed with the same p.
 ref_weights: the log-ratio is weighed with q, how often the reference chooses a token. That is minus
     the KL of the other direction; weigh it with p.
-not_normalised: the logits themselves are subtracted. They are logarithms only up to a constant at
+not_normalised: logits are subtracted themselves, both or one of them. They are logarithms only up to a constant at
     each position, another one for each policy: take the log-softmax first.
 far_apart: it is right for moderate logits, but not where two of them differ by 40 to 150: there a
     softmax loses digits or rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of
@@ -307,7 +307,23 @@ _EXACT_MISTAKES = (
             (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), SAY_04.probabilities),
         )
     ),
-    (lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1), SAY.not_normalised),
+    *(
+        (lambda curr, ref, of=of: (curr.softmax(-1) * of(curr, ref)).sum(-1), SAY.not_normalised)
+        for of in (
+            lambda curr, ref: curr - ref,
+            lambda curr, ref: curr.log_softmax(-1) - ref,
+            lambda curr, ref: curr - ref.log_softmax(-1),
+        )
+    ),
+    *(
+        (
+            lambda curr, ref, d=d: (
+                curr.softmax(d) * (curr.log_softmax(d) - ref.log_softmax(d))
+            ).sum(-1),
+            SAY_03.wrong_dimension,
+        )
+        for d in (0, 1)
+    ),
 )
 EXACT_KL = Exercise(
     "exact_kl",
@@ -440,9 +456,7 @@ def final_reward(
 
     Derived in lesson 05; `losses.shape_rewards` shares it out among the tokens.
     """
-    logprobs_of_both = (log_probs_curr, log_probs_ref)
-    rewards = losses.shape_rewards(rewards_model, *logprobs_of_both, response_mask, beta)
-    return rewards.sum(-1)
+    return rewards_model - beta * ((log_probs_curr - log_probs_ref) * response_mask).sum(-1)
 
 
 def check_final_reward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
@@ -465,8 +479,8 @@ def _row_sum(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum(1)
 
 
-def _row_median(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.stack([row[real].median() for row, real in zip(x, mask.bool(), strict=True)])
+def _by_row(of: Callable, x: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([of(row[real]) for row, real in zip(x, mask.bool(), strict=True)])
 
 
 def _other_kl(of: Callable, rewards, curr, ref, mask, beta) -> Tensor:
@@ -523,7 +537,10 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
-            (lambda curr, ref, mask: _row_median(curr - ref, mask), MEDIAN),
+            *(
+                (lambda curr, ref, mask, of=of: _by_row(of, curr - ref, mask), NO_MEAN)
+                for of in NO_MEANS
+            ),
         )
     ),
     *(
