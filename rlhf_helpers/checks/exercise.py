@@ -46,7 +46,7 @@ GRID = (
     "then pairs every row with every other. Both sides need the same shape."
 )
 FEW_DIGITS = (
-    "it is computed in 16 bits, with three digits or fewer. Leave the arguments their type."
+    "it is computed in 16 bits, with three digits or fewer. Leave the arguments as they are."
 )
 NO_MEAN = "it is a median, a maximum, a minimum or a spread where the mean is asked for."
 NO_MEANS = (Tensor.median, lambda x: -(-x).median(), Tensor.max, Tensor.min, Tensor.std)

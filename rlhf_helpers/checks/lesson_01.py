@@ -69,58 +69,25 @@ left_padding_subtracted: the padding on the left is subtracted from prompt_lengt
     labels on its last tokens.
 reshaped: a matrix has the shape of its transpose, but not its entries. reshape and view keep the
     order in memory and only cut it into other rows; a transpose swaps rows and columns.
-wrong_rank: α is divided by a width of the layer. The rank r is the inner size, the one that A and B
-    have in common; look at which dimension of which matrix you take it from.
-rounded_scale: α/r is rounded. It is any positive number, such as a third; rounding changes what the
-    adapter adds, and can make it vanish.
-update_not_scaled: the update is not scaled. Its factor α/r sets how far an adapter of a given rank
-    moves the layer; where does alpha enter your result?
-scaled_by_alpha: the update is scaled by α, not by α/r. It would grow with the rank, and a learning
-    rate that suits rank 4 would not suit rank 16. Which dimension is r?
-scale_upside_down: the scale is upside down, r/α in place of α/r: a larger α would make the update
-    smaller.
-scaled_by_root: the update is scaled by α/√r. That is rank-stabilised LoRA, another method; the
-    equation here divides by r itself.
-rounded_down: α/r is rounded down to a whole number. Use / and not //: with α below r the update
-    would vanish.
-update_divided_r: the update is divided by r, but α is missing: the argument alpha changes nothing.
-update_multiplied_r: the update is multiplied by r. It is a sum over r inner entries, and dividing
-    by r keeps it from growing with the rank.
-matrix_rank: α is divided by the rank that A happens to have as a matrix. r is a size, chosen before
-    training, and stays the same whatever A holds; rows that depend on each other count too.
 only_update_returned: only the update is returned. The frozen layer still does its work, and the
     adapter adds to it; with B = 0 the result must be the layer's own.
 only_frozen_layer_returned: only the frozen layer is returned; A, B and alpha change nothing. What
     does the adapter add to it?
+scale: the update is scaled by {}, not by α/r. α is the argument, and r the inner size, the one that
+    A and B have in common; divided by it an update does not grow with the rank.
 whole_sum_scaled: the frozen layer is scaled, too or alone. With B = 0 the result must be the
     layer's own; look at what your factor multiplies.
-fixed_scale: α, r or the whole scale is a number written into the function. Both come with the
-    arguments: alpha, and the size that A and B have in common.
-update_subtracted: the update has the wrong sign. The adapter adds to what the frozen layer gives.
-scaled_twice: the scale α/r comes in twice. Multiply one of the factors by it, and only once.
-square: every layer is taken to be square: one of its two widths is counted twice, the other not at
-    all. Write down the shapes of A and of B for a layer of shape (3, 4).
-only_a_counted: only A is counted. B is trained as well; it starts at 0, but it does not stay there.
-only_b_counted: only B is counted. A is trained as well; which size does it share with the input?
-two_widths_multiplied: the two widths are multiplied. That is r times the full matrix; the point of
-    LoRA is that no matrix of that size is trained. Count A and B apart.
-frozen_weights: these are the frozen weights W. Trained are A and B only, and the number depends on
-    the rank.
-frozen_weights_too: the frozen weights W are counted with A and B. They get no gradient and no
-    optimizer state, so they are not trainable parameters.
+of_a_layer: {} stands for the entries of a layer's A and B. A has r × in of them and B out × r,
+    without biases, and the frozen W is not trained.
 only_first_layer_counted: only the first layer is counted. Each adapted layer has an A and a B of
     its own; is your return inside a loop?
 layers_alike: every layer is taken to have the first one's shape. Go through all of them.
+sums_multiplied: all inputs are multiplied by all outputs. Count A and B apart, for each layer.
 times_layers: the sum over the layers is multiplied by their number as well. It has each of them.
-third_matrix: a matrix of rank × rank is counted too. An adapter has two matrices, A and B.
 only_last_layer_counted: only the last layer is counted. Each adapted layer has an A and a B of its
     own; does your loop add, or overwrite?
 equal_shapes_once: layers of equal shape are counted once. They are different layers, each with an A
     and a B of its own.
-two_biases: A and B are counted with a bias each. LoRA's two matrices have none.
-bias_counted: a bias for each layer is counted. LoRA trains two matrices, and no bias.
-no_brackets: the brackets are missing: the rank multiplies one of the two widths, and the other is
-    added as it is. A multiplication comes before an addition.
 rounding: the total is right only where everything divides evenly. Codes left over still take a
     byte, weights left over a scale, and scales left over a constant: round up at each of these
     levels, before you multiply and add.
@@ -131,16 +98,14 @@ always_double_2: double_quant changes nothing: the scales always count as quanti
 double_quant_inverted: double_quant is taken the wrong way round: False costs more than True, since
     plain scales are float32.
 codes: the codes take too much. A code has 4 bits; how many fit in a byte?
-average: it is the average of a large tensor, in bits for each weight. Blocks that are not full still
-    take a scale and a constant: count codes, scales and constants, each rounded up.
+average: it is the average of a large tensor, in bits for each weight. Blocks that are not full
+    still take a scale and a constant: count codes, scales and constants, each rounded up.
 constants: the float32 constants are not counted from the scales. It is one for every 256 scales,
     and a scale stands for 64 weights already.
 one_block_without_constant: a tensor of one block lacks its constant. Part of 256 scales takes one
     as well, even a single scale.
 other_blocks: the blocks have other sizes than here, or theirs have changed places. A scale is for
     64 weights, a constant for 256 scales.
-rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
-    once, so that twice the rank is twice the parameters.
 end_by_count: the end of a row is taken to be the number of its real tokens. Padding on the left
     moves every token to the right, so that a left-padded row loses the end of its response.
 """)
@@ -418,31 +383,39 @@ _LORA_CASES = (
     ),
 )
 
+_SCALES = (  # what a scale is, and the scale of A, B and α
+    ("1", lambda a, b, alpha: 1),
+    ("α", lambda a, b, alpha: alpha),
+    ("r/α", lambda a, b, alpha: len(a) / alpha),
+    ("α/√r", lambda a, b, alpha: alpha / math.sqrt(len(a))),
+    ("√(α/r)", lambda a, b, alpha: math.sqrt(alpha / len(a))),
+    ("(α/r)²", lambda a, b, alpha: (alpha / len(a)) ** 2),
+    ("α/r²", lambda a, b, alpha: alpha / len(a) ** 2),
+    ("-α/r", lambda a, b, alpha: -alpha / len(a)),
+    ("1/r", lambda a, b, alpha: 1 / len(a)),
+    ("r", lambda a, b, alpha: len(a)),
+    ("α·r", lambda a, b, alpha: alpha * len(a)),
+    ("α/(r + 1)", lambda a, b, alpha: alpha / (len(a) + 1)),
+    ("α//r, rounded down,", lambda a, b, alpha: alpha // len(a)),
+    (
+        "α over the rank that A has as a matrix",
+        lambda a, b, alpha: alpha / a.svd()[1].gt(1e-5).sum(),
+    ),
+    ("α over the smaller size of A", lambda a, b, alpha: alpha / min(a.shape)),
+    ("α/in", lambda a, b, alpha: alpha / a.shape[1]),
+    ("α/out", lambda a, b, alpha: alpha / len(b)),
+    *((f"α/{n}", lambda a, b, alpha, n=n: alpha / n) for n in (2, 4, 8, 16, 32)),
+    *((f"{n}/r", lambda a, b, alpha, n=n: n / len(a)) for n in (6, 8, 16, 32, 64)),
+    *((f"{n}", lambda a, b, alpha, n=n: n) for n in (0.5, 2, 3, 4, 8, 16)),
+    *(("α/r, rounded,", lambda a, b, alpha, n=n: round(alpha / len(a), n)) for n in range(4)),
+)
 _LORA_MISTAKES = (
     *(
-        (lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, b, alpha)), message)
-        for of, message in (
-            (lambda a, b, alpha: 1, SAY.update_not_scaled),
-            (lambda a, b, alpha: alpha, SAY.scaled_by_alpha),
-            (lambda a, b, alpha: len(a) / alpha, SAY.scale_upside_down),
-            (lambda a, b, alpha: alpha / math.sqrt(len(a)), SAY.scaled_by_root),
-            (lambda a, b, alpha: alpha // len(a), SAY.rounded_down),
-            (lambda a, b, alpha: 1 / len(a), SAY.update_divided_r),
-            (lambda a, b, alpha: alpha * len(a), SAY.update_multiplied_r),
-            (lambda a, b, alpha: -alpha / len(a), SAY.update_subtracted),
-            (lambda a, b, alpha: (alpha / len(a)) ** 2, SAY.scaled_twice),
-            *((lambda a, b, alpha, n=n: n, SAY.fixed_scale) for n in (0.5, 2, 3, 4, 8, 16)),
-            *((lambda a, b, alpha, n=n: n / len(a), SAY.fixed_scale) for n in (6, 8, 16, 32, 64)),
-            *((lambda a, b, alpha, n=n: alpha / n, SAY.fixed_scale) for n in (2, 4, 8, 16, 32)),
-            *(
-                (lambda a, b, alpha, n=n: round(alpha / len(a), n), SAY.rounded_scale)
-                for n in range(4)
-            ),
-            (lambda a, b, alpha: alpha / torch.linalg.matrix_rank(a), SAY.matrix_rank),
-            (lambda a, b, alpha: alpha / min(a.shape), SAY.wrong_rank),
-            (lambda a, b, alpha: alpha / a.shape[1], SAY.wrong_rank),
-            (lambda a, b, alpha: alpha / len(b), SAY.wrong_rank),
+        (
+            lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, b, alpha)),
+            SAY.scale.format(how),
         )
+        for how, of in _SCALES
     ),
     (lambda x, w, a, b, alpha: _lora_forward(x, 0 * w, a, b, alpha), SAY.only_update_returned),
     (lambda x, w, a, b, alpha: x @ w.T, SAY.only_frozen_layer_returned),
@@ -502,6 +475,24 @@ def _not_whole(exercise: Exercise, fn: Callable) -> str:
     return ""
 
 
+ADAPTERS = (  # what a layer's adapter may be counted as, with the fn of out, in and rank
+    ("r · in", lambda o, i, r: r * i),
+    ("r · out", lambda o, i, r: r * o),
+    ("2r · in", lambda o, i, r: 2 * r * i),
+    ("2r · out", lambda o, i, r: 2 * r * o),
+    ("in + out", lambda o, i, r: o + i),
+    ("r · in + out", lambda o, i, r: r * i + o),
+    ("r · out + in", lambda o, i, r: r * o + i),
+    ("r²(in + out)", lambda o, i, r: r * r * (o + i)),
+    ("in · out", lambda o, i, r: o * i),
+    ("r · in · out", lambda o, i, r: r * o * i),
+)
+
+
+def _of_layers(of: Callable, shapes: Sequence[tuple[int, int]], rank: int) -> float:
+    return sum(of(outputs, inputs, rank) for outputs, inputs in shapes)
+
+
 LORA_PARAMETERS = Exercise(
     "lora_parameters",
     lora_parameters,
@@ -512,33 +503,28 @@ LORA_PARAMETERS = Exercise(
         ([(7, 5)], 1),
     ),
     mistakes=(
-        (lambda shapes, rank: sum(rank * i for _, i in shapes), SAY.only_a_counted),
-        (lambda shapes, rank: sum(rank * o for o, _ in shapes), SAY.only_b_counted),
-        (lambda shapes, rank: sum(rank * o * i for o, i in shapes), SAY.two_widths_multiplied),
-        (lambda shapes, rank: sum(o * i for o, i in shapes), SAY.frozen_weights),
-        (
-            lambda shapes, rank: sum(o * i + rank * (o + i) for o, i in shapes),
-            SAY.frozen_weights_too,
+        *(
+            (partial(_of_layers, of), SAY.of_a_layer.format(how))
+            for how, of in (
+                *ADAPTERS,
+                ("in · out + r(in + out)", lambda o, i, r: o * i + r * (o + i)),
+                ("r(in + out) + r + out", lambda o, i, r: r * (o + i) + r + o),
+                ("r(in + out) + out", lambda o, i, r: r * (o + i) + o),
+                ("r(in + out + r)", lambda o, i, r: r * (o + i + r)),
+                ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
+                ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
+                ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
+            )
         ),
         (lambda shapes, rank: rank * sum(shapes[0]), SAY.only_first_layer_counted),
+        (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
         (lambda shapes, rank: rank * len(shapes) * sum(shapes[0]), SAY.layers_alike),
         (lambda shapes, rank: rank * len(shapes) * sum(map(sum, shapes)), SAY.times_layers),
-        (lambda shapes, rank: sum(rank * (o + i + rank) for o, i in shapes), SAY.third_matrix),
-        (lambda shapes, rank: sum(2 * rank * max(s) for s in shapes), SAY.square),
-        (lambda shapes, rank: sum(2 * rank * min(s) for s in shapes), SAY.square),
-        (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
-        (lambda shapes, rank: sum(rank * (o + i) for o, i in set(shapes)), SAY.equal_shapes_once),
-        (lambda shapes, rank: sum(rank * (o + i) + rank + o for o, i in shapes), SAY.two_biases),
-        (lambda shapes, rank: sum(rank * (o + i) + o for o, i in shapes), SAY.bias_counted),
         (
-            lambda shapes, rank: sum(o + i for o, i in shapes),
-            "the rank is missing. out + in is the number for rank 1.",
+            lambda shapes, rank: rank * math.prod(map(sum, zip(*shapes, strict=True))),
+            SAY.sums_multiplied,
         ),
-        (lambda shapes, rank: rank * rank * sum(map(sum, shapes)), SAY.rank_squared),
-        (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY.no_brackets),
-        (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY.no_brackets),
-        (lambda shapes, rank: sum(2 * rank * i for _, i in shapes), SAY.square),
-        (lambda shapes, rank: sum(2 * rank * o for o, _ in shapes), SAY.square),
+        (lambda shapes, rank: sum(rank * (o + i) for o, i in set(shapes)), SAY.equal_shapes_once),
     ),
     tested="one layer, several, equal ones, rank 1",
     further=lambda fn: _not_whole(LORA_PARAMETERS, fn),

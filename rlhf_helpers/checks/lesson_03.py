@@ -33,8 +33,8 @@ shifted_twice: the shift is made twice: each token is looked up two positions to
     logits at t predict token t + 1, and one step is enough.
 too_early: the shift is right, but the window is one too early: it begins with the last prompt
     token, which nobody chose, and loses the last token of the response, its EOS.
-from_the_start: these are the first logits of the sequence, of prompt and padding. The response stands
-    at the end: count the columns from there.
+from_the_start: these are the first logits of the sequence, of prompt and padding. The response
+    stands at the end: count the columns from there.
 greedy: it is the log-probability of the likeliest token at each position. The token that was
     sampled is often another one, and its own is what the policy is to answer for.
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
@@ -99,55 +99,23 @@ time_runs_forward: time runs forward: each advantage collects the TD errors befo
     action is worth shows in what comes after it, so sum from the end of the response.
 last_column_never_computed: the last column is never computed. Where a response fills its row, the
     reward at its end is lost; where does your loop begin?
-lambda_in_td_error: λ stands inside the TD error. There the next value is discounted by γ alone; λ
-    says only how much of later TD errors an advantage takes in.
-gamma_lambda_exchanged: γ and λ have changed places: the next value is discounted by λ. γ is the
-    price of time and belongs in the TD error; λ says how far the critic is trusted.
-no_gamma_in_td_error: γ is missing from the TD error: the next value lies one step ahead and counts
-    γ times. That shows only where γ is below 1.
-td_error_sign: the TD error has the wrong sign: it is positive where things went worse than
-    expected. PPO would make the bad actions more likely.
-td_error_own_value: the TD error compares a value with itself. It is the next token's value that
-    shows what the action led to; with V of the same token on both sides nothing is learnt from it.
-td_error_looks_back: the TD error looks back: it takes the value before the token, not the one after
-    it. The shift goes the other way.
-v_not_subtracted: V is not subtracted. An advantage is what came out less what was expected; without
-    the second part a response that is just as good as expected is pushed up too.
-v_added_td_error: V is added in the TD error, where it has to be subtracted: it is what was expected
-    before the token was chosen.
-no_next_value: the next value is missing from the TD error. A step is judged by its reward and by
-    what can still be expected; without the second part every token is charged the whole of V.
+td_error: the TD error is taken as {}, not as r + γV' - V, where V' is the next token's value. It is
+    the reward and what can still be expected, at the price γ, less what was expected.
+weights: a TD error l steps ahead is weighed with {}, not with (γλ) to the power l. γ is the price of
+    time, and λ says how far ahead the critic is not trusted.
+returns: the returns are {}, not A + V. An advantage is a return less the value at its own token:
+    the critic's target adds that, and smooths by λ as the advantage does.
 gamma_ignored: the argument gamma changes nothing. γ belongs in two places: it discounts the next
     value in the TD error, and with λ it weighs later TD errors.
-no_gamma_in_weights: γ is missing from the weights: a TD error l steps ahead counts (γλ) to the
-    power l, not λ to the power l. That shows only where γ is below 1.
-lambda_ignored: λ changes nothing: this is the advantage for λ = 1, all rewards from here on less V.
-    A TD error l steps ahead counts (γλ) to the power l.
-td_error_alone: it is the TD error alone, the advantage for λ = 0. The TD errors of later tokens are
-    missing: the reward at the end would reach no token but the last.
-no_weights: the TD errors are added up without weights. One that lies l steps ahead counts (γλ) to
-    the power l, so that the noise of a long response does not pile up.
 too_small: all advantages are γλ times too small. The TD error of the token itself counts in full;
     the weight applies to what comes after it.
 pair_swapped: the pair is swapped: the advantages come first, then the returns.
-returns_advantages_again: the returns are the advantages again. The critic learns to predict the
-    whole that is to come; an advantage is only what V did not foresee.
-v_subtracted_twice: V is subtracted a second time in the returns. An advantage is a return less V;
-    how do you get the return back?
-next_value_added: the returns add the next token's value. An advantage is a return less the value at
-    its own token; add that.
-one_step_returns: the returns look one step ahead only: reward and next value. The critic's target
-    goes with the advantages, and mixes later TD errors in as they do.
-plain_returns: the returns are the plain sums of rewards, the target for λ = 1. The critic's target
-    goes with the advantages, and λ smooths both.
 time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
     responses, and time runs along a row: step over columns, and keep all rows.
 maximum: it takes the larger of the two terms, not the smaller. The minimum is the careful one: it
     gives no credit beyond the clip, and the full blame for what went too far the wrong way.
 unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
     actions become less likely.
-no_exp: the difference of the log-probabilities is not a ratio yet: where nothing has changed it is
-    0, and the ratio is 1. Exponentiate it.
 one_sided: the clip has one end only. Good actions must not gain from a ratio above 1 + ε, and bad
     ones not from a ratio below 1 - ε: it takes both ends.
 uneven: the clip is not at 1 - ε and 1 + ε. It acts on the ratio itself, by the same amount on
@@ -169,14 +137,9 @@ not_finite_at_padding: it is not finite (or its gradient is not) where padding h
     exp.
 maximum_of_losses: the larger of the two terms belongs to the form that carries its minus inside, as
     losses. Here both terms are gains: take the smaller, and put the minus before the mean.
-ratio_upside_down: the ratio is upside down: it is the old probability over the new one, and falls
-    when the policy makes a token more likely.
-ratio_log_probabilities: it is a ratio of log-probabilities. The probabilities' ratio is the
-    exponential of the logarithms' difference; divided, a likelier token even gets a smaller number.
-ratio_1_everywhere: the ratio is 1 everywhere. It compares the trained policy with the one that
-    sampled; is one of the two missing from your difference?
-probability: the probability stands where the ratio belongs. Divide it by the probability under the
-    policy that sampled, else likely tokens would weigh more than rare ones.
+ratio: the ratio is taken as {}, not as π/π_old. The probabilities are there as logarithms: a
+    quotient is the exponential of a difference, 1 where nothing has changed, and more than that for
+    a token that has become likelier.
 minimum_of_ratios: the minimum is taken of the two ratios, before the advantage comes in. For a
     negative advantage the smaller ratio is the larger product: multiply first, then take the
     minimum.
@@ -215,8 +178,6 @@ grid: the sums and the counts have different shapes, [B] and [B, 1], so that eac
     divided by the length of every other, too.
 integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
     places are counted again and again. Make it bool, or multiply by it.
-rewards_added: the returns add the token's own reward. An advantage is a return less the value at
-    its token; add that.
 """)
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
@@ -615,6 +576,19 @@ def _without_eos(keeps_return: bool, rewards, values, mask, gamma, lam) -> Tenso
     return _with_values(_sum_up(deltas, gamma * lam), values) * (mask if keeps_return else kept)
 
 
+def _one_step_further(rewards, values, mask, gamma, lam) -> Tensor:
+    v = values * mask
+    deltas = _td_error(rewards * mask, v, gamma, lam)
+    return _with_values(deltas + gamma * lam * _next(deltas), v) * mask
+
+
+def _from_the_start(rewards, values, mask, gamma, lam) -> Tensor:
+    v = values * mask
+    deltas = _td_error(rewards * mask, v, gamma, lam)
+    weighted = deltas * (gamma * lam) ** torch.arange(v.shape[1])
+    return _with_values(weighted.flip(1).cumsum(1).flip(1), v) * mask
+
+
 def _divided(filled: bool, rewards, values, mask, gamma, lam) -> Tensor:
     """A sum of TD errors times powers, divided by a power: 0/0 where γλ is 0."""
     v = values * mask
@@ -699,26 +673,40 @@ _GAE_MISTAKES = (
     (partial(_without_eos, False), SAY.last_left_out),
     (partial(_divided, True), SAY.zero_by_zero),
     (partial(_divided, False), SAY.zero_by_zero),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v), SAY.lambda_in_td_error),
-    (_other_delta(lambda r, v, gamma, lam: r + lam * _next(v) - v), SAY.gamma_lambda_exchanged),
-    (_other_delta(lambda r, v, gamma, lam: r + _next(v) - v), SAY.no_gamma_in_td_error),
-    (_other_delta(lambda r, v, gamma, lam: v - r - gamma * _next(v)), SAY.td_error_sign),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * v - v), SAY.td_error_own_value),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v),
-        SAY.td_error_looks_back,
+    *(
+        (_other_delta(of), SAY.td_error.format(how))
+        for how, of in (
+            ("r + γλV' - V", lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
+            ("r + λV' - V", lambda r, v, gamma, lam: r + lam * _next(v) - v),
+            ("r + V' - V", lambda r, v, gamma, lam: r + _next(v) - v),
+            ("V - r - γV'", lambda r, v, gamma, lam: v - r - gamma * _next(v)),
+            ("r + γV - V", lambda r, v, gamma, lam: r + gamma * v - v),
+            (
+                "r + γV' - V, with V' of the token before",
+                lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v,
+            ),
+            ("r + γV'", lambda r, v, gamma, lam: r + gamma * _next(v)),
+            ("r + γV' + V", lambda r, v, gamma, lam: r + gamma * _next(v) + v),
+            ("r - γV' - V", lambda r, v, gamma, lam: r - gamma * _next(v) - v),
+            ("r - V", lambda r, v, gamma, lam: r - v),
+            ("r", lambda r, v, gamma, lam: r),
+        )
     ),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * _next(v)), SAY.v_not_subtracted),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * _next(v) + v), SAY.v_added_td_error),
-    (_other_delta(lambda r, v, gamma, lam: r - v), SAY.no_next_value),
     (
         partial(_of_deltas, lambda r, v, gamma, lam: r + _next(v) - v, lambda gamma, lam: lam),
         SAY.gamma_ignored,
     ),
-    (_other_decay(lambda gamma, lam: lam), SAY.no_gamma_in_weights),
-    (_other_decay(lambda gamma, lam: gamma), SAY.lambda_ignored),
-    (_other_decay(lambda gamma, lam: 0), SAY.td_error_alone),
-    (_other_decay(lambda gamma, lam: 1), SAY.no_weights),
+    *(
+        (_other_decay(of), SAY.weights.format(how))
+        for how, of in (
+            ("λ to the power l", lambda gamma, lam: lam),
+            ("γ to the power l", lambda gamma, lam: gamma),
+            ("0, so that it is left out", lambda gamma, lam: 0),
+            ("1", lambda gamma, lam: 1),
+        )
+    ),
+    (_one_step_further, SAY.weights.format("γλ if l is 1, and 0 beyond")),
+    (_from_the_start, SAY.weights.format("γλ to the power of its place in the row")),
     (
         lambda r, v, mask, gamma, lam: _with_values(
             gamma * lam * losses.gae(r, v, mask, gamma, lam)[0], v * mask
@@ -735,12 +723,18 @@ _GAE_MISTAKES = (
         )
         for correction, everywhere in product((0, 1), (False, True))
     ),
-    (partial(_other_returns, lambda r, v, a, gamma: a), SAY.returns_advantages_again),
-    (partial(_other_returns, lambda r, v, a, gamma: a + r), SAY.rewards_added),
-    (partial(_other_returns, lambda r, v, a, gamma: a - v), SAY.v_subtracted_twice),
-    (partial(_other_returns, lambda r, v, a, gamma: a + _next(v)), SAY.next_value_added),
-    (partial(_other_returns, lambda r, v, a, gamma: r + gamma * _next(v)), SAY.one_step_returns),
-    (partial(_other_returns, lambda r, v, a, gamma: _sum_up(r, gamma)), SAY.plain_returns),
+    *(
+        (partial(_other_returns, of), SAY.returns.format(how))
+        for how, of in (
+            ("A", lambda r, v, a, gamma: a),
+            ("A + r", lambda r, v, a, gamma: a + r),
+            ("A - V", lambda r, v, a, gamma: a - v),
+            ("A + V'", lambda r, v, a, gamma: a + _next(v)),
+            ("r + γV'", lambda r, v, a, gamma: r + gamma * _next(v)),
+            ("the sums of rewards", lambda r, v, a, gamma: _sum_up(r, gamma)),
+            ("V", lambda r, v, a, gamma: v),
+        )
+    ),
 )
 GAE = Exercise(
     "gae",
@@ -901,11 +895,19 @@ _POLICY_MISTAKES = (
         ),
         SAY.maximum_of_losses,
     ),
-    (partial(_other_ratio, lambda new, old: new - old), SAY.no_exp),
-    (partial(_other_ratio, lambda new, old: (old - new).exp()), SAY.ratio_upside_down),
-    (partial(_other_ratio, lambda new, old: new / old), SAY.ratio_log_probabilities),
-    (partial(_other_ratio, lambda new, old: torch.ones_like(new)), SAY.ratio_1_everywhere),
-    (partial(_other_ratio, lambda new, old: new.exp()), SAY.probability),
+    *(
+        (partial(_other_ratio, of), SAY.ratio.format(how))
+        for how, of in (
+            ("log π - log π_old", lambda new, old: new - old),
+            ("1 + log π - log π_old", lambda new, old: 1 + new - old),
+            ("π_old/π", lambda new, old: (old - new).exp()),
+            ("log π/log π_old", lambda new, old: new / old),
+            ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
+            ("1", lambda new, old: torch.ones_like(new)),
+            ("π", lambda new, old: new.exp()),
+            ("π - π_old", lambda new, old: new.exp() - old.exp()),
+        )
+    ),
     (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
     (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), SAY.one_sided),
     (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), SAY.one_sided),

@@ -25,6 +25,7 @@ from rlhf_helpers.checks.exercise import (
     unattempted,
     wrapped,
 )
+from rlhf_helpers.checks.lesson_01 import ADAPTERS
 from rlhf_helpers.checks.lesson_01 import SAY as SAY_01
 from rlhf_helpers.checks.lesson_03 import drawn
 from rlhf_helpers.memory import NF4_SUPERBLOCK
@@ -155,18 +156,10 @@ own_bases: every role has a base of its own. That is what sharing saves: the bas
     for all of them, and there once.
 no_adapters: the adapters are left out, and all that training adds to them. The base is there for
     all, but it is the adapters that tell the roles apart.
-one_adapter: there is one adapter for all roles, or for all trained or all frozen ones. The base is shared, the adapters are what tells the
-    roles apart: each has its own.
+one_adapter: there is one adapter for all roles, or for all trained or all frozen ones. The base is
+    shared, the adapters are what tells the roles apart: each has its own.
 trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
     many there are of each.
-one_matrix: one of an adapter's two matrices is missing. A takes the inputs down to the rank, B goes
-    from there up to the outputs.
-no_rank: the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and
-    B as many columns.
-square: an adapter's two matrices are counted as equal. A has as many columns as there are inputs, B
-    as many rows as there are outputs, and these differ unless the layer is square.
-full_matrix: an adapter has as many parameters as its layer, or more. A is rank × inputs and B
-    outputs × rank: sizes are added, not multiplied.
 one_block: base or adapters are counted for one block. The shapes are those of one block, and the
     model has as many of these as layers says.
 thousands: it is not in bytes, but in MB or GB. Return bytes, and divide where you print; a GB is
@@ -926,19 +919,11 @@ _BYTES_MISTAKES = (
     ),
     (partial(_other_count, of_roles=lambda trains: 40), SAY.trains_ignored),
     *(
-        (partial(_other_count, of_adapter=of), message)
-        for of, message in (
-            (lambda shapes, rank: rank * sum(i for _, i in shapes), SAY.one_matrix),
-            (lambda shapes, rank: rank * sum(o for o, _ in shapes), SAY.one_matrix),
-            (lambda shapes, rank: rank * 2 * sum(i for _, i in shapes), SAY.square),
-            (lambda shapes, rank: rank * 2 * sum(o for o, _ in shapes), SAY.square),
-            (lambda shapes, rank: _a_and_b(shapes, 1), SAY.no_rank),
-            (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY_01.no_brackets),
-            (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY_01.no_brackets),
-            (lambda shapes, rank: rank * _a_and_b(shapes, rank), SAY_01.rank_squared),
-            (lambda shapes, rank: sum(o * i for o, i in shapes), SAY.full_matrix),
-            (lambda shapes, rank: rank * sum(o * i for o, i in shapes), SAY.full_matrix),
+        (
+            partial(_other_count, of_adapter=lambda x, rank, of=of: sum(of(*s, rank) for s in x)),
+            SAY_01.of_a_layer.format(how),
         )
+        for how, of in ADAPTERS
     ),
     *(
         (partial(_other_count, once=once), SAY.equal_shapes_once)

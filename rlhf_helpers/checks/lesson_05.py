@@ -40,20 +40,10 @@ pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_re
     of their difference would change its sign.
 reversed: it is the other direction, KL(reference‖policy). The penalty weighs each token by how
     often the policy chooses it, so the policy stands first.
-symmetric: both directions are in it, so that the two policies could change places. The penalty has
-    one, KL(policy‖reference).
-unweighted: each token of the vocabulary counts alike, whether the policy chooses it always or
-    never. The KL is the mean of the log-ratio over what the policy samples: weigh it with p.
-averaged: the weighted terms are averaged over the vocabulary, but the weights p make a mean
-    already: add up. Divided by V the KL would shrink as the vocabulary grows.
-cross_entropy: it is the cross-entropy -Σ p log q. That is not 0 where the two agree; the KL is what
-    it exceeds the entropy of p by.
-entropies: it is a difference of two entropies. Two policies may be equally unsure about quite
-    different tokens; the logarithms of both have to be weighed with the same p.
-ref_weights: the log-ratio is weighed with q, how often the reference chooses a token. That is minus
-    the KL of the other direction; weigh it with p.
-not_normalised: logits are subtracted themselves, both or one of them. They are logarithms only up to a constant at
-    each position, another one for each policy: take the log-softmax first.
+terms: it is {}, not Σ p (log p - log q). The KL is the mean of the log-ratio over what the policy
+    samples: each token of the vocabulary counts with the probability p that the policy gives it.
+not_normalised: logits are subtracted themselves, both or one of them. They are logarithms only up
+    to a constant at each position, another one for each policy: take the log-softmax first.
 far_apart: it is right for moderate logits, but not where two of them differ by 40 to 150: there a
     softmax loses digits or rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of
     probabilities then does the rest. Take the logarithms straight from the logits.
@@ -272,6 +262,35 @@ _EXACT_FURTHER = (
     ),
     (_GAP_OF_100, SAY.far_apart),
 )
+_SUMS = (  # of log p and log q
+    *(
+        ("the mean of log p - log q over the vocabulary", lambda p, q, k=k: k * (p - q).mean(-1))
+        for k in (1, -1)
+    ),
+    *(("Σ (log p - log q)", lambda p, q, k=k: k * (p - q).sum(-1)) for k in (1, -1)),
+    ("the largest log p - log q", lambda p, q: (p - q).amax(-1)),
+    ("Σ p (log p - log q) divided by V", lambda p, q: (p.exp() * (p - q)).mean(-1)),
+    ("Σ p |log p - log q|", lambda p, q: (p.exp() * (p - q).abs()).sum(-1)),
+    ("Σ p (log p - log q)²", lambda p, q: (p.exp() * (p - q).square()).sum(-1)),
+    ("Σ p (log p - log q)²/2", lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2),
+    ("Σ p (p - q)", lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1)),
+    ("Σ p p/q", lambda p, q: (2 * p - q).exp().sum(-1)),
+    ("Σ q (log p - log q)", lambda p, q: (q.exp() * (p - q)).sum(-1)),
+    ("the cross-entropy -Σ p log q", lambda p, q: -(p.exp() * q).sum(-1)),
+    ("the entropy -Σ p log p", lambda p, q: -(p.exp() * p).sum(-1)),
+    *(
+        ("a difference of entropies", lambda p, q, k=k: k * (p.exp() * p - q.exp() * q).sum(-1))
+        for k in (1, -1)
+    ),
+    *(
+        (how, lambda p, q, k=k: k * ((p.exp() - q.exp()) * (p - q)).sum(-1))
+        for how, k in (("the sum of both directions", 1), ("the mean of both directions", 0.5))
+    ),
+    (
+        "the mean of both directions to the middle, as in Jensen and Shannon's divergence",
+        lambda p, q: (_to_the_middle(p, q) + _to_the_middle(q, p)) / 2,
+    ),
+)
 _EXACT_MISTAKES = (
     (lambda curr, ref: _exact_kl(ref, curr), SAY.reversed),
     (lambda curr, ref: kl_divergence(_probs(curr), _probs(ref)), SAY.logits_as_probs),
@@ -281,30 +300,12 @@ _EXACT_MISTAKES = (
     *(
         (partial(_of_log_softmax, of), message)
         for of, message in (
-            *(
-                (lambda p, q, sign=sign, of=of: of(sign * (p - q), -1), SAY.unweighted)
-                for sign in (1, -1)
-                for of in (torch.mean, torch.sum)
-            ),
-            (lambda p, q: (p.exp() * (p - q)).mean(-1), SAY.averaged),
             (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
             *(
                 (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), SAY.far_apart)
                 for e in (1e-3, 1e-4, 1e-5)
             ),
-            *(
-                (lambda p, q, k=k: k * ((p.exp() - q.exp()) * (p - q)).sum(-1), SAY.symmetric)
-                for k in (1, 0.5)
-            ),
-            (lambda p, q: _to_the_middle(p, q) / 2 + _to_the_middle(q, p) / 2, SAY.symmetric),
-            (lambda p, q: (p.exp() * (p - q).abs()).sum(-1), SAY_04.absolute),
-            (lambda p, q: (p.exp() * (p - q).square()).sum(-1), SAY_04.squared),
-            (lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2, SAY_04.squared),
-            (lambda p, q: -(p.exp() * q).sum(-1), SAY.cross_entropy),
-            (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), SAY.entropies),
-            (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), SAY.entropies),
-            (lambda p, q: (q.exp() * (p - q)).sum(-1), SAY.ref_weights),
-            (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), SAY_04.probabilities),
+            *((of, SAY.terms.format(how)) for how, of in _SUMS),
         )
     ),
     *(
