@@ -71,9 +71,14 @@ class Exercise:
 
 
 def texts(block: str) -> SimpleNamespace:
-    """Messages by name, from paragraphs `name: message` whose further lines are indented."""
-    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", block, re.MULTILINE)
-    return SimpleNamespace(**{name: " ".join(message.split()) for name, message in found})
+    """Messages by name, from paragraphs `name: message` whose further lines are indented.
+
+    In `name (other): message` the message takes the place of {} in the other.
+    """
+    found = re.findall(r"^(\w+)(?: \((\w+)\))?: (.*(?:\n +.*)*)", block, re.MULTILINE)
+    plain = {name: " ".join(message.split()) for name, _, message in found}
+    whole = {name: plain[of].format(plain[name]) for name, of, _ in found if of}
+    return SimpleNamespace(**plain | whole)
 
 
 def check(exercise: Exercise, fn: Callable) -> None:

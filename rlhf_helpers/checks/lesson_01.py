@@ -16,63 +16,42 @@ from rlhf_helpers.memory import FLOAT32, NF4_BLOCK, NF4_SUPERBLOCK, lora_paramet
 from rlhf_helpers.sft import IGNORE, mask_prompt
 
 SAY = texts("""
+kept: {}. A label stands at every real token from column prompt_length on, EOS included, and
+    nowhere else. Columns count from 0, padding included, and attention_mask alone tells what is
+    real: padding may be any token, and stand on either side.
+inverted (kept): the prompt has the labels and the response is ignored
+rows (kept): the first prompt_length rows are treated, not the first prompt_length columns
+everything_ignored (kept): everything is ignored
+first_response_token_ignored (kept): the first response token is ignored
+prompt_token_labelled (kept): the last prompt token has a label
+padding_counts (kept): padding counts: its labels are the padding token
+token_0_as_padding (kept): it takes token 0 for padding
+real_token_0_ignored (kept): a real token 0 is ignored
+eos_looked_for (kept): the end of a response is looked for by its EOS, token 1
+only_padding_has_labels (kept): only padding has labels
+nothing_ignored (kept): nothing is ignored: prompt and padding have labels like the response
+only_padding_ignored (kept): padding is ignored, the prompt is not
+both (kept): only padding among the prompts is ignored: it takes one reason, not both
+counted_from_first_token (kept): prompt_length is counted from the first real token of each row
+left_padding_subtracted (kept): the padding on the left is subtracted from prompt_length
+end_by_count (kept): the end of a row is taken to be the number of its real tokens
 no_eos: the last token of a response, its EOS, is ignored. EOS is an action like every other token:
     a model that never gets a loss on it is never taught to stop. Look at what you leave out at the
     end of a row; only padding should go.
-inverted: the prompt has the labels and the response is ignored: the model would learn to write
-    questions. Look at which side of column prompt_length you overwrite.
 shifted: the labels are shifted by one. That the logits at t predict token t + 1 is true, but the
     loss shifts already; after a second shift the model learns to skip a token. A label stands where
     its token stands.
-rows: the first prompt_length rows are treated, not the first prompt_length columns, so whole
-    examples are dropped and other prompts stay. Which dimension does your index or slice run over?
 integer_index: whole rows are ignored. attention_mask holds the integers 0 and 1: as an index they
     are the numbers of two rows, and so are -1 and -2, which ~ makes of them. Compare with 0 to get
     a condition.
-everything_ignored: everything is ignored. Then no token is left to learn from: which positions
-    should keep theirs?
-first_response_token_ignored: the first response token is ignored. It is what the model has to
-    choose right after the prompt, so nothing would teach it how to begin. Columns count from 0:
-    which one is the first of the response?
-prompt_token_labelled: the last prompt token has a label. It is given, not chosen by the model;
-    perhaps you made room for the shift by one, which belongs to the loss. Columns count from 0: how
-    many of them hold the prompt?
-padding_counts: padding counts: its labels are the padding token. The model would be trained to
-    write padding after EOS, and short responses would weigh as much as long ones. What tells
-    padding from tokens?
-token_0_as_padding: it takes token 0 for padding. Other tokenizers pad with another token, and 0 may
-    be a word. One of the arguments says where padding is.
-real_token_0_ignored: a real token 0 is ignored. Where tokens are multiplied by the mask, padding
-    becomes 0, but a token may be 0 as well. Ask the mask itself where padding is.
-eos_looked_for: the end of a response is looked for by its EOS, token 1. Other tokenizers have
-    another one, and a response that is cut off has none, though padding may follow. One of the
-    arguments says where padding is.
-only_padding_has_labels: only padding has labels. The condition on attention_mask is the wrong way
-    round: it is 1 for a real token.
 ignored_hold_0: ignored positions hold 0, which is a token like any other: the loss would count it.
     PyTorch's cross-entropy leaves out one value only, its ignore_index.
 ignored_hold_minus_1: ignored positions hold -1. PyTorch's cross-entropy leaves out one value only,
     its ignore_index, which is -100; at any other negative label it raises an error.
 mask_returned: it returns a mask of zeros and ones. The right positions are marked, but labels are
     the tokens themselves there, and the ignored value elsewhere.
-nothing_ignored: nothing is ignored: prompt and padding have labels like the response. Two kinds of
-    positions must go; which argument tells of which?
-both: only padding among the prompts is ignored. It takes one of the two reasons to leave a position
-    out, not both: or, not and.
-only_padding_ignored: padding is ignored, the prompt is not. Part of the training would go into
-    predicting questions, which are given. What does prompt_length tell about columns?
-counted_from_first_token: prompt_length is counted from the first real token of each row. It is a
-    number of columns, padding included; counted your way, a left-padded row loses the beginning of
-    its response.
-left_padding_subtracted: the padding on the left is subtracted from prompt_length. That is a number
-    of columns, padding included, the same in every row; counted your way, a left-padded prompt gets
-    labels on its last tokens.
 reshaped: a matrix has the shape of its transpose, but not its entries. reshape and view keep the
     order in memory and only cut it into other rows; a transpose swaps rows and columns.
-only_update_returned: only the update is returned. The frozen layer still does its work, and the
-    adapter adds to it; with B = 0 the result must be the layer's own.
-only_frozen_layer_returned: only the frozen layer is returned; A, B and alpha change nothing. What
-    does the adapter add to it?
 scale: the update is scaled by {}, not by α/r. α is the argument, and r the inner size, the one that
     A and B have in common; divided by it an update does not grow with the rank.
 whole_sum_scaled: the frozen layer is scaled, too or alone. With B = 0 the result must be the
@@ -91,23 +70,13 @@ equal_shapes_once: layers of equal shape are counted once. They are different la
 rounding: the total is right only where everything divides evenly. Codes left over still take a
     byte, weights left over a scale, and scales left over a constant: round up at each of these
     levels, before you multiply and add.
-always_double: double_quant changes nothing: the scales always count as float32. Double quantization
-    stores them in 8 bits, with constants of their own.
-always_double_2: double_quant changes nothing: the scales always count as quantized. Without double
-    quantization each of them is a float32.
-double_quant_inverted: double_quant is taken the wrong way round: False costs more than True, since
-    plain scales are float32.
 codes: the codes take too much. A code has 4 bits; how many fit in a byte?
 average: it is the average of a large tensor, in bits for each weight. Blocks that are not full
     still take a scale and a constant: count codes, scales and constants, each rounded up.
 constants: the float32 constants are not counted from the scales. It is one for every 256 scales,
     and a scale stands for 64 weights already.
-one_block_without_constant: a tensor of one block lacks its constant. Part of 256 scales takes one
-    as well, even a single scale.
 other_blocks: the blocks have other sizes than here, or theirs have changed places. A scale is for
     64 weights, a constant for 256 scales.
-end_by_count: the end of a row is taken to be the number of its real tokens. Padding on the left
-    moves every token to the right, so that a left-padded row loses the end of its response.
 """)
 
 # --- lesson 01: the labels of the response ---------------------------------------------------
@@ -417,8 +386,6 @@ _LORA_MISTAKES = (
         )
         for how, of in _SCALES
     ),
-    (lambda x, w, a, b, alpha: _lora_forward(x, 0 * w, a, b, alpha), SAY.only_update_returned),
-    (lambda x, w, a, b, alpha: x @ w.T, SAY.only_frozen_layer_returned),
     *(
         (
             lambda x, w, a, b, alpha, of=of: _scaled(
@@ -618,9 +585,6 @@ NF4_BYTES = Exercise(
         *product((1, 63), (False, True)),
     ),
     mistakes=(
-        (lambda n, double: nf4_bytes(n, False), SAY.always_double),
-        (lambda n, double: nf4_bytes(n, True), SAY.always_double_2),
-        (lambda n, double: nf4_bytes(n, not double), SAY.double_quant_inverted),
         *(
             (lambda n, double, of=of: _bytes(of(n), _scales(n), _constants(n), double), SAY.codes)
             for of in (lambda n: n, lambda n: 2 * n, lambda n: 4 * n)
@@ -632,10 +596,6 @@ NF4_BYTES = Exercise(
         *(
             (lambda n, double, of=of: of(n * (4.127 if double else 4.5) / 8), SAY.average)
             for of in (math.ceil, math.floor, round, float)
-        ),
-        (
-            lambda n, double: nf4_bytes(n, double) - FLOAT32 * (double and n <= NF4_BLOCK),
-            SAY.one_block_without_constant,
         ),
         *(
             (partial(_rounded, levels), SAY.rounding)

@@ -24,27 +24,46 @@ from rlhf_helpers.checks.exercise import (
 )
 
 SAY = texts("""
-unshifted: each token is looked up in the logits at its own position. There the model has read the
-    token already and predicts the next one: what the token got when it was chosen stands one
-    position to the left.
-other_way: the shift goes the other way. The logits at t predict token t + 1, so a token needs the
-    logits before it; you take those after it, which have read it.
-shifted_twice: the shift is made twice: each token is looked up two positions to the left. The
-    logits at t predict token t + 1, and one step is enough.
-too_early: the shift is right, but the window is one too early: it begins with the last prompt
-    token, which nobody chose, and loses the last token of the response, its EOS.
-from_the_start: these are the first logits of the sequence, of prompt and padding. The response
-    stands at the end: count the columns from there.
-greedy: it is the log-probability of the likeliest token at each position. The token that was
-    sampled is often another one, and its own is what the policy is to answer for.
+score: it is {}. Asked for is the log-probability of the token at hand: its logit less the logarithm
+    of the sum of the exponentials of all logits at its position.
+greedy (score): the log-probability of the likeliest token
+surprise (score): the surprise -log p, which cross-entropy returns, with the sign turned round
+whole_vocabulary (score): a sum or mean over the whole vocabulary
+no_tokens (score): the entropy, or minus the entropy, which asks for no token
+probabilities (score): the probability, without the logarithm
+raw_logits (score): the raw logit, not normalised
+no_log_sum (score): the logit less a mean or the largest one, or with that not put back
+log_of_logits (score): the logarithm of the logit, which is one already
+two_softmaxes (score): a softmax on top of another
+shift: a token is looked up {}. The logits at t have read the token at t and predict the one at
+    t + 1; the response stands at the end: both windows have T columns, one apart.
+unshifted (shift): at its own position
+other_way (shift): one position to the right
+shifted_twice (shift): two positions to the left
+too_early (shift): well, but in a window that begins with the last prompt token
+from_the_start (shift): at the beginning of the sequence
+mean: it is {}. Asked for is the mean over all real tokens of the batch at once: padding counts
+    neither above nor below, and each real token as much as any other.
+padding_counts (mean): a mean in which padding counts
+wrong_denominator (mean): a mean whose denominator counts padding
+summed (mean): the sum over all tokens
+per_response (mean): the mean over the responses of the sum over their tokens
+of_columns (mean): the mean of the columns' means, as where time stands first
+two_means (mean): a mean with padding, multiplied by the mean of the mask
+mean_of_means (mean): the mean of the responses' means
+grid (mean): a sum of [B] over counts of [B, 1], each response by the length of each
+integer_mask (mean): a mean of places that integers in square brackets pick, the mask as numbers
+maximum (gain): the larger of the two terms
+minimum_of_ratios (gain): the smaller ratio times A
+only_clipped_term (gain): the clipped term alone
+nothing_clipped (gain): ρ A, with nothing clipped
+product (gain): ρ A with a clip of the product
+advantage_added (gain): a sum of ρ and A
+one_sided (gain): a minimum with a clip that has one end only
+uneven (gain): a minimum with a clip of other ends
+not_round_one (gain): a minimum with a clip round 0
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
     the last dimension of the logits; positions and rows of the batch do not compete.
-whole_vocabulary: the whole vocabulary is added up at each position. Only one token was sampled
-    there, and its log-probability alone is asked for.
-no_tokens: the sampled tokens are not used: it is the entropy, or minus the entropy.
-    That is the mean over all samples; asked for is the one at hand.
-surprise: the sign is turned round: this is the surprise -log p, which cross-entropy returns. A
-    log-probability is never positive.
 not_finite: it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a
     softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: softmax and
     logarithm have to become one step that never leaves the range.
@@ -54,16 +73,6 @@ cut_off: it is right for moderate logits, but cut off: where two of them differ 
 far_apart: it does not hold where two logits differ by 800, or two positions by 1000. Only the
     difference to the largest logit of the same position counts, so subtract that before the
     exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.
-probabilities: these are probabilities; the logarithm is missing. The probability of a response is
-    the product over its tokens, and only logarithms turn it into a sum.
-no_log_sum: a mean or the largest logit of each position is subtracted, or taken off in one place
-    and not put back. What normalises is the logarithm of the sum of their exponentials.
-raw_logits: these are the raw logits of the tokens. A logit has no zero of its own: adding a
-    constant to all logits at a position must change nothing, so they have to be normalised.
-log_of_logits: the logarithm is taken of the logits themselves, which may be negative. They are
-    logarithms already, up to a constant: normalise them.
-two_softmaxes: there are two softmaxes, one on top of the other. The first gives numbers between 0
-    and 1, and to the second all tokens then look nearly alike.
 too_long: it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a
     negative power, fails where the power rounds to 0, whatever guards it, and a sum of a fixed
     number of TD errors loses the rest. Carry the sum from the end to the beginning instead.
@@ -81,8 +90,6 @@ own_mask: the mask of token t stands where that of token t + 1 is meant. Whether
     value or advantage is a matter of the next token: the last real one has neither.
 wrapped_round: the value after the last column is that of the first. roll brings round what falls
     off the end; after the last token there is no state, and V is 0.
-reversed: the result is in reverse order: the last token's stands first. You walk from the end to
-    the beginning and append; what you collected has to be turned round again.
 last_left_out: the last token of a response, its EOS, is left out. It is an action like the others,
     and the reward for the whole response is paid there: without it nothing is left to learn from.
 zero_by_zero: it is right as long as γλ is above 0. A division by a power of γλ, or a negative
@@ -99,32 +106,17 @@ time_runs_forward: time runs forward: each advantage collects the TD errors befo
     action is worth shows in what comes after it, so sum from the end of the response.
 last_column_never_computed: the last column is never computed. Where a response fills its row, the
     reward at its end is lost; where does your loop begin?
-td_error: the TD error is taken as {}, not as r + γV' - V, where V' is the next token's value. It is
-    the reward and what can still be expected, at the price γ, less what was expected.
-weights: a TD error l steps ahead is weighed with {}, not with (γλ) to the power l. γ is the price of
-    time, and λ says how far ahead the critic is not trusted.
+td_error: the TD error is taken as {}, not as r + γV' - V, where V' is the next token's value. It
+    is the reward and what can still be expected, at the price γ, less what was expected.
+weights: a TD error l steps ahead is weighed with {}, not with (γλ) to the power l. γ is the price
+    of time, and λ says how far ahead the critic is not trusted.
 returns: the returns are {}, not A + V. An advantage is a return less the value at its own token:
     the critic's target adds that, and smooths by λ as the advantage does.
-gamma_ignored: the argument gamma changes nothing. γ belongs in two places: it discounts the next
-    value in the TD error, and with λ it weighs later TD errors.
-too_small: all advantages are γλ times too small. The TD error of the token itself counts in full;
-    the weight applies to what comes after it.
 pair_swapped: the pair is swapped: the advantages come first, then the returns.
 time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
     responses, and time runs along a row: step over columns, and keep all rows.
-maximum: it takes the larger of the two terms, not the smaller. The minimum is the careful one: it
-    gives no credit beyond the clip, and the full blame for what went too far the wrong way.
 unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
     actions become less likely.
-one_sided: the clip has one end only. Good actions must not gain from a ratio above 1 + ε, and bad
-    ones not from a ratio below 1 - ε: it takes both ends.
-uneven: the clip is not at 1 - ε and 1 + ε. It acts on the ratio itself, by the same amount on
-    either side of 1; on the log-ratio, or with 1/(1 + ε) as an end, the limits lie elsewhere.
-not_round_one: the clip holds the ratio near 0. A ratio of 1 means that nothing has changed: the
-    limits lie at ε to either side of 1.
-product: the clip acts on the product of ratio and advantage. It has to act on the ratio alone,
-    before the advantage comes in: how far the policy may move does not depend on how good a token
-    was.
 exponentials_divided: it is a ratio of two exponentials: below -103 nats both are 0 in float32, and
     an ε in the denominator outweighs them long before. Subtract the logarithms first.
 ratio_cut_off: it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000
@@ -140,33 +132,12 @@ maximum_of_losses: the larger of the two terms belongs to the form that carries 
 ratio: the ratio is taken as {}, not as π/π_old. The probabilities are there as logarithms: a
     quotient is the exponential of a difference, 1 where nothing has changed, and more than that for
     a token that has become likelier.
-minimum_of_ratios: the minimum is taken of the two ratios, before the advantage comes in. For a
-    negative advantage the smaller ratio is the larger product: multiply first, then take the
-    minimum.
-only_clipped_term: only the clipped term is there. A token that went too far the wrong way then has
-    no gradient to come back on; the minimum with the unclipped term gives it one.
-advantage_added: the advantage is added to the ratio. It is a factor: a token counts the more, the
-    better or worse it was.
-nothing_clipped: nothing is clipped: the argument clip changes nothing. The sample says little about
-    a policy far from the one that drew it, and the clip takes away the gain from going there.
 plain_policy_gradient: it is the plain policy gradient, log-probability times advantage. It has no
     ratio, so the clip cannot tell how far the policy has moved since it sampled.
+gain: the gain of a token is taken as {}. It is the smaller of ρ A and clip(ρ) A, with ρ held
+    between 1 - ε and 1 + ε: no credit beyond the clip, and full blame for what went the wrong way.
 minimum_after_mean: the minimum comes after the mean. Each token has a clip of its own: one that has
     moved too far must not hide behind others that have not.
-padding_counts: padding counts. What stands there means nothing, and nobody sampled it; what tells
-    padding from tokens?
-wrong_denominator: padding is 0 in the sum, but counts in the denominator. The mean would shrink
-    with the amount of padding, which is chance: divide by the number of real tokens.
-summed: it is the sum over the tokens, not their mean. It would grow with the batch and the length
-    of the responses; divide by the number of real tokens.
-per_response: the tokens of a response are added up, and only the responses averaged. That is per
-    response, and grows with the length; here the mean is over all real tokens.
-of_columns: it is the mean of the columns' means, as in code where time stands first. A column with
-    few real tokens weighs as much as a full one; the mean is over all real tokens at once.
-two_means: a mean over all columns is multiplied by the mean of the mask. Padding is in the first of
-    the two: mask each token before you add up.
-mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
-    than one of a long response; the mean here is over all real tokens of the batch at once.
 loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
     the whole batch before the first step; the loss takes them as they are.
 one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
@@ -174,10 +145,6 @@ one_ratio: there is one ratio for each response. Here each token has its own: wh
 padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
     is 1, and a ratio of 0 is clipped to 1 - ε, so that padding keeps a part in the loss. Mask what
     the mean is taken of.
-grid: the sums and the counts have different shapes, [B] and [B, 1], so that each response is
-    divided by the length of every other, too.
-integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
-    places are counted again and again. Make it bool, or multiply by it.
 """)
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
@@ -552,17 +519,6 @@ def _forward(rewards, values, mask, gamma, lam) -> Tensor:
     return _with_values(_sum_up(deltas.flip(1), gamma * lam).flip(1), values) * mask
 
 
-def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
-    """The advantages, or both results, from the last token to the first."""
-    v = values * mask
-    advantages = _sum_up(_td_error(rewards * mask, v, gamma, lam), gamma * lam)
-    if both:
-        result = _with_values(advantages, v).flip(-1)
-    else:
-        result = _with_values(advantages.flip(-1), v)
-    return result * mask if masked else result
-
-
 def _without_last_column(rewards, values, mask, gamma, lam) -> Tensor:
     deltas = _td_error(rewards * mask, values * mask, gamma, lam)
     deltas[:, -1] = 0
@@ -664,10 +620,6 @@ _GAE_MISTAKES = (
     ),
     (_forward, SAY.time_runs_forward),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
-    *(
-        (partial(_left_reversed, both, masked), SAY.reversed)
-        for both, masked in product((True, False), repeat=2)
-    ),
     (_without_last_column, SAY.last_column_never_computed),
     (partial(_without_eos, True), SAY.last_left_out),
     (partial(_without_eos, False), SAY.last_left_out),
@@ -692,10 +644,6 @@ _GAE_MISTAKES = (
             ("r", lambda r, v, gamma, lam: r),
         )
     ),
-    (
-        partial(_of_deltas, lambda r, v, gamma, lam: r + _next(v) - v, lambda gamma, lam: lam),
-        SAY.gamma_ignored,
-    ),
     *(
         (_other_decay(of), SAY.weights.format(how))
         for how, of in (
@@ -707,12 +655,6 @@ _GAE_MISTAKES = (
     ),
     (_one_step_further, SAY.weights.format("γλ if l is 1, and 0 beyond")),
     (_from_the_start, SAY.weights.format("γλ to the power of its place in the row")),
-    (
-        lambda r, v, mask, gamma, lam: _with_values(
-            gamma * lam * losses.gae(r, v, mask, gamma, lam)[0], v * mask
-        ),
-        SAY.too_small,
-    ),
     (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0), SAY.pair_swapped),
     *(
         (partial(_whitened, where, correction, everywhere), message)

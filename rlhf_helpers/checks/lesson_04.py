@@ -32,6 +32,39 @@ from rlhf_helpers.memory import NF4_SUPERBLOCK
 from rlhf_helpers.roles import Roles
 
 SAY = texts("""
+unit: it is not in bytes, but in {}. Return bytes, and divide where you print.
+thousands (unit): MB or GB; a GB is 10⁹ bytes
+powers_of_two (unit): MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB
+roles: it is counted as if {}. The base is there once and frozen, and each role has an adapter; the
+    shapes are those of one block, of which there are layers, and trains says who learns.
+own_bases (roles): every role has a base of its own
+no_adapters (roles): the adapters are left out
+one_adapter (roles): all roles have one adapter, or all trained ones, or all frozen ones
+trains_ignored (roles): there are always two trained roles and two frozen ones
+one_block (roles): base or adapters are counted for one block
+other_in_blocks (roles): what lies outside of the blocks is counted for each of them
+equal_shapes_once (roles): layers of equal shape are counted once
+term: the log-ratio is taken {}. Plain and with both signs it is log π - log π_ref, whose mean over
+    what the policy samples is the KL.
+absolute (term): without its sign
+clamped (term): cut off at 0 where it is negative
+squared (term): squared, halved or not, as in the estimate k2 of lesson 05
+third (term): as ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03
+ratio (term): as the ratio of the probabilities, without a logarithm
+probabilities (term): as a difference of probabilities, not of logarithms
+weighted (term): weighed with a probability, which the sampling has done already
+no_reference (term): without the reference
+quotient (term): as a quotient of logarithms, not as their difference
+mean (share): the mean of its response
+mean_of_batch (share): a mean over other responses or padding as well
+sum (share): the sum over its response
+everywhere (place): at every token
+last_column (place): in the last column, be it padding or not
+late (place): one column too late, behind the last real token
+early (place): one token too early
+first (place): at the first token
+and_padding (place): at the last token and at all padding behind it
+every_row (place): of every row in each row's last column
 summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
     switched requires_grad off for the role used first; autograd looks at that flag when it goes
     backward and drops its gradients without a word, and Roles raises an error. Each role needs a
@@ -91,57 +124,21 @@ loss_changed: the loss of {role} is changed before its backward pass: its slope 
     loss may be negative, so that no clamp, abs or square fits it, and no number divides it.
 wrong_sign: the penalty is paid out. A token that the policy likes better than the reference does
     must cost something: check the minus, and which of the two is subtracted from which.
-everywhere: the score stands at every token. The reward model judges a response once; so a long
-    response would collect its score many times.
-last_column: the score stands in the last column. Of a shorter response that is padding, which is no
-    part of it, and gae sets it to 0: look for the last token where the mask is 1.
-late: the score stands one column too late, behind the last real token. There the response has
-    ended, and what stands at padding reaches nobody. Count from 0: of n tokens the last has the
-    index n - 1.
-early: the score stands one token too early. The response is complete with its EOS, and the reward
-    is for ending there too.
+place: the score stands {}. It is paid once for a response, at its own last real token, where the
+    mask is 1 for the last time: of n tokens that one has the index n - 1.
+share: every token pays {}. A token that left the reference has to pay for itself, and for no other.
 padding: padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so
     that their reward is 0.
 no_mask: the mask is not used: padding is charged, and the score stands in the last column, whether
     that is a token or not. The mask says where each response ends.
-mean: every token pays the mean of its response. In total that is the same, but a token that left
-    the reference has to pay for itself, not its neighbours.
-mean_of_batch: every token pays a mean over other responses or padding as well. A token that left
-    the reference has to pay for itself: not for its neighbours, and for no other response.
-sum: every token pays the sum over its response. So the whole KL is charged as often as there are
-    tokens, and to the innocent too.
 at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
     what it cost; each pays its own part, where it arises.
-probabilities: probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long
-    way for the KL, and from 0.5 to 0.6 a short one.
-weighted: each token is weighed with its probability. The sampling has done that already: a likely
-    token comes up often. Weights are for a sum over the whole vocabulary.
-ratio: it takes the ratio of the probabilities, not its logarithm. Where the two policies agree the
-    ratio is 1, and the KL is 0.
-absolute: an absolute value is taken. Some log-ratios are negative; only with both signs are they
-    the KL on average over samples, else too much.
-clamped: what is negative is cut off at 0. A token that the policy likes less than the reference
-    does gives something back; without those the KL comes out too large.
-squared: the log-ratio is squared. Half of that is the estimate k2 of lesson 05, never negative and
-    wrong on average; here the log-ratio itself is asked for, k1.
-third: it is ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03, which is never
-    negative; here the log-ratio itself is asked for, k1.
-no_reference: the reference is missing. How sure the policy is of its own samples says nothing about
-    how far it has gone; that shows only beside the reference.
-quotient: the log-probabilities are divided. The logarithm of a ratio is the difference of the
-    logarithms.
 scaled_score: the score is multiplied by β. β is the price of a nat; the score counts in full, else
     a smaller price would make the goal smaller with it.
 replaced: at the last token the score replaces the penalty. EOS is a token like the others and pays
     like them: add the score to what is there.
-first: the score stands at the first token. The reward model has read the whole response, and what
-    it says is known at its end.
 shared_out: the score is divided among the tokens. It is paid once, at the last token; to share it
     out is what advantages are for.
-every_row: the score goes to every row, at each row's last column: a colon for the rows picks these
-    columns in all of them. Use one row index for each.
-and_padding: the score stands at the last token and at all padding behind it. A cumsum of the mask
-    stays at its end value there: take only those places where the mask is 1.
 by_length: the score is divided by the number of tokens. It is for the whole response, and counts in
     full however long that is.
 score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
@@ -150,24 +147,6 @@ half_masked: one of the two log-probabilities is masked, the other is not; look 
     padding the other one is left over, and counts.
 cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
     model has judged it all the same: the score goes to its last real token.
-other_in_blocks: the weights outside of the linear layers are counted once for each block. They are
-    those of the whole model already.
-own_bases: every role has a base of its own. That is what sharing saves: the base is frozen, equal
-    for all of them, and there once.
-no_adapters: the adapters are left out, and all that training adds to them. The base is there for
-    all, but it is the adapters that tell the roles apart.
-one_adapter: there is one adapter for all roles, or for all trained or all frozen ones. The base is
-    shared, the adapters are what tells the roles apart: each has its own.
-trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
-    many there are of each.
-one_block: base or adapters are counted for one block. The shapes are those of one block, and the
-    model has as many of these as layers says.
-thousands: it is not in bytes, but in MB or GB. Return bytes, and divide where you print; a GB is
-    10⁹ bytes.
-powers_of_two: it is not in bytes, but in MiB or GiB. Return bytes, and divide where you print. Mind
-    that a GiB is 2³⁰ bytes, 7% more than a GB.
-equal_shapes_once: layers of equal shape are counted once, as in a set. They are different layers,
-    each with weights and an adapter of its own.
 """)
 
 # --- lesson 04: one role after the other -----------------------------------------------------

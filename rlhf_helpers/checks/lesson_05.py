@@ -30,6 +30,15 @@ from rlhf_helpers.checks.lesson_04 import (
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
 
 SAY = texts("""
+reward_scaled (price): β (R - KL)
+reward_only (price): β R - KL
+one_of_two (price): R less a difference of which β multiplies one half
+shared_out (price): (1 - β) R - β KL
+reward_at_each (price): a sum in which R stands once for each token
+mean (kl_of): the mean over its tokens
+same_for_all (kl_of): a mean over the batch
+batch_sum (kl_of): the sum over the batch
+last_only (kl_of): the log-ratio of its last token
 shifted: the tokens are looked up one position off. These logits are aligned already: those at
     position t predict the token at t, so there is no shift left to make.
 logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
@@ -52,30 +61,15 @@ log_of_log: it is nan everywhere, as a logarithm of numbers below 0 is: of logit
     itself, unless log_target says that it is there already.
 estimate_swapped: the two are subtracted the wrong way round. Over what the policy samples its own
     log-probability is the larger one on average, so that log_probs_ref is what is taken off.
+kl_of: a response pays for {}. The KL of a response is the sum of the log-ratio over its own real
+    tokens, and over nothing else.
+price: the final reward is {}. It is R - β KL: R as it is, and β as the price of each nat.
 paid_out: the penalty is paid out. A response that the policy likes better than the reference does
     must lose by it: check the minus, and which of the two is subtracted from which.
 padding_charged: padding is charged. Nobody sampled those tokens, and a short response would pay for
     what stands behind its end.
-mean: it is the mean of the log-ratio over a response, not the sum. The log-ratio of a whole
-    response is the sum over its tokens; with the mean, a long response could go far for little.
 agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
     it is one of the tokens that the mean is over: only the mask says what padding is.
-same_for_all: all responses pay the same, the mean over the batch. Then the penalty moves no
-    response against another, and nothing is learnt from it: each pays for its own tokens.
-batch_sum: each response pays for the whole batch. The sum runs over its own tokens only, along the
-    second dimension.
-reward_scaled: the reward is multiplied by β too. β is the price of a nat; with both scaled it
-    changes nothing in which response is better.
-reward_only: β has changed sides: it multiplies the reward, and the KL is left without it. β is the
-    price of a nat.
-one_of_two: β multiplies one of the two log-probabilities only; look at the brackets. Where policy
-    and reference agree nothing would cancel, and the penalty would not be 0.
-reward_at_each: the reward is counted once for every token. It is given once, for the whole
-    response.
-shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not a share: take β times
-    the KL off the reward, and leave the reward as it is.
-last_only: only the last token pays. The score is known there, but every token of the response has
-    its part in the KL.
 """)
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
@@ -264,10 +258,10 @@ _EXACT_FURTHER = (
 )
 _SUMS = (  # of log p and log q
     *(
-        ("the mean of log p - log q over the vocabulary", lambda p, q, k=k: k * (p - q).mean(-1))
+        (how, lambda p, q, of=of, k=k: k * of(p - q, -1))
+        for how, of in (("the mean of log p - log q", torch.mean), ("Σ (log p - log q)", torch.sum))
         for k in (1, -1)
     ),
-    *(("Σ (log p - log q)", lambda p, q, k=k: k * (p - q).sum(-1)) for k in (1, -1)),
     ("the largest log p - log q", lambda p, q: (p - q).amax(-1)),
     ("Σ p (log p - log q) divided by V", lambda p, q: (p.exp() * (p - q)).mean(-1)),
     ("Σ p |log p - log q|", lambda p, q: (p.exp() * (p - q).abs()).sum(-1)),
@@ -413,7 +407,6 @@ _ESTIMATE_MISTAKES = (
         )
     ),
     *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
-    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY_04.weighted),
     (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
     *(
         (lambda curr, ref, mask, of=of, n=n: of(curr, ref, mask) / n(mask), SAY_04.half_masked)
