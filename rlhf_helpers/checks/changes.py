@@ -217,7 +217,7 @@ def miscounted(parts: Sequence, terms: Sequence, results: Sequence, within: floa
     if not torch.allclose(rows @ found, torch.ones_like(scale), rtol=0, atol=within):
         return ""
     off = [
-        f"{what}: {round(got, 3):.4g}, not {want:.4g} ({why})"
+        f"{what}: {round(got, 3) + 0.0:.4g}, not {want:.4g} ({why})"
         for (what, want, why), got in zip(parts, found[:, 0].tolist(), strict=True)
         if abs(got - want) > 0.05 * max(want, 0.1)
     ]

@@ -365,7 +365,7 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     ("r", lambda a, b, alpha: len(a)),
     ("α·r", lambda a, b, alpha: alpha * len(a)),
     ("α/(r + 1)", lambda a, b, alpha: alpha / (len(a) + 1)),
-    ("α//r, rounded down,", lambda a, b, alpha: alpha // len(a)),
+    ("α//r", lambda a, b, alpha: alpha // len(a)),
     (
         "α over the rank that A has as a matrix",
         lambda a, b, alpha: alpha / a.svd()[1].gt(1e-5).sum(),
@@ -376,7 +376,10 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     *((f"α/{n}", lambda a, b, alpha, n=n: alpha / n) for n in (2, 4, 8, 16, 32)),
     *((f"{n}/r", lambda a, b, alpha, n=n: n / len(a)) for n in (6, 8, 16, 32, 64)),
     *((f"{n}", lambda a, b, alpha, n=n: n) for n in (0.5, 2, 3, 4, 8, 16)),
-    *(("α/r, rounded,", lambda a, b, alpha, n=n: round(alpha / len(a), n)) for n in range(4)),
+    *(
+        ("α/r rounded to a few digits", lambda a, b, alpha, n=n: round(alpha / len(a), n))
+        for n in range(4)
+    ),
 )
 _LORA_MISTAKES = (
     *(
@@ -588,6 +591,10 @@ NF4_BYTES = Exercise(
         *(
             (lambda n, double, of=of: _bytes(of(n), _scales(n), _constants(n), double), SAY.codes)
             for of in (lambda n: n, lambda n: 2 * n, lambda n: 4 * n)
+        ),
+        (
+            lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
+            "8 times too many: these are bits, not bytes.",
         ),
         *(
             (lambda n, double, of=of: _bytes(_codes(n), _scales(n), of(n), double), SAY.constants)

@@ -24,6 +24,25 @@ from rlhf_helpers.checks.exercise import (
 )
 
 SAY = texts("""
+digits: {}. The log-probability there is a harmless number such as -150, but exp(150) is infinite in
+    float32 and a softmax of exp(-150) rounds to 0. Logarithm and softmax have to become one step,
+    which subtracts the largest logit first: no clamp and no ε.
+not_finite (digits): it is not finite where two logits differ by 150
+cut_off (digits): it is right for moderate logits, but cut off where two differ by 150
+far_apart (digits): it does not hold where two logits differ by 800, or two positions by 1000
+bounds: {}. Sum from the last real token, EOS, to the first. After EOS both V and A are 0: mask
+    rewards and values before the sums, since padding has numbers of its own, and the results after.
+past_eos (bounds): a value from behind the end is used
+masked_late (bounds): the mask comes too late
+unmasked (bounds): padding has advantages
+returns_unmasked (bounds): the advantages are right, but the returns at padding are not
+not_cut (bounds): the next value is cut off at the end of the response, but not the advantage
+own_mask (bounds): the mask of token t stands where that of token t + 1 is meant
+wrapped_round (bounds): the value after the last column is that of the first
+last_left_out (bounds): the last token of a response, its EOS, is left out
+last_column_never_computed (bounds): the last column is never computed
+time_runs_forward (bounds): time runs forward: each advantage collects the TD errors before it
+reversed (bounds): the result is in reverse order: the last token's stands first
 score: it is {}. Asked for is the log-probability of the token at hand: its logit less the logarithm
     of the sum of the exponentials of all logits at its position.
 greedy (score): the log-probability of the likeliest token
@@ -64,34 +83,9 @@ uneven (gain): a minimum with a clip of other ends
 not_round_one (gain): a minimum with a clip round 0
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
     the last dimension of the logits; positions and rows of the batch do not compete.
-not_finite: it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a
-    softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: softmax and
-    logarithm have to become one step that never leaves the range.
-cut_off: it is right for moderate logits, but cut off: where two of them differ by 150 it must be
-    -150. A clamp or an ε inside the logarithm stops it, and with it the gradient, on just those
-    tokens that the policy finds least likely.
-far_apart: it does not hold where two logits differ by 800, or two positions by 1000. Only the
-    difference to the largest logit of the same position counts, so subtract that before the
-    exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.
 too_long: it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a
     negative power, fails where the power rounds to 0, whatever guards it, and a sum of a fixed
     number of TD errors loses the rest. Carry the sum from the end to the beginning instead.
-past_eos: a value from behind the end is used: after the last real token there is no state, so V is
-    0 there. What the critic says at padding means nothing, and the reward at EOS would drown in it.
-masked_late: the mask comes too late. Padding has rewards and values of its own, and the sums run
-    from the end of the row: by the time you set padding to 0 they have gone into the real tokens.
-unmasked: padding has advantages. Nobody chose those tokens, so that they must be 0; look at what
-    the mask leaves out, and whether it does so before the sums are taken.
-returns_unmasked: the advantages are right, but the returns at padding are not 0: V stands there,
-    unmasked. The critic would be trained on tokens that nobody wrote.
-not_cut: the next value is cut off at the end of the response, but not the advantage that is carried
-    along: it has been summed up over the padding, and goes into the real tokens.
-own_mask: the mask of token t stands where that of token t + 1 is meant. Whether there is a next
-    value or advantage is a matter of the next token: the last real one has neither.
-wrapped_round: the value after the last column is that of the first. roll brings round what falls
-    off the end; after the last token there is no state, and V is 0.
-last_left_out: the last token of a response, its EOS, is left out. It is an action like the others,
-    and the reward for the whole response is paid there: without it nothing is left to learn from.
 zero_by_zero: it is right as long as γλ is above 0. A division by a power of γλ, or a negative
     power, gives inf or nan at λ = 0, and no factor of 0 takes that away; with long responses the
     power rounds to 0 before that. Carry the sum from the end to the beginning instead.
@@ -102,10 +96,6 @@ whitened: the advantages are whitened. That is a step of its own, after this one
     gives advantages should give those of the formula.
 gamma_of_0: it is right unless γ is 0; then nothing counts but the token's own reward, and its
     advantage is r - V. Python takes 0 for false: does a test or a default replace it?
-time_runs_forward: time runs forward: each advantage collects the TD errors before it. What an
-    action is worth shows in what comes after it, so sum from the end of the response.
-last_column_never_computed: the last column is never computed. Where a response fills its row, the
-    reward at its end is lost; where does your loop begin?
 td_error: the TD error is taken as {}, not as r + γV' - V, where V' is the next token's value. It
     is the reward and what can still be expected, at the price γ, less what was expected.
 weights: a TD error l steps ahead is weighed with {}, not with (γλ) to the power l. γ is the price
@@ -519,6 +509,13 @@ def _forward(rewards, values, mask, gamma, lam) -> Tensor:
     return _with_values(_sum_up(deltas.flip(1), gamma * lam).flip(1), values) * mask
 
 
+def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
+    """The advantages, or both results, from the last token to the first."""
+    advantages, v = losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
+    result = _with_values(advantages, v).flip(-1) if both else _with_values(advantages.flip(-1), v)
+    return result * mask if masked else result
+
+
 def _without_last_column(rewards, values, mask, gamma, lam) -> Tensor:
     deltas = _td_error(rewards * mask, values * mask, gamma, lam)
     deltas[:, -1] = 0
@@ -530,6 +527,12 @@ def _without_eos(keeps_return: bool, rewards, values, mask, gamma, lam) -> Tenso
     kept = _next(mask)
     deltas = _td_error(rewards * mask, values * mask, gamma, lam) * kept
     return _with_values(_sum_up(deltas, gamma * lam), values) * (mask if keeps_return else kept)
+
+
+def _one_power_more(rewards, values, mask, gamma, lam) -> Tensor:
+    return _with_values(
+        gamma * lam * losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
+    )
 
 
 def _one_step_further(rewards, values, mask, gamma, lam) -> Tensor:
@@ -620,6 +623,10 @@ _GAE_MISTAKES = (
     ),
     (_forward, SAY.time_runs_forward),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
+    *(
+        (partial(_left_reversed, both, masked), SAY.reversed)
+        for both, masked in product((True, False), repeat=2)
+    ),
     (_without_last_column, SAY.last_column_never_computed),
     (partial(_without_eos, True), SAY.last_left_out),
     (partial(_without_eos, False), SAY.last_left_out),
@@ -654,6 +661,7 @@ _GAE_MISTAKES = (
         )
     ),
     (_one_step_further, SAY.weights.format("γλ if l is 1, and 0 beyond")),
+    (_one_power_more, SAY.weights.format("γλ to the power l + 1")),
     (_from_the_start, SAY.weights.format("γλ to the power of its place in the row")),
     (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0), SAY.pair_swapped),
     *(

@@ -32,6 +32,17 @@ from rlhf_helpers.memory import NF4_SUPERBLOCK
 from rlhf_helpers.roles import Roles
 
 SAY = texts("""
+order: {}. A backward pass adds to what is there, left over or not. For each role clear its
+    gradients, head included, go backward once, and step once with its optimizer as it is.
+no_backward (order): the loss of {role} gets no backward pass
+backward_twice (order): there are two backward passes through {role} in one step
+no_step (order): the optimizer of {role}, the one that was handed over, takes no step
+steps_twice (order): the optimizer of {role} steps more than once in a call
+step_first (order): {role} steps before its backward pass
+cleared_between (order): the gradients of {role} are cleared between its backward pass and its step
+not_cleared (order): the gradients of {role} are never cleared
+cleared_last (order): the gradients of {role} are cleared after the step only
+head_left (order): the gradient of the head of {role} is not cleared; those of its adapter are
 unit: it is not in bytes, but in {}. Return bytes, and divide where you print.
 thousands (unit): MB or GB; a GB is 10⁹ bytes
 powers_of_two (unit): MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB
@@ -64,7 +75,7 @@ late (place): one column too late, behind the last real token
 early (place): one token too early
 first (place): at the first token
 and_padding (place): at the last token and at all padding behind it
-every_row (place): of every row in each row's last column
+every_row (place): for every row at the last token of each
 summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
     switched requires_grad off for the role used first; autograd looks at that flag when it goes
     backward and drops its gradients without a word, and Roles raises an error. Each role needs a
@@ -80,25 +91,6 @@ carried: the second backward pass runs through the first role's graph again, whi
 frozen_role: {role} is asked for a loss, an optimizer or parameters, but it is frozen and has none.
     Go through the roles that have a loss, not through all that there are.
 left_out: {role} learns nothing: its loss is not computed. Every role that has a loss gets a step.
-no_backward: the loss of {role} gets no backward pass. Without it there are no gradients, and the
-    step is taken on what was left over from elsewhere, or on nothing.
-backward_twice: there are two backward passes through {role} in one step. Gradients add up, so that
-    it moves further than its loss asks for.
-no_step: the optimizer of {role} takes no step. Gradients are there, but the optimizer that was
-    handed over does nothing with them; one that is made anew starts without its moments each time.
-steps_twice: the optimizer of {role} steps more than once in a call. Is there a loop over all
-    optimizers inside the loop over the roles? One gradient is good for one step.
-step_first: {role} steps before its backward pass. The step is taken on gradients from before, or on
-    none, and those of this loss come too late.
-cleared_between: the gradients of {role} are cleared between its backward pass and its step: nothing
-    is left to step on. Clear them before the backward pass.
-not_cleared: the gradients of {role} are never cleared. A backward pass adds to what is there, so
-    that every step repeats all those before it.
-cleared_last: the gradients of {role} are cleared after the step only. What is left over from
-    elsewhere, as from a call that was interrupted, goes into the first step; clear them before the
-    backward pass.
-head_left: the gradient of the head of {role} is not cleared; those of its adapter are. The head
-    lies outside the model, and a backward pass adds to what is there.
 model_cleared: it is the model's zero_grad. That clears the adapters of all roles at once, also
     gradients that a step still needs, and never the heads, which lie outside the model. Each role's
     optimizer knows what is its own.

@@ -408,6 +408,7 @@ _ESTIMATE_MISTAKES = (
     ),
     *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
     (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
+    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY_04.weighted),
     *(
         (lambda curr, ref, mask, of=of, n=n: of(curr, ref, mask) / n(mask), SAY_04.half_masked)
         for of in (
