@@ -26,6 +26,9 @@ from rlhf_helpers.checks import (
 )
 from rlhf_helpers.checks.exercise import UNKNOWN, same
 
+RIGHT_AT_0 = "it is right where lora_A is 0 throughout"
+FEW_BITS = "it is right in short rows only"
+
 EXERCISES = (
     lesson_01.MASK_PROMPT,
     lesson_01.LORA_FORWARD,
@@ -501,8 +504,8 @@ LORA_MISTAKES = {
     rank_of_a: "the update is scaled by α over the rank that A has as a matrix",
     scale_rounded: "the update is scaled by α/r rounded to a few digits",
     scale_rounded_to_a_whole_number: "the update is scaled by α/r rounded to a few digits",
-    partial(update_in, torch.float16): UNKNOWN,
-    partial(update_in, torch.bfloat16): UNKNOWN,
+    partial(update_in, torch.float16): RIGHT_AT_0,
+    partial(update_in, torch.bfloat16): RIGHT_AT_0,
 }
 
 
@@ -567,13 +570,28 @@ def last_only(shapes, rank):
 
 SQUARE = "2r ·"
 PARAMETER_MISTAKES = [
-    ("r²(in + out) stands for the entries of a layer's A and B", lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes)),
+    (
+        "r²(in + out) stands for the entries of a layer's A and B",
+        lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes),
+    ),
     ("r · in + out", lambda shapes, rank: sum(rank * i + o for o, i in shapes)),
     ("r · out + in", lambda shapes, rank: sum(i + rank * o for o, i in shapes)),
-    ("r · in stands for the entries of a layer's A and B", lambda shapes, rank: sum(rank * s[1] for s in shapes)),
-    ("r · out stands for the entries of a layer's A and B", lambda shapes, rank: sum(s[0] * rank for s in shapes)),
-    ("r · in · out stands for the entries of a layer's A and B", lambda shapes, rank: rank * sum(map(math.prod, shapes))),
-    ("in · out stands for the entries of a layer's A and B", lambda shapes, rank: sum(map(math.prod, shapes))),
+    (
+        "r · in stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(rank * s[1] for s in shapes),
+    ),
+    (
+        "r · out stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(s[0] * rank for s in shapes),
+    ),
+    (
+        "r · in · out stands for the entries of a layer's A and B",
+        lambda shapes, rank: rank * sum(map(math.prod, shapes)),
+    ),
+    (
+        "in · out stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(map(math.prod, shapes)),
+    ),
     (
         "in · out + r(in + out)",
         lambda shapes, rank: sum(math.prod(s) + rank * sum(s) for s in shapes),
@@ -592,7 +610,10 @@ PARAMETER_MISTAKES = [
         "r(in + out) + out stands for the entries of a layer's A and B",
         lambda shapes, rank: sum(rank * i + o * (rank + 1) for o, i in shapes),
     ),
-    ("in + out stands for the entries of a layer's A and B", lambda shapes, rank: sum(map(sum, shapes))),
+    (
+        "in + out stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(map(sum, shapes)),
+    ),
     (SQUARE, lambda shapes, rank: sum(2 * rank * i for o, i in shapes)),
     (SQUARE, lambda shapes, rank: sum(2 * rank * o for o, i in shapes)),
     (
@@ -665,7 +686,7 @@ BYTE_MISTAKES = [
         ),
     ),
     (
-        "it counts otherwise than the exercise: bits of a code: 32, not 4 (two to a byte); bytes of a scale without double quantization: 32, not 4",
+        "8 times too many: these are bits, not bytes",
         lambda n, double: (
             4 * n + (8 * up(n, 64) + 32 * up(up(n, 64), 256) if double else 32 * up(n, 64))
         ),
@@ -678,7 +699,7 @@ BYTE_MISTAKES = [
     ),
     ("it counts otherwise than the exercise", lambda n, double: up(n, 2)),
     (
-        "8 times too many: these are bits",
+        "it counts otherwise than the exercise: bits of a code: 32, not 4",
         lambda n, double: (
             8 * up(n, 2) + (8 * up(n, 64) + 32 * up(up(n, 64), 256) if double else 32 * up(n, 64))
         ),
@@ -862,12 +883,12 @@ def loss_without_grad(chosen, rejected):
 OVERFLOW = "it is not finite at a gap of -200."
 CAPPED = "it is right for moderate gaps, but capped"
 EXPONENTIATED = "each reward is exponentiated by itself"
-APART = "each reward goes through σ by itself."
+APART = "the loss is one with a σ for each reward by itself, not for their difference"
 NO_LOG = "the loss of a pair is taken as a σ without its logarithm"
 SQUARED = "the loss of a pair is taken as a square"
 EARLY = "it is right at small and at huge gaps, but it goes over"
 NAN_HIDDEN = "the values are right, but a reward that is NaN is passed over"
-SWAPPED_LOSS = "the loss is that of swapped rewards: it falls when the rejected response gets the higher one"
+SWAPPED_LOSS = "the loss is that of swapped rewards"
 AT_A_TIE = "the values are right, but not the slope at a tie"
 LOSS_MISTAKES = [
     (AT_A_TIE, lambda c, r: (F.relu(r - c) + torch.log1p(torch.exp(-(c - r).abs()))).mean()),
@@ -891,31 +912,73 @@ LOSS_MISTAKES = [
     (NAN_HIDDEN, lambda c, r: F.softplus((r - c).nan_to_num()).mean()),
     (NAN_HIDDEN, without_nan),
     (UNKNOWN, lambda c, r: F.softplus(r - c)[:8].mean()),
-    ("all is right up to one thing: the result comes out times 0.5 everywhere", lambda c, r: F.softplus(r - c).mean() / 2),
-    ("the loss is a sum divided by 2, as in the example, whatever the number of pairs", lambda c, r: F.softplus(r - c).sum() / 2),
-    ("the loss is a sum divided by 2, as in the example, whatever the number of pairs", lambda c, r: -torch.log(torch.sigmoid(c - r)).sum() / 2),
+    (
+        "all is right up to one thing: the result comes out times 0.5 everywhere",
+        lambda c, r: F.softplus(r - c).mean() / 2,
+    ),
+    (
+        "the loss is a sum divided by 2, as in the example, whatever the number of pairs",
+        lambda c, r: F.softplus(r - c).sum() / 2,
+    ),
+    (
+        "the loss is a sum divided by 2, as in the example, whatever the number of pairs",
+        lambda c, r: -torch.log(torch.sigmoid(c - r)).sum() / 2,
+    ),
     (EXPONENTIATED, by_exponentials),
     (EXPONENTIATED, by_log_of_exponentials),
     (SWAPPED_LOSS, lambda c, r: F.softplus(c - r).mean()),
     (SWAPPED_LOSS, lambda c, r: -torch.log(torch.sigmoid(r - c)).mean()),
-    ("the loss is a sum over the pairs, which grows with the batch", lambda c, r: F.softplus(r - c).sum()),
-    ("the loss is a sum over the pairs, which grows with the batch", lambda c, r: -torch.log(torch.sigmoid(c - r)).sum()),
+    (
+        "the loss is a sum over the pairs, which grows with the batch",
+        lambda c, r: F.softplus(r - c).sum(),
+    ),
+    (
+        "the loss is a sum over the pairs, which grows with the batch",
+        lambda c, r: -torch.log(torch.sigmoid(c - r)).sum(),
+    ),
     ("the loss is a mean whose minus sign is missing", lambda c, r: -F.softplus(r - c).mean()),
-    ("the loss is a mean whose minus sign is missing", lambda c, r: torch.log(torch.sigmoid(c - r)).mean()),
-    ("the loss is one with two signs wrong, that of the gap and that of the loss", lambda c, r: F.logsigmoid(r - c).mean()),
-    ("the loss is one with two signs wrong, that of the gap and that of the loss", lambda c, r: torch.log(torch.sigmoid(r - c)).mean()),
-    ("the loss is that of the gaps averaged, with the logarithm taken last", lambda c, r: F.softplus(r.mean() - c.mean())),
+    (
+        "the loss is a mean whose minus sign is missing",
+        lambda c, r: torch.log(torch.sigmoid(c - r)).mean(),
+    ),
+    (
+        "the loss is one with two signs wrong, that of the gap and that of the loss",
+        lambda c, r: F.logsigmoid(r - c).mean(),
+    ),
+    (
+        "the loss is one with two signs wrong, that of the gap and that of the loss",
+        lambda c, r: torch.log(torch.sigmoid(r - c)).mean(),
+    ),
+    (
+        "the loss is that of the gaps averaged, with the logarithm taken last",
+        lambda c, r: F.softplus(r.mean() - c.mean()),
+    ),
     (APART, labels_for_each),
     (APART, logs_subtracted),
     (APART, lambda c, r: F.softplus(-c).mean()),
-    ("all is right up to one thing: the result comes out times 1.443 everywhere: the l", lambda c, r: F.softplus(r - c).mean() / torch.tensor(2.0).log()),
-    ("all is right up to one thing: the result comes out times 1.443 everywhere: the l", lambda c, r: torch.logaddexp2(torch.zeros(1), (r - c) / math.log(2)).mean()),
-    ("every chosen response is compared", lambda c, r: F.softplus(r[:, None] - c[None]).mean()),
+    (
+        "all is right up to one thing: the result comes out times 1.443",
+        lambda c, r: F.softplus(r - c).mean() / torch.tensor(2.0).log(),
+    ),
+    (
+        "all is right up to one thing: the result comes out times 1.443",
+        lambda c, r: torch.logaddexp2(torch.zeros(1), (r - c) / math.log(2)).mean(),
+    ),
+    ("the loss is a mean over every chosen", lambda c, r: F.softplus(r[:, None] - c[None]).mean()),
     (NO_LOG, lambda c, r: -torch.sigmoid(c - r).mean()),
     (NO_LOG, lambda c, r: (1 - torch.sigmoid(c - r)).mean()),
-    ("the loss of a pair is taken as the gap without σ and logarithm", lambda c, r: -(c - r).mean()),
-    ("the loss of a pair is taken as a hinge, which asks for a margin of 1", lambda c, r: torch.clamp(1 - c + r, min=0).mean()),
-    ("the loss of a pair is taken as a hinge, which asks for a margin of 1", lambda c, r: F.margin_ranking_loss(c, r, torch.ones_like(c), margin=1)),
+    (
+        "the loss of a pair is taken as the gap without σ and logarithm",
+        lambda c, r: -(c - r).mean(),
+    ),
+    (
+        "the loss of a pair is taken as a hinge, which asks for a margin of 1",
+        lambda c, r: torch.clamp(1 - c + r, min=0).mean(),
+    ),
+    (
+        "the loss of a pair is taken as a hinge, which asks for a margin of 1",
+        lambda c, r: F.margin_ranking_loss(c, r, torch.ones_like(c), margin=1),
+    ),
     (SQUARED, lambda c, r: F.mse_loss(c, r)),
     (SQUARED, lambda c, r: F.mse_loss(c - r, torch.ones_like(c))),
     (SQUARED, lambda c, r: ((1 - torch.sigmoid(c - r)) ** 2).mean()),
@@ -1053,15 +1116,21 @@ TOKEN_MISTAKES = [
         "it is the column before the first padding, -1 made the last one",
         lambda mask: (torch.eq(mask, 0).int().argmax(-1) - 1) % mask.shape[-1],
     ),
-    ("it is the amount of padding behind the last real token", lambda mask: torch.fliplr(mask).argmax(1)),
-    ("it is counted from the end, as a negative number", lambda mask: -1 - mask.flip(-1).argmax(-1)),
+    (
+        "it is the amount of padding behind the last real token",
+        lambda mask: torch.fliplr(mask).argmax(1),
+    ),
+    (
+        "it is counted from the end, as a negative number",
+        lambda mask: -1 - mask.flip(-1).argmax(-1),
+    ),
     ("it is one column too far", lambda mask: mask.argmax(-1) + mask.sum(-1)),
     ("it is one column too early", last_but_one),
     ("it is counted through the whole batch", through_the_batch),
     (FLOAT_COLUMN, lambda mask: torch.stack([row.nonzero().max() for row in mask]).double()),
     (FLOAT_COLUMN, lambda mask: (mask * torch.arange(float(mask.shape[1]))).max(1).values),
-    (UNKNOWN, partial(last_in, torch.bfloat16)),
-    (UNKNOWN, partial(last_in, torch.float16)),
+    (FEW_BITS, partial(last_in, torch.bfloat16)),
+    (FEW_BITS, partial(last_in, torch.float16)),
     (UNKNOWN, partial(last_in, torch.int8)),
 ]
 TOKEN_RIGHT = [
@@ -1094,11 +1163,11 @@ def decided_only(chosen, rejected):
 
 
 SATURATED = "it is a share of rewards that a function made equal far from 0"
-CROSSED = "every chosen response is compared"
+CROSSED = "it is a share of all chosen with all rejected ones"
 NEARLY = "it is a share with rewards that are nearly equal taken for ties"
 AGAINST_ZERO = "it is a comparison with 0, which means nothing for a reward"
 NO_SHARE = "it is a number of pairs"
-PERCENTAGE = "it counts otherwise than the exercise: a win: 100, not 1 (the chosen one is higher); a tie:"
+PERCENTAGE = "it counts otherwise than the exercise: a win: 100, not 1"
 SWAPPED_PAIRS = "the two rewards are swapped: this is the share"
 DROPPED_TIES = "it is the share among the pairs without a tie"
 ACCURACY_MISTAKES = [
@@ -1121,7 +1190,10 @@ ACCURACY_MISTAKES = [
     (DROPPED_TIES, lambda c, r: (c > r).sum() / (c != r).sum()),
     (DROPPED_TIES, lambda c, r: (c > r)[c != r].float().mean().item()),
     (DROPPED_TIES, lambda c, r: (c > r)[c != r].float().mean().nan_to_num(0.5)),
-    ("it is the mean gap. Asked for is the share of all pairs, tie", lambda c, r: c.mean() - r.mean()),
+    (
+        "it is the mean gap. Asked for is the share of all pairs, tie",
+        lambda c, r: c.mean() - r.mean(),
+    ),
     ("it counts otherwise than the exercise", lambda c, r: torch.sign(c - r).mean().item()),
     ("it is the mean probability", lambda c, r: (1 / (1 + torch.exp(r - c))).mean()),
     ("it is a comparison of the two means", lambda c, r: 1.0 if c.sum() > r.sum() else 0.0),

@@ -165,13 +165,22 @@ TOKEN_MISTAKES = [
     (OTHER_WAY, looked_up(-1)),
     (OTHER_WAY, tokens_shifted_instead),
     (TWICE, looked_up(2)),
-    ("a token is looked up well, but in a window that begins with the last prompt token", looked_up(1, drop=1)),
+    (
+        "a token is looked up well, but in a window",
+        looked_up(1, drop=1),
+    ),
     (START, shifted_then_cut_at_the_front),
     (START, prompt_tokens_naively),
     (GREEDY, by_loops(lambda z, token: z.max() - z.logsumexp(0))),
     (GREEDY, by_loops(lambda z, token: z.softmax(0).max().log())),
-    ("it is the surprise -log p, which cross-entropy returns, with the sign turned round", surprises),
-    ("it is the surprise -log p, which cross-entropy returns, with the sign turned round", by_loops(lambda z, token: -z.softmax(0)[token].log())),
+    (
+        "it is the surprise -log p, which cross-entropy returns, with the sign turned round",
+        surprises,
+    ),
+    (
+        "it is the surprise -log p, which cross-entropy returns, with the sign turned round",
+        by_loops(lambda z, token: -z.softmax(0)[token].log()),
+    ),
     (DIMENSION, over_positions),
     (DIMENSION, over_response_positions),
     (DIMENSION, stable_over_response_positions),
@@ -188,11 +197,23 @@ TOKEN_MISTAKES = [
     (FAR_APART, lambda z, ids, t: looked_up(1)(z.clamp(-100, 200), ids, t)),
     (FAR_APART, by_loops(lambda z, token: z.double().softmax(0)[token].log().float())),
     (DTYPE, in_float64(looked_up(1))),
-    ("all is right up to one thing: the result comes out times 1.443 everywhere: the l", by_loops(lambda z, token: z.double().softmax(0)[token].log2())),
-    ("it is the probability, without the logarithm", by_loops(lambda z, token: z.softmax(0)[token])),
+    (
+        "all is right up to one thing: the result comes out times 1.443",
+        by_loops(lambda z, token: z.double().softmax(0)[token].log2()),
+    ),
+    (
+        "it is the probability, without the logarithm",
+        by_loops(lambda z, token: z.softmax(0)[token]),
+    ),
     ("it is the raw logit, not normalised", by_loops(lambda z, token: z[token])),
-    ("it is the logarithm of the logit, which is one already", by_loops(lambda z, token: torch.log(z[token]))),
-    ("it is a softmax on top of another", by_loops(lambda z, token: z.softmax(0).log_softmax(0)[token])),
+    (
+        "it is the logarithm of the logit, which is one already",
+        by_loops(lambda z, token: torch.log(z[token])),
+    ),
+    (
+        "it is a softmax on top of another",
+        by_loops(lambda z, token: z.softmax(0).log_softmax(0)[token]),
+    ),
     (OVERWRITTEN, overwritten),
     (f"{GRADIENT} logits", scores_without_grad),
     (f"{GRADIENT} logits", lambda z, ids, t: looked_up(1)(z.detach(), ids, t)),
@@ -482,7 +503,7 @@ WRAPPED = "the value after the last column is that of the first."
 NOT_CUT = "the next value is cut off at the end of the response"
 OWN_MASK = "the mask of token t stands where that of token t + 1"
 ZERO_BY_ZERO = "it is right as long as γλ is above 0."
-WHITE_RETURNS = "the returns are made of whitened advantages."
+WHITE_RETURNS = "the returns are made of whitened advantages"
 WHITE = "the advantages are whitened."
 
 
@@ -502,7 +523,10 @@ GAE_MISTAKES = [
         "the returns are A + r",
         lambda r, v, m, *x: ((a := right_loop(r, v, m, *x)[0]), (a + r) * m),
     ),
-    ("all is right up to one thing: lam is used as 0.95, whatever it is", lambda *x: right_loop(*x[:4], 0.95)),
+    (
+        "all is right up to one thing: lam is used as 0.95, whatever it is",
+        lambda *x: right_loop(*x[:4], 0.95),
+    ),
     (PAST_EOS, columns(mask_delta=True, mask_results=True)),
     (PAST_EOS, columns(mask_delta=True)),
     (PAST_EOS, loop(after=lambda row, t: row[min(t + 1, len(row) - 1)])),
@@ -536,9 +560,15 @@ GAE_MISTAKES = [
     (ZERO_BY_ZERO, cumulative),
     (ZERO_BY_ZERO, cumulative_times_mask),
     (ZERO_BY_ZERO, by_negative_powers),
-    ("the TD error is taken as r + γλV' - V", loop(delta=lambda r, v, n, g, lam: r + g * lam * n - v)),
+    (
+        "the TD error is taken as r + γλV' - V",
+        loop(delta=lambda r, v, n, g, lam: r + g * lam * n - v),
+    ),
     ("the TD error is taken as r + λV' - V", loop(delta=lambda r, v, n, g, lam: r + lam * n - v)),
-    ("the TD error is taken as r + λV' - V", lambda r, v, m, gamma, lam: right_loop(r, v, m, lam, gamma)),
+    (
+        "the TD error is taken as r + λV' - V",
+        lambda r, v, m, gamma, lam: right_loop(r, v, m, lam, gamma),
+    ),
     ("the TD error is taken as r + V' - V", loop(delta=lambda r, v, n, g, lam: r + n - v)),
     ("the TD error is taken as V - r - γV'", loop(delta=lambda r, v, n, g, lam: v - (r + g * n))),
     (
@@ -553,19 +583,34 @@ GAE_MISTAKES = [
         "all is right up to one thing: gamma is used as 1, whatever it is",
         lambda r, v, m, gamma, lam: right_loop(r, v, m, 1, lam),
     ),
-    ("a TD error l steps ahead is weighed with λ to the power l", loop(carry=lambda d, a, gamma, lam: d + lam * a)),
-    ("a TD error l steps ahead is weighed with γ to the power l", loop(carry=lambda d, a, gamma, lam: d + gamma * a)),
-    ("a TD error l steps ahead is weighed with γ to the power l", lambda r, v, m, gamma, lam: right_loop(r, v, m, gamma, 1)),
-    ("a TD error l steps ahead is weighed with 0, so that it is left out", loop(carry=lambda d, a, gamma, lam: d)),
+    (
+        "a TD error l steps ahead is weighed with λ to the power l",
+        loop(carry=lambda d, a, gamma, lam: d + lam * a),
+    ),
+    (
+        "a TD error l steps ahead is weighed with γ to the power l",
+        loop(carry=lambda d, a, gamma, lam: d + gamma * a),
+    ),
+    (
+        "a TD error l steps ahead is weighed with γ to the power l",
+        lambda r, v, m, gamma, lam: right_loop(r, v, m, gamma, 1),
+    ),
+    (
+        "a TD error l steps ahead is weighed with 0, so that it is left out",
+        loop(carry=lambda d, a, gamma, lam: d),
+    ),
     ("a TD error l steps ahead is weighed with 1", loop(carry=lambda d, a, gamma, lam: d + a)),
-    ("a TD error l steps ahead is weighed with γλ to the power l + 1", loop(carry=lambda d, a, gamma, lam: gamma * lam * (d + a))),
+    (
+        "a TD error l steps ahead is weighed with γλ to the power l + 1",
+        loop(carry=lambda d, a, gamma, lam: gamma * lam * (d + a)),
+    ),
     ("the pair is swapped", swapped_pair),
     (WHITE, whitening(True, False)),
     (WHITE, whitening(True, False, everywhere=True)),
     (WHITE_RETURNS, whitening(True, True)),
     (WHITE_RETURNS, whitening(True, True, everywhere=True, correction=0)),
     (WHITE_RETURNS, whitening(False, True, correction=0)),
-    ("the returns are A, not A + V. An advantage is a return less the value at its own token", loop(target=lambda a, v, n: a)),
+    ("the returns are A, not A + V", loop(target=lambda a, v, n: a)),
     ("the returns are A - V", loop(target=lambda a, v, n: a - v)),
     ("the returns are A + V'", loop(target=lambda a, v, n: a + n)),
     (
@@ -831,7 +876,7 @@ LOSS_MISTAKES = [
         ),
     ),
     (
-        "it is a mean of places that integers in square brackets pick, the mask as numbers",
+        "it is a mean of places that integers in square brackets pick",
         ratio_masked(
             lambda x, m: x.exp(),
             lambda x, m: torch.cat([row[real] for row, real in zip(x, m, strict=True)]).mean(),
@@ -845,12 +890,18 @@ LOSS_MISTAKES = [
         )[mask == 1].mean(),
     ),
     ("the minus sign is missing.", plus(right_loss)),
-    ("the larger of the two terms belongs to the form", plus(token_by_token(larger))),
+    (
+        "the gain of a token is taken as the larger of the two terms, which belongs to losses, with a minus inside",
+        plus(token_by_token(larger)),
+    ),
     (
         "the ratio is taken as log π - log π_old",
         token_by_token(smaller, lambda new, old: new - old),
     ),
-    ("the ratio is taken as π_old/π", token_by_token(smaller, lambda new, old: old.exp() / new.exp())),
+    (
+        "the ratio is taken as π_old/π",
+        token_by_token(smaller, lambda new, old: old.exp() / new.exp()),
+    ),
     ("the ratio is taken as log π/log π_old", token_by_token(smaller, lambda new, old: new / old)),
     ("the ratio is taken as 1", token_by_token(smaller, lambda new, old: (new - new).exp())),
     (
@@ -892,13 +943,22 @@ LOSS_MISTAKES = [
         "the gain of a token is taken as the clipped term alone",
         token_by_token(lambda rho, a, clip: rho.clip(1 - clip, 1 + clip) * a),
     ),
-    ("the gain of a token is taken as ρ A, with nothing clipped", token_by_token(lambda rho, a, clip: rho * a)),
-    ("all is right up to one thing: clip is used as 0.2, whatever it is", token_by_token(lambda rho, a, clip: smaller(rho, a, 0.2))),
+    (
+        "the gain of a token is taken as ρ A, with nothing clipped",
+        token_by_token(lambda rho, a, clip: rho * a),
+    ),
+    (
+        "all is right up to one thing: clip is used as 0.2, whatever it is",
+        token_by_token(lambda rho, a, clip: smaller(rho, a, 0.2)),
+    ),
     (UNEVEN, clip_of_log_ratio),
     (UNEVEN, held(lambda clip: 1 / (1 + clip), lambda clip: 1 + clip)),
     (ONE_SIDED, held(lambda clip: None, lambda clip: 1 + clip)),
     (ONE_SIDED, held(lambda clip: 1 - clip, lambda clip: None)),
-    ("the gain of a token is taken as a minimum with a clip round 0", held(lambda clip: -clip, lambda clip: clip)),
+    (
+        "the gain of a token is taken as a minimum with a clip round 0",
+        held(lambda clip: -clip, lambda clip: clip),
+    ),
     (
         PRODUCT,
         token_by_token(
@@ -914,13 +974,22 @@ LOSS_MISTAKES = [
         ),
     ),
     (
-        "it is the plain policy gradient",
+        "the gain of a token is taken as log π A, the plain policy gradient without a ratio",
         lambda new, old, a, mask, clip: -(new * a)[mask == 1].mean(),
     ),
-    ("the minimum comes after the mean.", minimum_of_means),
+    (
+        "the gain of a token is taken as a term whose minimum is taken after the mean, not for each token",
+        minimum_of_means,
+    ),
     ("it is a mean in which padding counts", reduced(lambda x, mask: x.mean())),
-    ("it is a mean whose denominator counts padding", reduced(lambda x, mask: (x * mask).sum() / x.numel())),
-    ("it is a mean whose denominator counts padding", reduced(lambda x, mask: (x * mask).mean(1).mean())),
+    (
+        "it is a mean whose denominator counts padding",
+        reduced(lambda x, mask: (x * mask).sum() / x.numel()),
+    ),
+    (
+        "it is a mean whose denominator counts padding",
+        reduced(lambda x, mask: (x * mask).mean(1).mean()),
+    ),
     ("it is the mean of the responses' means.", reduced(means_of_rows)),
     ("it is the sum over all tokens", reduced(lambda x, mask: x[mask == 1].sum())),
     (

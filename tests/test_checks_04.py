@@ -604,7 +604,10 @@ REWARD_MISTAKES = [
     ("the penalty is paid out.", swapped_and_unmasked),
     ("the score stands at every token.", tokenwise(place=lambda n, length: range(n))),
     ("the score stands at every token.", everywhere_by_broadcasting),
-    ("the score stands in the last column, be it padding or not", tokenwise(place=lambda n, length: [-1])),
+    (
+        "the score stands in the last column, be it padding or not",
+        tokenwise(place=lambda n, length: [-1]),
+    ),
     (
         "the score stands in the last column, be it padding or not",
         tokenwise(place=lambda n, length: [length - 1], replaced=True),
@@ -620,10 +623,22 @@ REWARD_MISTAKES = [
     ("the score stands one token too early.", tokenwise(place=lambda n, L: [n - 2])),
     ("padding is charged.", tokenwise(real=lambda n, length: length)),
     ("the mask is not used", all_unmasked),
-    ("all is right up to one thing: beta is used as 1, whatever it is", tokenwise(price=lambda beta: 1)),
-    ("the log-ratio is taken as a difference of probabilities, not of logarithms", tokenwise(lambda new, ref: new.exp() - ref.exp())),
-    ("the log-ratio is taken weighed with a probability, which the sampling has done already", tokenwise(lambda new, ref: new.exp() * (new - ref))),
-    ("the log-ratio is taken as the ratio of the probabilities, without a logarithm", tokenwise(lambda new, ref: new.exp() / ref.exp())),
+    (
+        "all is right up to one thing: beta is used as 1, whatever it is",
+        tokenwise(price=lambda beta: 1),
+    ),
+    (
+        "the log-ratio is taken as a difference of probabilities, not of logarithms",
+        tokenwise(lambda new, ref: new.exp() - ref.exp()),
+    ),
+    (
+        "the log-ratio is taken weighed with a probability, which the sampling has done already",
+        tokenwise(lambda new, ref: new.exp() * (new - ref)),
+    ),
+    (
+        "the log-ratio is taken as the ratio of the probabilities, without a logarithm",
+        tokenwise(lambda new, ref: new.exp() / ref.exp()),
+    ),
     ("every token pays the mean", charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None])),
     ("every token pays a mean over", charged(lambda x, mask: x.sum() / mask.sum())),
     ("every token pays a mean over", charged(lambda x, mask: x.mean())),
@@ -641,7 +656,7 @@ REWARD_MISTAKES = [
         ),
     ),
     (
-        "a response that fills its row gets no score",
+        "the score stands nowhere where a response fills its row, as if it had no end",
         tokenwise(place=lambda n, length: [n - 1] if n < length else []),
     ),
     ("every token pays the sum", charged(lambda x, mask: x.sum(1, keepdim=True))),
@@ -652,18 +667,30 @@ REWARD_MISTAKES = [
     ("the score is multiplied by β.", tokenwise(paid=lambda score, beta: beta * score)),
     ("the score is multiplied by β.", everything_times_beta),
     (
-        "β has changed sides",
+        "the score is multiplied by β, and the penalty is not",
         tokenwise(price=lambda beta: 1, paid=lambda score, beta: beta * score),
     ),
     ("the log-ratio is taken without its sign", tokenwise(lambda new, ref: abs(new - ref))),
-    ("the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05", tokenwise(lambda new, ref: (new - ref) ** 2 / 2)),
-    ("the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05", tokenwise(lambda new, ref: (new - ref) ** 2)),
     (
-        "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03",
+        "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05",
+        tokenwise(lambda new, ref: (new - ref) ** 2 / 2),
+    ),
+    (
+        "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05",
+        tokenwise(lambda new, ref: (new - ref) ** 2),
+    ),
+    (
+        "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3",
         tokenwise(lambda new, ref: (ref - new).exp() - 1 - (ref - new)),
     ),
-    ("at the last token the score replaces", tokenwise(replaced=True)),
-    ("all is right up to one thing: beta is used as 0, whatever it is", tokenwise(real=lambda n, length: 0)),
+    (
+        "the score is put in place of the penalty at the last token, not added to it",
+        tokenwise(replaced=True),
+    ),
+    (
+        "all is right up to one thing: beta is used as 0, whatever it is",
+        tokenwise(real=lambda n, length: 0),
+    ),
     ("all is right up to one thing: scores is used as 0", tokenwise(place=lambda n, length: [])),
     ("the score stands at the first token.", tokenwise(place=lambda n, length: [0])),
     (
@@ -675,7 +702,10 @@ REWARD_MISTAKES = [
     ("the score stands for every row at the last token of each", every_row),
     ("the score stands for every row at the last token of each", every_row_all_scores),
     ("the score stands at the last token and at all padding", cumsum_alone),
-    ("the log-ratio is taken cut off at 0 where it is negative", tokenwise(lambda new, ref: max(new - ref, 0))),
+    (
+        "the log-ratio is taken cut off at 0 where it is negative",
+        tokenwise(lambda new, ref: max(new - ref, 0)),
+    ),
     (
         "the score is divided by the number of tokens.",
         lambda scores, new, ref, mask, beta: right_rewards(
@@ -772,50 +802,134 @@ BYTES_MISTAKES = [
     ("r · in + out", counted(adapter=lambda o, i, rank: rank * i + o)),
     ("r · out + in", counted(adapter=lambda o, i, rank: rank * o + i)),
     (
-        "it is counted as if layers of equal shape are counted once. The base is there once and frozen, and each role has an adapter; the shapes are those of one block, of which there are layers, and trains says who learns. shapes [(1536, 1536), (256, 1536), (256, 1536), (1536, 1536),",
+        "it is counted as if layers of equal shape are counted once",
         lambda shapes, *others: counted()(list(set(shapes)), *others),
     ),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 33.02, not 4.127", counted(weight=4.127)),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 32, not 4.127", counted(weight=4)),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 33.02, not 4.127", counted(weight=4.127, outside=16)),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 33.02, not 4.127", counted(unit=1 / 8)),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 16, not 4.127", counted(weight=2)),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 8, not 4.127", counted(weight=1)),
-    ("it counts otherwise than the exercise: bits of a weight in a linear layer: 4.5, not 4.127", counted(weight=0.5 + 4 / 64)),
-    ("it counts otherwise than the exercise: bytes of a weight outside of those: 0.516, not 2", counted(outside=4.127 / 8)),
-    ("it counts otherwise than the exercise: bytes of a weight outside of those: 0, not 2", counted(outside=0)),
-    ("it counts otherwise than the exercise: bytes of a weight outside of those: 4, not 2", counted(outside=4)),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 33.02, not 4.127",
+        counted(weight=4.127),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 32, not 4.127",
+        counted(weight=4),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 33.02, not 4.127",
+        counted(weight=4.127, outside=16),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 33.02, not 4.127",
+        counted(unit=1 / 8),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 16, not 4.127",
+        counted(weight=2),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 8, not 4.127",
+        counted(weight=1),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 4.5, not 4.127",
+        counted(weight=0.5 + 4 / 64),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a weight outside of those: 0.516, not 2",
+        counted(outside=4.127 / 8),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a weight outside of those: 0, not 2",
+        counted(outside=0),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a weight outside of those: 4, not 2",
+        counted(outside=4),
+    ),
     ("it is counted as if every role has a base of its own", counted(bases=len)),
     (FROZEN_TRAINED, counted(resting=16)),
     (FROZEN_TRAINED, counted(resting=12)),
     (FROZEN_TRAINED, counted(resting=8)),
-    ("it counts otherwise than the exercise: bytes of a trained parameter: 8, not 16", counted(learning=8)),
-    ("it counts otherwise than the exercise: bytes of a trained parameter: 12, not 16", counted(learning=12)),
-    ("it counts otherwise than the exercise: bytes of a trained parameter: 4, not 16", counted(learning=4)),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 8, not 16",
+        counted(learning=8),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 12, not 16",
+        counted(learning=12),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 4, not 16",
+        counted(learning=4),
+    ),
     (HALF, counted(learning=8, resting=2)),
     (HALF, counted(learning=12, resting=2)),
     (HALF, counted(learning=14, resting=2)),
     (HALF, counted(learning=16, resting=2)),
-    ("it counts otherwise than the exercise: bytes of a frozen role's parameter: 0, not 4", counted(resting=0)),
+    (
+        "it counts otherwise than the exercise: bytes of a frozen role's parameter: 0, not 4",
+        counted(resting=0),
+    ),
     ("it is counted as if the adapters are left out", counted(roles=0)),
-    ("it is counted as if all roles have one adapter, or all trained ones, or all frozen ones", counted(roles=16)),
-    ("it is counted as if there are always two trained roles and two frozen ones", counted(roles=2 * 16 + 2 * 4)),
-    ("it counts otherwise than the exercise: bytes of a trained parameter: 4, not 16", counted(learning=4, resting=16)),
-    ("r · in stands for the entries of a layer's A and B", counted(adapter=lambda o, i, rank: rank * i)),
-    ("r · out stands for the entries of a layer's A and B", counted(adapter=lambda o, i, rank: rank * o)),
-    ("2r · out stands for the entries of a layer's A and B", counted(adapter=lambda o, i, r: r * 2 * o)),
-    ("2r · in stands for the entries of a layer's A and B", counted(adapter=lambda o, i, r: r * 2 * i)),
-    ("in + out stands for the entries of a layer's A and B. A has r × in of them and B out × r, without biases, and the frozen W is not trained. shapes [(1536, 1536), (256, 1536), (256, 1536), (1536, 1536),", counted(adapter=lambda o, i, rank: o + i)),
+    (
+        "it is counted as if all roles have one adapter, or all trained ones, or all frozen ones",
+        counted(roles=16),
+    ),
+    (
+        "it is counted as if there are always two trained roles and two frozen ones",
+        counted(roles=2 * 16 + 2 * 4),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 4, not 16",
+        counted(learning=4, resting=16),
+    ),
+    (
+        "r · in stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: rank * i),
+    ),
+    (
+        "r · out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: rank * o),
+    ),
+    (
+        "2r · out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, r: r * 2 * o),
+    ),
+    (
+        "2r · in stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, r: r * 2 * i),
+    ),
+    (
+        "in + out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: o + i),
+    ),
     ("r²(in + out)", counted(adapter=lambda o, i, rank: rank**2 * (o + i))),
-    ("in · out stands for the entries of a layer's A and B", counted(adapter=lambda o, i, rank: o * i)),
+    (
+        "in · out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: o * i),
+    ),
     ("r · in · out", counted(adapter=lambda o, i, rank: o * i * rank)),
-    ("it is counted as if base or adapters are counted for one block. The base is there once and frozen, and each role has an adapter; the shapes are those of one block, of which there are layers, and trains says who learns. shapes [(1536, 1536), (256, 1536), (256, 1536), (1536, 1536),", counted(of_layers=lambda n: (n, 1))),
-    ("it is counted as if base or adapters are counted for one block. The base is there once and frozen, and each role has an adapter; the shapes are those of one block, of which there are layers, and trains says who learns. shapes [(1536, 1536), (256, 1536), (256, 1536), (1536, 1536),", counted(of_layers=lambda n: (1, n))),
-    ("it is counted as if base or adapters are counted for one block. The base is there once and frozen, and each role has an adapter; the shapes are those of one block, of which there are layers, and trains says who learns. shapes [(1536, 1536), (256, 1536), (256, 1536), (1536, 1536),", counted(of_layers=lambda n: (1, 1))),
+    (
+        "it is counted as if base or adapters are counted for one block",
+        counted(of_layers=lambda n: (n, 1)),
+    ),
+    (
+        "it is counted as if base or adapters are counted for one block",
+        counted(of_layers=lambda n: (1, n)),
+    ),
+    (
+        "it is counted as if base or adapters are counted for one block",
+        counted(of_layers=lambda n: (1, 1)),
+    ),
     ("it is not in bytes, but in MB or GB; a GB is 10⁹ bytes", counted(unit=1e9)),
     ("it is not in bytes, but in MB or GB; a GB is 10⁹ bytes", counted(unit=1e6)),
-    ("it is not in bytes, but in MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB", counted(unit=2**30)),
-    ("it is not in bytes, but in MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB", counted(unit=2**20)),
+    (
+        "it is not in bytes, but in MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB",
+        counted(unit=2**30),
+    ),
+    (
+        "it is not in bytes, but in MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB",
+        counted(unit=2**20),
+    ),
 ]
 ROLES_MISCOUNTED = [
     roles_miscounted(lambda trained, frozen: (trained, min(frozen, 2))),

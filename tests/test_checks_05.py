@@ -125,13 +125,19 @@ SAMPLED_MISTAKES = [
     (SHIFTED, both(lambda z, tokens: right_lookup(z.roll(-1, dims=1), tokens))),
     (WHOLE, both(lambda z, _: F.log_softmax(z, -1).sum(-1))),
     (WHOLE, both(lambda z, _: F.log_softmax(z, -1).mean(2))),
-    ("it is the entropy, or minus the entropy, which asks for no token", both(lambda z, _: -Categorical(logits=z).entropy())),
+    (
+        "it is the entropy, or minus the entropy, which asks for no token",
+        both(lambda z, _: -Categorical(logits=z).entropy()),
+    ),
     (
         "it is the surprise -log p, which cross-entropy returns, with the sign turned round",
         both(lambda z, tokens: F.cross_entropy(z.transpose(1, 2), tokens, reduction="none")),
     ),
     (AS_PROBABILITIES, both(lambda z, t: Categorical(z, validate_args=False).log_prob(t))),
-    ("it is a softmax on top of another", both(from_table(lambda z: z.softmax(-1).log_softmax(-1)))),
+    (
+        "it is a softmax on top of another",
+        both(from_table(lambda z: z.softmax(-1).log_softmax(-1))),
+    ),
     (NOT_FINITE, both(from_table(lambda z: z.softmax(-1).log()))),
     (NOT_FINITE, both(from_table(lambda z: z - z.exp().sum(-1, keepdim=True).log()))),
     (NOT_FINITE, both(from_table(lambda z: (z.exp() / z.exp().sum(-1, keepdim=True)).log()))),
@@ -187,7 +193,7 @@ def torch_kl(curr, ref):
 REVERSED = "it is the other direction"
 TWICE = "all is right up to one thing: "
 LOOSE = {"validate_args": False}  # as where a package has switched validation off
-UNWEIGHTED = "it is"
+UNWEIGHTED = "it is Σ (log p - log q)"
 ENTROPIES = "it is a difference of entropies, not Σ p (log p - log q)"
 FAR_APART = "it is right for moderate logits, but not where two of them differ by 40"
 EXACT_MISTAKES = [
@@ -228,7 +234,10 @@ EXACT_MISTAKES = [
     (UNWEIGHTED, of_both(lambda p, q: (p / q).log().sum(-1))),
     (UNWEIGHTED, of_both(lambda p, q: (q / p).log().mean(-1))),
     (UNWEIGHTED, of_both(lambda p, q: (q / p).log().sum(-1))),
-    ("it is Σ p (log p - log q) divided by V, not Σ p (log p - log q)", of_both(lambda p, q: (p * (p / q).log()).mean(-1))),
+    (
+        "it is Σ p (log p - log q) divided by V, not Σ p (log p - log q)",
+        of_both(lambda p, q: (p * (p / q).log()).mean(-1)),
+    ),
     ("it is the cross-entropy", of_both(lambda p, q: -(p * q.log()).sum(-1))),
     (
         ENTROPIES,
@@ -238,13 +247,19 @@ EXACT_MISTAKES = [
         ENTROPIES,
         lambda curr, ref: Categorical(logits=curr).entropy() - Categorical(logits=ref).entropy(),
     ),
-    ("all is right up to one thing: the result comes out times -1 everywhere: the sign is turned round", of_both(lambda p, q: (p * (q / p).log()).sum(-1))),
-    ("it is Σ q (log p - log q), not Σ p (log p - log q)", of_both(lambda p, q: (q * (p / q).log()).sum(-1))),
     (
-        "logits are subtracted themselves, both or one of them. They are logarithms only up to a constant at each position, another one for each policy",
+        "all is right up to one thing: the result comes out times -1",
+        of_both(lambda p, q: (p * (q / p).log()).sum(-1)),
+    ),
+    (
+        "it is Σ q (log p - log q), not Σ p (log p - log q)",
+        of_both(lambda p, q: (q * (p / q).log()).sum(-1)),
+    ),
+    (
+        "logits are subtracted themselves, both or one of them",
         lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1),
     ),
-    ("probabilities are subtracted", of_both(lambda p, q: (p * (p - q)).sum(-1))),
+    ("it is Σ p (p - q)", of_both(lambda p, q: (p * (p - q)).sum(-1))),
 ]
 EXACT_RIGHT = [
     torch_kl,
@@ -301,14 +316,14 @@ right_estimate = averaged()
 PADDING = "it is a mean in which padding counts"
 SUMMED = "it is the sum over all tokens"
 PER_RESPONSE = "it is the mean over the responses of the sum over their tokens"
-ABSOLUTE = "the log-ratio is taken without its sign. Plain and with both signs it is log π - log π_ref, whose mean over what the policy samples is the KL."
-CUT = "the log-ratio is taken cut off at 0 where it is negative. Plain and with both signs it is log π - log π_ref, whose mean over what the policy samples i"
-SQUARED = "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05. Plain and with both signs it is log π - log π_ref, whose mean over"
-THIRD = "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03. Plain and with both signs it is log π - log π_ref, w"
-RATIO = "the log-ratio is taken as the ratio of the probabilities, without a logarithm. Plain and with both signs it is log π - log π_ref, whose mean over what"
-OF_PROBABILITIES = "probabilities are subtracted"
+ABSOLUTE = "the log-ratio is taken without its sign"
+CUT = "the log-ratio is taken cut off at 0 where it is negative"
+SQUARED = "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05"
+THIRD = "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3"
+RATIO = "the log-ratio is taken as the ratio of the probabilities, without a logarithm"
+OF_PROBABILITIES = "the log-ratio is taken as a difference of probabilities"
 WEIGHTED = "the log-ratio is taken weighed with a probability, which the sampling has done already"
-NO_REFERENCE = "the log-ratio is taken without the reference. Plain and with both signs it is log π - log π_ref, whose mean over what the policy samples is the KL."
+NO_REFERENCE = "the log-ratio is taken without the reference"
 ESTIMATE_MISTAKES = [
     (
         "a real token on which both policies agree",
@@ -321,7 +336,7 @@ ESTIMATE_MISTAKES = [
         lambda c, r, m: (((c - r) * m).sum(1) / m.sum(1, keepdim=True)).mean(),
     ),
     (
-        "it is a mean of places that integers in square brackets pick, the mask as numbers. Asked for is the mean over all real tokens of the batch at once: pa",
+        "it is a mean of places that integers in square brackets pick",
         lambda c, r, m: torch.cat([(c - r)[b][m[b]] for b in range(len(m))]).mean(),
     ),
     ("the two are subtracted the wrong way round.", averaged(lambda curr, ref: ref - curr)),
@@ -329,7 +344,10 @@ ESTIMATE_MISTAKES = [
     (PADDING, averaged(padding=True)),
     (PADDING, reduced(lambda x, mask: x.mean())),
     ("it is a mean whose denominator counts padding", reduced(lambda x, mask: (x * mask).mean())),
-    ("it is a mean whose denominator counts padding", reduced(lambda x, mask: (x * mask).sum() / mask.numel())),
+    (
+        "it is a mean whose denominator counts padding",
+        reduced(lambda x, mask: (x * mask).sum() / mask.numel()),
+    ),
     (SUMMED, reduced(lambda x, mask: x[mask == 1].sum())),
     (SUMMED, reduced(lambda x, mask: x.sum())),
     (PER_RESPONSE, reduced(lambda x, mask: (x * mask).sum(1).mean())),
@@ -410,7 +428,10 @@ MEAN = "a response pays for the mean over its tokens"
 SAME = "a response pays for a mean over the batch"
 FINAL_MISTAKES = [
     *(
-        ("all is right up to one thing: beta is used as 0.", lambda s, c, r, m, beta, b=b: s - b * ((c - r) * m).sum(1))
+        (
+            "all is right up to one thing: beta is used as 0.",
+            lambda s, c, r, m, beta, b=b: s - b * ((c - r) * m).sum(1),
+        )
         for b in (0.1, 0.05, 0.2)
     ),
     (
@@ -418,7 +439,7 @@ FINAL_MISTAKES = [
         lambda s, c, r, m, beta: s - beta * (c - r * m).sum(1),
     ),
     (
-        "it is a mean of places that integers in square brackets pick, the mask as numbers. Asked for is the mean over all real tokens of the batch at once: pa",
+        "it is a mean of places that integers in square brackets pick",
         lambda s, c, r, m, beta: torch.stack(
             [s[b] - beta * (c - r)[b, m[b]].sum() for b in range(len(m))]
         ),
@@ -426,8 +447,8 @@ FINAL_MISTAKES = [
     (PAID_OUT, charged(lambda curr, ref: ref - curr)),
     (PAID_OUT, charged(price=lambda reward, kl_div, beta: reward + beta * kl_div)),
     (PAID_OUT, in_one(lambda x, mask: -x.sum(1))),
-    ("padding is charged.", charged(padding=True)),
-    ("padding is charged.", in_one(lambda x, mask: x.sum(-1))),
+    ("a response pays for its padding too", charged(padding=True)),
+    ("a response pays for its padding too", in_one(lambda x, mask: x.sum(-1))),
     (MEAN, charged(total=torch.mean)),
     (MEAN, charged(padding=True, total=torch.mean)),
     (MEAN, in_one(lambda x, mask: (x * mask).mean(1))),
@@ -440,7 +461,10 @@ FINAL_MISTAKES = [
         "the final reward is β (R - KL)",
         charged(price=lambda reward, kl_div, beta: beta * (reward - kl_div)),
     ),
-    ("the final reward is β R - KL", charged(price=lambda reward, kl_div, beta: beta * reward - kl_div)),
+    (
+        "the final reward is β R - KL",
+        charged(price=lambda reward, kl_div, beta: beta * reward - kl_div),
+    ),
     (
         "the final reward is R less a difference of which β multiplies one half",
         lambda rewards, curr, ref, mask, beta: rewards - ((beta * curr - ref) * mask).sum(1),
@@ -449,9 +473,18 @@ FINAL_MISTAKES = [
         "the final reward is R less a difference of which β multiplies one half",
         lambda rewards, curr, ref, mask, beta: rewards - ((curr - beta * ref) * mask).sum(1),
     ),
-    ("all is right up to one thing: beta is used as 1, whatever it is", charged(price=lambda reward, kl_div, beta: reward - kl_div)),
-    ("all is right up to one thing: beta is used as 0, whatever it is", charged(price=lambda reward, kl_div, beta: reward)),
-    ("all is right up to one thing: rewards_model is used as 0", charged(price=lambda reward, kl_div, beta: -beta * kl_div)),
+    (
+        "all is right up to one thing: beta is used as 1, whatever it is",
+        charged(price=lambda reward, kl_div, beta: reward - kl_div),
+    ),
+    (
+        "all is right up to one thing: beta is used as 0, whatever it is",
+        charged(price=lambda reward, kl_div, beta: reward),
+    ),
+    (
+        "all is right up to one thing: rewards_model is used as 0",
+        charged(price=lambda reward, kl_div, beta: -beta * kl_div),
+    ),
     (OF_PROBABILITIES, charged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, charged(lambda curr, ref: curr.exp() * (curr - ref))),
     (RATIO, charged(lambda curr, ref: curr.exp() / ref.exp())),
@@ -474,7 +507,10 @@ FINAL_MISTAKES = [
             (rewards[:, None] - beta * (curr - ref)) * mask
         ).sum(1),
     ),
-    ("a response pays for the log-ratio of its last token", charged(lambda curr, ref: (curr - ref)[-1:])),
+    (
+        "a response pays for the log-ratio of its last token",
+        charged(lambda curr, ref: (curr - ref)[-1:]),
+    ),
     (NO_REFERENCE, charged(lambda curr, ref: curr)),
 ]
 

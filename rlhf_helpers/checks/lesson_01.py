@@ -357,7 +357,6 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     ("α", lambda a, b, alpha: alpha),
     ("r/α", lambda a, b, alpha: len(a) / alpha),
     ("α/√r", lambda a, b, alpha: alpha / math.sqrt(len(a))),
-    ("√(α/r)", lambda a, b, alpha: math.sqrt(alpha / len(a))),
     ("(α/r)²", lambda a, b, alpha: (alpha / len(a)) ** 2),
     ("α/r²", lambda a, b, alpha: alpha / len(a) ** 2),
     ("-α/r", lambda a, b, alpha: -alpha / len(a)),

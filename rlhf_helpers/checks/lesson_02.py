@@ -15,6 +15,7 @@ from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, chec
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
+apart (pairs): one with a σ for each reward by itself, not for their difference
 pairs: the loss is {}. It is the mean over the pairs of -log σ(chosen - rejected): each pair's own
     surprise, which is never negative and small where the chosen one is higher.
 swapped (pairs): that of swapped rewards: it falls when the rejected response gets the higher one
@@ -71,8 +72,6 @@ exponentiated: each reward is exponentiated by itself, which overflows although 
 capped: it is right for moderate gaps, but capped: at a gap of -200 the loss must be 200. A clamp,
     an ε inside the logarithm and binary_cross_entropy cut it off, and a loss that is cut off has
     gradient 0, on just those pairs that the model gets most wrong.
-apart: each reward goes through σ by itself. Annotators compare, so only the difference of the two
-    rewards has a meaning: a constant added to both must change nothing.
 loss: the loss of a pair is taken as {}. The data are choices, and the surprise at a choice of
     probability σ(Δ) is -log σ(Δ): it never stops asking, and never pulls hard on a settled pair.
 slope_at_tie: the values are right, but not the slope at a tie, which is -½ for each pair: relu,

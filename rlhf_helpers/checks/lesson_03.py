@@ -24,6 +24,10 @@ from rlhf_helpers.checks.exercise import (
 )
 
 SAY = texts("""
+whitened_returns (returns): made of whitened advantages
+plain_policy_gradient (gain): log π A, the plain policy gradient without a ratio
+minimum_after_mean (gain): a term whose minimum is taken after the mean, not for each token
+maximum_of_losses (gain): the larger of the two terms, which belongs to losses, with a minus inside
 digits: {}. The log-probability there is a harmless number such as -150, but exp(150) is infinite in
     float32 and a softmax of exp(-150) rounds to 0. Logarithm and softmax have to become one step,
     which subtracts the largest logit first: no clamp and no ε.
@@ -89,9 +93,6 @@ too_long: it is right for short responses, but not for 200 tokens. A division by
 zero_by_zero: it is right as long as γλ is above 0. A division by a power of γλ, or a negative
     power, gives inf or nan at λ = 0, and no factor of 0 takes that away; with long responses the
     power rounds to 0 before that. Carry the sum from the end to the beginning instead.
-whitened_returns: the returns are made of whitened advantages. The critic is to predict rewards on
-    their own scale; whitened, its target is V with a spread of 1 around it, whatever the rewards
-    were.
 whitened: the advantages are whitened. That is a step of its own, after this one; a function that
     gives advantages should give those of the formula.
 gamma_of_0: it is right unless γ is 0; then nothing counts but the token's own reward, and its
@@ -117,17 +118,11 @@ advantage_of_0: a real token whose advantage is 0 is not counted. It has nothing
 not_finite_at_padding: it is not finite (or its gradient is not) where padding holds
     log-probabilities far apart: inf times 0 is nan. Set the difference at padding to 0 before the
     exp.
-maximum_of_losses: the larger of the two terms belongs to the form that carries its minus inside, as
-    losses. Here both terms are gains: take the smaller, and put the minus before the mean.
 ratio: the ratio is taken as {}, not as π/π_old. The probabilities are there as logarithms: a
     quotient is the exponential of a difference, 1 where nothing has changed, and more than that for
     a token that has become likelier.
-plain_policy_gradient: it is the plain policy gradient, log-probability times advantage. It has no
-    ratio, so the clip cannot tell how far the policy has moved since it sampled.
 gain: the gain of a token is taken as {}. It is the smaller of ρ A and clip(ρ) A, with ρ held
     between 1 - ε and 1 + ε: no credit beyond the clip, and full blame for what went the wrong way.
-minimum_after_mean: the minimum comes after the mean. Each token has a clip of its own: one that has
-    moved too far must not hide behind others that have not.
 loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
     the whole batch before the first step; the loss takes them as they are.
 one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets

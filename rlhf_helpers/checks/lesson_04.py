@@ -32,6 +32,14 @@ from rlhf_helpers.memory import NF4_SUPERBLOCK
 from rlhf_helpers.roles import Roles
 
 SAY = texts("""
+cut_off (place): nowhere where a response fills its row, as if it had no end
+amount: the score is {}. It is paid once and in full; β is the price of a nat of the penalty,
+    which every token pays, the last one too.
+scaled_score (amount): multiplied by β
+score_only_scaled (amount): multiplied by β, and the penalty is not
+by_length (amount): divided by the number of tokens
+shared_out (amount): divided among the tokens
+replaced (amount): put in place of the penalty at the last token, not added to it
 order: {}. A backward pass adds to what is there, left over or not. For each role clear its
     gradients, head included, go backward once, and step once with its optimizer as it is.
 no_backward (order): the loss of {role} gets no backward pass
@@ -125,20 +133,8 @@ no_mask: the mask is not used: padding is charged, and the score stands in the l
     that is a token or not. The mask says where each response ends.
 at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
     what it cost; each pays its own part, where it arises.
-scaled_score: the score is multiplied by β. β is the price of a nat; the score counts in full, else
-    a smaller price would make the goal smaller with it.
-replaced: at the last token the score replaces the penalty. EOS is a token like the others and pays
-    like them: add the score to what is there.
-shared_out: the score is divided among the tokens. It is paid once, at the last token; to share it
-    out is what advantages are for.
-by_length: the score is divided by the number of tokens. It is for the whole response, and counts in
-    full however long that is.
-score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
-    β is the price of a nat.
 half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
     padding the other one is left over, and counts.
-cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
-    model has judged it all the same: the score goes to its last real token.
 """)
 
 # --- lesson 04: one role after the other -----------------------------------------------------

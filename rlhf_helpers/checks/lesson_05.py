@@ -30,6 +30,7 @@ from rlhf_helpers.checks.lesson_04 import (
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
 
 SAY = texts("""
+padding_charged (kl_of): its padding too
 reward_scaled (price): β (R - KL)
 reward_only (price): β R - KL
 one_of_two (price): R less a difference of which β multiplies one half
@@ -66,8 +67,6 @@ kl_of: a response pays for {}. The KL of a response is the sum of the log-ratio 
 price: the final reward is {}. It is R - β KL: R as it is, and β as the price of each nat.
 paid_out: the penalty is paid out. A response that the policy likes better than the reference does
     must lose by it: check the minus, and which of the two is subtracted from which.
-padding_charged: padding is charged. Nobody sampled those tokens, and a short response would pay for
-    what stands behind its end.
 agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
     it is one of the tokens that the mean is over: only the mask says what padding is.
 """)
@@ -259,7 +258,7 @@ _EXACT_FURTHER = (
 _SUMS = (  # of log p and log q
     *(
         (how, lambda p, q, of=of, k=k: k * of(p - q, -1))
-        for how, of in (("the mean of log p - log q", torch.mean), ("Σ (log p - log q)", torch.sum))
+        for how, of in (("Σ (log p - log q)/V", torch.mean), ("Σ (log p - log q)", torch.sum))
         for k in (1, -1)
     ),
     ("the largest log p - log q", lambda p, q: (p - q).amax(-1)),
