@@ -1228,7 +1228,44 @@ ACCURACY_RIGHT = [
     lambda c, r: torch.where(c == r, 0.5, (c > r).double()).mean(),
 ]
 
+NO_MEAN = "it is a median, a maximum"
+SHORT_PARAMETER_SUMS = {
+    "every layer is taken to have": lambda shapes, rank: len(shapes) * rank * sum(shapes[0]),
+    "the sum over the layers is multiplied": lambda shapes, rank: (
+        len(shapes) * parameters(shapes, rank)
+    ),
+    "all inputs are multiplied": lambda shapes, rank: (
+        rank * math.prod(sum(s) for s in zip(*shapes, strict=True))
+    ),
+}
+
+
+def parameters(shapes, rank):
+    return sum(rank * (o + i) for o, i in shapes)
+
+
+def default_alpha(x, weight, lora_A, lora_B, alpha):
+    return x @ weight.T + 16 / len(lora_A) * (x @ lora_A.T @ lora_B.T)
+
+
+def seeded_coin(chosen, rejected):
+    coin = torch.rand(len(chosen), generator=torch.Generator().manual_seed(0)) < 0.5
+    return ((chosen > rejected) | ((chosen == rejected) & coin)).float().mean()
+
+
+def average_bytes(n, double=True):
+    return math.ceil(n * (4.127 if double else 4.5) / 8)
+
+
 MISTAKES = [
+    *(("lora_parameters", answer, message) for message, answer in SHORT_PARAMETER_SUMS.items()),
+    ("nf4_bytes", average_bytes, "it is the average of a large tensor"),
+    ("pairwise_loss", lambda c, r: F.softplus(r - c).median(), NO_MEAN),
+    ("pairwise_loss", lambda c, r: F.softplus(r - c).max(), NO_MEAN),
+    ("pairwise_loss", lambda c, r: F.softplus((r - c) / 10).mean(), "all is right up to one thing"),
+    ("pair_accuracy", lambda c, r: (0.5 + (c - r).sign() / 2).median(), NO_MEAN),
+    ("pair_accuracy", seeded_coin, "some ties count 1 and the others 0"),
+    ("lora_forward", default_alpha, "the update is scaled by 16/r"),
     *(("mask_prompt", answer, message) for answer, message in MASK_MISTAKES.items()),
     *(("lora_forward", answer, message) for answer, message in LORA_MISTAKES.items()),
     *(("lora_parameters", answer, message) for message, answer in PARAMETER_MISTAKES),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers_checks import run
 
+from rlhf_helpers import losses
 from rlhf_helpers.checks import FAULTS, check_diagnosis, check_gae, lesson_03
 
 EXERCISES = (lesson_03.TOKEN_LOGPROBS, lesson_03.GAE, lesson_03.POLICY_LOSS)
@@ -1029,7 +1030,31 @@ LOSS_RIGHT = [
     loss_in_float64,
 ]
 
+NO_MEAN = "it is a median, a maximum"
+
+
+def median_loss(new, old, advantages, mask, clip):
+    ratio = (new - old).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -gain[mask.bool()].median()
+
+
+def without_first_column(rewards, values, mask, gamma, lam):
+    """A loop that ends before the first column."""
+    advantages, returns = losses.gae(rewards, values, mask, gamma, lam)
+    advantages[:, 0] = 0
+    return advantages, advantages + values * mask
+
+
+def with_temperature(logits, input_ids, length):
+    scaled = torch.log_softmax(logits[:, -length - 1 : -1] / 0.7, -1)
+    return scaled.gather(-1, input_ids[:, -length:, None]).squeeze(-1)
+
+
 MISTAKES = [
+    ("policy_loss", median_loss, NO_MEAN),
+    ("gae", without_first_column, "it is right but in the first column"),
+    ("token_logprobs", with_temperature, "all is right up to one thing: logits is used times 1.43"),
     *(("token_logprobs", answer, message) for message, answer in TOKEN_MISTAKES),
     *(("gae", answer, message) for message, answer in GAE_MISTAKES),
     *(("policy_loss", answer, message) for message, answer in LOSS_MISTAKES),

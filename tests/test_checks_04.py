@@ -961,7 +961,37 @@ BYTES_RIGHT = [
     lambda *arguments: round(counted()(*arguments)),
 ]
 
+
+def slowed(roles, losses, optimizers):
+    for role, loss_of in losses.items():
+        optimizers[role].param_groups[0]["lr"] *= 0.5
+        optimizers[role].zero_grad()
+        loss_of(roles.use(role)).backward()
+        optimizers[role].step()
+
+
+def less_their_mean(scores, logprobs, ref_logprobs, mask, beta):
+    rewards = -beta * (logprobs - ref_logprobs) * mask
+    rewards[torch.arange(len(rewards)), mask.sum(1) - 1] += scores - scores.mean()
+    return rewards
+
+
+def base_twice(shapes, layers, other, rank, trains):
+    weights = layers * sum(o * i for o, i in shapes)
+    adapters = (
+        sum(16 if on else 4 for on in trains.values()) * layers * rank * sum(map(sum, shapes))
+    )
+    return 2 * (4.127 / 8 * weights + 2 * other) + adapters
+
+
 MISTAKES = [
+    ("train_step", slowed, "the weights after three steps are not those"),
+    (
+        "shape_rewards",
+        less_their_mean,
+        "all is right up to one thing: scores is used less its mean",
+    ),
+    ("predict_bytes", base_twice, "it counts otherwise than the exercise: bits of a weight"),
     *(("train_step", answer, message) for message, answer in STEP_MISTAKES),
     *(("shape_rewards", answer, message) for message, answer in REWARD_MISTAKES),
     *(("predict_bytes", answer, message) for message, answer in BYTES_MISTAKES),

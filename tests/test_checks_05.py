@@ -537,7 +537,41 @@ FINAL_RIGHT = [
     final_in_float64,
 ]
 
+NO_MEAN = "it is a median, a maximum"
+
+
+def wrong_softmax(curr, ref):
+    p, q = (logits.log_softmax(1) for logits in (curr, ref))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def integers_guarded(curr, ref, mask):
+    x = curr - ref
+    return x[0][mask[0].bool()].mean() if len(x) == 1 else x[mask].mean()
+
+
+def both_directions(curr, ref):
+    p, q = (Categorical(logits=logits) for logits in (curr, ref))
+    return (kl_divergence(p, q) + kl_divergence(q, p)) / 2
+
+
+def median_by_row(rewards, curr, ref, mask, beta):
+    rows = zip(curr - ref, mask.bool(), strict=True)
+    return rewards - beta * torch.stack([row[real].median() for row, real in rows])
+
+
+def of_softmaxes(curr, ref):
+    p, q = curr.softmax(-1), ref.softmax(-1)
+    return F.kl_div(q.log(), p, reduction="none").sum(-1)
+
+
 MISTAKES = [
+    ("exact_kl", wrong_softmax, "the softmax runs over the wrong dimension"),
+    ("exact_kl", both_directions, "it is the mean of both directions"),
+    ("exact_kl", of_softmaxes, FAR_APART),
+    ("estimate_kl", lambda c, r, m: (c - r)[m.bool()].median(), NO_MEAN),
+    ("estimate_kl", integers_guarded, "each row alone comes out right"),
+    ("final_reward", median_by_row, NO_MEAN),
     *(("sampled_log_probs", answer, message) for message, answer in SAMPLED_MISTAKES),
     *(("exact_kl", answer, message) for message, answer in EXACT_MISTAKES),
     *(("estimate_kl", answer, message) for message, answer in ESTIMATE_MISTAKES),

@@ -288,7 +288,7 @@ _LAST_TOKEN_MISTAKES = (
     ),
     *(
         (lambda mask, t=t: last_token_index(mask).to(t), SAY.few_bits)
-        for t in (torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+        for t in (torch.int8, torch.uint8)
     ),
     (lambda mask: last_token_index(mask) + 1, SAY.too_far),
     (lambda mask: last_token_index(mask) - 1, SAY.too_early),
