@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from helpers_checks import run
 
-from rlhf_helpers import losses
 from rlhf_helpers.checks import FAULTS, check_diagnosis, check_gae, lesson_03
+from rlhf_helpers.losses import gae as package_gae
 
 EXERCISES = (lesson_03.TOKEN_LOGPROBS, lesson_03.GAE, lesson_03.POLICY_LOSS)
 NAMES = [exercise.name for exercise in EXERCISES]
@@ -892,7 +892,7 @@ LOSS_MISTAKES = [
     ),
     ("the minus sign is missing.", plus(right_loss)),
     (
-        "the gain of a token is taken as the larger of the two terms, which belongs to losses, with a minus inside",
+        "the gain of a token is taken as the larger of the two terms",
         plus(token_by_token(larger)),
     ),
     (
@@ -979,7 +979,7 @@ LOSS_MISTAKES = [
         lambda new, old, a, mask, clip: -(new * a)[mask == 1].mean(),
     ),
     (
-        "the gain of a token is taken as a term whose minimum is taken after the mean, not for each token",
+        "the gain of a token is taken as a term whose minimum is taken after the mean",
         minimum_of_means,
     ),
     ("it is a mean in which padding counts", reduced(lambda x, mask: x.mean())),
@@ -1041,7 +1041,7 @@ def median_loss(new, old, advantages, mask, clip):
 
 def without_first_column(rewards, values, mask, gamma, lam):
     """A loop that ends before the first column."""
-    advantages, returns = losses.gae(rewards, values, mask, gamma, lam)
+    advantages, _ = package_gae(rewards, values, mask, gamma, lam)
     advantages[:, 0] = 0
     return advantages, advantages + values * mask
 

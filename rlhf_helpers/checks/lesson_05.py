@@ -267,7 +267,6 @@ _SUMS = (  # of log p and log q
     ("Σ p (log p - log q)²", lambda p, q: (p.exp() * (p - q).square()).sum(-1)),
     ("Σ p (log p - log q)²/2", lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2),
     ("Σ p (p - q)", lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1)),
-    ("Σ p p/q", lambda p, q: (2 * p - q).exp().sum(-1)),
     ("Σ q (log p - log q)", lambda p, q: (q.exp() * (p - q)).sum(-1)),
     ("the cross-entropy -Σ p log q", lambda p, q: -(p.exp() * q).sum(-1)),
     ("the entropy -Σ p log p", lambda p, q: -(p.exp() * p).sum(-1)),
