@@ -48,8 +48,8 @@ GRID = (
 FEW_DIGITS = (
     "it is computed in 16 bits, with three digits or fewer. Leave the arguments as they are."
 )
-NO_MEAN = "it is a median, a maximum, a minimum or a spread where the mean is asked for."
-NO_MEANS = (Tensor.median, lambda x: -(-x).median(), Tensor.max, Tensor.min, Tensor.std)
+NO_MEAN = "it is a median, a maximum or a minimum where the mean is asked for."
+NO_MEANS = (Tensor.median, lambda x: -(-x).median(), Tensor.max, Tensor.min)
 TRANSPOSED = "Rows and columns have changed places: here the batch stands first, and time second."
 # what learners put into a logarithm, so that it stays finite
 EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)

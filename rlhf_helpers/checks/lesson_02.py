@@ -352,7 +352,7 @@ def _other_outcomes(results: Sequence) -> str:
         (len(c) * (float(result) - win), len(c) * tie)
         for result, (win, tie, _), (c, _) in zip(results, shares, PAIR_ACCURACY.cases, strict=True)
     ]
-    if all(abs(n - round(n)) < 1e-4 and 0 <= round(n) <= of for n, of in ties):
+    if all(-1e-4 < n < of + 1e-4 and abs(n - round(n)) < 1e-4 for n, of in ties):
         return SAY.whole_ties
     return miscounted(_OUTCOMES, shares, results)
 
