@@ -244,7 +244,7 @@ def easier(
         for value, change in _easy(cases[0][i]):
             told = (lambda x: len(x.unique()) > 1) if _is_float(cases[0][i]) else torch.any
             if right_on([_with(case, (i,), change) for case in cases], told):
-                return f"it is right where {name} is {value}. Look at what you do with {name} else."
+                return f"it is right where {name} is {value}. Look at what else you do with {name}."
     return ""
 
 

@@ -100,7 +100,7 @@ gamma_of_0: it is right unless γ is 0; then nothing counts but the token's own 
 td_error: the TD error is taken as {}, not as r + γV' - V, where V' is the next token's value. It
     is the reward and what can still be expected, at the price γ, less what was expected.
 weights: a TD error l steps ahead is weighed with {}, not with (γλ) to the power l. γ is the price
-    of time, and λ says how far ahead the critic is not trusted.
+    of time, and λ says how far ahead to look.
 returns: the returns are {}, not A + V. An advantage is a return less the value at its own token:
     the critic's target adds that, and smooths by λ as the advantage does.
 pair_swapped: the pair is swapped: the advantages come first, then the returns.
