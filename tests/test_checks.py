@@ -26,6 +26,9 @@ from rlhf_helpers.checks import (
 )
 from rlhf_helpers.checks.exercise import UNKNOWN, same
 
+RIGHT_AT_0 = "it is right where lora_A is 0 throughout"
+FEW_BITS = "it is right in short rows only"
+
 EXERCISES = (
     lesson_01.MASK_PROMPT,
     lesson_01.LORA_FORWARD,
@@ -468,23 +471,23 @@ def b_detached(x, weight, lora_A, lora_B, alpha):
 
 
 LORA_MISTAKES = {
-    partial(scaled_by, lambda r, alpha: 3): "the scale is that of the example",
-    partial(scaled_by, lambda r, alpha: alpha / 2): "the scale is that of the example",
-    partial(scaled_by, lambda r, alpha: 6 / r): "the scale is that of the example",
+    partial(scaled_by, lambda r, alpha: 3): "the update is scaled by",
+    partial(scaled_by, lambda r, alpha: alpha / 2): "the update is scaled by",
+    partial(scaled_by, lambda r, alpha: 6 / r): "the update is scaled by",
     lambda x, weight, lora_A, lora_B, alpha: lora(
         x, weight, lora_A, lora_B, alpha // len(lora_A)
-    ): ("α/r is rounded down to a whole number."),
-    no_scale: "the update is not scaled.",
+    ): ("the update is scaled by α//r"),
+    no_scale: "the update is scaled by 1",
     alpha_alone: "the update is scaled by α, not by α/r.",
-    upside_down: "the scale is upside down",
-    by_root_of_rank: "the update is scaled by α/√r.",
-    no_alpha: "the update is divided by r, but α is missing",
-    times_rank: "the update is multiplied by r.",
-    rank_is_in: "α is divided by a width of the layer.",
-    rank_is_out: "α is divided by a width of the layer.",
-    update_only: "only the update is returned.",
-    layer_only: "only the frozen layer is returned",
-    sum_scaled: "the whole sum is scaled",
+    upside_down: "the update is scaled by r/α",
+    by_root_of_rank: "the update is scaled by α/√r",
+    no_alpha: "the update is scaled by 1/r",
+    times_rank: "the update is scaled by α·r",
+    rank_is_in: "the update is scaled by α",
+    rank_is_out: "the update is scaled by α",
+    update_only: "all is right up to one thing: weight is used as 0",
+    layer_only: "all is right up to one thing: lora_A is used as 0",
+    sum_scaled: "the frozen layer is scaled, too or alone",
     a_reshaped: "a matrix has the shape of its transpose, but not its entries.",
     b_reshaped: "a matrix has the shape of its transpose, but not its entries.",
     weight_reshaped: "a matrix has the shape of its transpose, but not its entries.",
@@ -497,12 +500,12 @@ LORA_MISTAKES = {
     x_detached: "the values are right, but not the gradients: that of x",
     x_detached_before: "the values are right, but not the gradients: that of x",
     frozen_without_grad: "the values are right, but not the gradients: that of x",
-    rank_is_smaller_size: "α is divided by a width of the layer.",
-    rank_of_a: "α is divided by the rank that A happens to have",
-    scale_rounded: "α/r is rounded. ",
-    scale_rounded_to_a_whole_number: "α/r is rounded. ",
-    partial(update_in, torch.float16): UNKNOWN,
-    partial(update_in, torch.bfloat16): UNKNOWN,
+    rank_is_smaller_size: "the update is scaled by α",
+    rank_of_a: "the update is scaled by α over the rank that A has as a matrix",
+    scale_rounded: "the update is scaled by α/r rounded to a few digits",
+    scale_rounded_to_a_whole_number: "the update is scaled by α/r rounded to a few digits",
+    partial(update_in, torch.float16): RIGHT_AT_0,
+    partial(update_in, torch.bfloat16): RIGHT_AT_0,
 }
 
 
@@ -565,17 +568,32 @@ def last_only(shapes, rank):
     return total
 
 
-SQUARE = "every layer is taken to be square"
+SQUARE = "2r ·"
 PARAMETER_MISTAKES = [
-    ("the rank is multiplied twice", lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes)),
-    ("the brackets are missing", lambda shapes, rank: sum(rank * i + o for o, i in shapes)),
-    ("the brackets are missing", lambda shapes, rank: sum(i + rank * o for o, i in shapes)),
-    ("only A is counted.", lambda shapes, rank: sum(rank * s[1] for s in shapes)),
-    ("only B is counted.", lambda shapes, rank: sum(s[0] * rank for s in shapes)),
-    ("the two widths are multiplied.", lambda shapes, rank: rank * sum(map(math.prod, shapes))),
-    ("these are the frozen weights W.", lambda shapes, rank: sum(map(math.prod, shapes))),
     (
-        "the frozen weights W are counted with A and B.",
+        "r²(in + out) stands for the entries of a layer's A and B",
+        lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes),
+    ),
+    ("r · in + out", lambda shapes, rank: sum(rank * i + o for o, i in shapes)),
+    ("r · out + in", lambda shapes, rank: sum(i + rank * o for o, i in shapes)),
+    (
+        "r · in stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(rank * s[1] for s in shapes),
+    ),
+    (
+        "r · out stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(s[0] * rank for s in shapes),
+    ),
+    (
+        "r · in · out stands for the entries of a layer's A and B",
+        lambda shapes, rank: rank * sum(map(math.prod, shapes)),
+    ),
+    (
+        "in · out stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(map(math.prod, shapes)),
+    ),
+    (
+        "in · out + r(in + out)",
         lambda shapes, rank: sum(math.prod(s) + rank * sum(s) for s in shapes),
     ),
     ("only the first layer is counted.", first_only),
@@ -585,14 +603,17 @@ PARAMETER_MISTAKES = [
         lambda shapes, rank: sum(rank * sum(s) for s in dict.fromkeys(shapes)),
     ),
     (
-        "A and B are counted with a bias each.",
+        "r(in + out) + r + out",
         lambda shapes, rank: sum(rank * (i + 1) + o * (rank + 1) for o, i in shapes),
     ),
     (
-        "a bias for each layer is counted.",
+        "r(in + out) + out stands for the entries of a layer's A and B",
         lambda shapes, rank: sum(rank * i + o * (rank + 1) for o, i in shapes),
     ),
-    ("the rank is missing.", lambda shapes, rank: sum(map(sum, shapes))),
+    (
+        "in + out stands for the entries of a layer's A and B",
+        lambda shapes, rank: sum(map(sum, shapes)),
+    ),
     (SQUARE, lambda shapes, rank: sum(2 * rank * i for o, i in shapes)),
     (SQUARE, lambda shapes, rank: sum(2 * rank * o for o, i in shapes)),
     (
@@ -659,68 +680,68 @@ def up(a, b):
 ROUNDING = "the total is right only where everything divides evenly."
 BYTE_MISTAKES = [
     (
-        "the two block sizes have changed places",
+        "the blocks have other sizes than here, or theirs have changed places",
         lambda n, double: (
             up(n, 2) + (up(n, 256) + 4 * up(up(n, 256), 64) if double else 4 * up(n, 256))
         ),
     ),
     (
-        "8 times too many: these are bits",
+        "8 times too many: these are bits, not bytes",
         lambda n, double: (
             4 * n + (8 * up(n, 64) + 32 * up(up(n, 64), 256) if double else 32 * up(n, 64))
         ),
     ),
     (
-        "under double quantization the scales are counted twice",
+        "it counts otherwise than the exercise",
         lambda n, double: (
             up(n, 2) + 4 * up(n, 64) + (up(n, 64) + 4 * up(up(n, 64), 256) if double else 0)
         ),
     ),
-    ("the scales are missing.", lambda n, double: up(n, 2)),
+    ("it counts otherwise than the exercise", lambda n, double: up(n, 2)),
     (
-        "8 times too many: these are bits",
+        "it counts otherwise than the exercise: bits of a code: 32, not 4",
         lambda n, double: (
             8 * up(n, 2) + (8 * up(n, 64) + 32 * up(up(n, 64), 256) if double else 32 * up(n, 64))
         ),
     ),
     (
-        "the codes take 8 times too much",
+        "the codes take too much",
         lambda n, double: 4 * n + (up(n, 64) + 4 * up(up(n, 64), 256) if double else 4 * up(n, 64)),
     ),
     (
-        "the codes are in bytes, but what the scales add is in bits",
+        "it counts otherwise than the exercise",
         lambda n, double: (
             up(n, 2) + (8 * up(n, 64) + 32 * up(up(n, 64), 256) if double else 32 * up(n, 64))
         ),
     ),
     (
-        "double_quant changes nothing: the scales always count as float32.",
+        "it counts otherwise than the exercise",
         lambda n, double: up(n, 2) + 4 * up(n, 64),
     ),
     (
-        "double_quant changes nothing: the scales always count as quantized.",
+        "it counts otherwise than the exercise",
         lambda n, double: up(n, 2) + up(n, 64) + 4 * up(up(n, 64), 256),
     ),
     (
-        "double_quant is taken the wrong way round",
+        "it counts otherwise than the exercise",
         lambda n, double: (
             up(n, 2) + (4 * up(n, 64) if double else up(n, 64) + 4 * up(up(n, 64), 256))
         ),
     ),
     (
-        "under double quantization the second level is missing.",
+        "it counts otherwise than the exercise",
         lambda n, double: up(n, 2) + (1 if double else 4) * up(n, 64),
     ),
     (
-        "there are too many float32 constants",
+        "the float32 constants are not counted from the scales",
         lambda n, double: up(n, 2) + (up(n, 64) + 4 * up(n, 256) if double else 4 * up(n, 64)),
     ),
     (
-        "the codes take twice too much, a byte per weight.",
+        "the codes take too much",
         lambda n, double: n + (up(n, 64) + 4 * up(up(n, 64), 256) if double else 4 * up(n, 64)),
     ),
     (
-        "a float32 counts as one byte.",
+        "it counts otherwise than the exercise",
         lambda n, double: up(n, 2) + up(n, 64) + (up(up(n, 64), 256) if double else 0),
     ),
     (ROUNDING, ceil_of_total),
@@ -728,15 +749,15 @@ BYTE_MISTAKES = [
     (ROUNDING, floors),
     (ROUNDING, codes_floored),
     (
-        "a constant counts as one byte.",
+        "it counts otherwise than the exercise",
         lambda n, double: up(n, 2) + (up(n, 64) + up(up(n, 64), 256) if double else 4 * up(n, 64)),
     ),
     (
-        "under double quantization the scales keep their 4 bytes",
+        "it counts otherwise than the exercise",
         lambda n, double: up(n, 2) + 4 * up(n, 64) + (4 * up(up(n, 64), 256) if double else 0),
     ),
     (
-        "a tensor of one block lacks its constant.",
+        "it is right where double_quant is False",
         lambda n, double: bytes_by_loop(n, double) - (4 if double and n <= 64 else 0),
     ),
     (UNKNOWN, lambda n, double: bytes_by_loop(n, double) - (n % 2 if n < 64 else 0)),
@@ -862,12 +883,12 @@ def loss_without_grad(chosen, rejected):
 OVERFLOW = "it is not finite at a gap of -200."
 CAPPED = "it is right for moderate gaps, but capped"
 EXPONENTIATED = "each reward is exponentiated by itself"
-APART = "each reward goes through σ by itself."
-NO_LOG = "there is a σ but no logarithm."
-SQUARED = "a square stands where the logarithm belongs."
+APART = "the loss is one with a σ for each reward by itself, not for their difference"
+NO_LOG = "the loss of a pair is taken as a σ without its logarithm"
+SQUARED = "the loss of a pair is taken as a square"
 EARLY = "it is right at small and at huge gaps, but it goes over"
 NAN_HIDDEN = "the values are right, but a reward that is NaN is passed over"
-SWAPPED_LOSS = "the two rewards are swapped: the loss falls"
+SWAPPED_LOSS = "the loss is that of swapped rewards"
 AT_A_TIE = "the values are right, but not the slope at a tie"
 LOSS_MISTAKES = [
     (AT_A_TIE, lambda c, r: (F.relu(r - c) + torch.log1p(torch.exp(-(c - r).abs()))).mean()),
@@ -891,31 +912,73 @@ LOSS_MISTAKES = [
     (NAN_HIDDEN, lambda c, r: F.softplus((r - c).nan_to_num()).mean()),
     (NAN_HIDDEN, without_nan),
     (UNKNOWN, lambda c, r: F.softplus(r - c)[:8].mean()),
-    ("it is half of the loss.", lambda c, r: F.softplus(r - c).mean() / 2),
-    ("the sum is always divided by 2.", lambda c, r: F.softplus(r - c).sum() / 2),
-    ("the sum is always divided by 2.", lambda c, r: -torch.log(torch.sigmoid(c - r)).sum() / 2),
+    (
+        "all is right up to one thing: the result comes out times 0.5 everywhere",
+        lambda c, r: F.softplus(r - c).mean() / 2,
+    ),
+    (
+        "the loss is a sum divided by 2, as in the example, whatever the number of pairs",
+        lambda c, r: F.softplus(r - c).sum() / 2,
+    ),
+    (
+        "the loss is a sum divided by 2, as in the example, whatever the number of pairs",
+        lambda c, r: -torch.log(torch.sigmoid(c - r)).sum() / 2,
+    ),
     (EXPONENTIATED, by_exponentials),
     (EXPONENTIATED, by_log_of_exponentials),
     (SWAPPED_LOSS, lambda c, r: F.softplus(c - r).mean()),
     (SWAPPED_LOSS, lambda c, r: -torch.log(torch.sigmoid(r - c)).mean()),
-    ("it is the sum over the pairs", lambda c, r: F.softplus(r - c).sum()),
-    ("it is the sum over the pairs", lambda c, r: -torch.log(torch.sigmoid(c - r)).sum()),
-    ("the minus sign is missing.", lambda c, r: -F.softplus(r - c).mean()),
-    ("the minus sign is missing.", lambda c, r: torch.log(torch.sigmoid(c - r)).mean()),
-    ("two signs are wrong", lambda c, r: F.logsigmoid(r - c).mean()),
-    ("two signs are wrong", lambda c, r: torch.log(torch.sigmoid(r - c)).mean()),
-    ("the gaps are averaged before", lambda c, r: F.softplus(r.mean() - c.mean())),
+    (
+        "the loss is a sum over the pairs, which grows with the batch",
+        lambda c, r: F.softplus(r - c).sum(),
+    ),
+    (
+        "the loss is a sum over the pairs, which grows with the batch",
+        lambda c, r: -torch.log(torch.sigmoid(c - r)).sum(),
+    ),
+    ("the loss is a mean whose minus sign is missing", lambda c, r: -F.softplus(r - c).mean()),
+    (
+        "the loss is a mean whose minus sign is missing",
+        lambda c, r: torch.log(torch.sigmoid(c - r)).mean(),
+    ),
+    (
+        "the loss is one with two signs wrong, that of the gap and that of the loss",
+        lambda c, r: F.logsigmoid(r - c).mean(),
+    ),
+    (
+        "the loss is one with two signs wrong, that of the gap and that of the loss",
+        lambda c, r: torch.log(torch.sigmoid(r - c)).mean(),
+    ),
+    (
+        "the loss is that of the gaps averaged, with the logarithm taken last",
+        lambda c, r: F.softplus(r.mean() - c.mean()),
+    ),
     (APART, labels_for_each),
     (APART, logs_subtracted),
     (APART, lambda c, r: F.softplus(-c).mean()),
-    ("it is in bits", lambda c, r: F.softplus(r - c).mean() / torch.tensor(2.0).log()),
-    ("it is in bits", lambda c, r: torch.logaddexp2(torch.zeros(1), (r - c) / math.log(2)).mean()),
-    ("every chosen response is compared", lambda c, r: F.softplus(r[:, None] - c[None]).mean()),
+    (
+        "all is right up to one thing: the result comes out times 1.443",
+        lambda c, r: F.softplus(r - c).mean() / torch.tensor(2.0).log(),
+    ),
+    (
+        "all is right up to one thing: the result comes out times 1.443",
+        lambda c, r: torch.logaddexp2(torch.zeros(1), (r - c) / math.log(2)).mean(),
+    ),
+    ("the loss is a mean over every chosen", lambda c, r: F.softplus(r[:, None] - c[None]).mean()),
     (NO_LOG, lambda c, r: -torch.sigmoid(c - r).mean()),
     (NO_LOG, lambda c, r: (1 - torch.sigmoid(c - r)).mean()),
-    ("it is the mean gap, without σ", lambda c, r: -(c - r).mean()),
-    ("it is a hinge", lambda c, r: torch.clamp(1 - c + r, min=0).mean()),
-    ("it is a hinge", lambda c, r: F.margin_ranking_loss(c, r, torch.ones_like(c), margin=1)),
+    (
+        "the loss of a pair is taken as the gap without σ and logarithm",
+        lambda c, r: -(c - r).mean(),
+    ),
+    (
+        "the loss of a pair is taken as a hinge, which asks for a margin of 1",
+        lambda c, r: torch.clamp(1 - c + r, min=0).mean(),
+    ),
+    (
+        "the loss of a pair is taken as a hinge, which asks for a margin of 1",
+        lambda c, r: F.margin_ranking_loss(c, r, torch.ones_like(c), margin=1),
+    ),
     (SQUARED, lambda c, r: F.mse_loss(c, r)),
     (SQUARED, lambda c, r: F.mse_loss(c - r, torch.ones_like(c))),
     (SQUARED, lambda c, r: ((1 - torch.sigmoid(c - r)) ** 2).mean()),
@@ -1040,28 +1103,34 @@ def last_in(dtype, mask):
 
 INT32_COLUMN = "the values are right, but the result is torch.int32"
 FLOAT_COLUMN = "the values are right, but the result is torch.float"
-BEFORE_PADDING = "it is the column before the first padding. A row with none"
+BEFORE_PADDING = "it is the column before the first padding"
 TOKEN_MISTAKES = [
     (INT32_COLUMN, lambda mask: last_by_loops(mask).int()),
-    ("the real tokens are counted, less one.", lambda mask: mask.cumsum(1)[:, -1] - 1),
+    ("it is the number of real tokens less one", lambda mask: mask.cumsum(1)[:, -1] - 1),
     ("it is the number of real tokens", lambda mask: torch.count_nonzero(mask, dim=1)),
     ("it is always the last column.", lambda mask: torch.tensor([mask.size(1) - 1] * len(mask))),
     ("it is the first real token.", lambda mask: torch.argmax(mask, dim=1)),
     (BEFORE_PADDING, first_padding),
     (BEFORE_PADDING, lambda mask: mask.argmin(-1) - 1),
     (
-        "it is the column before the first padding, with -1 wrapped round",
+        "it is the column before the first padding, -1 made the last one",
         lambda mask: (torch.eq(mask, 0).int().argmax(-1) - 1) % mask.shape[-1],
     ),
-    ("the columns are counted from the right", lambda mask: torch.fliplr(mask).argmax(1)),
-    ("the columns are counted from the end", lambda mask: -1 - mask.flip(-1).argmax(-1)),
+    (
+        "it is the amount of padding behind the last real token",
+        lambda mask: torch.fliplr(mask).argmax(1),
+    ),
+    (
+        "it is counted from the end, as a negative number",
+        lambda mask: -1 - mask.flip(-1).argmax(-1),
+    ),
     ("it is one column too far", lambda mask: mask.argmax(-1) + mask.sum(-1)),
     ("it is one column too early", last_but_one),
-    ("the columns are counted through the whole batch", through_the_batch),
+    ("it is counted through the whole batch", through_the_batch),
     (FLOAT_COLUMN, lambda mask: torch.stack([row.nonzero().max() for row in mask]).double()),
     (FLOAT_COLUMN, lambda mask: (mask * torch.arange(float(mask.shape[1]))).max(1).values),
-    (UNKNOWN, partial(last_in, torch.bfloat16)),
-    (UNKNOWN, partial(last_in, torch.float16)),
+    (FEW_BITS, partial(last_in, torch.bfloat16)),
+    (FEW_BITS, partial(last_in, torch.float16)),
     (UNKNOWN, partial(last_in, torch.int8)),
 ]
 TOKEN_RIGHT = [
@@ -1093,19 +1162,19 @@ def decided_only(chosen, rejected):
     return right / max(right + wrong, 1)
 
 
-SATURATED = "each reward went through a function that saturates"
-CROSSED = "every chosen response is compared"
-NEARLY = "rewards that are nearly equal count as ties."
-AGAINST_ZERO = "the rewards are compared with 0"
+SATURATED = "it is a share of rewards that a function made equal far from 0"
+CROSSED = "it is a share of all chosen with all rejected ones"
+NEARLY = "it is a share with rewards that are nearly equal taken for ties"
+AGAINST_ZERO = "it is a comparison with 0, which means nothing for a reward"
 NO_SHARE = "it is a number of pairs"
-PERCENTAGE = "it is a percentage."
+PERCENTAGE = "it counts otherwise than the exercise: a win: 100, not 1"
 SWAPPED_PAIRS = "the two rewards are swapped: this is the share"
-DROPPED_TIES = "ties are left out of the denominator too."
+DROPPED_TIES = "it is the share among the pairs without a tie"
 ACCURACY_MISTAKES = [
     ("ties count as wrong.", lambda c, r: (c > r).float().mean()),
     ("ties count as right.", lambda c, r: (c - r >= 0).float().mean().item()),
     (
-        "a tie counts one and a half.",
+        "it counts otherwise than the exercise",
         lambda c, r: ((c >= r).float() + 0.5 * (c == r).float()).mean(),
     ),
     (SWAPPED_PAIRS, lambda c, r: ((c < r).float() + 0.5 * (c == r).float()).mean()),
@@ -1121,10 +1190,13 @@ ACCURACY_MISTAKES = [
     (DROPPED_TIES, lambda c, r: (c > r).sum() / (c != r).sum()),
     (DROPPED_TIES, lambda c, r: (c > r)[c != r].float().mean().item()),
     (DROPPED_TIES, lambda c, r: (c > r)[c != r].float().mean().nan_to_num(0.5)),
-    ("it is the mean gap. Accuracy", lambda c, r: c.mean() - r.mean()),
-    ("it is the mean sign of the gap", lambda c, r: torch.sign(c - r).mean().item()),
+    (
+        "it is the mean gap. Asked for is the share of all pairs, tie",
+        lambda c, r: c.mean() - r.mean(),
+    ),
+    ("it counts otherwise than the exercise", lambda c, r: torch.sign(c - r).mean().item()),
     ("it is the mean probability", lambda c, r: (1 / (1 + torch.exp(r - c))).mean()),
-    ("the two means are compared", lambda c, r: 1.0 if c.sum() > r.sum() else 0.0),
+    ("it is a comparison of the two means", lambda c, r: 1.0 if c.sum() > r.sum() else 0.0),
     (NEARLY, lambda c, r: ((c > r) + 0.5 * (torch.abs(c - r) < 1e-5)).mean()),
     (NEARLY, lambda c, r: torch.where(c.isclose(r), 0.5, (c > r).float()).mean()),
     (NEARLY, lambda c, r: ranked((c - r).round(decimals=6), torch.zeros_like(c))),
@@ -1156,7 +1228,44 @@ ACCURACY_RIGHT = [
     lambda c, r: torch.where(c == r, 0.5, (c > r).double()).mean(),
 ]
 
+NO_MEAN = "it is a median, a maximum"
+SHORT_PARAMETER_SUMS = {
+    "every layer is taken to have": lambda shapes, rank: len(shapes) * rank * sum(shapes[0]),
+    "the sum over the layers is multiplied": lambda shapes, rank: (
+        len(shapes) * parameters(shapes, rank)
+    ),
+    "all inputs are multiplied": lambda shapes, rank: (
+        rank * math.prod(sum(s) for s in zip(*shapes, strict=True))
+    ),
+}
+
+
+def parameters(shapes, rank):
+    return sum(rank * (o + i) for o, i in shapes)
+
+
+def default_alpha(x, weight, lora_A, lora_B, alpha):
+    return x @ weight.T + 16 / len(lora_A) * (x @ lora_A.T @ lora_B.T)
+
+
+def seeded_coin(chosen, rejected):
+    coin = torch.rand(len(chosen), generator=torch.Generator().manual_seed(0)) < 0.5
+    return ((chosen > rejected) | ((chosen == rejected) & coin)).float().mean()
+
+
+def average_bytes(n, double=True):
+    return math.ceil(n * (4.127 if double else 4.5) / 8)
+
+
 MISTAKES = [
+    *(("lora_parameters", answer, message) for message, answer in SHORT_PARAMETER_SUMS.items()),
+    ("nf4_bytes", average_bytes, "it is the average of a large tensor"),
+    ("pairwise_loss", lambda c, r: F.softplus(r - c).median(), NO_MEAN),
+    ("pairwise_loss", lambda c, r: F.softplus(r - c).max(), NO_MEAN),
+    ("pairwise_loss", lambda c, r: F.softplus((r - c) / 10).mean(), "all is right up to one thing"),
+    ("pair_accuracy", lambda c, r: (0.5 + (c - r).sign() / 2).median(), NO_MEAN),
+    ("pair_accuracy", seeded_coin, "some ties count 1 and the others 0"),
+    ("lora_forward", default_alpha, "the update is scaled by 16/r"),
     *(("mask_prompt", answer, message) for answer, message in MASK_MISTAKES.items()),
     *(("lora_forward", answer, message) for answer, message in LORA_MISTAKES.items()),
     *(("lora_parameters", answer, message) for message, answer in PARAMETER_MISTAKES),

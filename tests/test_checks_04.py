@@ -16,10 +16,11 @@ from rlhf_helpers.roles import Roles
 
 EXERCISES = (lesson_04.TRAIN_STEP, lesson_04.SHAPE_REWARDS, lesson_04.PREDICT_BYTES)
 NAMES = [exercise.name for exercise in EXERCISES]
-OTHER_MESSAGES = shared.messages_of(lesson_04.SHAPE_REWARDS) | shared.messages_of(
-    lesson_04.PREDICT_BYTES
-)
-STEP_MESSAGES = [m for m in vars(lesson_04.SAY).values() if m not in OTHER_MESSAGES]
+BYTES_MESSAGES = {message for _, message in lesson_04._BYTES_MISTAKES}
+OTHER_MESSAGES = shared.messages_of(lesson_04.SHAPE_REWARDS) | BYTES_MESSAGES
+STEP_MESSAGES = [
+    m for m in vars(lesson_04.SAY).values() if m not in OTHER_MESSAGES and "{}" not in m
+]
 
 
 def test_doctests():
@@ -337,7 +338,7 @@ STEP_MISTAKES = [
     ("the second backward pass runs through the first role's graph once more", retained_total),
     ("it holds for a policy and a value model, but not", names_written_in),
     ("it holds for a policy and a value model, but not", unpacked),
-    ("the optimizer of policy takes no step. Gradients are there", made_anew),
+    ("the optimizer of policy, the one that was handed over, takes no step", made_anew),
     ("the optimizer of value steps for both roles", one_for_both),
     ("the loss of policy is followed by a step of value", by_order),
     ("the loss of policy is followed by a step of value", by_order_of_names),
@@ -358,8 +359,8 @@ STEP_MISTAKES = [
     ("the loss of policy gets no backward pass.", without_backward),
     ("the loss of policy gets no backward pass.", backward_of_the_last),
     ("there are two backward passes through policy", backward_twice),
-    ("the optimizer of policy takes no step.", without_step),
-    ("the optimizer of policy takes no step.", one_steps),
+    ("the optimizer of policy, the one that was handed over, takes no step", without_step),
+    ("the optimizer of policy, the one that was handed over, takes no step", one_steps),
     ("the optimizer of policy steps more than once", all_step_each_time),
     ("policy steps before its backward pass.", steps_first),
     ("the gradients of policy are cleared between", cleared_between),
@@ -371,7 +372,7 @@ STEP_MISTAKES = [
     ("it is the model's zero_grad.", model_cleared),
     ("the gradient of the head of value is not cleared", head_forgotten),
     *(
-        ("the weights after three steps are not those", answer)
+        ("the loss of policy is changed before its backward pass: its slope arrives times", answer)
         for answer in (
             changed(lambda loss: loss / 2),
             changed(lambda loss: loss.abs()),
@@ -603,9 +604,12 @@ REWARD_MISTAKES = [
     ("the penalty is paid out.", swapped_and_unmasked),
     ("the score stands at every token.", tokenwise(place=lambda n, length: range(n))),
     ("the score stands at every token.", everywhere_by_broadcasting),
-    ("the score stands in the last column.", tokenwise(place=lambda n, length: [-1])),
     (
-        "the score stands in the last column.",
+        "the score stands in the last column, be it padding or not",
+        tokenwise(place=lambda n, length: [-1]),
+    ),
+    (
+        "the score stands in the last column, be it padding or not",
         tokenwise(place=lambda n, length: [length - 1], replaced=True),
     ),
     ("the score stands one column too late", tokenwise(place=lambda n, L: [min(n, L - 1)])),
@@ -619,16 +623,28 @@ REWARD_MISTAKES = [
     ("the score stands one token too early.", tokenwise(place=lambda n, L: [n - 2])),
     ("padding is charged.", tokenwise(real=lambda n, length: length)),
     ("the mask is not used", all_unmasked),
-    ("the penalty is not multiplied by β", tokenwise(price=lambda beta: 1)),
-    ("the penalty takes probabilities.", tokenwise(lambda new, ref: new.exp() - ref.exp())),
-    ("the penalty takes probabilities.", tokenwise(lambda new, ref: new.exp() * (new - ref))),
-    ("the penalty takes the ratio", tokenwise(lambda new, ref: new.exp() / ref.exp())),
+    (
+        "all is right up to one thing: beta is used as 1, whatever it is",
+        tokenwise(price=lambda beta: 1),
+    ),
+    (
+        "the log-ratio is taken as a difference of probabilities, not of logarithms",
+        tokenwise(lambda new, ref: new.exp() - ref.exp()),
+    ),
+    (
+        "the log-ratio is taken weighed with a probability, which the sampling has done already",
+        tokenwise(lambda new, ref: new.exp() * (new - ref)),
+    ),
+    (
+        "the log-ratio is taken as the ratio of the probabilities, without a logarithm",
+        tokenwise(lambda new, ref: new.exp() / ref.exp()),
+    ),
     ("every token pays the mean", charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None])),
     ("every token pays a mean over", charged(lambda x, mask: x.sum() / mask.sum())),
     ("every token pays a mean over", charged(lambda x, mask: x.mean())),
     *(
         (
-            "β is a number written into the function",
+            "all is right up to one thing: beta is used as 0.",
             lambda s, new, ref, mask, beta, b=b: right_rewards(s, new, ref, mask, b),
         )
         for b in (0.1, 0.05)
@@ -640,7 +656,7 @@ REWARD_MISTAKES = [
         ),
     ),
     (
-        "a response that fills its row gets no score",
+        "the score stands nowhere where a response fills its row, as if it had no end",
         tokenwise(place=lambda n, length: [n - 1] if n < length else []),
     ),
     ("every token pays the sum", charged(lambda x, mask: x.sum(1, keepdim=True))),
@@ -651,19 +667,31 @@ REWARD_MISTAKES = [
     ("the score is multiplied by β.", tokenwise(paid=lambda score, beta: beta * score)),
     ("the score is multiplied by β.", everything_times_beta),
     (
-        "β has changed sides",
+        "the score is multiplied by β, and the penalty is not",
         tokenwise(price=lambda beta: 1, paid=lambda score, beta: beta * score),
     ),
-    ("it is the absolute value", tokenwise(lambda new, ref: abs(new - ref))),
-    ("the log-ratio is squared.", tokenwise(lambda new, ref: (new - ref) ** 2 / 2)),
-    ("the log-ratio is squared.", tokenwise(lambda new, ref: (new - ref) ** 2)),
+    ("the log-ratio is taken without its sign", tokenwise(lambda new, ref: abs(new - ref))),
     (
-        "it is ρ - 1 - log ρ, the approx_kl of lesson 03",
+        "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05",
+        tokenwise(lambda new, ref: (new - ref) ** 2 / 2),
+    ),
+    (
+        "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05",
+        tokenwise(lambda new, ref: (new - ref) ** 2),
+    ),
+    (
+        "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3",
         tokenwise(lambda new, ref: (ref - new).exp() - 1 - (ref - new)),
     ),
-    ("at the last token the score replaces", tokenwise(replaced=True)),
-    ("there is no penalty at all", tokenwise(real=lambda n, length: 0)),
-    ("there is no score", tokenwise(place=lambda n, length: [])),
+    (
+        "the score is put in place of the penalty at the last token, not added to it",
+        tokenwise(replaced=True),
+    ),
+    (
+        "all is right up to one thing: beta is used as 0, whatever it is",
+        tokenwise(real=lambda n, length: 0),
+    ),
+    ("all is right up to one thing: scores is used as 0", tokenwise(place=lambda n, length: [])),
     ("the score stands at the first token.", tokenwise(place=lambda n, length: [0])),
     (
         "the score is divided",
@@ -671,10 +699,13 @@ REWARD_MISTAKES = [
             (scores[:, None] / mask.sum(1, keepdim=True) - beta * (new - ref)) * mask
         ),
     ),
-    ("the score goes to every row", every_row),
-    ("the score goes to every row", every_row_all_scores),
+    ("the score stands for every row at the last token of each", every_row),
+    ("the score stands for every row at the last token of each", every_row_all_scores),
     ("the score stands at the last token and at all padding", cumsum_alone),
-    ("the penalty is never below 0.", tokenwise(lambda new, ref: max(new - ref, 0))),
+    (
+        "the log-ratio is taken cut off at 0 where it is negative",
+        tokenwise(lambda new, ref: max(new - ref, 0)),
+    ),
     (
         "the score is divided by the number of tokens.",
         lambda scores, new, ref, mask, beta: right_rewards(
@@ -765,56 +796,140 @@ def roles_miscounted(number):
     return answer
 
 
-FROZEN_TRAINED = "the frozen roles are charged with more"
-HALF = "the adapters are counted with 2 bytes"
+FROZEN_TRAINED = "it counts otherwise than the exercise: bytes of a frozen role's parameter:"
+HALF = "it counts otherwise than the exercise: bytes of a"
 BYTES_MISTAKES = [
-    ("the brackets are missing", counted(adapter=lambda o, i, rank: rank * i + o)),
-    ("the brackets are missing", counted(adapter=lambda o, i, rank: rank * o + i)),
+    ("r · in + out", counted(adapter=lambda o, i, rank: rank * i + o)),
+    ("r · out + in", counted(adapter=lambda o, i, rank: rank * o + i)),
     (
-        "layers of equal shape are counted once",
+        "it is counted as if layers of equal shape are counted once",
         lambda shapes, *others: counted()(list(set(shapes)), *others),
     ),
-    ("bits are taken for bytes.", counted(weight=4.127)),
-    ("bits are taken for bytes.", counted(weight=4)),
-    ("bits are taken for bytes.", counted(weight=4.127, outside=16)),
-    ("bits are taken for bytes.", counted(unit=1 / 8)),
-    ("the linear layers of the base are not in NF4.", counted(weight=2)),
-    ("the linear layers of the base are not in NF4.", counted(weight=1)),
-    ("it is 4.5 bits for a weight", counted(weight=0.5 + 4 / 64)),
-    ("embeddings and all else are quantized too.", counted(outside=4.127 / 8)),
-    ("the weights outside of the linear layers are missing.", counted(outside=0)),
-    ("the weights outside of the linear layers are counted as float32.", counted(outside=4)),
-    ("every role has a base of its own.", counted(bases=len)),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 33",
+        counted(weight=4.127),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 32, not 4.127",
+        counted(weight=4),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 33",
+        counted(weight=4.127, outside=16),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 33",
+        counted(unit=1 / 8),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 16, not 4.127",
+        counted(weight=2),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 8, not 4.127",
+        counted(weight=1),
+    ),
+    (
+        "it counts otherwise than the exercise: bits of a weight in a linear layer: 4.5, not 4.127",
+        counted(weight=0.5 + 4 / 64),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a weight outside of those: 0.516, not 2",
+        counted(outside=4.127 / 8),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a weight outside of those: 0, not 2",
+        counted(outside=0),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a weight outside of those: 4, not 2",
+        counted(outside=4),
+    ),
+    ("it is counted as if every role has a base of its own", counted(bases=len)),
     (FROZEN_TRAINED, counted(resting=16)),
     (FROZEN_TRAINED, counted(resting=12)),
     (FROZEN_TRAINED, counted(resting=8)),
-    ("the optimizer is missing", counted(learning=8)),
-    ("a trained parameter is counted with 12 bytes.", counted(learning=12)),
-    ("trained roles cost no more", counted(learning=4)),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 8, not 16",
+        counted(learning=8),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 12, not 16",
+        counted(learning=12),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 4, not 16",
+        counted(learning=4),
+    ),
     (HALF, counted(learning=8, resting=2)),
     (HALF, counted(learning=12, resting=2)),
     (HALF, counted(learning=14, resting=2)),
     (HALF, counted(learning=16, resting=2)),
-    ("frozen roles cost nothing.", counted(resting=0)),
-    ("the adapters are left out", counted(roles=0)),
-    ("there is one adapter for all roles.", counted(roles=16)),
-    ("it always counts two trained roles", counted(roles=2 * 16 + 2 * 4)),
-    ("trained and frozen are exchanged.", counted(learning=4, resting=16)),
-    ("one of an adapter's two matrices", counted(adapter=lambda o, i, rank: rank * i)),
-    ("one of an adapter's two matrices", counted(adapter=lambda o, i, rank: rank * o)),
-    ("an adapter's two matrices are counted as equal.", counted(adapter=lambda o, i, r: r * 2 * o)),
-    ("an adapter's two matrices are counted as equal.", counted(adapter=lambda o, i, r: r * 2 * i)),
-    ("the rank is missing", counted(adapter=lambda o, i, rank: o + i)),
-    ("the rank is multiplied twice", counted(adapter=lambda o, i, rank: rank**2 * (o + i))),
-    ("an adapter has as many parameters", counted(adapter=lambda o, i, rank: o * i)),
-    ("an adapter has as many parameters", counted(adapter=lambda o, i, rank: o * i * rank)),
-    ("base or adapters are counted for one block.", counted(of_layers=lambda n: (n, 1))),
-    ("base or adapters are counted for one block.", counted(of_layers=lambda n: (1, n))),
-    ("base or adapters are counted for one block.", counted(of_layers=lambda n: (1, 1))),
-    ("it is not in bytes, but in MB or GB.", counted(unit=1e9)),
-    ("it is not in bytes, but in MB or GB.", counted(unit=1e6)),
-    ("it is not in bytes, but in MiB or GiB.", counted(unit=2**30)),
-    ("it is not in bytes, but in MiB or GiB.", counted(unit=2**20)),
+    (
+        "it counts otherwise than the exercise: bytes of a frozen role's parameter: 0, not 4",
+        counted(resting=0),
+    ),
+    ("it is counted as if the adapters are left out", counted(roles=0)),
+    (
+        "it is counted as if all roles have one adapter",
+        counted(roles=16),
+    ),
+    (
+        "it is counted as if there are always two trained roles and two frozen ones",
+        counted(roles=2 * 16 + 2 * 4),
+    ),
+    (
+        "it counts otherwise than the exercise: bytes of a trained parameter: 4, not 16",
+        counted(learning=4, resting=16),
+    ),
+    (
+        "r · in stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: rank * i),
+    ),
+    (
+        "r · out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: rank * o),
+    ),
+    (
+        "2r · out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, r: r * 2 * o),
+    ),
+    (
+        "2r · in stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, r: r * 2 * i),
+    ),
+    (
+        "in + out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: o + i),
+    ),
+    ("r²(in + out)", counted(adapter=lambda o, i, rank: rank**2 * (o + i))),
+    (
+        "in · out stands for the entries of a layer's A and B",
+        counted(adapter=lambda o, i, rank: o * i),
+    ),
+    ("r · in · out", counted(adapter=lambda o, i, rank: o * i * rank)),
+    (
+        "it is counted as if base or adapters are counted for one block",
+        counted(of_layers=lambda n: (n, 1)),
+    ),
+    (
+        "it is counted as if base or adapters are counted for one block",
+        counted(of_layers=lambda n: (1, n)),
+    ),
+    (
+        "it is counted as if base or adapters are counted for one block",
+        counted(of_layers=lambda n: (1, 1)),
+    ),
+    ("it is not in bytes, but in MB or GB; a GB is 10⁹ bytes", counted(unit=1e9)),
+    ("it is not in bytes, but in MB or GB; a GB is 10⁹ bytes", counted(unit=1e6)),
+    (
+        "it is not in bytes, but in MiB or GiB",
+        counted(unit=2**30),
+    ),
+    (
+        "it is not in bytes, but in MiB or GiB",
+        counted(unit=2**20),
+    ),
 ]
 ROLES_MISCOUNTED = [
     roles_miscounted(lambda trained, frozen: (trained, min(frozen, 2))),
@@ -846,7 +961,37 @@ BYTES_RIGHT = [
     lambda *arguments: round(counted()(*arguments)),
 ]
 
+
+def slowed(roles, losses, optimizers):
+    for role, loss_of in losses.items():
+        optimizers[role].param_groups[0]["lr"] *= 0.5
+        optimizers[role].zero_grad()
+        loss_of(roles.use(role)).backward()
+        optimizers[role].step()
+
+
+def less_their_mean(scores, logprobs, ref_logprobs, mask, beta):
+    rewards = -beta * (logprobs - ref_logprobs) * mask
+    rewards[torch.arange(len(rewards)), mask.sum(1) - 1] += scores - scores.mean()
+    return rewards
+
+
+def base_twice(shapes, layers, other, rank, trains):
+    weights = layers * sum(o * i for o, i in shapes)
+    adapters = (
+        sum(16 if on else 4 for on in trains.values()) * layers * rank * sum(map(sum, shapes))
+    )
+    return 2 * (4.127 / 8 * weights + 2 * other) + adapters
+
+
 MISTAKES = [
+    ("train_step", slowed, "the weights after three steps are not those"),
+    (
+        "shape_rewards",
+        less_their_mean,
+        "all is right up to one thing: scores is used less its mean",
+    ),
+    ("predict_bytes", base_twice, "it counts otherwise than the exercise: bits of a weight"),
     *(("train_step", answer, message) for message, answer in STEP_MISTAKES),
     *(("shape_rewards", answer, message) for message, answer in REWARD_MISTAKES),
     *(("predict_bytes", answer, message) for message, answer in BYTES_MISTAKES),
@@ -858,10 +1003,11 @@ RIGHT = [
 ]
 MESSAGES = {
     "train_step": {
-        message.format(role="policy", active="reward", other="value") for message in STEP_MESSAGES
+        message.format(role="policy", active="reward", other="value", factor="times -1")
+        for message in STEP_MESSAGES
     },
     "shape_rewards": shared.messages_of(lesson_04.SHAPE_REWARDS),
-    "predict_bytes": shared.messages_of(lesson_04.PREDICT_BYTES),
+    "predict_bytes": BYTES_MESSAGES,
 }
 
 
@@ -883,13 +1029,18 @@ def test_rewards_that_make_a_mistake_look_like_no_other():
 
 def test_bytes_that_make_a_mistake_look_like_no_other():
     """Two mistakes lie further apart than a prediction may be off and still be named."""
+
+    def near(results, of, tolerance):
+        made = (of(*case) for case in lesson_04._BYTES_CASES)
+        return all(lesson_04._near(x, y, tolerance) for x, y in zip(results, made, strict=True))
+
     mistakes = lesson_04._BYTES_MISTAKES
     for wrong, message in mistakes:
         results = [wrong(*case) for case in lesson_04._BYTES_CASES]
         assert lesson_04._nearest_mistake(results) == message
-        assert lesson_04._furthest_off(results, lesson_04.predict_bytes) > 0.06
+        assert not near(results, lesson_04.predict_bytes, 0.06)
         for other, another in mistakes:
-            assert another == message or lesson_04._furthest_off(results, other) > 0.04
+            assert another == message or not near(results, other, 0.04)
 
 
 @pytest.mark.parametrize("name", NAMES)

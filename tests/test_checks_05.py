@@ -75,9 +75,9 @@ def after(logits, tokens):
 
 
 SHIFTED = "the tokens are looked up one position off."
-PROBABILITIES = "these are probabilities; the logarithm is missing."
-RAW = "these are the raw logits of the tokens."
-WHOLE = "the whole vocabulary is added up"
+PROBABILITIES = "it is the probability, without the logarithm"
+RAW = "it is the raw logit, not normalised"
+WHOLE = "it is a sum or mean over the whole vocabulary"
 ONE_POLICY = "both results come from the same logits."
 WRONG_DIMENSION = "the softmax runs over the wrong dimension."
 NOT_FINITE = "it is not finite where two logits differ by 150."
@@ -125,13 +125,19 @@ SAMPLED_MISTAKES = [
     (SHIFTED, both(lambda z, tokens: right_lookup(z.roll(-1, dims=1), tokens))),
     (WHOLE, both(lambda z, _: F.log_softmax(z, -1).sum(-1))),
     (WHOLE, both(lambda z, _: F.log_softmax(z, -1).mean(2))),
-    ("the sampled tokens are not used", both(lambda z, _: -Categorical(logits=z).entropy())),
     (
-        "the sign is turned round",
+        "it is the entropy, or minus the entropy, which asks for no token",
+        both(lambda z, _: -Categorical(logits=z).entropy()),
+    ),
+    (
+        "it is the surprise -log p, which cross-entropy returns, with the sign turned round",
         both(lambda z, tokens: F.cross_entropy(z.transpose(1, 2), tokens, reduction="none")),
     ),
     (AS_PROBABILITIES, both(lambda z, t: Categorical(z, validate_args=False).log_prob(t))),
-    ("there are two softmaxes", both(from_table(lambda z: z.softmax(-1).log_softmax(-1)))),
+    (
+        "it is a softmax on top of another",
+        both(from_table(lambda z: z.softmax(-1).log_softmax(-1))),
+    ),
     (NOT_FINITE, both(from_table(lambda z: z.softmax(-1).log()))),
     (NOT_FINITE, both(from_table(lambda z: z - z.exp().sum(-1, keepdim=True).log()))),
     (NOT_FINITE, both(from_table(lambda z: (z.exp() / z.exp().sum(-1, keepdim=True)).log()))),
@@ -185,10 +191,10 @@ def torch_kl(curr, ref):
 
 
 REVERSED = "it is the other direction"
-TWICE = "probabilities are handed over as logits."
+TWICE = "all is right up to one thing: "
 LOOSE = {"validate_args": False}  # as where a package has switched validation off
-UNWEIGHTED = "each token of the vocabulary counts alike"
-ENTROPIES = "it is a difference of two entropies."
+UNWEIGHTED = "it is Σ (log p - log q)"
+ENTROPIES = "it is a difference of entropies, not Σ p (log p - log q)"
 FAR_APART = "it is right for moderate logits, but not where two of them differ by 40"
 EXACT_MISTAKES = [
     (FAR_APART, of_both(lambda p, q: (p * (p.log() - q.log())).sum(2))),
@@ -228,7 +234,10 @@ EXACT_MISTAKES = [
     (UNWEIGHTED, of_both(lambda p, q: (p / q).log().sum(-1))),
     (UNWEIGHTED, of_both(lambda p, q: (q / p).log().mean(-1))),
     (UNWEIGHTED, of_both(lambda p, q: (q / p).log().sum(-1))),
-    ("the weighted terms are averaged", of_both(lambda p, q: (p * (p / q).log()).mean(-1))),
+    (
+        "it is Σ p (log p - log q) divided by V, not Σ p (log p - log q)",
+        of_both(lambda p, q: (p * (p / q).log()).mean(-1)),
+    ),
     ("it is the cross-entropy", of_both(lambda p, q: -(p * q.log()).sum(-1))),
     (
         ENTROPIES,
@@ -238,13 +247,19 @@ EXACT_MISTAKES = [
         ENTROPIES,
         lambda curr, ref: Categorical(logits=curr).entropy() - Categorical(logits=ref).entropy(),
     ),
-    ("the sign is turned round.", of_both(lambda p, q: (p * (q / p).log()).sum(-1))),
-    ("the log-ratio is weighed with q", of_both(lambda p, q: (q * (p / q).log()).sum(-1))),
     (
-        "the logits themselves are subtracted.",
+        "all is right up to one thing: the result comes out times -1",
+        of_both(lambda p, q: (p * (q / p).log()).sum(-1)),
+    ),
+    (
+        "it is Σ q (log p - log q), not Σ p (log p - log q)",
+        of_both(lambda p, q: (q * (p / q).log()).sum(-1)),
+    ),
+    (
+        "logits are subtracted themselves, both or one of them",
         lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1),
     ),
-    ("probabilities are subtracted", of_both(lambda p, q: (p * (p - q)).sum(-1))),
+    ("it is Σ p (p - q)", of_both(lambda p, q: (p * (p - q)).sum(-1))),
 ]
 EXACT_RIGHT = [
     torch_kl,
@@ -298,17 +313,17 @@ def reduced(of):
 
 
 right_estimate = averaged()
-PADDING = "padding counts."
-SUMMED = "it is the sum over all tokens of the batch"
-PER_RESPONSE = "the tokens of a response are added up"
-ABSOLUTE = "an absolute value is taken."
-CUT = "what is negative is cut off at 0."
-SQUARED = "the log-ratio is squared."
-THIRD = "it is the estimate k3."
-RATIO = "it takes the ratio of the probabilities"
-OF_PROBABILITIES = "probabilities are subtracted"
-WEIGHTED = "each token is weighed with its probability."
-NO_REFERENCE = "the reference is missing."
+PADDING = "it is a mean in which padding counts"
+SUMMED = "it is the sum over all tokens"
+PER_RESPONSE = "it is the mean over the responses of the sum over their tokens"
+ABSOLUTE = "the log-ratio is taken without its sign"
+CUT = "the log-ratio is taken cut off at 0 where it is negative"
+SQUARED = "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05"
+THIRD = "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3"
+RATIO = "the log-ratio is taken as the ratio of the probabilities, without a logarithm"
+OF_PROBABILITIES = "the log-ratio is taken as a difference of probabilities"
+WEIGHTED = "the log-ratio is taken weighed with a probability, which the sampling has done already"
+NO_REFERENCE = "the log-ratio is taken without the reference"
 ESTIMATE_MISTAKES = [
     (
         "a real token on which both policies agree",
@@ -317,19 +332,22 @@ ESTIMATE_MISTAKES = [
     ("one of the two log-probabilities is masked", lambda c, r, m: (c - r * m).sum() / m.sum()),
     ("one of the two log-probabilities is masked", lambda c, r, m: (c * m - r).mean()),
     (
-        "the sums and the counts have different shapes",
+        "it is a sum of [B] over counts of [B, 1], each response by the length of each",
         lambda c, r, m: (((c - r) * m).sum(1) / m.sum(1, keepdim=True)).mean(),
     ),
     (
-        "integers in square brackets are",
+        "it is a mean of places that integers in square brackets pick",
         lambda c, r, m: torch.cat([(c - r)[b][m[b]] for b in range(len(m))]).mean(),
     ),
     ("the two are subtracted the wrong way round.", averaged(lambda curr, ref: ref - curr)),
     ("the two are subtracted the wrong way round.", lambda curr, ref, mask: (ref - curr).mean()),
     (PADDING, averaged(padding=True)),
     (PADDING, reduced(lambda x, mask: x.mean())),
-    ("padding is 0 in the sum", reduced(lambda x, mask: (x * mask).mean())),
-    ("padding is 0 in the sum", reduced(lambda x, mask: (x * mask).sum() / mask.numel())),
+    ("it is a mean whose denominator counts padding", reduced(lambda x, mask: (x * mask).mean())),
+    (
+        "it is a mean whose denominator counts padding",
+        reduced(lambda x, mask: (x * mask).sum() / mask.numel()),
+    ),
     (SUMMED, reduced(lambda x, mask: x[mask == 1].sum())),
     (SUMMED, reduced(lambda x, mask: x.sum())),
     (PER_RESPONSE, reduced(lambda x, mask: (x * mask).sum(1).mean())),
@@ -360,7 +378,7 @@ ESTIMATE_MISTAKES = [
     ),
     (NO_REFERENCE, averaged(lambda curr, ref: curr)),
     (NO_REFERENCE, averaged(lambda curr, ref: -curr)),
-    ("the log-probabilities are divided.", averaged(lambda curr, ref: curr / ref)),
+    ("the log-ratio is taken as a quotient of logarithms", averaged(lambda curr, ref: curr / ref)),
 ]
 ESTIMATE_RIGHT = [
     lambda c, r, m: torch.nanmean((c - r).masked_fill(m == 0, torch.nan)),
@@ -406,11 +424,14 @@ def in_one(of):
 
 right_final = charged()
 PAID_OUT = "the penalty is paid out."
-MEAN = "it is the mean of the log-ratio over a response"
-SAME = "all responses pay the same"
+MEAN = "a response pays for the mean over its tokens"
+SAME = "a response pays for a mean over the batch"
 FINAL_MISTAKES = [
     *(
-        ("β is a number written into", lambda s, c, r, m, beta, b=b: s - b * ((c - r) * m).sum(1))
+        (
+            "all is right up to one thing: beta is used as 0.",
+            lambda s, c, r, m, beta, b=b: s - b * ((c - r) * m).sum(1),
+        )
         for b in (0.1, 0.05, 0.2)
     ),
     (
@@ -418,7 +439,7 @@ FINAL_MISTAKES = [
         lambda s, c, r, m, beta: s - beta * (c - r * m).sum(1),
     ),
     (
-        "integers in square brackets are",
+        "it is a mean of places that integers in square brackets pick",
         lambda s, c, r, m, beta: torch.stack(
             [s[b] - beta * (c - r)[b, m[b]].sum() for b in range(len(m))]
         ),
@@ -426,8 +447,8 @@ FINAL_MISTAKES = [
     (PAID_OUT, charged(lambda curr, ref: ref - curr)),
     (PAID_OUT, charged(price=lambda reward, kl_div, beta: reward + beta * kl_div)),
     (PAID_OUT, in_one(lambda x, mask: -x.sum(1))),
-    ("padding is charged.", charged(padding=True)),
-    ("padding is charged.", in_one(lambda x, mask: x.sum(-1))),
+    ("a response pays for its padding too", charged(padding=True)),
+    ("a response pays for its padding too", in_one(lambda x, mask: x.sum(-1))),
     (MEAN, charged(total=torch.mean)),
     (MEAN, charged(padding=True, total=torch.mean)),
     (MEAN, in_one(lambda x, mask: (x * mask).mean(1))),
@@ -435,23 +456,35 @@ FINAL_MISTAKES = [
     (SAME, in_one(lambda x, mask: x[mask.bool()].mean())),
     (SAME, in_one(lambda x, mask: x.mean())),
     (SAME, in_one(lambda x, mask: (x * mask).mean())),
-    ("each response pays for the whole batch.", in_one(lambda x, mask: (x * mask).sum())),
+    ("a response pays for the sum over the batch", in_one(lambda x, mask: (x * mask).sum())),
     (
-        "the reward is multiplied by β too.",
+        "the final reward is β (R - KL)",
         charged(price=lambda reward, kl_div, beta: beta * (reward - kl_div)),
     ),
-    ("β has changed sides", charged(price=lambda reward, kl_div, beta: beta * reward - kl_div)),
     (
-        "β multiplies one of the two",
+        "the final reward is β R - KL",
+        charged(price=lambda reward, kl_div, beta: beta * reward - kl_div),
+    ),
+    (
+        "the final reward is R less a difference of which β multiplies one half",
         lambda rewards, curr, ref, mask, beta: rewards - ((beta * curr - ref) * mask).sum(1),
     ),
     (
-        "β multiplies one of the two",
+        "the final reward is R less a difference of which β multiplies one half",
         lambda rewards, curr, ref, mask, beta: rewards - ((curr - beta * ref) * mask).sum(1),
     ),
-    ("the KL is not multiplied by β", charged(price=lambda reward, kl_div, beta: reward - kl_div)),
-    ("there is no penalty at all", charged(price=lambda reward, kl_div, beta: reward)),
-    ("there is no reward", charged(price=lambda reward, kl_div, beta: -beta * kl_div)),
+    (
+        "all is right up to one thing: beta is used as 1, whatever it is",
+        charged(price=lambda reward, kl_div, beta: reward - kl_div),
+    ),
+    (
+        "all is right up to one thing: beta is used as 0, whatever it is",
+        charged(price=lambda reward, kl_div, beta: reward),
+    ),
+    (
+        "all is right up to one thing: rewards_model is used as 0",
+        charged(price=lambda reward, kl_div, beta: -beta * kl_div),
+    ),
     (OF_PROBABILITIES, charged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, charged(lambda curr, ref: curr.exp() * (curr - ref))),
     (RATIO, charged(lambda curr, ref: curr.exp() / ref.exp())),
@@ -465,16 +498,19 @@ FINAL_MISTAKES = [
     (SQUARED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div**2)),
     (THIRD, charged(lambda curr, ref: torch.expm1(ref - curr) - (ref - curr))),
     (
-        "the reward is multiplied by 1 − β.",
+        "the final reward is (1 - β) R - β KL",
         charged(price=lambda reward, kl_div, beta: (1 - beta) * reward - beta * kl_div),
     ),
     (
-        "the reward is counted once for every token.",
+        "the final reward is a sum in which R stands once for each token",
         lambda rewards, curr, ref, mask, beta: (
             (rewards[:, None] - beta * (curr - ref)) * mask
         ).sum(1),
     ),
-    ("only the last token pays.", charged(lambda curr, ref: (curr - ref)[-1:])),
+    (
+        "a response pays for the log-ratio of its last token",
+        charged(lambda curr, ref: (curr - ref)[-1:]),
+    ),
     (NO_REFERENCE, charged(lambda curr, ref: curr)),
 ]
 
@@ -501,7 +537,41 @@ FINAL_RIGHT = [
     final_in_float64,
 ]
 
+NO_MEAN = "it is a median, a maximum"
+
+
+def wrong_softmax(curr, ref):
+    p, q = (logits.log_softmax(1) for logits in (curr, ref))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def integers_guarded(curr, ref, mask):
+    x = curr - ref
+    return x[0][mask[0].bool()].mean() if len(x) == 1 else x[mask].mean()
+
+
+def both_directions(curr, ref):
+    p, q = (Categorical(logits=logits) for logits in (curr, ref))
+    return (kl_divergence(p, q) + kl_divergence(q, p)) / 2
+
+
+def median_by_row(rewards, curr, ref, mask, beta):
+    rows = zip(curr - ref, mask.bool(), strict=True)
+    return rewards - beta * torch.stack([row[real].median() for row, real in rows])
+
+
+def of_softmaxes(curr, ref):
+    p, q = curr.softmax(-1), ref.softmax(-1)
+    return F.kl_div(q.log(), p, reduction="none").sum(-1)
+
+
 MISTAKES = [
+    ("exact_kl", wrong_softmax, "the softmax runs over the wrong dimension"),
+    ("exact_kl", both_directions, "it is the mean of both directions"),
+    ("exact_kl", of_softmaxes, FAR_APART),
+    ("estimate_kl", lambda c, r, m: (c - r)[m.bool()].median(), NO_MEAN),
+    ("estimate_kl", integers_guarded, "each row alone comes out right"),
+    ("final_reward", median_by_row, NO_MEAN),
     *(("sampled_log_probs", answer, message) for message, answer in SAMPLED_MISTAKES),
     *(("exact_kl", answer, message) for message, answer in EXACT_MISTAKES),
     *(("estimate_kl", answer, message) for message, answer in ESTIMATE_MISTAKES),

@@ -17,12 +17,15 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_helpers.checks.changes import changed, easier
 
 NOT_ATTEMPTED = "not attempted yet."
 UNKNOWN = "not right, and not in a way that this check has a name for. Work this case out by hand:"
@@ -42,6 +45,11 @@ GRID = (
     "A dimension of size 1 that was kept, as by keepdim, or added met the rows, and broadcasting "
     "then pairs every row with every other. Both sides need the same shape."
 )
+FEW_DIGITS = (
+    "it is computed in 16 bits, with three digits or fewer. Leave the arguments as they are."
+)
+NO_MEAN = "it is a median, a maximum or a minimum where the mean is asked for."
+NO_MEANS = (Tensor.median, lambda x: -(-x).median(), Tensor.max, Tensor.min)
 TRANSPOSED = "Rows and columns have changed places: here the batch stands first, and time second."
 # what learners put into a logarithm, so that it stays finite
 EPSILONS = (*(10.0**-power for power in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
@@ -57,38 +65,45 @@ class Exercise:
     shape_hint: str = ""
     further: Callable[[Callable], str] = lambda fn: ""  # names a fault of right values
     general: Callable[[Sequence], str] = lambda results: ""  # of wrong ones that no mistake gives
+    parts: tuple[str, ...] = ()  # the names of two results, in the plural, stacked by the reference
+    equal: Callable = lambda result, want: same(result, want)  # whether a result counts as right
     size_hint: str = ""  # a line for the author of an error about sizes
 
 
 def texts(block: str) -> SimpleNamespace:
-    """Messages by name, from paragraphs `name: message` whose further lines are indented."""
-    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", block, re.MULTILINE)
-    return SimpleNamespace(**{name: " ".join(message.split()) for name, message in found})
+    """Messages by name, from paragraphs `name: message` whose further lines are indented.
+
+    In `name (other): message` the message takes the place of {} in the other.
+    """
+    found = re.findall(r"^(\w+)(?: \((\w+)\))?: (.*(?:\n +.*)*)", block, re.MULTILINE)
+    plain = {name: " ".join(message.split()) for name, _, message in found}
+    whole = {name: plain[of].format(plain[name]) for name, of, _ in found if of}
+    return SimpleNamespace(**plain | whole)
 
 
 def check(exercise: Exercise, fn: Callable) -> None:
     print(wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
 
 
-def check_pair(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> None:
-    """`check` for a function that returns two tensors of one shape, called `names`, in the plural.
+def check_pair(exercise: Exercise, fn: Callable) -> None:
+    """`check` for a function that returns two tensors of one shape, the `parts` of the exercise.
 
     Reference and mistakes of the exercise return the two stacked, and so they are shown.
     """
-    if callable(fn) and (fault := _pair_fault(exercise, fn, names)):
+    if callable(fn) and (fault := _pair_fault(exercise, fn)):
         print(wrapped(f"{exercise.name}: {fault}"))
     else:
         check(exercise, _stacked(fn) if callable(fn) else fn)
 
 
-def _pair_fault(exercise: Exercise, fn: Callable, names: tuple[str, str]) -> str:
+def _pair_fault(exercise: Exercise, fn: Callable) -> str:
     """What is wrong with the results as pairs of tensors, "" if nothing is."""
     for case in exercise.cases:
         result = call(exercise, fn, copy.deepcopy(case))
         if result is ...:
             return ""
         shape = list(exercise.reference(*case).shape[1:])
-        if fault := _not_a_pair(result, shape, names):
+        if fault := _not_a_pair(result, shape, exercise.parts):
             return f"{fault} {_shape_hint(exercise, fn)}" if "have shape" in fault else fault
     return ""
 
@@ -143,8 +158,9 @@ def _verdict(exercise: Exercise, fn: Callable) -> str:
             return fault
         results.append(result)
     for case, result in zip(exercise.cases, results, strict=True):
-        if not same(result, exercise.reference(*case)):
-            message = AGAIN if _changes(exercise, fn, results) else name_mistake(exercise, results)
+        if not exercise.equal(result, exercise.reference(*case)):
+            changes = _changes(exercise, fn, results)
+            message = AGAIN if changes else name_mistake(exercise, results, fn)
             return f"{message}\n{show(exercise, case, result)}"
     if _changes(exercise, fn, results):
         return AGAIN
@@ -283,18 +299,49 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
-def name_mistake(exercise: Exercise, results: Sequence) -> str:
-    """The message of the first known mistake that gives these results on all cases."""
+def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = None) -> str:
+    """The message of the first known mistake that gives these results on all cases.
+
+    Without one it is a change of arguments or result, or where `fn` is right.
+    """
     floats = [exercise.reference(*case) for case in exercise.cases]
     if all(isinstance(r, Tensor) and not r.is_floating_point() for r in results) and any(
         isinstance(x, Tensor) and x.is_floating_point() for x in floats
     ):
         return INTEGERS
+    if all(isinstance(r, Tensor) and r.dtype in (torch.float16, torch.bfloat16) for r in results):
+        return FEW_DIGITS
     for wrong, message in exercise.mistakes:
         made = (wrong(*case) for case in exercise.cases)
         if all(same(result, other) for result, other in zip(results, made, strict=True)):
             return message
-    return exercise.general(results) or UNKNOWN
+    if message := exercise.general(results):
+        return message
+    known = (_argument_names(exercise), exercise.reference, exercise.cases)
+    message = changed(*known, results, same) or _changed_part(exercise, results)
+    return message or (fn and easier(*known, fn, same)) or UNKNOWN
+
+
+def _changed_part(exercise: Exercise, results: Sequence) -> str:
+    """Which of two results is right, and what was changed in the other."""
+    names, cases = _argument_names(exercise), exercise.cases
+    for k, name in enumerate(exercise.parts):
+        halves = [partial(_part, exercise.reference, j) for j in (1 - k, k)]
+        others, own = ([result[j] for result in results] for j in (1 - k, k))
+        if all(same(x, halves[0](*case)) for x, case in zip(others, cases, strict=True)):
+            how = changed(names, halves[1], cases, own, same)
+            for sign in (1, -1):  # the difference of both is a common one
+                if all(
+                    same(x, sign * (y - halves[1](*c)))
+                    for x, y, c in zip(own, others, cases, strict=True)
+                ):
+                    how = "they are the difference of the two."
+            return f"{exercise.parts[1 - k]} are right, {name} are not{how and ': '}{how or '.'}"
+    return ""
+
+
+def _part(reference: Callable, number: int, *case) -> Tensor:
+    return reference(*case)[number]
 
 
 def _argument_names(exercise: Exercise) -> list[str]:

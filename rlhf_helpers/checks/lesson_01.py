@@ -10,142 +10,73 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from rlhf_helpers.checks.changes import miscounted
 from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
 from rlhf_helpers.memory import FLOAT32, NF4_BLOCK, NF4_SUPERBLOCK, lora_parameters, nf4_bytes
 from rlhf_helpers.sft import IGNORE, mask_prompt
 
 SAY = texts("""
+kept: {}. A label stands at every real token from column prompt_length on, EOS included, and
+    nowhere else. Columns count from 0, padding included, and attention_mask alone tells what is
+    real: padding may be any token, and stand on either side.
+inverted (kept): the prompt has the labels and the response is ignored
+rows (kept): the first prompt_length rows are treated, not the first prompt_length columns
+everything_ignored (kept): everything is ignored
+first_response_token_ignored (kept): the first response token is ignored
+prompt_token_labelled (kept): the last prompt token has a label
+padding_counts (kept): padding counts: its labels are the padding token
+token_0_as_padding (kept): it takes token 0 for padding
+real_token_0_ignored (kept): a real token 0 is ignored
+eos_looked_for (kept): the end of a response is looked for by its EOS, token 1
+only_padding_has_labels (kept): only padding has labels
+nothing_ignored (kept): nothing is ignored: prompt and padding have labels like the response
+only_padding_ignored (kept): padding is ignored, the prompt is not
+both (kept): only padding among the prompts is ignored: it takes one reason, not both
+counted_from_first_token (kept): prompt_length is counted from the first real token of each row
+left_padding_subtracted (kept): the padding on the left is subtracted from prompt_length
+end_by_count (kept): the end of a row is taken to be the number of its real tokens
 no_eos: the last token of a response, its EOS, is ignored. EOS is an action like every other token:
     a model that never gets a loss on it is never taught to stop. Look at what you leave out at the
     end of a row; only padding should go.
-inverted: the prompt has the labels and the response is ignored: the model would learn to write
-    questions. Look at which side of column prompt_length you overwrite.
 shifted: the labels are shifted by one. That the logits at t predict token t + 1 is true, but the
     loss shifts already; after a second shift the model learns to skip a token. A label stands where
     its token stands.
-rows: the first prompt_length rows are treated, not the first prompt_length columns, so whole
-    examples are dropped and other prompts stay. Which dimension does your index or slice run over?
 integer_index: whole rows are ignored. attention_mask holds the integers 0 and 1: as an index they
     are the numbers of two rows, and so are -1 and -2, which ~ makes of them. Compare with 0 to get
     a condition.
-everything_ignored: everything is ignored. Then no token is left to learn from: which positions
-    should keep theirs?
-first_response_token_ignored: the first response token is ignored. It is what the model has to
-    choose right after the prompt, so nothing would teach it how to begin. Columns count from 0:
-    which one is the first of the response?
-prompt_token_labelled: the last prompt token has a label. It is given, not chosen by the model;
-    perhaps you made room for the shift by one, which belongs to the loss. Columns count from 0: how
-    many of them hold the prompt?
-padding_counts: padding counts: its labels are the padding token. The model would be trained to
-    write padding after EOS, and short responses would weigh as much as long ones. What tells
-    padding from tokens?
-token_0_as_padding: it takes token 0 for padding. Other tokenizers pad with another token, and 0 may
-    be a word. One of the arguments says where padding is.
-real_token_0_ignored: a real token 0 is ignored. Where tokens are multiplied by the mask, padding
-    becomes 0, but a token may be 0 as well. Ask the mask itself where padding is.
-eos_looked_for: the end of a response is looked for by its EOS, token 1. Other tokenizers have
-    another one, and a response that is cut off has none, though padding may follow. One of the
-    arguments says where padding is.
-only_padding_has_labels: only padding has labels. The condition on attention_mask is the wrong way
-    round: it is 1 for a real token.
 ignored_hold_0: ignored positions hold 0, which is a token like any other: the loss would count it.
     PyTorch's cross-entropy leaves out one value only, its ignore_index.
 ignored_hold_minus_1: ignored positions hold -1. PyTorch's cross-entropy leaves out one value only,
     its ignore_index, which is -100; at any other negative label it raises an error.
 mask_returned: it returns a mask of zeros and ones. The right positions are marked, but labels are
     the tokens themselves there, and the ignored value elsewhere.
-nothing_ignored: nothing is ignored: prompt and padding have labels like the response. Two kinds of
-    positions must go; which argument tells of which?
-only_padding_ignored: padding is ignored, the prompt is not. Part of the training would go into
-    predicting questions, which are given. What does prompt_length tell about columns?
-counted_from_first_token: prompt_length is counted from the first real token of each row. It is a
-    number of columns, padding included; counted your way, a left-padded row loses the beginning of
-    its response.
-left_padding_subtracted: the padding on the left is subtracted from prompt_length. That is a number
-    of columns, padding included, the same in every row; counted your way, a left-padded prompt gets
-    labels on its last tokens.
 reshaped: a matrix has the shape of its transpose, but not its entries. reshape and view keep the
     order in memory and only cut it into other rows; a transpose swaps rows and columns.
-wrong_rank: α is divided by a width of the layer. The rank r is the inner size, the one that A and B
-    have in common; look at which dimension of which matrix you take it from.
-rounded_scale: α/r is rounded. It is any positive number, such as a third; rounding changes what the
-    adapter adds, and can make it vanish.
-update_not_scaled: the update is not scaled. Its factor α/r sets how far an adapter of a given rank
-    moves the layer; where does alpha enter your result?
-scaled_by_alpha: the update is scaled by α, not by α/r. It would grow with the rank, and a learning
-    rate that suits rank 4 would not suit rank 16. Which dimension is r?
-scale_upside_down: the scale is upside down, r/α in place of α/r: a larger α would make the update
-    smaller.
-scaled_by_root: the update is scaled by α/√r. That is rank-stabilised LoRA, another method; the
-    equation here divides by r itself.
-rounded_down: α/r is rounded down to a whole number. Use / and not //: with α below r the update
-    would vanish.
-update_divided_r: the update is divided by r, but α is missing: the argument alpha changes nothing.
-update_multiplied_r: the update is multiplied by r. It is a sum over r inner entries, and dividing
-    by r keeps it from growing with the rank.
-matrix_rank: α is divided by the rank that A happens to have as a matrix. r is a size, chosen before
-    training, and stays the same whatever A holds; rows that depend on each other count too.
-only_update_returned: only the update is returned. The frozen layer still does its work, and the
-    adapter adds to it; with B = 0 the result must be the layer's own.
-only_frozen_layer_returned: only the frozen layer is returned; A, B and alpha change nothing. What
-    does the adapter add to it?
-whole_sum_scaled: the whole sum is scaled, the frozen layer too. With B = 0 the result must be the
+scale: the update is scaled by {}, not by α/r. α is the argument, and r the inner size, the one that
+    A and B have in common; divided by it an update does not grow with the rank.
+whole_sum_scaled: the frozen layer is scaled, too or alone. With B = 0 the result must be the
     layer's own; look at what your factor multiplies.
-fixed_scale: the scale is that of the example by hand, where α or r is a number of its own. Both
-    come with the arguments: alpha, and the size that A and B have in common.
-square: every layer is taken to be square: one of its two widths is counted twice, the other not at
-    all. Write down the shapes of A and of B for a layer of shape (3, 4).
-only_a_counted: only A is counted. B is trained as well; it starts at 0, but it does not stay there.
-only_b_counted: only B is counted. A is trained as well; which size does it share with the input?
-two_widths_multiplied: the two widths are multiplied. That is r times the full matrix; the point of
-    LoRA is that no matrix of that size is trained. Count A and B apart.
-frozen_weights: these are the frozen weights W. Trained are A and B only, and the number depends on
-    the rank.
-frozen_weights_too: the frozen weights W are counted with A and B. They get no gradient and no
-    optimizer state, so they are not trainable parameters.
+of_a_layer: {} stands for the entries of a layer's A and B. A has r × in of them and B out × r,
+    without biases, and the frozen W is not trained.
 only_first_layer_counted: only the first layer is counted. Each adapted layer has an A and a B of
     its own; is your return inside a loop?
+layers_alike: every layer is taken to have the first one's shape. Go through all of them.
+sums_multiplied: all inputs are multiplied by all outputs. Count A and B apart, for each layer.
+times_layers: the sum over the layers is multiplied by their number as well. It has each of them.
 only_last_layer_counted: only the last layer is counted. Each adapted layer has an A and a B of its
     own; does your loop add, or overwrite?
 equal_shapes_once: layers of equal shape are counted once. They are different layers, each with an A
     and a B of its own.
-two_biases: A and B are counted with a bias each. LoRA's two matrices have none.
-bias_counted: a bias for each layer is counted. LoRA trains two matrices, and no bias.
-no_brackets: the brackets are missing: the rank multiplies one of the two widths, and the other is
-    added as it is. A multiplication comes before an addition.
 rounding: the total is right only where everything divides evenly. Codes left over still take a
     byte, weights left over a scale, and scales left over a constant: round up at each of these
     levels, before you multiply and add.
-scales_missing: the scales are missing. Without the scale of its block a 4-bit code says nothing
-    about how large its weight is.
-scales_twice: under double quantization the scales are counted twice, as 8-bit numbers and as
-    float32. The 8-bit ones take the place of the others.
-codes_of_4_bytes: the codes take 8 times too much: each has 4 bits, and you count 4 bytes.
-scales_in_bits: the codes are in bytes, but what the scales add is in bits, 8 times too much.
-always_double: double_quant changes nothing: the scales always count as float32. Double quantization
-    stores them in 8 bits, with constants of their own.
-always_double_2: double_quant changes nothing: the scales always count as quantized. Without double
-    quantization each of them is a float32.
-double_quant_inverted: double_quant is taken the wrong way round: False costs more than True, since
-    plain scales are float32.
-no_second_level: under double quantization the second level is missing. The 8-bit scales are
-    quantized in blocks too, and each block of scales has a constant.
-too_many_constants: there are too many float32 constants: you count one for every 256 weights. It is
-    one for every 256 scales, and a scale stands for 64 weights already.
-codes_of_a_byte: the codes take twice too much, a byte per weight. A code has 4 bits; how many fit
-    in a byte?
-constant_of_a_byte: a constant counts as one byte. The scales have 8 bits, but the constants that
-    they are quantized with are float32, of 32 bits.
-scales_keep_4_bytes: under double quantization the scales keep their 4 bytes and the constants come
-    on top. What it saves is that a scale becomes an 8-bit number.
-one_block_without_constant: a tensor of one block lacks its constant. Part of 256 scales takes one
-    as well, even a single scale.
-blocks_exchanged: the two block sizes have changed places. A scale is for 64 weights, a constant for
-    256 scales.
-rank_squared: the rank is multiplied twice. A is rank × inputs and B outputs × rank: each has it
-    once, so that twice the rank is twice the parameters.
-end_by_count: the end of a row is taken to be the number of its real tokens. Padding on the left
-    moves every token to the right, so that a left-padded row loses the end of its response.
+codes: the codes take too much. A code has 4 bits; how many fit in a byte?
+average: it is the average of a large tensor, in bits for each weight. Blocks that are not full
+    still take a scale and a constant: count codes, scales and constants, each rounded up.
+constants: the float32 constants are not counted from the scales. It is one for every 256 scales,
+    and a scale stands for 64 weights already.
+other_blocks: the blocks have other sizes than here, or theirs have changed places. A scale is for
+    64 weights, a constant for 256 scales.
 """)
 
 # --- lesson 01: the labels of the response ---------------------------------------------------
@@ -194,6 +125,13 @@ def _whole_rows(rows: slice, input_ids: Tensor, mask: Tensor, prompt_length: int
     kept = _columns(input_ids) >= prompt_length
     kept[rows] = False
     return _keep(input_ids, kept)
+
+
+def _next_tokens(how: tuple[int, bool], input_ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """The next token at each place from `length` less how[0] on; how[1] says if there is a last."""
+    columns = _columns(input_ids)
+    kept = (columns >= length - how[0]) & (mask == 1)
+    return _keep(input_ids.roll(-1, 1), kept & ((columns < columns[0, -1]) | how[1]))
 
 
 def _until_eos(input_ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:
@@ -265,7 +203,7 @@ _MASK_MISTAKES = (
     (lambda ids, mask, p: mask * mask_prompt(ids, mask, p), SAY.ignored_hold_0),
     (lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE, SAY.mask_returned),
     (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), SAY.shifted),
-    (lambda ids, mask, p: _keep(ids.roll(-1, 1), (_columns(ids) >= p) & (mask == 1)), SAY.shifted),
+    *((partial(_next_tokens, how), SAY.shifted) for how in product((0, 1), (False, True))),
     (lambda ids, mask, p: ids, SAY.nothing_ignored),
     *(
         (lambda ids, mask, p, of=of: _keep(ids, of(ids, mask, _columns(ids), p)), message)
@@ -285,6 +223,7 @@ _MASK_MISTAKES = (
                 lambda ids, m, t, p: (m == 1) & (t >= p - m.argmax(1, True)),
                 SAY.left_padding_subtracted,
             ),
+            (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
             (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
             (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
         )
@@ -330,10 +269,6 @@ def _lora_forward(
 
 def _scaled(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     return x @ weight.T + scale * (x @ lora_A.T @ lora_B.T)
-
-
-def _rounded_scale(digits: int, x, weight, lora_A, lora_B, alpha) -> Tensor:
-    return _scaled(x, weight, lora_A, lora_B, round(alpha / lora_A.shape[0], digits))
 
 
 def _reshaped(matrix: Tensor) -> Tensor:
@@ -417,32 +352,49 @@ _LORA_CASES = (
     ),
 )
 
-_LORA_MISTAKES = (
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1), SAY.update_not_scaled),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha), SAY.scaled_by_alpha),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, a.shape[0] / alpha), SAY.scale_upside_down),
+_SCALES = (  # what a scale is, and the scale of A, B and α
+    ("1", lambda a, b, alpha: 1),
+    ("α", lambda a, b, alpha: alpha),
+    ("r/α", lambda a, b, alpha: len(a) / alpha),
+    ("α/√r", lambda a, b, alpha: alpha / math.sqrt(len(a))),
+    ("(α/r)²", lambda a, b, alpha: (alpha / len(a)) ** 2),
+    ("-α/r", lambda a, b, alpha: -alpha / len(a)),
+    ("1/r", lambda a, b, alpha: 1 / len(a)),
+    ("α·r", lambda a, b, alpha: alpha * len(a)),
+    ("α/(r + 1)", lambda a, b, alpha: alpha / (len(a) + 1)),
+    ("α//r", lambda a, b, alpha: alpha // len(a)),
     (
-        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / math.sqrt(a.shape[0])),
-        SAY.scaled_by_root,
+        "α over the rank that A has as a matrix",
+        lambda a, b, alpha: alpha / a.svd()[1].gt(1e-5).sum(),
     ),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha // a.shape[0]), SAY.rounded_down),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, 1 / a.shape[0]), SAY.update_divided_r),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha * a.shape[0]), SAY.update_multiplied_r),
+    ("α over the smaller size of A", lambda a, b, alpha: alpha / min(a.shape)),
+    ("α/in", lambda a, b, alpha: alpha / a.shape[1]),
+    ("α/out", lambda a, b, alpha: alpha / len(b)),
+    *((f"α/{n}", lambda a, b, alpha, n=n: alpha / n) for n in (2, 4, 8, 16, 32)),
+    *((f"{n}/r", lambda a, b, alpha, n=n: n / len(a)) for n in (6, 8, 16, 32, 64)),
+    *((f"{n}", lambda a, b, alpha, n=n: n) for n in (0.5, 2, 3, 4, 8, 16)),
     *(
-        (lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, alpha)), SAY.fixed_scale)
-        for of in (lambda a, alpha: 3, lambda a, alpha: alpha / 2, lambda a, alpha: 6 / len(a))
+        ("α/r rounded to a few digits", lambda a, b, alpha, n=n: round(alpha / len(a), n))
+        for n in range(4)
     ),
-    *((partial(_rounded_scale, digits), SAY.rounded_scale) for digits in range(4)),
-    (
-        lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / torch.linalg.matrix_rank(a)),
-        SAY.matrix_rank,
+)
+_LORA_MISTAKES = (
+    *(
+        (
+            lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, b, alpha)),
+            SAY.scale.format(how),
+        )
+        for how, of in _SCALES
     ),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / min(a.shape)), SAY.wrong_rank),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / a.shape[1]), SAY.wrong_rank),
-    (lambda x, w, a, b, alpha: _scaled(x, w, a, b, alpha / b.shape[0]), SAY.wrong_rank),
-    (lambda x, w, a, b, alpha: _lora_forward(x, 0 * w, a, b, alpha), SAY.only_update_returned),
-    (lambda x, w, a, b, alpha: x @ w.T, SAY.only_frozen_layer_returned),
-    (lambda x, w, a, b, alpha: alpha / a.shape[0] * _scaled(x, w, a, b, 1), SAY.whole_sum_scaled),
+    *(
+        (
+            lambda x, w, a, b, alpha, of=of: _scaled(
+                x, alpha / len(a) * w, a, b, of(alpha / len(a))
+            ),
+            SAY.whole_sum_scaled,
+        )
+        for of in (lambda scale: scale, lambda scale: 1, lambda scale: scale**2)
+    ),
     *(
         (partial(_misread, which), SAY.reshaped)
         for which in product((False, True), repeat=3)
@@ -490,6 +442,24 @@ def _not_whole(exercise: Exercise, fn: Callable) -> str:
     return ""
 
 
+ADAPTERS = (  # what a layer's adapter may be counted as, with the fn of out, in and rank
+    ("r · in", lambda o, i, r: r * i),
+    ("r · out", lambda o, i, r: r * o),
+    ("2r · in", lambda o, i, r: 2 * r * i),
+    ("2r · out", lambda o, i, r: 2 * r * o),
+    ("in + out", lambda o, i, r: o + i),
+    ("r · in + out", lambda o, i, r: r * i + o),
+    ("r · out + in", lambda o, i, r: r * o + i),
+    ("r²(in + out)", lambda o, i, r: r * r * (o + i)),
+    ("in · out", lambda o, i, r: o * i),
+    ("r · in · out", lambda o, i, r: r * o * i),
+)
+
+
+def _of_layers(of: Callable, shapes: Sequence[tuple[int, int]], rank: int) -> float:
+    return sum(of(outputs, inputs, rank) for outputs, inputs in shapes)
+
+
 LORA_PARAMETERS = Exercise(
     "lora_parameters",
     lora_parameters,
@@ -500,28 +470,28 @@ LORA_PARAMETERS = Exercise(
         ([(7, 5)], 1),
     ),
     mistakes=(
-        (lambda shapes, rank: sum(rank * i for _, i in shapes), SAY.only_a_counted),
-        (lambda shapes, rank: sum(rank * o for o, _ in shapes), SAY.only_b_counted),
-        (lambda shapes, rank: sum(rank * o * i for o, i in shapes), SAY.two_widths_multiplied),
-        (lambda shapes, rank: sum(o * i for o, i in shapes), SAY.frozen_weights),
-        (
-            lambda shapes, rank: sum(o * i + rank * (o + i) for o, i in shapes),
-            SAY.frozen_weights_too,
+        *(
+            (partial(_of_layers, of), SAY.of_a_layer.format(how))
+            for how, of in (
+                *ADAPTERS,
+                ("in · out + r(in + out)", lambda o, i, r: o * i + r * (o + i)),
+                ("r(in + out) + r + out", lambda o, i, r: r * (o + i) + r + o),
+                ("r(in + out) + out", lambda o, i, r: r * (o + i) + o),
+                ("r(in + out + r)", lambda o, i, r: r * (o + i + r)),
+                ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
+                ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
+                ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
+            )
         ),
         (lambda shapes, rank: rank * sum(shapes[0]), SAY.only_first_layer_counted),
         (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
-        (lambda shapes, rank: sum(rank * (o + i) for o, i in set(shapes)), SAY.equal_shapes_once),
-        (lambda shapes, rank: sum(rank * (o + i) + rank + o for o, i in shapes), SAY.two_biases),
-        (lambda shapes, rank: sum(rank * (o + i) + o for o, i in shapes), SAY.bias_counted),
+        (lambda shapes, rank: rank * len(shapes) * sum(shapes[0]), SAY.layers_alike),
+        (lambda shapes, rank: rank * len(shapes) * sum(map(sum, shapes)), SAY.times_layers),
         (
-            lambda shapes, rank: sum(o + i for o, i in shapes),
-            "the rank is missing. out + in is the number for rank 1.",
+            lambda shapes, rank: rank * math.prod(map(sum, zip(*shapes, strict=True))),
+            SAY.sums_multiplied,
         ),
-        (lambda shapes, rank: rank * rank * sum(map(sum, shapes)), SAY.rank_squared),
-        (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY.no_brackets),
-        (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY.no_brackets),
-        (lambda shapes, rank: sum(2 * rank * i for _, i in shapes), SAY.square),
-        (lambda shapes, rank: sum(2 * rank * o for o, _ in shapes), SAY.square),
+        (lambda shapes, rank: sum(rank * (o + i) for o, i in set(shapes)), SAY.equal_shapes_once),
     ),
     tested="one layer, several, equal ones, rank 1",
     further=lambda fn: _not_whole(LORA_PARAMETERS, fn),
@@ -563,6 +533,28 @@ def _rounded(levels: Sequence[Callable], n: int, double_quant: bool) -> float:
     return _bytes(codes, scales, levels[2](scales / NF4_SUPERBLOCK), double_quant)
 
 
+def _other_blocks(sizes: tuple[int, int], n: int, double_quant: bool) -> float:
+    scales = math.ceil(n / sizes[0])
+    return _bytes(_codes(n), scales, math.ceil(scales / sizes[1]), double_quant)
+
+
+_COUNTS = (
+    ("bits of a code", 4, "two to a byte"),
+    ("bytes of a scale without double quantization", 4, "a float32"),
+    ("bytes of a constant without double quantization", 0, "there is none"),
+    ("bytes of a scale with double quantization", 1, "8 bits in place of a float32"),
+    ("bytes of a constant with double quantization", 4, "a float32"),
+)
+
+
+def _miscounted_bytes(results: Sequence) -> str:
+    terms = []
+    for n, double in NF4_BYTES.cases:
+        counts = [_scales(n), _constants(n)]
+        terms.append([_codes(n) / 4, *((0, 0, *counts) if double else (*counts, 0, 0))])
+    return miscounted(_COUNTS, terms, results)
+
+
 def _nf4_fault(fn: Callable) -> str:
     if fault := _not_whole(NF4_BYTES, fn):
         return fault
@@ -593,58 +585,31 @@ NF4_BYTES = Exercise(
         *product((1, 63), (False, True)),
     ),
     mistakes=(
-        (lambda n, double: _codes(n), SAY.scales_missing),
-        (
-            lambda n, double: 8 * nf4_bytes(n, double),
-            "8 times too many: these are bits, not bytes.",
+        *(
+            (lambda n, double, of=of: _bytes(of(n), _scales(n), _constants(n), double), SAY.codes)
+            for of in (lambda n: n, lambda n: 2 * n, lambda n: 4 * n)
         ),
         (
             lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
             "8 times too many: these are bits, not bytes.",
         ),
-        (
-            lambda n, double: (
-                _bytes(_codes(n), _scales(n), _constants(n), double) + double * FLOAT32 * _scales(n)
-            ),
-            SAY.scales_twice,
+        *(
+            (lambda n, double, of=of: _bytes(_codes(n), _scales(n), of(n), double), SAY.constants)
+            for of in (lambda n: math.ceil(n / NF4_SUPERBLOCK), lambda n: 1)
         ),
-        (lambda n, double: nf4_bytes(n, double) - _codes(n) + 4 * n, SAY.codes_of_4_bytes),
-        (lambda n, double: 8 * nf4_bytes(n, double) - 7 * _codes(n), SAY.scales_in_bits),
-        (lambda n, double: nf4_bytes(n, False), SAY.always_double),
-        (lambda n, double: nf4_bytes(n, True), SAY.always_double_2),
-        (lambda n, double: nf4_bytes(n, not double), SAY.double_quant_inverted),
-        (lambda n, double: _bytes(_codes(n), _scales(n), 0, double), SAY.no_second_level),
-        (
-            lambda n, double: _bytes(_codes(n), _scales(n), math.ceil(n / NF4_SUPERBLOCK), double),
-            SAY.too_many_constants,
-        ),
-        (lambda n, double: nf4_bytes(n, double) - _codes(n) + n, SAY.codes_of_a_byte),
-        (
-            lambda n, double: _codes(n) + _scales(n) + double * _constants(n),
-            "a float32 counts as one byte. It has 32 bits.",
-        ),
-        (
-            lambda n, double: nf4_bytes(n, double) - double * (FLOAT32 - 1) * _constants(n),
-            SAY.constant_of_a_byte,
-        ),
-        (
-            lambda n, double: nf4_bytes(n, False) + double * FLOAT32 * _constants(n),
-            SAY.scales_keep_4_bytes,
-        ),
-        (
-            lambda n, double: nf4_bytes(n, double) - FLOAT32 * (double and n <= NF4_BLOCK),
-            SAY.one_block_without_constant,
+        *(
+            (lambda n, double, of=of: of(n * (4.127 if double else 4.5) / 8), SAY.average)
+            for of in (math.ceil, math.floor, round, float)
         ),
         *(
             (partial(_rounded, levels), SAY.rounding)
             for levels in product((math.ceil, math.floor, float), repeat=3)
             if levels != (math.ceil,) * 3
         ),
-        (
-            lambda n, double: _bytes(
-                _codes(n), math.ceil(n / 256), math.ceil(n / 256 / 64), double
-            ),
-            SAY.blocks_exchanged,
+        *(
+            (partial(_other_blocks, sizes), SAY.other_blocks)
+            for sizes in product((32, 64, 128, 256, 512, 4096), (64, 128, 256, 512))
+            if sizes != (NF4_BLOCK, NF4_SUPERBLOCK)
         ),
         (lambda n, double: math.ceil(_exact_bytes(n, double)), SAY.rounding),
         (lambda n, double: int(_exact_bytes(n, double)), SAY.rounding),
@@ -652,4 +617,5 @@ NF4_BYTES = Exercise(
     ),
     tested="plain and double quantization, blocks that are not full, 1 weight, the default",
     further=_nf4_fault,
+    general=_miscounted_bytes,
 )

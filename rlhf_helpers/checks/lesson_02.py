@@ -10,10 +10,50 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
+from rlhf_helpers.checks.changes import miscounted
+from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, check, same, texts
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
+apart (pairs): one with a σ for each reward by itself, not for their difference
+pairs: the loss is {}. It is the mean over the pairs of -log σ(chosen - rejected): each pair's own
+    surprise, which is never negative and small where the chosen one is higher.
+swapped (pairs): that of swapped rewards: it falls when the rejected response gets the higher one
+summed (pairs): a sum over the pairs, which grows with the batch
+minus_sign_missing (pairs): a mean whose minus sign is missing
+two_signs_wrong (pairs): one with two signs wrong, that of the gap and that of the loss
+gaps_averaged (pairs): that of the gaps averaged, with the logarithm taken last
+divided_by_2 (pairs): a sum divided by 2, as in the example, whatever the number of pairs
+crossed (pairs): a mean over every chosen with every rejected response
+share: it is {}. Asked for is the share of all pairs, ties included, whose chosen response has the
+    higher reward, however small the gap; a tie counts half.
+accuracy_count (share): a number of pairs, not a share
+dropped (share): the share among the pairs without a tie
+nearly (share): a share with rewards that are nearly equal taken for ties
+accuracy_crossed (share): a share of all chosen with all rejected ones, across the pairs
+against_zero (share): a comparison with 0, which means nothing for a reward
+accuracy_mean_gap (share): the mean gap
+mean_probability (share): the mean probability of the choices
+two_means_compared (share): a comparison of the two means
+saturated (share): a share of rewards that a function made equal far from 0
+no_log (loss): a σ without its logarithm
+mean_gap (loss): the gap without σ and logarithm
+hinge (loss): a hinge, which asks for a margin of 1
+squared (loss): a square
+count_less_one (column): the number of real tokens less one
+count (column): the number of real tokens
+last_column (column): always the last column
+first_real_token (column): the first real token
+before_padding (column): the column before the first padding
+before_padding_wrapped (column): the column before the first padding, -1 made the last one
+from_the_right (column): the amount of padding behind the last real token
+negative (column): counted from the end, as a negative number
+too_far (column): one column too far
+too_early (column): one column too early
+through_the_batch (column): counted through the whole batch
+first_padding (column): the first column of padding, 0 where there is none
+no_fall (column): where the mask falls from 1 to 0, and 0 where it never does
+added_up (column): the sum or the mean of the real columns
 nan_gradient: the values are right, but the gradient is NaN in places. Some step on the way is
     infinite: torch.where computes both of its branches, and in the backward pass 0 times the
     infinite one is NaN. Masking afterwards comes too late; use one expression that is finite at
@@ -32,90 +72,23 @@ exponentiated: each reward is exponentiated by itself, which overflows although 
 capped: it is right for moderate gaps, but capped: at a gap of -200 the loss must be 200. A clamp,
     an ε inside the logarithm and binary_cross_entropy cut it off, and a loss that is cut off has
     gradient 0, on just those pairs that the model gets most wrong.
-apart: each reward goes through σ by itself. Annotators compare, so only the difference of the two
-    rewards has a meaning: a constant added to both must change nothing.
-no_log: there is a σ but no logarithm. The surprise at a choice of probability p is -log p; without
-    the logarithm the gradient vanishes for the pairs that are badly wrong.
-squared: a square stands where the logarithm belongs. The data are choices, and their surprise is
-    -log σ of the gap; a square of the gap even punishes a pair for being well separated.
-half_loss: it is half of the loss. The mean over the pairs is all that divides it; something divides
-    by 2 as well.
-bits: it is in bits: the logarithm is to the base 2. Here as elsewhere surprise is in nats, by the
-    natural logarithm, so that the slope at a tie is one half.
-crossed: every chosen response is compared with every rejected one. A choice was made within a pair,
-    between two responses to one prompt; across pairs nobody chose.
-mean_gap: it is the mean gap, without σ and logarithm. It has no lower end: the rewards would drift
-    apart for ever, and a pair long settled would pull as hard as a wrong one.
-hinge: it is a hinge, which asks for a margin of 1 and then stops. Bradley and Terry's loss is the
-    surprise at a choice of probability σ of the gap.
-swapped: the two rewards are swapped: the loss falls when the rejected response gets the higher
-    reward. Which of the two should win?
-summed: it is the sum over the pairs, not their mean. The gradient would grow with the batch, and a
-    learning rate that suits 8 pairs would not suit 64.
-minus_sign_missing: the minus sign is missing. A logarithm of a probability is never positive;
-    gradient descent on it would make the observed choices less likely.
-two_signs_wrong: two signs are wrong, that of the gap and that of the loss. They do not cancel: the
-    loss has no lower end, and pulls hardest on pairs that are long settled.
-gaps_averaged: the gaps are averaged before the logarithm. A pair that is badly wrong then hides
-    behind one that is right; take the loss of each pair first, then the mean.
-divided_by_2: the sum is always divided by 2. That is the mean in the example by hand, which has two
-    pairs; divide by the number of pairs in the batch.
+loss: the loss of a pair is taken as {}. The data are choices, and the surprise at a choice of
+    probability σ(Δ) is -log σ(Δ): it never stops asking, and never pulls hard on a settled pair.
 slope_at_tie: the values are right, but not the slope at a tie, which is -½ for each pair: relu,
     clamp and abs have a kink where the gap is 0, and go on with 0 or -1 there. All rewards are
     nearly equal when training begins. Take one smooth expression for all gaps.
-count_less_one: the real tokens are counted, less one. That is the last one's column only if the row
-    starts with a real token; padding on the left moves every token to the right.
-count: it is the number of real tokens, not a column. Columns count from 0, and padding on the left
-    moves every token to the right.
-last_column: it is always the last column. That is right under left padding; a row padded on the
-    right ends there with padding, and the reward would be read off a token that means nothing.
-first_real_token: it is the first real token. Under causal attention that token has seen nothing of
-    the response; the reward has to be read where the whole of it has been seen.
-before_padding: it is the column before the first padding. A row with none, or with padding on the
-    left, then gets -1, and one padded on both sides as well.
-before_padding_wrapped: it is the column before the first padding, with -1 wrapped round to the last
-    column. That is right for a row padded on one side; a row padded on both, as a prompt on the
-    left and its response on the right are, ends before the last column.
-from_the_right: the columns are counted from the right: this is the amount of padding after the last
-    real token. Which column of the original mask is that, in a row of length L?
-negative: the columns are counted from the end, as negative numbers. Indexing takes those, gather
-    does not, and there are L columns to choose from: count from 0.
-too_far: it is one column too far, the first one after the sequence, where padding stands or the row
-    has ended. Columns count from 0.
-too_early: it is one column too early, the last token but one. The last is EOS, the only one that
-    tells that the response ends there.
-through_the_batch: the columns are counted through the whole batch, as if its rows stood one after
-    the other. Each row's columns start again from 0.
+column: it is {}. Asked for is the last column whose mask is 1, counted from 0 in each row; padding
+    may stand on either side, on both or nowhere.
+few_bits: it is right in short rows only: in 16 bits a number such as 2605 is rounded to another.
+    Leave columns as the integers that they are.
 accuracy_swapped: the two rewards are swapped: this is the share of pairs whose rejected response
     wins, so a model that ranks everything rightly would get 0.
-percent: it is a percentage. The result is a share, a number between 0 and 1, here as elsewhere.
-accuracy_count: it is a number of pairs, not a share. Divide by the number of all pairs, ties
-    included, so that sets of different sizes can be compared.
-dropped: ties are left out of the denominator too. A model that decides one pair in a hundred,
-    rightly, would then get 1; a tie is a pair like every other, and counts half.
-nearly: rewards that are nearly equal count as ties. A reward has no unit before it is normalised,
-    so no gap is too small to be a choice: a tie is equality.
-accuracy_crossed: every chosen response is compared with every rejected one. A choice was made
-    within a pair, between two responses to one prompt; prompts differ in how good their answers
-    are.
-against_zero: the rewards are compared with 0, not with each other. A reward has no zero of its own:
-    adding a constant to all of them must change nothing.
 ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
     0, as if it were worse than guessing; a tie counts half.
 ties_count_right: ties count as right. A model that gives every response the same reward would get 1
     without knowing anything; a tie counts half.
-tie_and_a_half: a tie counts one and a half. It is in your wins already, since at least as high
-    includes equal; the half comes on top.
-accuracy_mean_gap: it is the mean gap. Accuracy asks only which reward is higher, not by how much:
-    one pair with a huge gap would outweigh all others.
-mean_sign_gap: it is the mean sign of the gap, which runs from -1 to 1 and gives a tie 0. Shift and
-    scale it, so that wrong, tied and right become 0, a half and 1.
-mean_probability: it is the mean probability that the model gives to the choices. Accuracy asks only
-    which reward is higher: right, wrong or tied.
-two_means_compared: the two means are compared, once for the whole set. Compare pair by pair, and
-    take the mean of the outcomes.
-saturated: each reward went through a function that saturates, so that rewards far from 0 tie.
-    Compare the rewards themselves.
+whole_ties: some ties count 1 and the others 0, as with a coin, also one with a fixed seed, or where
+    a half is rounded. Each tie counts half.
 """)
 
 # --- lesson 02: the pairwise loss ------------------------------------------------------------
@@ -224,7 +197,6 @@ _PAIRWISE_MISTAKES = (
         for low, high in product((0.75, 1.5, 2.2, 3, 5, math.inf), repeat=2)
         if (low, high) != (math.inf, math.inf)
     ),
-    (lambda c, r: pairwise_loss(c, r) / 2, SAY.half_loss),
     *(
         (wrong, message)
         for log_sigmoid in (logsigmoid, _naive)
@@ -240,7 +212,7 @@ _PAIRWISE_MISTAKES = (
             (lambda c, r, f=log_sigmoid: -f(c).mean(), SAY.apart),
         )
     ),
-    (lambda c, r: pairwise_loss(c, r) / math.log(2), SAY.bits),
+    *((lambda c, r, of=of: of(_softplus(r - c)), NO_MEAN) for of in NO_MEANS),
     (lambda c, r: -logsigmoid(c[:, None] - r).mean(), SAY.crossed),
     (lambda c, r: -(c - r).sigmoid().mean(), SAY.no_log),
     (lambda c, r: (r - c).sigmoid().mean(), SAY.no_log),
@@ -304,8 +276,20 @@ _LAST_TOKEN_MISTAKES = (
     (_first, SAY.first_real_token),
     (_before_padding, SAY.before_padding),
     (lambda mask: _before_padding(mask) % mask.shape[1], SAY.before_padding_wrapped),
+    (lambda mask: (mask == 0).int().argmax(-1), SAY.first_padding),
+    (lambda mask: (mask.diff(dim=-1) < 0).int().argmax(-1), SAY.no_fall),
+    (lambda mask: (mask * torch.arange(mask.shape[1])).sum(-1), SAY.added_up),
+    (lambda mask: (mask * torch.arange(mask.shape[1])).sum(-1) // mask.sum(-1), SAY.added_up),
     (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
     (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
+    *(
+        (lambda mask, t=t: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1), SAY.few_bits)
+        for t in (torch.float16, torch.bfloat16)
+    ),
+    *(
+        (lambda mask, t=t: last_token_index(mask).to(t), SAY.few_bits)
+        for t in (torch.int8, torch.uint8)
+    ),
     (lambda mask: last_token_index(mask) + 1, SAY.too_far),
     (lambda mask: last_token_index(mask) - 1, SAY.too_early),
     (
@@ -354,6 +338,25 @@ def _without_ties(if_all_tie: float, chosen: Tensor, rejected: Tensor) -> float:
     return _share((chosen > rejected)[decided]) if decided.any() else if_all_tie
 
 
+_OUTCOMES = (
+    ("a win", 1, "the chosen one is higher"),
+    ("a tie", 0.5, "what guessing would earn"),
+    ("a loss", 0, "the rejected one is higher"),
+)
+
+
+def _other_outcomes(results: Sequence) -> str:
+    """What win, tie and loss count, or that a tie counts now as one, now as the other."""
+    shares = [[_share(c > r), _share(c == r), _share(c < r)] for c, r in PAIR_ACCURACY.cases]
+    ties = [
+        (len(c) * (float(result) - win), len(c) * tie)
+        for result, (win, tie, _), (c, _) in zip(results, shares, PAIR_ACCURACY.cases, strict=True)
+    ]
+    if all(-1e-4 < n < of + 1e-4 and abs(n - round(n)) < 1e-4 for n, of in ties):
+        return SAY.whole_ties
+    return miscounted(_OUTCOMES, shares, results)
+
+
 PAIR_ACCURACY = Exercise(
     "pair_accuracy",
     pair_accuracy,
@@ -369,7 +372,7 @@ PAIR_ACCURACY = Exercise(
     mistakes=(
         (lambda c, r: _share(c > r), SAY.ties_count_wrong),
         (lambda c, r: _share(c >= r), SAY.ties_count_right),
-        (lambda c, r: _share(c >= r) + 0.5 * _share(c == r), SAY.tie_and_a_half),
+        *((lambda c, r, of=of: of((c - r).sign() / 2 + 0.5).item(), NO_MEAN) for of in NO_MEANS),
         *(
             (wrong, SAY.nearly)
             for wrong in (
@@ -392,19 +395,16 @@ PAIR_ACCURACY = Exercise(
         (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),
-        (lambda c, r: 100 * pair_accuracy(c, r), SAY.percent),
-        (lambda c, r: 100 * _share(c > r), SAY.percent),
-        (lambda c, r: 100 * _share(c >= r), SAY.percent),
         *(
             (partial(_without_ties, if_all_tie), SAY.dropped)
             for if_all_tie in (math.nan, 0, 0.5, 1)
         ),
         (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),
-        (lambda c, r: (c - r).sign().mean().item(), SAY.mean_sign_gap),
         (lambda c, r: (c - r).sigmoid().mean().item(), SAY.mean_probability),
         (lambda c, r: float(c.mean() > r.mean()), SAY.two_means_compared),
         (lambda c, r: _share(c > 0), SAY.against_zero),
         (lambda c, r: _share((c > 0) & (r < 0)), SAY.against_zero),
     ),
     tested="wins, losses, ties, nothing but ties, rewards from -200 to 30",
+    general=_other_outcomes,
 )

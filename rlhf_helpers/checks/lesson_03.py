@@ -12,6 +12,8 @@ from torch import Tensor
 from rlhf_helpers import logprobs, losses
 from rlhf_helpers.checks.exercise import (
     EPSILONS,
+    NO_MEAN,
+    NO_MEANS,
     Exercise,
     call,
     check,
@@ -22,137 +24,90 @@ from rlhf_helpers.checks.exercise import (
 )
 
 SAY = texts("""
-unshifted: each token is looked up in the logits at its own position. There the model has read the
-    token already and predicts the next one: what the token got when it was chosen stands one
-    position to the left.
-other_way: the shift goes the other way. The logits at t predict token t + 1, so a token needs the
-    logits before it; you take those after it, which have read it.
-shifted_twice: the shift is made twice: each token is looked up two positions to the left. The
-    logits at t predict token t + 1, and one step is enough.
-too_early: the shift is right, but the window is one too early: it begins with the last prompt
-    token, which nobody chose, and loses the last token of the response, its EOS.
-from_the_start: these are the first tokens of the sequence, prompt and padding. The response stands
-    at the end: count the columns from there.
-greedy: it is the log-probability of the likeliest token at each position. The token that was
-    sampled is often another one, and its own is what the policy is to answer for.
+whitened_returns (returns): made of whitened advantages
+plain_policy_gradient (gain): log π A, the plain policy gradient without a ratio
+minimum_after_mean (gain): a term whose minimum is taken after the mean, not for each token
+maximum_of_losses (gain): the larger of the two terms, which belongs to losses, with a minus inside
+digits: {}. The log-probability there is a harmless number such as -150, but exp(150) is infinite in
+    float32 and a softmax of exp(-150) rounds to 0. Logarithm and softmax have to become one step,
+    which subtracts the largest logit first: no clamp and no ε.
+not_finite (digits): it is not finite where two logits differ by 150
+cut_off (digits): it is right for moderate logits, but cut off where two differ by 150
+far_apart (digits): it does not hold where two logits differ by 800, or two positions by 1000
+bounds: {}. Sum from the last real token, EOS, to the first. After EOS both V and A are 0: mask
+    rewards and values before the sums, since padding has numbers of its own, and the results after.
+past_eos (bounds): a value from behind the end is used
+masked_late (bounds): the mask comes too late
+unmasked (bounds): padding has advantages
+returns_unmasked (bounds): the advantages are right, but the returns at padding are not
+not_cut (bounds): the next value is cut off at the end of the response, but not the advantage
+own_mask (bounds): the mask of token t stands where that of token t + 1 is meant
+wrapped_round (bounds): the value after the last column is that of the first
+last_left_out (bounds): the last token of a response, its EOS, is left out
+last_column_never_computed (bounds): the last column is never computed
+time_runs_forward (bounds): time runs forward: each advantage collects the TD errors before it
+reversed (bounds): the result is in reverse order: the last token's stands first
+score: it is {}. Asked for is the log-probability of the token at hand: its logit less the logarithm
+    of the sum of the exponentials of all logits at its position.
+greedy (score): the log-probability of the likeliest token
+surprise (score): the surprise -log p, which cross-entropy returns, with the sign turned round
+whole_vocabulary (score): a sum or mean over the whole vocabulary
+no_tokens (score): the entropy, or minus the entropy, which asks for no token
+probabilities (score): the probability, without the logarithm
+raw_logits (score): the raw logit, not normalised
+no_log_sum (score): the logit less a mean or the largest one, or with that not put back
+log_of_logits (score): the logarithm of the logit, which is one already
+two_softmaxes (score): a softmax on top of another
+shift: a token is looked up {}. The logits at t have read the token at t and predict the one at
+    t + 1; the response stands at the end: both windows have T columns, one apart.
+unshifted (shift): at its own position
+other_way (shift): one position to the right
+shifted_twice (shift): two positions to the left
+too_early (shift): well, but in a window that begins with the last prompt token
+from_the_start (shift): at the beginning of the sequence
+mean: it is {}. Asked for is the mean over all real tokens of the batch at once: padding counts
+    neither above nor below, and each real token as much as any other.
+padding_counts (mean): a mean in which padding counts
+wrong_denominator (mean): a mean whose denominator counts padding
+summed (mean): the sum over all tokens
+per_response (mean): the mean over the responses of the sum over their tokens
+of_columns (mean): the mean of the columns' means, as where time stands first
+two_means (mean): a mean with padding, multiplied by the mean of the mask
+mean_of_means (mean): the mean of the responses' means
+grid (mean): a sum of [B] over counts of [B, 1], each response by the length of each
+integer_mask (mean): a mean of places that integers in square brackets pick, the mask as numbers
+maximum (gain): the larger of the two terms
+minimum_of_ratios (gain): the smaller ratio times A
+only_clipped_term (gain): the clipped term alone
+nothing_clipped (gain): ρ A, with nothing clipped
+product (gain): ρ A with a clip of the product
+advantage_added (gain): a sum of ρ and A
+one_sided (gain): a minimum with a clip that has one end only
+uneven (gain): a minimum with a clip of other ends
+not_round_one (gain): a minimum with a clip round 0
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
     the last dimension of the logits; positions and rows of the batch do not compete.
-surprise: the sign is turned round: this is the surprise -log p, which cross-entropy returns. A
-    log-probability is never positive.
-not_finite: it is not finite where two logits differ by 150. In float32 exp(150) is infinite, and a
-    softmax of exp(-150) rounds to 0. The log-probability is -150, a harmless number: softmax and
-    logarithm have to become one step that never leaves the range.
-cut_off: it is right for moderate logits, but cut off: where two of them differ by 150 it must be
-    -150. A clamp or an ε inside the logarithm stops it, and with it the gradient, on just those
-    tokens that the policy finds least likely.
-far_apart: it does not hold where two logits differ by 800, or two positions by 1000. Only the
-    difference to the largest logit of the same position counts, so subtract that before the
-    exponential, and clamp nothing; a softmax first, even in float64, rounds to 0.
-bits: it is in bits: the logarithm is to the base 2. Here as elsewhere log-probabilities are in
-    nats, by the natural logarithm, so that exp takes them back.
-probabilities: these are probabilities; the logarithm is missing. The probability of a response is
-    the product over its tokens, and only logarithms turn it into a sum.
-raw_logits: these are the raw logits of the tokens. A logit has no zero of its own: adding a
-    constant to all logits at a position must change nothing, so they have to be normalised.
-log_of_logits: the logarithm is taken of the logits themselves, which may be negative. They are
-    logarithms already, up to a constant: normalise them.
-two_softmaxes: there are two softmaxes, one on top of the other. The first gives numbers between 0
-    and 1, and to the second all tokens then look nearly alike.
 too_long: it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a
     negative power, fails where the power rounds to 0, whatever guards it, and a sum of a fixed
     number of TD errors loses the rest. Carry the sum from the end to the beginning instead.
-past_eos: a value from behind the end is used: after the last real token there is no state, so V is
-    0 there. What the critic says at padding means nothing, and the reward at EOS would drown in it.
-masked_late: the mask comes too late. Padding has rewards and values of its own, and the sums run
-    from the end of the row: by the time you set padding to 0 they have gone into the real tokens.
-unmasked: padding has advantages. Nobody chose those tokens, so that they must be 0; look at what
-    the mask leaves out, and whether it does so before the sums are taken.
-returns_unmasked: the advantages are right, but the returns at padding are not 0: V stands there,
-    unmasked. The critic would be trained on tokens that nobody wrote.
-not_cut: the next value is cut off at the end of the response, but not the advantage that is carried
-    along: it has been summed up over the padding, and goes into the real tokens.
-own_mask: the mask of token t stands where that of token t + 1 is meant. Whether there is a next
-    value or advantage is a matter of the next token: the last real one has neither.
-wrapped_round: the value after the last column is that of the first. roll brings round what falls
-    off the end; after the last token there is no state, and V is 0.
-reversed: the result is in reverse order: the last token's stands first. You walk from the end to
-    the beginning and append; what you collected has to be turned round again.
-last_left_out: the last token of a response, its EOS, is left out. It is an action like the others,
-    and the reward for the whole response is paid there: without it nothing is left to learn from.
 zero_by_zero: it is right as long as γλ is above 0. A division by a power of γλ, or a negative
     power, gives inf or nan at λ = 0, and no factor of 0 takes that away; with long responses the
     power rounds to 0 before that. Carry the sum from the end to the beginning instead.
-whitened_returns: the returns are made of whitened advantages. The critic is to predict rewards on
-    their own scale; whitened, its target is V with a spread of 1 around it, whatever the rewards
-    were.
 whitened: the advantages are whitened. That is a step of its own, after this one; a function that
     gives advantages should give those of the formula.
 gamma_of_0: it is right unless γ is 0; then nothing counts but the token's own reward, and its
     advantage is r - V. Python takes 0 for false: does a test or a default replace it?
-time_runs_forward: time runs forward: each advantage collects the TD errors before it. What an
-    action is worth shows in what comes after it, so sum from the end of the response.
-last_column_never_computed: the last column is never computed. Where a response fills its row, the
-    reward at its end is lost; where does your loop begin?
-lambda_in_td_error: λ stands inside the TD error. There the next value is discounted by γ alone; λ
-    says only how much of later TD errors an advantage takes in.
-gamma_lambda_exchanged: γ and λ have changed places: the next value is discounted by λ. γ is the
-    price of time and belongs in the TD error; λ says how far the critic is trusted.
-no_gamma_in_td_error: γ is missing from the TD error: the next value lies one step ahead and counts
-    γ times. That shows only where γ is below 1.
-td_error_sign: the TD error has the wrong sign: it is positive where things went worse than
-    expected. PPO would make the bad actions more likely.
-td_error_own_value: the TD error compares a value with itself. It is the next token's value that
-    shows what the action led to; with V of the same token on both sides nothing is learnt from it.
-td_error_looks_back: the TD error looks back: it takes the value before the token, not the one after
-    it. The shift goes the other way.
-v_not_subtracted: V is not subtracted. An advantage is what came out less what was expected; without
-    the second part a response that is just as good as expected is pushed up too.
-v_added_td_error: V is added in the TD error, where it has to be subtracted: it is what was expected
-    before the token was chosen.
-no_next_value: the next value is missing from the TD error. A step is judged by its reward and by
-    what can still be expected; without the second part every token is charged the whole of V.
-gamma_ignored: the argument gamma changes nothing. γ belongs in two places: it discounts the next
-    value in the TD error, and with λ it weighs later TD errors.
-no_gamma_in_weights: γ is missing from the weights: a TD error l steps ahead counts (γλ) to the
-    power l, not λ to the power l. That shows only where γ is below 1.
-lambda_ignored: λ changes nothing: this is the advantage for λ = 1, all rewards from here on less V.
-    A TD error l steps ahead counts (γλ) to the power l.
-td_error_alone: it is the TD error alone, the advantage for λ = 0. The TD errors of later tokens are
-    missing: the reward at the end would reach no token but the last.
-no_weights: the TD errors are added up without weights. One that lies l steps ahead counts (γλ) to
-    the power l, so that the noise of a long response does not pile up.
-too_small: all advantages are γλ times too small. The TD error of the token itself counts in full;
-    the weight applies to what comes after it.
+td_error: the TD error is taken as {}, not as r + γV' - V, where V' is the next token's value. It
+    is the reward and what can still be expected, at the price γ, less what was expected.
+weights: a TD error l steps ahead is weighed with {}, not with (γλ) to the power l. γ is the price
+    of time, and λ says how far ahead to look.
+returns: the returns are {}, not A + V. An advantage is a return less the value at its own token:
+    the critic's target adds that, and smooths by λ as the advantage does.
 pair_swapped: the pair is swapped: the advantages come first, then the returns.
-returns_advantages_again: the returns are the advantages again. The critic learns to predict the
-    whole that is to come; an advantage is only what V did not foresee.
-v_subtracted_twice: V is subtracted a second time in the returns. An advantage is a return less V;
-    how do you get the return back?
-next_value_added: the returns add the next token's value. An advantage is a return less the value at
-    its own token; add that.
-one_step_returns: the returns look one step ahead only: reward and next value. The critic's target
-    goes with the advantages, and mixes later TD errors in as they do.
-plain_returns: the returns are the plain sums of rewards, the target for λ = 1. The critic's target
-    goes with the advantages, and λ smooths both.
 time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
     responses, and time runs along a row: step over columns, and keep all rows.
-fixed_lambda: λ is 0.95 whatever the argument lam says. Use the argument, so that whoever calls the
-    function can set it.
-maximum: it takes the larger of the two terms, not the smaller. The minimum is the careful one: it
-    gives no credit beyond the clip, and the full blame for what went too far the wrong way.
 unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
     actions become less likely.
-no_exp: the difference of the log-probabilities is not a ratio yet: where nothing has changed it is
-    0, and the ratio is 1. Exponentiate it.
-one_sided: the clip has one end only. Good actions must not gain from a ratio above 1 + ε, and bad
-    ones not from a ratio below 1 - ε: it takes both ends.
-uneven: the clip is not at 1 - ε and 1 + ε. It acts on the ratio itself, by the same amount on
-    either side of 1; on the log-ratio, or with 1/(1 + ε) as an end, the limits lie elsewhere.
-not_round_one: the clip holds the ratio near 0. A ratio of 1 means that nothing has changed: the
-    limits lie at ε to either side of 1.
-product: the clip acts on the product of ratio and advantage. It has to act on the ratio alone,
-    before the advantage comes in: how far the policy may move does not depend on how good a token
-    was.
 exponentials_divided: it is a ratio of two exponentials: below -103 nats both are 0 in float32, and
     an ε in the denominator outweighs them long before. Subtract the logarithms first.
 ratio_cut_off: it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000
@@ -163,39 +118,11 @@ advantage_of_0: a real token whose advantage is 0 is not counted. It has nothing
 not_finite_at_padding: it is not finite (or its gradient is not) where padding holds
     log-probabilities far apart: inf times 0 is nan. Set the difference at padding to 0 before the
     exp.
-maximum_of_losses: the larger of the two terms belongs to the form that carries its minus inside, as
-    losses. Here both terms are gains: take the smaller, and put the minus before the mean.
-ratio_upside_down: the ratio is upside down: it is the old probability over the new one, and falls
-    when the policy makes a token more likely.
-ratio_log_probabilities: it is a ratio of log-probabilities. The probabilities' ratio is the
-    exponential of the logarithms' difference; divided, a likelier token even gets a smaller number.
-ratio_1_everywhere: the ratio is 1 everywhere. It compares the trained policy with the one that
-    sampled; is one of the two missing from your difference?
-probability: the probability stands where the ratio belongs. Divide it by the probability under the
-    policy that sampled, else likely tokens would weigh more than rare ones.
-minimum_of_ratios: the minimum is taken of the two ratios, before the advantage comes in. For a
-    negative advantage the smaller ratio is the larger product: multiply first, then take the
-    minimum.
-only_clipped_term: only the clipped term is there. A token that went too far the wrong way then has
-    no gradient to come back on; the minimum with the unclipped term gives it one.
-nothing_clipped: nothing is clipped: the argument clip changes nothing. The sample says little about
-    a policy far from the one that drew it, and the clip takes away the gain from going there.
-fixed_clip: ε is 0.2 whatever the argument clip says. Use the argument, so that whoever calls the
-    function can set it.
-plain_policy_gradient: it is the plain policy gradient, log-probability times advantage. It has no
-    ratio, so the clip cannot tell how far the policy has moved since it sampled.
-minimum_after_mean: the minimum comes after the mean. Each token has a clip of its own: one that has
-    moved too far must not hide behind others that have not.
-padding_counts: padding counts. What stands there means nothing, and short responses would be judged
-    mostly by it; what tells padding from tokens?
-padding_in_denominator: padding is 0 in the sum, but counts in the denominator. The loss would
-    shrink with the amount of padding, which is chance: divide by the number of real tokens.
-mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
-    than one of a long response; the mean here is over all real tokens of the batch at once.
-summed: it is the sum over the tokens, not their mean. The gradient would grow with the length of
-    the responses and the size of the batch.
-per_response: the tokens of a response are summed, and only the responses averaged. The gradient
-    would grow with the length of the responses; divide by the number of all real tokens.
+ratio: the ratio is taken as {}, not as π/π_old. The probabilities are there as logarithms: a
+    quotient is the exponential of a difference, 1 where nothing has changed, and more than that for
+    a token that has become likelier.
+gain: the gain of a token is taken as {}. It is the smaller of ρ A and clip(ρ) A, with ρ held
+    between 1 - ε and 1 + ε: no credit beyond the clip, and full blame for what went the wrong way.
 loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
     the whole batch before the first step; the loss takes them as they are.
 one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
@@ -203,12 +130,6 @@ one_ratio: there is one ratio for each response. Here each token has its own: wh
 padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
     is 1, and a ratio of 0 is clipped to 1 - ε, so that padding keeps a part in the loss. Mask what
     the mean is taken of.
-grid: the sums and the counts have different shapes, [B] and [B, 1], so that each response is
-    divided by the length of every other, too.
-integer_mask: integers in square brackets are numbers of columns or rows, not a mask: the same two
-    places are counted again and again. Make it bool, or multiply by it.
-rewards_added: the returns add the token's own reward. An advantage is a return less the value at
-    its token; add that.
 """)
 
 # --- lesson 03: the log-probabilities of the response ----------------------------------------
@@ -313,16 +234,16 @@ def _misaligned(
     return pick(normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back))
 
 
-def _scored(score: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
-    """The right window and shift, with another score than the log-probability."""
-    return pick(score(_window(logits, length, 1)), _window(ids, length, 0))
+def _aligned(of: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
+    """`of` what the right window and shift give."""
+    return of(_window(logits, length, 1), _window(ids, length, 0))
 
 
 def _normalised_before(
     normalise: Callable, dim: int, logits: Tensor, ids: Tensor, length: int
 ) -> Tensor:
     """The right window and shift, of the whole logits normalised over `dim`."""
-    return _scored(lambda x: x, normalise(logits, dim), ids, length)
+    return _aligned(pick, normalise(logits, dim), ids, length)
 
 
 def _naive(logits: Tensor, dim: int) -> Tensor:
@@ -373,6 +294,42 @@ TOKEN_FURTHER = (
 )
 
 NAIVE = (_naive, _naive_difference, _naive_share)
+LOOKUPS = (  # of logits and tokens that are aligned
+    *(
+        (of, message)
+        for f in (torch.log_softmax, *NAIVE)
+        for of, message in (
+            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SAY.surprise),
+            (lambda z, tokens, f=f: pick(f(z, 0), tokens), SAY.wrong_dimension),
+            (lambda z, tokens, f=f: pick(f(z, 1), tokens), SAY.wrong_dimension),
+            (lambda z, tokens, f=f: f(z, -1).amax(-1), SAY.greedy),
+            (lambda z, tokens, f=f: f(z, -1).sum(-1), SAY.whole_vocabulary),
+            (lambda z, tokens, f=f: f(z, -1).mean(-1), SAY.whole_vocabulary),
+            *(
+                (lambda z, tokens, f=f, k=k: k * (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens)
+                for k in (1, -1)
+            ),
+        )
+    ),
+    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.not_finite) for f in NAIVE),
+    *(
+        (lambda z, tokens, low=low: logprobs.token_logprobs(z, tokens).clamp(min=low), SAY.cut_off)
+        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
+    ),
+    *(
+        (lambda z, tokens, of=of: pick(of(z), tokens), message)
+        for of, message in (
+            (lambda z: z.softmax(-1), SAY.probabilities),
+            (lambda z: z, SAY.raw_logits),
+            (lambda z: z.log(), SAY.log_of_logits),
+            (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
+            (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
+            (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
+            (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
+            (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
+        )
+    ),
+)
 _TOKEN_MISTAKES = (
     *(
         (partial(_misaligned, normalise, *back), message)
@@ -395,39 +352,24 @@ _TOKEN_MISTAKES = (
                 ),
                 SAY.other_way,
             ),
-            (
-                lambda z, ids, length, f=normalise: pick(
-                    f(z[:, :length], -1), ids[:, 1 : length + 1]
-                ),
-                SAY.from_the_start,
+            *(
+                (
+                    lambda z, ids, length, f=normalise, t=t: pick(
+                        f(z[:, :length], -1), ids[:, t : length + t]
+                    ),
+                    SAY.from_the_start,
+                )
+                for t in (0, 1)
             ),
             (
-                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, :length]),
+                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, -length:]),
                 SAY.from_the_start,
-            ),
-            (lambda z, ids, length, f=normalise: f(_window(z, length, 1), -1).amax(-1), SAY.greedy),
-            (
-                lambda z, ids, length, f=normalise: -_misaligned(f, 1, 0, z, ids, length),
-                SAY.surprise,
             ),
             (partial(_normalised_before, normalise, 0), SAY.wrong_dimension),
             (partial(_normalised_before, normalise, 1), SAY.wrong_dimension),
-            (
-                lambda z, ids, length, f=normalise: _scored(lambda x: f(x, 1), z, ids, length),
-                SAY.wrong_dimension,
-            ),
         )
     ),
-    *((partial(_misaligned, naive, 1, 0), SAY.not_finite) for naive in NAIVE),
-    *(
-        (lambda *case, low=low: _token_logprobs(*case).clamp(min=low), SAY.cut_off)
-        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
-    ),
-    (lambda *case: _token_logprobs(*case) / math.log(2), SAY.bits),
-    (partial(_scored, lambda x: x.softmax(-1)), SAY.probabilities),
-    (partial(_scored, lambda x: x), SAY.raw_logits),
-    (partial(_scored, lambda x: x.log()), SAY.log_of_logits),
-    (partial(_scored, lambda x: x.softmax(-1).log_softmax(-1)), SAY.two_softmaxes),
+    *((partial(_aligned, of), message) for of, message in LOOKUPS),
 )
 TOKEN_LOGPROBS = Exercise(
     "token_logprobs",
@@ -462,7 +404,7 @@ def check_gae(fn: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor,
         >>> check_gae(losses.gae)
         gae: correct. Tested: padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1.
     """
-    check_pair(GAE, fn, ("the advantages", "the returns"))
+    check_pair(GAE, fn)
 
 
 def _gae(
@@ -564,12 +506,8 @@ def _forward(rewards, values, mask, gamma, lam) -> Tensor:
 
 def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
     """The advantages, or both results, from the last token to the first."""
-    v = values * mask
-    advantages = _sum_up(_td_error(rewards * mask, v, gamma, lam), gamma * lam)
-    if both:
-        result = _with_values(advantages, v).flip(-1)
-    else:
-        result = _with_values(advantages.flip(-1), v)
+    advantages, v = losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
+    result = _with_values(advantages, v).flip(-1) if both else _with_values(advantages.flip(-1), v)
     return result * mask if masked else result
 
 
@@ -584,6 +522,25 @@ def _without_eos(keeps_return: bool, rewards, values, mask, gamma, lam) -> Tenso
     kept = _next(mask)
     deltas = _td_error(rewards * mask, values * mask, gamma, lam) * kept
     return _with_values(_sum_up(deltas, gamma * lam), values) * (mask if keeps_return else kept)
+
+
+def _one_power_more(rewards, values, mask, gamma, lam) -> Tensor:
+    return _with_values(
+        gamma * lam * losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
+    )
+
+
+def _one_step_further(rewards, values, mask, gamma, lam) -> Tensor:
+    v = values * mask
+    deltas = _td_error(rewards * mask, v, gamma, lam)
+    return _with_values(deltas + gamma * lam * _next(deltas), v) * mask
+
+
+def _from_the_start(rewards, values, mask, gamma, lam) -> Tensor:
+    v = values * mask
+    deltas = _td_error(rewards * mask, v, gamma, lam)
+    weighted = deltas * (gamma * lam) ** torch.arange(v.shape[1])
+    return _with_values(weighted.flip(1).cumsum(1).flip(1), v) * mask
 
 
 def _divided(filled: bool, rewards, values, mask, gamma, lam) -> Tensor:
@@ -661,7 +618,6 @@ _GAE_MISTAKES = (
     ),
     (_forward, SAY.time_runs_forward),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
-    (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, 0.95), SAY.fixed_lambda),
     *(
         (partial(_left_reversed, both, masked), SAY.reversed)
         for both, masked in product((True, False), repeat=2)
@@ -671,32 +627,37 @@ _GAE_MISTAKES = (
     (partial(_without_eos, False), SAY.last_left_out),
     (partial(_divided, True), SAY.zero_by_zero),
     (partial(_divided, False), SAY.zero_by_zero),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v), SAY.lambda_in_td_error),
-    (_other_delta(lambda r, v, gamma, lam: r + lam * _next(v) - v), SAY.gamma_lambda_exchanged),
-    (_other_delta(lambda r, v, gamma, lam: r + _next(v) - v), SAY.no_gamma_in_td_error),
-    (_other_delta(lambda r, v, gamma, lam: v - r - gamma * _next(v)), SAY.td_error_sign),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * v - v), SAY.td_error_own_value),
-    (
-        _other_delta(lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v),
-        SAY.td_error_looks_back,
+    *(
+        (_other_delta(of), SAY.td_error.format(how))
+        for how, of in (
+            ("r + γλV' - V", lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
+            ("r + λV' - V", lambda r, v, gamma, lam: r + lam * _next(v) - v),
+            ("r + V' - V", lambda r, v, gamma, lam: r + _next(v) - v),
+            ("V - r - γV'", lambda r, v, gamma, lam: v - r - gamma * _next(v)),
+            ("r + γV - V", lambda r, v, gamma, lam: r + gamma * v - v),
+            (
+                "r + γV' - V, with V' of the token before",
+                lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v,
+            ),
+            ("r + γV'", lambda r, v, gamma, lam: r + gamma * _next(v)),
+            ("r + γV' + V", lambda r, v, gamma, lam: r + gamma * _next(v) + v),
+            ("r - γV' - V", lambda r, v, gamma, lam: r - gamma * _next(v) - v),
+            ("r - V", lambda r, v, gamma, lam: r - v),
+            ("r", lambda r, v, gamma, lam: r),
+        )
     ),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * _next(v)), SAY.v_not_subtracted),
-    (_other_delta(lambda r, v, gamma, lam: r + gamma * _next(v) + v), SAY.v_added_td_error),
-    (_other_delta(lambda r, v, gamma, lam: r - v), SAY.no_next_value),
-    (
-        partial(_of_deltas, lambda r, v, gamma, lam: r + _next(v) - v, lambda gamma, lam: lam),
-        SAY.gamma_ignored,
+    *(
+        (_other_decay(of), SAY.weights.format(how))
+        for how, of in (
+            ("λ to the power l", lambda gamma, lam: lam),
+            ("γ to the power l", lambda gamma, lam: gamma),
+            ("0, so that it is left out", lambda gamma, lam: 0),
+            ("1", lambda gamma, lam: 1),
+        )
     ),
-    (_other_decay(lambda gamma, lam: lam), SAY.no_gamma_in_weights),
-    (_other_decay(lambda gamma, lam: gamma), SAY.lambda_ignored),
-    (_other_decay(lambda gamma, lam: 0), SAY.td_error_alone),
-    (_other_decay(lambda gamma, lam: 1), SAY.no_weights),
-    (
-        lambda r, v, mask, gamma, lam: _with_values(
-            gamma * lam * losses.gae(r, v, mask, gamma, lam)[0], v * mask
-        ),
-        SAY.too_small,
-    ),
+    (_one_step_further, SAY.weights.format("γλ if l is 1, and 0 beyond")),
+    (_one_power_more, SAY.weights.format("γλ to the power l + 1")),
+    (_from_the_start, SAY.weights.format("γλ to the power of its place in the row")),
     (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0), SAY.pair_swapped),
     *(
         (partial(_whitened, where, correction, everywhere), message)
@@ -707,12 +668,18 @@ _GAE_MISTAKES = (
         )
         for correction, everywhere in product((0, 1), (False, True))
     ),
-    (partial(_other_returns, lambda r, v, a, gamma: a), SAY.returns_advantages_again),
-    (partial(_other_returns, lambda r, v, a, gamma: a + r), SAY.rewards_added),
-    (partial(_other_returns, lambda r, v, a, gamma: a - v), SAY.v_subtracted_twice),
-    (partial(_other_returns, lambda r, v, a, gamma: a + _next(v)), SAY.next_value_added),
-    (partial(_other_returns, lambda r, v, a, gamma: r + gamma * _next(v)), SAY.one_step_returns),
-    (partial(_other_returns, lambda r, v, a, gamma: _sum_up(r, gamma)), SAY.plain_returns),
+    *(
+        (partial(_other_returns, of), SAY.returns.format(how))
+        for how, of in (
+            ("A", lambda r, v, a, gamma: a),
+            ("A + r", lambda r, v, a, gamma: a + r),
+            ("A - V", lambda r, v, a, gamma: a - v),
+            ("A + V'", lambda r, v, a, gamma: a + _next(v)),
+            ("r + γV'", lambda r, v, a, gamma: r + gamma * _next(v)),
+            ("the sums of rewards", lambda r, v, a, gamma: _sum_up(r, gamma)),
+            ("V", lambda r, v, a, gamma: v),
+        )
+    ),
 )
 GAE = Exercise(
     "gae",
@@ -720,6 +687,7 @@ GAE = Exercise(
     _GAE_CASES,
     _GAE_MISTAKES,
     tested="padding, a response of EOS alone, 200 tokens, λ and γ from 0 to 1",
+    parts=("the advantages", "the returns"),
     further=lambda fn: further_fault(GAE, GAE_FURTHER, fn, gradient=False),
 )
 
@@ -785,9 +753,23 @@ def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tenso
     return -(objective.mean() if everywhere else objective.sum() / mask.sum())
 
 
-def mean_by_grid(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the responses' sums over all lengths, as a kept dimension makes it."""
-    return ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean()
+OTHER_MEANS = (  # of what stands at each token, and the mask
+    (lambda x, mask: x.mean(), SAY.padding_counts),
+    (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
+    (lambda x, mask: ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean(), SAY.grid),
+    (lambda x, mask: x.gather(1, mask).mean(), SAY.integer_mask),
+    (lambda x, mask: (x * mask).sum(), SAY.summed),
+    (lambda x, mask: x.sum(), SAY.summed),
+    (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
+    (lambda x, mask: x.sum(1).mean(), SAY.per_response),
+    (lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean(), SAY.mean_of_means),
+    *(
+        (lambda x, mask, of=of: of((x * mask).sum(0) / mask.sum(0).clamp(min=1)), SAY.of_columns)
+        for of in (torch.mean, torch.nanmean)
+    ),
+    *((lambda x, mask, of=of: of(x[mask.bool()]), NO_MEAN) for of in NO_MEANS),
+    (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
+)
 
 
 def _other_clip(low: Callable, high: Callable, new, old, a, mask, clip) -> Tensor:
@@ -858,12 +840,19 @@ _POLICY_MISTAKES = (
         ),
         SAY.maximum_of_losses,
     ),
-    (partial(_other_ratio, lambda new, old: new - old), SAY.no_exp),
-    (partial(_other_ratio, lambda new, old: (old - new).exp()), SAY.ratio_upside_down),
-    (partial(_other_ratio, lambda new, old: new / old), SAY.ratio_log_probabilities),
-    (partial(_other_ratio, lambda new, old: torch.ones_like(new)), SAY.ratio_1_everywhere),
-    (partial(_other_ratio, lambda new, old: new.exp()), SAY.probability),
-    (lambda new, old, a, mask, clip: _policy_loss(new, old, a, mask, 0.2), SAY.fixed_clip),
+    *(
+        (partial(_other_ratio, of), SAY.ratio.format(how))
+        for how, of in (
+            ("log π - log π_old", lambda new, old: new - old),
+            ("1 + log π - log π_old", lambda new, old: 1 + new - old),
+            ("π_old/π", lambda new, old: (old - new).exp()),
+            ("log π/log π_old", lambda new, old: new / old),
+            ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
+            ("1", lambda new, old: torch.ones_like(new)),
+            ("π", lambda new, old: new.exp()),
+            ("π - π_old", lambda new, old: new.exp() - old.exp()),
+        )
+    ),
     (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
     (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), SAY.one_sided),
     (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), SAY.one_sided),
@@ -891,23 +880,15 @@ _POLICY_MISTAKES = (
         (partial(_one_ratio, count), SAY.one_ratio)
         for count in (lambda mask: 1, lambda mask: mask.sum(1, True))
     ),
-    (partial(_other_mean, lambda x, mask: x.mean()), SAY.padding_counts),
-    (partial(_other_mean, lambda x, mask: (x * mask).mean()), SAY.padding_in_denominator),
     *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
-    (partial(_other_mean, mean_by_grid), SAY.grid),
-    (partial(_other_mean, lambda x, mask: x.gather(1, mask).mean()), SAY.integer_mask),
-    (
-        partial(_other_mean, lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
-        SAY.mean_of_means,
-    ),
-    (partial(_other_mean, lambda x, mask: (x * mask).sum()), SAY.summed),
-    (partial(_other_mean, lambda x, mask: (x * mask).sum(1).mean()), SAY.per_response),
+    *((partial(_other_mean, of), message) for of, message in OTHER_MEANS),
     *(
         (partial(_other_objective, of), message)
         for of, message in (
             (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
             (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
             (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
+            (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
             (lambda p, a, e: p * a, SAY.nothing_clipped),
             (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
             (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),

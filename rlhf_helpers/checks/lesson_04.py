@@ -1,6 +1,5 @@
 """The checks of lesson 04: one role after the other, shaped rewards, the bytes of four roles."""
 
-import copy
 import functools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,25 +14,76 @@ from torch.overrides import TorchFunctionMode
 
 from rlhf_helpers import losses
 from rlhf_helpers.base import NF4_BLOCK
+from rlhf_helpers.checks.changes import miscounted
 from rlhf_helpers.checks.exercise import (
     NOT_ATTEMPTED,
-    UNKNOWN,
     Exercise,
     call,
     check,
     same,
-    show,
-    structural_fault,
     texts,
     unattempted,
     wrapped,
 )
+from rlhf_helpers.checks.lesson_01 import ADAPTERS
 from rlhf_helpers.checks.lesson_01 import SAY as SAY_01
 from rlhf_helpers.checks.lesson_03 import drawn
 from rlhf_helpers.memory import NF4_SUPERBLOCK
 from rlhf_helpers.roles import Roles
 
 SAY = texts("""
+cut_off (place): nowhere where a response fills its row, as if it had no end
+amount: the score is {}. It is paid once and in full; β is the price of a nat of the penalty,
+    which every token pays, the last one too.
+scaled_score (amount): multiplied by β
+score_only_scaled (amount): multiplied by β, and the penalty is not
+by_length (amount): divided by the number of tokens
+shared_out (amount): divided among the tokens
+replaced (amount): put in place of the penalty at the last token, not added to it
+order: {}. A backward pass adds to what is there, left over or not. For each role clear its
+    gradients, head included, go backward once, and step once with its optimizer as it is.
+no_backward (order): the loss of {role} gets no backward pass
+backward_twice (order): there are two backward passes through {role} in one step
+no_step (order): the optimizer of {role}, the one that was handed over, takes no step
+steps_twice (order): the optimizer of {role} steps more than once in a call
+step_first (order): {role} steps before its backward pass
+cleared_between (order): the gradients of {role} are cleared between its backward pass and its step
+not_cleared (order): the gradients of {role} are never cleared
+cleared_last (order): the gradients of {role} are cleared after the step only
+head_left (order): the gradient of the head of {role} is not cleared; those of its adapter are
+unit: it is not in bytes, but in {}. Return bytes, and divide where you print.
+thousands (unit): MB or GB; a GB is 10⁹ bytes
+powers_of_two (unit): MiB or GiB; a GiB is 2³⁰ bytes, 7% more than a GB
+roles: it is counted as if {}. The base is there once and frozen, and each role has an adapter; the
+    shapes are those of one block, of which there are layers, and trains says who learns.
+own_bases (roles): every role has a base of its own
+no_adapters (roles): the adapters are left out
+one_adapter (roles): all roles have one adapter, or all trained ones, or all frozen ones
+trains_ignored (roles): there are always two trained roles and two frozen ones
+one_block (roles): base or adapters are counted for one block
+other_in_blocks (roles): what lies outside of the blocks is counted for each of them
+equal_shapes_once (roles): layers of equal shape are counted once
+term: the log-ratio is taken {}. Plain and with both signs it is log π - log π_ref, whose mean over
+    what the policy samples is the KL.
+absolute (term): without its sign
+clamped (term): cut off at 0 where it is negative
+squared (term): squared, halved or not, as in the estimate k2 of lesson 05
+third (term): as ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03
+ratio (term): as the ratio of the probabilities, without a logarithm
+probabilities (term): as a difference of probabilities, not of logarithms
+weighted (term): weighed with a probability, which the sampling has done already
+no_reference (term): without the reference
+quotient (term): as a quotient of logarithms, not as their difference
+mean (share): the mean of its response
+mean_of_batch (share): a mean over other responses or padding as well
+sum (share): the sum over its response
+everywhere (place): at every token
+last_column (place): in the last column, be it padding or not
+late (place): one column too late, behind the last real token
+early (place): one token too early
+first (place): at the first token
+and_padding (place): at the last token and at all padding behind it
+every_row (place): for every row at the last token of each
 summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
     switched requires_grad off for the role used first; autograd looks at that flag when it goes
     backward and drops its gradients without a word, and Roles raises an error. Each role needs a
@@ -49,25 +99,6 @@ carried: the second backward pass runs through the first role's graph again, whi
 frozen_role: {role} is asked for a loss, an optimizer or parameters, but it is frozen and has none.
     Go through the roles that have a loss, not through all that there are.
 left_out: {role} learns nothing: its loss is not computed. Every role that has a loss gets a step.
-no_backward: the loss of {role} gets no backward pass. Without it there are no gradients, and the
-    step is taken on what was left over from elsewhere, or on nothing.
-backward_twice: there are two backward passes through {role} in one step. Gradients add up, so that
-    it moves further than its loss asks for.
-no_step: the optimizer of {role} takes no step. Gradients are there, but the optimizer that was
-    handed over does nothing with them; one that is made anew starts without its moments each time.
-steps_twice: the optimizer of {role} steps more than once in a call. Is there a loop over all
-    optimizers inside the loop over the roles? One gradient is good for one step.
-step_first: {role} steps before its backward pass. The step is taken on gradients from before, or on
-    none, and those of this loss come too late.
-cleared_between: the gradients of {role} are cleared between its backward pass and its step: nothing
-    is left to step on. Clear them before the backward pass.
-not_cleared: the gradients of {role} are never cleared. A backward pass adds to what is there, so
-    that every step repeats all those before it.
-cleared_last: the gradients of {role} are cleared after the step only. What is left over from
-    elsewhere, as from a call that was interrupted, goes into the first step; clear them before the
-    backward pass.
-head_left: the gradient of the head of {role} is not cleared; those of its adapter are. The head
-    lies outside the model, and a backward pass adds to what is there.
 model_cleared: it is the model's zero_grad. That clears the adapters of all roles at once, also
     gradients that a step still needs, and never the heads, which lie outside the model. Each role's
     optimizer knows what is its own.
@@ -89,119 +120,21 @@ paired: the loss of {role} is followed by a step of {other}. Losses and optimize
     their order, which need not be the same, or by a sorted one: look both up by the role's name.
 clipped: the gradients of {role} are made smaller between the backward pass and the step, as by
     clipping. What is clipped here depends on which roles there are; none are to be clipped.
+loss_changed: the loss of {role} is changed before its backward pass: its slope arrives {factor}. A
+    loss may be negative, so that no clamp, abs or square fits it, and no number divides it.
 wrong_sign: the penalty is paid out. A token that the policy likes better than the reference does
     must cost something: check the minus, and which of the two is subtracted from which.
-everywhere: the score stands at every token. The reward model judges a response once; so a long
-    response would collect its score many times.
-last_column: the score stands in the last column. Of a shorter response that is padding, which is no
-    part of it, and gae sets it to 0: look for the last token where the mask is 1.
-late: the score stands one column too late, behind the last real token. There the response has
-    ended, and what stands at padding reaches nobody. Count from 0: of n tokens the last has the
-    index n - 1.
-early: the score stands one token too early. The response is complete with its EOS, and the reward
-    is for ending there too.
+place: the score stands {}. It is paid once for a response, at its own last real token, where the
+    mask is 1 for the last time: of n tokens that one has the index n - 1.
+share: every token pays {}. A token that left the reference has to pay for itself, and for no other.
 padding: padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so
     that their reward is 0.
 no_mask: the mask is not used: padding is charged, and the score stands in the last column, whether
     that is a token or not. The mask says where each response ends.
-no_beta: the penalty is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the
-    score may remain.
-probabilities: the penalty takes probabilities. It is the difference of the logarithms that sums
-    over the tokens to the log-ratio of the whole response, and whose mean is the KL.
-ratio: the penalty takes the ratio of the probabilities, not its logarithm. Where the two policies
-    agree the ratio is 1, and they would pay for nothing.
-mean: every token pays the mean of its response. In total that is the same, but a token that left
-    the reference has to pay for itself, not its neighbours.
-mean_of_batch: every token pays a mean over other responses or padding as well. A token that left
-    the reference has to pay for itself: not for its neighbours, and for no other response.
-sum: every token pays the sum over its response. So the whole KL is charged as often as there are
-    tokens, and to the innocent too.
 at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
     what it cost; each pays its own part, where it arises.
-scaled_score: the score is multiplied by β. β is the price of a nat; the score counts in full, else
-    a smaller price would make the goal smaller with it.
-absolute: it is the absolute value of the log-ratio. A token that the policy likes less than the
-    reference does gets something back; only with both signs is the mean over samples the KL.
-squared: the log-ratio is squared. Half of that is an estimate of the KL (k2 in lesson 05); here the
-    log-ratio itself is asked for.
-third: it is ρ - 1 - log ρ, the approx_kl of lesson 03 (k3 in lesson 05), which is never negative. A
-    fine one to look at; here the log-ratio itself is asked for.
-replaced: at the last token the score replaces the penalty. EOS is a token like the others and pays
-    like them: add the score to what is there.
-no_penalty: there is no penalty at all, only the score. What keeps the policy near the reference
-    then, where the reward model knows its way?
-no_score: there is no score, only the penalty. The best that the policy could do is to stay where it
-    is; the last real token has to get what the reward model says.
-first: the score stands at the first token. The reward model has read the whole response, and what
-    it says is known at its end.
-shared_out: the score is divided among the tokens. It is paid once, at the last token; to share it
-    out is what advantages are for.
-every_row: the score goes to every row, at each row's last column: a colon for the rows picks these
-    columns in all of them. Use one row index for each.
-and_padding: the score stands at the last token and at all padding behind it. A cumsum of the mask
-    stays at its end value there: take only those places where the mask is 1.
-clamped: the penalty is never below 0. A token that the policy likes less than the reference does
-    gets something back; only with both signs is the mean over samples the KL.
-by_length: the score is divided by the number of tokens. It is for the whole response, and counts in
-    full however long that is.
-score_only_scaled: β has changed sides: it multiplies the score, and the penalty is left without it.
-    β is the price of a nat.
-fixed_beta: β is a number written into the function, whatever the argument beta says. Use the
-    argument, so that whoever calls it can set the price.
 half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
     padding the other one is left over, and counts.
-cut_off: a response that fills its row gets no score. It was cut off before its EOS, but the reward
-    model has judged it all the same: the score goes to its last real token.
-bits: bits are taken for bytes. 4.127 is a number of bits, the 16 and the 2 are bytes already; eight
-    bits are a byte.
-not_quantized: the linear layers of the base are not in NF4. They are frozen, so four bits and a
-    little for the scales do for a weight.
-float_scales: it is 4.5 bits for a weight: a whole float32 for every 64 weights. With double
-    quantization the scales have 8 bits themselves, and 4.127 remain.
-embeddings: embeddings and all else are quantized too. NF4 is for the linear layers; what lies
-    outside of them stays at 16 bits, and in a small model with a large vocabulary that is much.
-no_other: the weights outside of the linear layers are missing. The embedding alone has a row for
-    each token of the vocabulary.
-other_float: the weights outside of the linear layers are counted as float32. They are held in 16
-    bits, 2 bytes each.
-own_bases: every role has a base of its own. That is what sharing saves: the base is frozen, equal
-    for all of them, and there once.
-frozen_trained: the frozen roles are charged with more than their weights. Nothing is learnt there,
-    so they need no gradients and no moments: 4 bytes for a parameter.
-no_moments: the optimizer is missing, or counted for nothing. Adam keeps two moments in float32 for
-    each parameter that is trained, as much as weight and gradient together.
-twelve: a trained parameter is counted with 12 bytes. It has four float32 numbers: weight, gradient
-    and two moments. Which is missing?
-only_weights: trained roles cost no more than frozen ones. Training needs a gradient and Adam's two
-    moments for each parameter, beside the weight.
-half_adapters: the adapters are counted with 2 bytes for a weight, all or the frozen ones. All
-    adapters, frozen ones too, are held in float32: 4 bytes.
-frozen_free: frozen roles cost nothing. They need no gradients and no moments, but their adapters
-    have to be there: 4 bytes for a parameter.
-no_adapters: the adapters are left out, and all that training adds to them. The base is there for
-    all, but it is the adapters that tell the roles apart.
-one_adapter: there is one adapter for all roles. The base is shared, the adapters are what tells the
-    roles apart: each has its own.
-trains_ignored: it always counts two trained roles and two frozen ones. The argument trains says how
-    many there are of each.
-upside_down: trained and frozen are exchanged. It is the trained roles that have gradients and
-    moments, and cost 16 bytes.
-one_matrix: one of an adapter's two matrices is missing. A takes the inputs down to the rank, B goes
-    from there up to the outputs.
-no_rank: the rank is missing: this is an adapter of rank 1. A has as many rows as the rank says, and
-    B as many columns.
-square: an adapter's two matrices are counted as equal. A has as many columns as there are inputs, B
-    as many rows as there are outputs, and these differ unless the layer is square.
-full_matrix: an adapter has as many parameters as its layer, or more. A is rank × inputs and B
-    outputs × rank: sizes are added, not multiplied.
-one_block: base or adapters are counted for one block. The shapes are those of one block, and the
-    model has as many of these as layers says.
-thousands: it is not in bytes, but in MB or GB. Return bytes, and divide where you print; a GB is
-    10⁹ bytes.
-powers_of_two: it is not in bytes, but in MiB or GiB. Return bytes, and divide where you print. Mind
-    that a GiB is 2³⁰ bytes, 7% more than a GB.
-equal_shapes_once: layers of equal shape are counted once, as in a set. They are different layers,
-    each with weights and an adapter of its own.
 """)
 
 # --- lesson 04: one role after the other -----------------------------------------------------
@@ -428,8 +361,13 @@ class _Loss:
         off = model() + self.recorder.heads.get(self.role, 0) - 20
         loss = 0.5 * off.square().sum() - (1000 if self.role == self.recorder.trained[0] else 0)
         if loss.requires_grad:
-            loss.register_hook(lambda gradient: self.recorder.note_left_over(self.role))
+            loss.register_hook(self.arrives)
         return loss
+
+    def arrives(self, gradient: Tensor) -> None:
+        self.recorder.note_left_over(self.role)
+        if gradient != 1:
+            self.recorder.note(f"times {float(gradient):.3g}", self.role)
 
 
 class _SGD:
@@ -511,7 +449,8 @@ def _steps() -> list[_Event]:
 def _sequence(whose: str, events: Sequence[_Event]) -> str:
     """The events of one call on a few lines."""
     hidden = ("pass", "frozen", "adapter left", "head left", "smaller")
-    phrases = [_phrase(event) for event in events if event.what not in hidden]
+    seen = (e for e in events if e.what not in hidden and not e.what.startswith("times"))
+    phrases = [_phrase(event) for event in seen]
     text = ", ".join(phrase.replace(" ", "~") for phrase in phrases) or "nothing"
     first, other = f"  {whose:10}", " " * 12
     filled = textwrap.fill(text, 100, initial_indent=first, subsequent_indent=other)
@@ -582,6 +521,8 @@ def _role_fault(log: Sequence[_Event], role: str) -> str:
         return SAY.cleared_between.format(role=role)
     if _places(log, "adapter left", role):
         return (SAY.cleared_last if cleared else SAY.not_cleared).format(role=role)
+    if factor := next((e.what for e in log if e.what.startswith("times") and e.role == role), ""):
+        return SAY.loss_changed.format(role=role, factor=factor)
     if _places(log, "smaller", role):
         return SAY.clipped.format(role=role)
     return SAY.head_left.format(role=role) if _places(log, "head left", role) else ""
@@ -694,7 +635,6 @@ def case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
     return torch.tensor(scores), (ref * ratio).log(), ref.log(), torch.tensor(mask), beta
 
 
-FIXED_BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the usual ones
 _REWARD_CASES = (
     (
         torch.tensor([2.0]),
@@ -726,6 +666,22 @@ _REWARD_CASES = (
     ),
 )
 
+OF_LOG_RATIO = (
+    (torch.abs, SAY.absolute),
+    (lambda x: x.clamp(min=0), SAY.clamped),
+    (torch.square, SAY.squared),
+    (lambda x: x.square() / 2, SAY.squared),
+    (torch.exp, SAY.ratio),
+)
+OTHER_LOG_RATIOS = (
+    *((lambda new, ref, of=of: of(new - ref), message) for of, message in OF_LOG_RATIO),
+    (lambda new, ref: (ref - new).exp() - 1 - (ref - new), SAY.third),
+    (lambda new, ref: new.exp() - ref.exp(), SAY.probabilities),
+    (lambda new, ref: new.exp() * (new - ref), SAY.weighted),
+    (lambda new, ref: new, SAY.no_reference),
+    (lambda new, ref: -new, SAY.no_reference),
+    (lambda new, ref: new / ref, SAY.quotient),
+)
 _REWARD_MISTAKES = (
     (partial(_other_penalty, lambda new, ref, m, b: b * (ref - new) * m), SAY.wrong_sign),
     (partial(_other_place, lambda mask: mask), SAY.everywhere),
@@ -744,13 +700,10 @@ _REWARD_MISTAKES = (
     (partial(_unmasked, torch.ones_like, 1), SAY.everywhere),
     (partial(_unmasked, last_token, -1), SAY.wrong_sign),
     (partial(_unmasked, lambda mask: _column(-1, mask), -1), SAY.wrong_sign),
-    (partial(_other_penalty, lambda new, ref, m, b: (new - ref) * m), SAY.no_beta),
     *(
         (partial(_other_penalty, lambda *x, of=of: x[3] * of(*x[:3]) * x[2]), message)
         for of, message in (
-            (lambda new, ref, m: new.exp() - ref.exp(), SAY.probabilities),
-            (lambda new, ref, m: new.exp() * (new - ref), SAY.probabilities),
-            (lambda new, ref, m: (new - ref).exp(), SAY.ratio),
+            *((lambda new, ref, m, f=f: f(new, ref), message) for f, message in OTHER_LOG_RATIOS),
             (lambda new, ref, m: mean_of_row(new - ref, m), SAY.mean),
             (lambda new, ref, m: (new - ref).mean(1, keepdim=True), SAY.mean_of_batch),
             (lambda new, ref, m: (new - ref).mean(), SAY.mean_of_batch),
@@ -761,23 +714,12 @@ _REWARD_MISTAKES = (
                 lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True) * last_token(m),
                 SAY.at_the_end,
             ),
-            (lambda new, ref, m: (new - ref).abs(), SAY.absolute),
-            (lambda new, ref, m: (new - ref).clamp(min=0), SAY.clamped),
-            (lambda new, ref, m: (new - ref).square(), SAY.squared),
-            (lambda new, ref, m: (new - ref).square() / 2, SAY.squared),
-            (lambda new, ref, m: (ref - new).exp() - 1 - (ref - new), SAY.third),
-            (lambda new, ref, m: 0 * new, SAY.no_penalty),
         )
     ),
     (lambda s, new, ref, m, b: _shape_rewards(b * s, new, ref, m, b), SAY.scaled_score),
     (lambda s, new, ref, m, b: _shape_rewards(b * s, new, ref, m, 1.0), SAY.score_only_scaled),
     (partial(_in_place_of_penalty, last_token), SAY.replaced),
     (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), SAY.last_column),
-    (partial(_other_place, torch.zeros_like), SAY.no_score),
-    *(
-        (lambda *case, beta=beta: _shape_rewards(*case[:4], beta), SAY.fixed_beta)
-        for beta in FIXED_BETAS
-    ),
     *(
         (partial(_other_penalty, of), SAY.half_masked)
         for of in (
@@ -808,7 +750,6 @@ SHAPE_REWARDS = Exercise(
 
 # --- lesson 04: the bytes of four roles ------------------------------------------------------
 
-_TOLERANCE = 0.05
 _NF4_BITS = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_SUPERBLOCK)
 
 
@@ -849,52 +790,31 @@ def check_predict_bytes(fn: Callable[[Sequence, int, int, int, dict], float]) ->
 
     Example:
         >>> check_predict_bytes(predict_bytes)
-        predict_bytes: correct within 0.0%. Tested: ranks 1 to 256, 2 to 5 roles, 0 to 3 trained.
+        predict_bytes: correct. Tested: ranks 1 to 256, 2 to 5 roles, 0 to 3 trained, within 5%.
     """
-    print(wrapped(f"{PREDICT_BYTES.name}: {_bytes_verdict(fn)}"))
+    check(PREDICT_BYTES, fn)
 
 
-def _bytes_verdict(fn: Callable) -> str:
-    if fn is ...:
-        return NOT_ATTEMPTED
-    if not callable(fn):
-        return f"give the check the function itself, not a result; it got {fn!r}."
-    results = []
-    for case in PREDICT_BYTES.cases:
-        arguments = copy.deepcopy(case)
-        result = call(PREDICT_BYTES, fn, arguments)
-        if result is ...:
-            return unattempted(fn)
-        if fault := structural_fault(PREDICT_BYTES, case, arguments, result, fn):
-            return fault
-        results.append(float(result))
-    off = _furthest_off(results, predict_bytes)
-    if off <= _TOLERANCE:
-        return f"correct within {off:.1%}. Tested: {PREDICT_BYTES.tested}."
-    case, result = next(
-        (case, result)
-        for case, result in zip(PREDICT_BYTES.cases, results, strict=True)
-        if not _relative(result, predict_bytes(*case)) <= _TOLERANCE
-    )
-    return f"{_nearest_mistake(results)}\n{show(PREDICT_BYTES, case, result)}"
-
-
-def _relative(result: float, expected: float) -> float:
-    return abs(result / expected - 1)
-
-
-def _furthest_off(results: Sequence[float], of: Callable) -> float:
-    """The largest relative difference; infinite if any result is not a number."""
-    pairs = zip(results, PREDICT_BYTES.cases, strict=True)
-    off = [_relative(result, of(*case)) for result, case in pairs]
-    return max(off) if all(value == value for value in off) else float("inf")
+def _near(result: float, expected: float, tolerance: float = 0.05) -> bool:
+    return abs(result / expected - 1) <= tolerance
 
 
 def _nearest_mistake(results: Sequence[float]) -> str:
-    """The message of the mistake whose results are nearest, if they are near enough."""
-    off = [_furthest_off(results, wrong) for wrong, _ in PREDICT_BYTES.mistakes]
-    nearest = min(range(len(off)), key=off.__getitem__)
-    return PREDICT_BYTES.mistakes[nearest][1] if off[nearest] < 0.04 else UNKNOWN
+    """The message of the mistake whose results are nearest, or what is counted wrongly."""
+    cases = PREDICT_BYTES.cases
+    for tolerance in (0.001, 0.01, 0.04):
+        for wrong, message in _BYTES_MISTAKES:
+            made = (wrong(*case) for case in cases)
+            if all(_near(x, y, tolerance) for x, y in zip(results, made, strict=True)):
+                return message
+    return miscounted(_COUNTS, [_terms(*case) for case in cases], results, within=0.005)
+
+
+def _terms(shapes, layers: int, other: int, rank: int, trains: Mapping[str, bool]) -> list[float]:
+    """What the counts are multiplied by; bits as bytes."""
+    linear, adapter = layers * sum(o * i for o, i in shapes), layers * _a_and_b(shapes, rank)
+    trained = sum(trains.values())
+    return [linear / 8, other, trained * adapter, (len(trains) - trained) * adapter]
 
 
 def _a_and_b(shapes, rank: int) -> float:
@@ -908,28 +828,26 @@ def _other_count(
     rank,
     trains,
     *,
-    bits: float = _NF4_BITS,
-    other_bytes: float = 2,
-    trained: float = 16,
-    frozen: float = 4,
     of_adapter: Callable = _a_and_b,
     base_times: Callable = lambda trains: 1,
-    of_roles: Callable | None = None,
+    of_roles: Callable = lambda trains: sum(16 if on else 4 for on in trains.values()),
     blocks: tuple[bool, bool] = (True, True),
     once: tuple[bool, bool] = (False, False),
 ) -> float:
     """The prediction with one thing counted otherwise."""
     in_base, in_adapters = (layers if counted else 1 for counted in blocks)
     of_base, of_adapters = (set(shapes) if equal else shapes for equal in once)
-    base = bits / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
-    base += other_bytes * other
-    if of_roles is None:
-        number = sum(trained if trains[role] else frozen for role in trains)
-    else:
-        number = of_roles(trains)
-    return base_times(trains) * base + number * in_adapters * of_adapter(of_adapters, rank)
+    base = _NF4_BITS / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
+    adapters = of_roles(trains) * in_adapters * of_adapter(of_adapters, rank)
+    return base_times(trains) * (base + 2 * other) + adapters
 
 
+_COUNTS = (
+    ("bits of a weight in a linear layer", _NF4_BITS, "a code, and a little for the scales"),
+    ("bytes of a weight outside of those", 2, "16 bits, not quantized"),
+    ("bytes of a trained parameter", 16, "a float32 each for weight, gradient and two moments"),
+    ("bytes of a frozen role's parameter", 4, "a float32 for the weight, and nothing is learnt"),
+)
 _FOUR = {"policy": True, "reference": False, "reward": False, "value": True}
 _ATTENTION = ((1536, 1536), (256, 1536), (256, 1536), (1536, 1536))  # Qwen2.5-1.5B's
 _MLP = ((8960, 1536), (8960, 1536), (1536, 8960))
@@ -952,43 +870,27 @@ _BYTES_CASES = (
 )
 
 _BYTES_MISTAKES = (
-    (partial(_other_count, bits=8 * _NF4_BITS), SAY.bits),
-    (partial(_other_count, bits=8 * _NF4_BITS, other_bytes=16), SAY.bits),
-    (lambda *case: 8 * predict_bytes(*case), SAY.bits),
-    (partial(_other_count, bits=16), SAY.not_quantized),
-    (partial(_other_count, bits=8), SAY.not_quantized),
-    (partial(_other_count, bits=4.5), SAY.float_scales),
-    (partial(_other_count, other_bytes=_NF4_BITS / 8), SAY.embeddings),
-    (partial(_other_count, other_bytes=0), SAY.no_other),
-    (partial(_other_count, other_bytes=4), SAY.other_float),
-    (partial(_other_count, base_times=len), SAY.own_bases),
-    *((partial(_other_count, frozen=number), SAY.frozen_trained) for number in (16, 12, 8)),
-    (partial(_other_count, trained=8), SAY.no_moments),
-    (partial(_other_count, trained=12), SAY.twelve),
-    (partial(_other_count, trained=4), SAY.only_weights),
-    *(
-        (partial(_other_count, trained=number, frozen=2), SAY.half_adapters)
-        for number in (8, 12, 14, 16)
+    (
+        lambda shapes, layers, other, *rest: predict_bytes(shapes, layers, layers * other, *rest),
+        SAY.other_in_blocks,
     ),
-    (partial(_other_count, frozen=0), SAY.frozen_free),
+    (partial(_other_count, base_times=len), SAY.own_bases),
     (partial(_other_count, of_roles=lambda trains: 0), SAY.no_adapters),
-    (partial(_other_count, of_roles=lambda trains: 16), SAY.one_adapter),
-    (partial(_other_count, of_roles=lambda trains: 40), SAY.trains_ignored),
-    (partial(_other_count, trained=4, frozen=16), SAY.upside_down),
     *(
-        (partial(_other_count, of_adapter=of), message)
-        for of, message in (
-            (lambda shapes, rank: rank * sum(i for _, i in shapes), SAY.one_matrix),
-            (lambda shapes, rank: rank * sum(o for o, _ in shapes), SAY.one_matrix),
-            (lambda shapes, rank: rank * 2 * sum(i for _, i in shapes), SAY.square),
-            (lambda shapes, rank: rank * 2 * sum(o for o, _ in shapes), SAY.square),
-            (lambda shapes, rank: _a_and_b(shapes, 1), SAY.no_rank),
-            (lambda shapes, rank: sum(rank * i + o for o, i in shapes), SAY_01.no_brackets),
-            (lambda shapes, rank: sum(rank * o + i for o, i in shapes), SAY_01.no_brackets),
-            (lambda shapes, rank: rank * _a_and_b(shapes, rank), SAY_01.rank_squared),
-            (lambda shapes, rank: sum(o * i for o, i in shapes), SAY.full_matrix),
-            (lambda shapes, rank: rank * sum(o * i for o, i in shapes), SAY.full_matrix),
+        (partial(_other_count, of_roles=of), SAY.one_adapter)
+        for of in (
+            lambda trains: 16,
+            lambda trains: 16 * sum(trains.values()) + 4 * (not all(trains.values())),
+            lambda trains: 16 * any(trains.values()) + 4 * list(trains.values()).count(False),
         )
+    ),
+    (partial(_other_count, of_roles=lambda trains: 40), SAY.trains_ignored),
+    *(
+        (
+            partial(_other_count, of_adapter=lambda x, rank, of=of: sum(of(*s, rank) for s in x)),
+            SAY_01.of_a_layer.format(how),
+        )
+        for how, of in ADAPTERS
     ),
     *(
         (partial(_other_count, once=once), SAY.equal_shapes_once)
@@ -1008,6 +910,8 @@ PREDICT_BYTES = Exercise(
     "predict_bytes",
     predict_bytes,
     _BYTES_CASES,
-    _BYTES_MISTAKES,
-    tested="ranks 1 to 256, 2 to 5 roles, 0 to 3 trained",
+    mistakes=(),  # they are rounded, as the learner's are
+    tested="ranks 1 to 256, 2 to 5 roles, 0 to 3 trained, within 5%",
+    general=_nearest_mistake,
+    equal=_near,
 )

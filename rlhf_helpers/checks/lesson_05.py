@@ -8,115 +8,65 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from rlhf_helpers import kl, logprobs, losses
-from rlhf_helpers.checks.exercise import EPSILONS, Exercise, check, check_pair, texts
+from rlhf_helpers import kl, logprobs
+from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, check, check_pair, texts
 from rlhf_helpers.checks.lesson_03 import (
+    LOOKUPS,
     NAIVE,
+    OTHER_MEANS,
     drawn,
     further_fault,
-    mean_by_grid,
     pick,
     token_mean,
 )
 from rlhf_helpers.checks.lesson_03 import SAY as SAY_03
-from rlhf_helpers.checks.lesson_04 import FIXED_BETAS, case_of_odds, last_token, mean_of_row
+from rlhf_helpers.checks.lesson_04 import (
+    OF_LOG_RATIO,
+    OTHER_LOG_RATIOS,
+    case_of_odds,
+    last_token,
+    mean_of_row,
+)
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
 
 SAY = texts("""
+padding_charged (kl_of): its padding too
+reward_scaled (price): β (R - KL)
+reward_only (price): β R - KL
+one_of_two (price): R less a difference of which β multiplies one half
+shared_out (price): (1 - β) R - β KL
+reward_at_each (price): a sum in which R stands once for each token
+mean (kl_of): the mean over its tokens
+same_for_all (kl_of): a mean over the batch
+batch_sum (kl_of): the sum over the batch
+last_only (kl_of): the log-ratio of its last token
 shifted: the tokens are looked up one position off. These logits are aligned already: those at
     position t predict the token at t, so there is no shift left to make.
 logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
     argument. They may be negative and do not sum to 1; give them by their name, logits.
-whole_vocabulary: the whole vocabulary is added up at each position. Only one token was sampled
-    there, and its log-probability alone is asked for.
-no_tokens: the sampled tokens are not used: it is the expected log-probability, minus the entropy.
-    That is the mean over all samples; asked for is the one at hand.
 one_policy: both results come from the same logits. The tokens are the same, but the second result
     is what the reference thinks of them.
 pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_ref. Whatever is made
     of their difference would change its sign.
 reversed: it is the other direction, KL(reference‖policy). The penalty weighs each token by how
     often the policy chooses it, so the policy stands first.
-softmax_as_logits: probabilities are handed over as logits. A Categorical made from logits applies
-    the softmax itself; after a second one all tokens look nearly alike.
-unweighted: each token of the vocabulary counts alike, whether the policy chooses it always or
-    never. The KL is the mean of the log-ratio over what the policy samples: weigh it with p.
-averaged: the weighted terms are averaged over the vocabulary, but the weights p make a mean
-    already: add up. Divided by V the KL would shrink as the vocabulary grows.
-cross_entropy: it is the cross-entropy -Σ p log q. That is not 0 where the two agree; the KL is what
-    it exceeds the entropy of p by.
-entropies: it is a difference of two entropies. Two policies may be equally unsure about quite
-    different tokens; the logarithms of both have to be weighed with the same p.
-negative: the sign is turned round. A KL is never negative: the policy's own logarithm is larger on
-    average over what it samples, so log q is subtracted from log p.
-ref_weights: the log-ratio is weighed with q, how often the reference chooses a token. That is minus
-    the KL of the other direction; weigh it with p.
-not_normalised: the logits themselves are subtracted. They are logarithms only up to a constant at
-    each position, another one for each policy: take the log-softmax first.
-of_probabilities: probabilities are subtracted, not their logarithms. From 0.001 to 0.1 is a long
-    way for the KL, and from 0.5 to 0.6 a short one.
-far_apart: it is right for moderate logits, but not where two of them differ by 40 or by 150: there
-    a softmax rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of probabilities
-    then does the rest. Take the logarithms straight from the logits.
+terms: it is {}, not Σ p (log p - log q). The KL is the mean of the log-ratio over what the policy
+    samples: each token of the vocabulary counts with the probability p that the policy gives it.
+not_normalised: logits are subtracted themselves, both or one of them. They are logarithms only up
+    to a constant at each position, another one for each policy: take the log-softmax first.
+far_apart: it is right for moderate logits, but not where two of them differ by 40 to 150: there a
+    softmax loses digits or rounds to 0, and a logarithm, an ε, a clamp or a Categorical made of
+    probabilities then does the rest. Take the logarithms straight from the logits.
 log_of_log: it is nan everywhere, as a logarithm of numbers below 0 is: of logits, or of
     log-probabilities. kl_div takes its second argument for probabilities and makes the logarithm
     itself, unless log_target says that it is there already.
 estimate_swapped: the two are subtracted the wrong way round. Over what the policy samples its own
     log-probability is the larger one on average, so that log_probs_ref is what is taken off.
-padding_counts: padding counts. Nobody sampled those tokens, and their log-probabilities mean
-    nothing; what tells padding from tokens?
-wrong_denominator: padding is 0 in the sum, but counts in the denominator. The estimate would shrink
-    with the amount of padding, which is chance: divide by the number of real tokens.
-summed: it is the sum over all tokens of the batch, not their mean. It would grow with the batch;
-    divide by the number of real tokens.
-per_response: the tokens of a response are added up, and only the responses averaged. Those are nats
-    per response, which the reward needs later; here nats per token are asked for.
-mean_of_means: it is the mean of the responses' means. A token of a short response then weighs more
-    than one of a long response; the mean here is over all real tokens of the batch at once.
-absolute: an absolute value is taken. Some log-ratios are negative, and so may be their mean in a
-    small sample; only with both signs are they the KL on average, else too much.
-cut_at_0: what is negative is cut off at 0. The KL is never negative, but its estimate may be; to
-    drop the low ones makes it too large on average.
-squared: the log-ratio is squared. Half of that is the estimate k2, never negative and wrong on
-    average; here the log-ratio itself is asked for, k1.
-third: it is the estimate k3. It is right on average and never negative; here the log-ratio itself
-    is asked for, k1.
-ratio: it takes the ratio of the probabilities, not its logarithm. Where the two policies agree the
-    ratio is 1, and the KL is 0.
-weighted: each token is weighed with its probability. The sampling has done that already: a likely
-    token comes up often. Weights are for a sum over the whole vocabulary.
-no_reference: the reference is missing. The mean log-probability of its own samples says how sure
-    the policy is; how far it has gone shows only beside the reference.
-quotient: the log-probabilities are divided. The logarithm of a ratio is the difference of the
-    logarithms.
+kl_of: a response pays for {}. The KL of a response is the sum of the log-ratio over its own real
+    tokens, and over nothing else.
+price: the final reward is {}. It is R - β KL: R as it is, and β as the price of each nat.
 paid_out: the penalty is paid out. A response that the policy likes better than the reference does
     must lose by it: check the minus, and which of the two is subtracted from which.
-padding_charged: padding is charged. Nobody sampled those tokens, and a short response would pay for
-    what stands behind its end.
-mean: it is the mean of the log-ratio over a response, not the sum. The log-ratio of a whole
-    response is the sum over its tokens; with the mean, a long response could go far for little.
-same_for_all: all responses pay the same, the mean over the batch. Then the penalty moves no
-    response against another, and nothing is learnt from it: each pays for its own tokens.
-batch_sum: each response pays for the whole batch. The sum runs over its own tokens only, along the
-    second dimension.
-reward_scaled: the reward is multiplied by β too. β is the price of a nat; with both scaled it
-    changes nothing in which response is better.
-reward_only: β has changed sides: it multiplies the reward, and the KL is left without it. β is the
-    price of a nat.
-one_of_two: β multiplies one of the two log-probabilities only; look at the brackets. Where policy
-    and reference agree nothing would cancel, and the penalty would not be 0.
-no_beta: the KL is not multiplied by β: a nat costs 1, whatever the price is. At β = 0 only the
-    reward may remain.
-no_penalty: there is no penalty at all, only the reward. What keeps the policy near the reference
-    then?
-no_reward: there is no reward, only the penalty. The best that the policy could do is to stay where
-    it is; take the penalty off the reward.
-reward_at_each: the reward is counted once for every token. It is given once, for the whole
-    response.
-shared_out: the reward is multiplied by 1 − β. β is the price of a nat, not a share: take β times
-    the KL off the reward, and leave the reward as it is.
-last_only: only the last token pays. The score is known there, but every token of the response has
-    its part in the KL.
 agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
     it is one of the tokens that the mean is over: only the mask says what padding is.
 """)
@@ -158,7 +108,7 @@ def check_sampled_log_probs(fn: Callable[[Tensor, Tensor, Tensor], tuple[Tensor,
         >>> check_sampled_log_probs(sampled_log_probs)
         sampled_log_probs: correct. Tested: one row and several, T = 1, logits of 0 and 150.
     """
-    check_pair(SAMPLED_LOG_PROBS, fn, ("log_probs_curr", "log_probs_ref"))
+    check_pair(SAMPLED_LOG_PROBS, fn)
 
 
 def _sampled_log_probs(curr_logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
@@ -191,10 +141,6 @@ def _probs(logits: Tensor) -> Categorical:
     return Categorical(probs=logits, validate_args=False)
 
 
-def _over_vocabulary(of: Callable, normalise: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
-    return of(normalise(logits, -1))
-
-
 _HAND_CURR = torch.tensor([[[0.0, 0.6931, 0.0], [1.0986, 0.0, 0.0]]])  # 1/4 1/2 1/4, 3/5 1/5 1/5
 _HAND_REF = torch.tensor([[[0.6931, 0.0, 0.0], [0.0, 0.0, 0.0]]])  # 1/2 1/4 1/4, 1/3 1/3 1/3
 _SAMPLED_CASES = (
@@ -219,27 +165,10 @@ _LOOKUPS = (
                 for filled in (True, False)
             ),
             (partial(_shifted_and_padded, f), SAY.shifted),
-            (lambda z, tokens, f=f: -pick(f(z, -1), tokens), SAY_03.surprise),
-            (lambda z, tokens, f=f: pick(f(z, 0), tokens), SAY_03.wrong_dimension),
-            (lambda z, tokens, f=f: pick(f(z, 1), tokens), SAY_03.wrong_dimension),
-            (partial(_over_vocabulary, lambda x: x.amax(-1), f), SAY_03.greedy),
-            (partial(_over_vocabulary, lambda x: x.sum(-1), f), SAY.whole_vocabulary),
-            (partial(_over_vocabulary, lambda x: x.mean(-1), f), SAY.whole_vocabulary),
-            (partial(_over_vocabulary, lambda x: (x.exp() * x).sum(-1), f), SAY.no_tokens),
         )
     ),
-    *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY_03.not_finite) for f in NAIVE),
-    *(
-        (
-            lambda z, tokens, e=epsilon: logprobs.token_logprobs(z, tokens).clamp(min=math.log(e)),
-            SAY_03.cut_off,
-        )
-        for epsilon in EPSILONS
-    ),
-    (lambda z, tokens: pick(z.softmax(-1), tokens), SAY_03.probabilities),
     (lambda z, tokens: _probs(z).log_prob(tokens), SAY.logits_as_probs),
-    (lambda z, tokens: pick(z, tokens), SAY_03.raw_logits),
-    (lambda z, tokens: pick(z.softmax(-1).log_softmax(-1), tokens), SAY_03.two_softmaxes),
+    *LOOKUPS,
 )
 _SAMPLED_MISTAKES = (
     *(
@@ -263,6 +192,7 @@ SAMPLED_LOG_PROBS = Exercise(
     _SAMPLED_CASES,
     _SAMPLED_MISTAKES,
     tested="one row and several, T = 1, logits of 0 and 150",
+    parts=("log_probs_curr", "log_probs_ref"),
     shape_hint="It is one number for each sampled token: one of the V at its position, not all of "
     "them, and no token is lost to a shift, since the logits are aligned already.",
 )
@@ -300,6 +230,11 @@ def _with_epsilon(p: Tensor, q: Tensor, epsilon: float) -> Tensor:
     return (p * ((p + epsilon) / (q + epsilon)).log()).sum(-1)
 
 
+def _to_the_middle(p: Tensor, q: Tensor) -> Tensor:
+    """KL from the first to the mean of both."""
+    return (p.exp() * (p - ((p.exp() + q.exp()) / 2).log())).sum(-1)
+
+
 _EQUAL = drawn(1, 2, 4, seed=16)
 _EXACT_CASES = (
     (_HAND_CURR, _HAND_REF),
@@ -308,6 +243,8 @@ _EXACT_CASES = (
     (_EQUAL, _EQUAL + 3),  # a constant changes no probability
 )
 
+# float32 still has numbers that small, and a Categorical is right
+_GAP_OF_100 = (torch.tensor([[[100.0, 0.0, 0.0]]]), torch.tensor([[[0.0, 100.0, 0.0]]]))
 _EXACT_FURTHER = (
     (
         (
@@ -316,39 +253,70 @@ _EXACT_FURTHER = (
         ),
         SAY.far_apart,
     ),
+    (_GAP_OF_100, SAY.far_apart),
+)
+_SUMS = (  # of log p and log q
+    *(
+        (how, lambda p, q, of=of, k=k: k * of(p - q, -1))
+        for how, of in (("Σ (log p - log q)/V", torch.mean), ("Σ (log p - log q)", torch.sum))
+        for k in (1, -1)
+    ),
+    ("the largest log p - log q", lambda p, q: (p - q).amax(-1)),
+    ("Σ p (log p - log q) divided by V", lambda p, q: (p.exp() * (p - q)).mean(-1)),
+    ("Σ p |log p - log q|", lambda p, q: (p.exp() * (p - q).abs()).sum(-1)),
+    ("Σ p (log p - log q)²", lambda p, q: (p.exp() * (p - q).square()).sum(-1)),
+    ("Σ p (log p - log q)²/2", lambda p, q: (p.exp() * (p - q).square()).sum(-1) / 2),
+    ("Σ p (p - q)", lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1)),
+    ("Σ q (log p - log q)", lambda p, q: (q.exp() * (p - q)).sum(-1)),
+    ("the cross-entropy -Σ p log q", lambda p, q: -(p.exp() * q).sum(-1)),
+    ("the entropy -Σ p log p", lambda p, q: -(p.exp() * p).sum(-1)),
+    *(
+        ("a difference of entropies", lambda p, q, k=k: k * (p.exp() * p - q.exp() * q).sum(-1))
+        for k in (1, -1)
+    ),
+    *(
+        (how, lambda p, q, k=k: k * ((p.exp() - q.exp()) * (p - q)).sum(-1))
+        for how, k in (("the sum of both directions", 1), ("the mean of both directions", 0.5))
+    ),
+    (
+        "the mean of both directions to the middle, as in Jensen and Shannon's divergence",
+        lambda p, q: (_to_the_middle(p, q) + _to_the_middle(q, p)) / 2,
+    ),
 )
 _EXACT_MISTAKES = (
     (lambda curr, ref: _exact_kl(ref, curr), SAY.reversed),
-    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref.softmax(-1)), SAY.softmax_as_logits),
-    (lambda curr, ref: _exact_kl(curr.softmax(-1), ref), SAY.softmax_as_logits),
-    (lambda curr, ref: _exact_kl(curr, ref.softmax(-1)), SAY.softmax_as_logits),
     (lambda curr, ref: kl_divergence(_probs(curr), _probs(ref)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(_probs(ref), _probs(curr)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(_probs(curr), Categorical(logits=ref)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(Categorical(logits=curr), _probs(ref)), SAY.logits_as_probs),
-    (lambda curr, ref: -_exact_kl(curr, ref), SAY.negative),
     *(
         (partial(_of_log_softmax, of), message)
         for of, message in (
-            *(
-                (lambda p, q, sign=sign, of=of: of(sign * (p - q), -1), SAY.unweighted)
-                for sign in (1, -1)
-                for of in (torch.mean, torch.sum)
-            ),
-            (lambda p, q: (p.exp() * (p - q)).mean(-1), SAY.averaged),
             (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
             *(
                 (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), SAY.far_apart)
                 for e in (1e-3, 1e-4, 1e-5)
             ),
-            (lambda p, q: -(p.exp() * q).sum(-1), SAY.cross_entropy),
-            (lambda p, q: (p.exp() * p - q.exp() * q).sum(-1), SAY.entropies),
-            (lambda p, q: (q.exp() * q - p.exp() * p).sum(-1), SAY.entropies),
-            (lambda p, q: (q.exp() * (p - q)).sum(-1), SAY.ref_weights),
-            (lambda p, q: (p.exp() * (p.exp() - q.exp())).sum(-1), SAY.of_probabilities),
+            *((of, SAY.terms.format(how)) for how, of in _SUMS),
         )
     ),
-    (lambda curr, ref: (curr.softmax(-1) * (curr - ref)).sum(-1), SAY.not_normalised),
+    *(
+        (lambda curr, ref, of=of: (curr.softmax(-1) * of(curr, ref)).sum(-1), SAY.not_normalised)
+        for of in (
+            lambda curr, ref: curr - ref,
+            lambda curr, ref: curr.log_softmax(-1) - ref,
+            lambda curr, ref: curr - ref.log_softmax(-1),
+        )
+    ),
+    *(
+        (
+            lambda curr, ref, d=d: (
+                curr.softmax(d) * (curr.log_softmax(d) - ref.log_softmax(d))
+            ).sum(-1),
+            SAY_03.wrong_dimension,
+        )
+        for d in (0, 1)
+    ),
 )
 EXACT_KL = Exercise(
     "exact_kl",
@@ -425,45 +393,20 @@ _ESTIMATE_CASES = (
     ),  # an estimate below 0, and a token on which both agree
 )
 
-_K3 = partial(_other_term, lambda curr, ref: (ref - curr).exp() - 1 - (ref - curr))
 _ESTIMATE_MISTAKES = (
     (lambda curr, ref, mask: estimate_kl(ref, curr, mask), SAY.estimate_swapped),
     *(
         (partial(_other_mean, of), message)
         for of, message in (
             (lambda x, mask: -x.mean(), SAY.estimate_swapped),
-            (lambda x, mask: x.mean(), SAY.padding_counts),
-            (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
+            *OTHER_MEANS,
             (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
-            (mean_by_grid, SAY_03.grid),
-            (lambda x, mask: x.gather(1, mask).mean(), SAY_03.integer_mask),
-            (lambda x, mask: (x * mask).sum(), SAY.summed),
-            (lambda x, mask: x.sum(), SAY.summed),
-            (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
-            (lambda x, mask: x.sum(1).mean(), SAY.per_response),
-            (lambda x, mask: mean_of_row(x, mask).mean(), SAY.mean_of_means),
-            (lambda x, mask: token_mean(x, mask).abs(), SAY.absolute),
-            (lambda x, mask: token_mean(x.abs(), mask), SAY.absolute),
-            (lambda x, mask: token_mean(x, mask).clamp(min=0), SAY.cut_at_0),
-            (lambda x, mask: token_mean(x.clamp(min=0), mask), SAY.cut_at_0),
-            (lambda x, mask: token_mean(x.square(), mask), SAY.squared),
-            (lambda x, mask: token_mean(x.square() / 2, mask), SAY.squared),
-            (lambda x, mask: token_mean(x.exp(), mask), SAY.ratio),
+            *((lambda x, mask, f=f: f(token_mean(x, mask)), says) for f, says in OF_LOG_RATIO),
         )
     ),
-    *(
-        (partial(_other_term, of), message)
-        for of, message in (
-            (lambda curr, ref: curr.exp() - ref.exp(), SAY.of_probabilities),
-            (lambda curr, ref: curr.exp() * (curr - ref), SAY.weighted),
-            (lambda curr, ref: curr, SAY.no_reference),
-            (lambda curr, ref: -curr, SAY.no_reference),
-            (lambda curr, ref: curr / ref, SAY.quotient),
-        )
-    ),
-    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY.weighted),
-    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY.weighted),
-    (_K3, SAY.third),
+    *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
+    (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
+    (lambda curr, ref, mask: (curr.exp() * (curr - ref) * mask).sum(), SAY_04.weighted),
     *(
         (lambda curr, ref, mask, of=of, n=n: of(curr, ref, mask) / n(mask), SAY_04.half_masked)
         for of in (
@@ -506,9 +449,7 @@ def final_reward(
 
     Derived in lesson 05; `losses.shape_rewards` shares it out among the tokens.
     """
-    logprobs_of_both = (log_probs_curr, log_probs_ref)
-    rewards = losses.shape_rewards(rewards_model, *logprobs_of_both, response_mask, beta)
-    return rewards.sum(-1)
+    return rewards_model - beta * ((log_probs_curr - log_probs_ref) * response_mask).sum(-1)
 
 
 def check_final_reward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
@@ -529,6 +470,10 @@ def check_final_reward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Ten
 
 def _row_sum(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum(1)
+
+
+def _by_row(of: Callable, x: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([of(row[real]) for row, real in zip(x, mask.bool(), strict=True)])
 
 
 def _other_kl(of: Callable, rewards, curr, ref, mask, beta) -> Tensor:
@@ -573,27 +518,22 @@ _FINAL_MISTAKES = (
             (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
             (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
             (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
-            (lambda curr, ref, mask: _row_sum(curr.exp() - ref.exp(), mask), SAY.of_probabilities),
-            (lambda curr, ref, mask: _row_sum(curr.exp() * (curr - ref), mask), SAY.weighted),
-            (lambda curr, ref, mask: _row_sum((curr - ref).exp(), mask), SAY.ratio),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).exp(), SAY.ratio),
-            (lambda curr, ref, mask: _row_sum((curr - ref).abs(), mask), SAY.absolute),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).abs(), SAY.absolute),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).clamp(min=0), SAY.cut_at_0),
-            (lambda curr, ref, mask: _row_sum((curr - ref).clamp(min=0), mask), SAY.cut_at_0),
-            (lambda curr, ref, mask: _row_sum((curr - ref).square(), mask), SAY.squared),
-            (lambda curr, ref, mask: _row_sum((curr - ref).square() / 2, mask), SAY.squared),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).square(), SAY.squared),
-            (
-                lambda curr, ref, mask: _row_sum((ref - curr).exp() - 1 - ref + curr, mask),
-                SAY.third,
+            *(
+                (lambda curr, ref, mask, of=of: _row_sum(of(curr, ref), mask), message)
+                for of, message in OTHER_LOG_RATIOS
+            ),
+            *(
+                (lambda curr, ref, mask, of=of: of(_row_sum(curr - ref, mask)), message)
+                for of, message in OF_LOG_RATIO
             ),
             (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
             (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
             (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
-            (lambda curr, ref, mask: 0 * curr[:, 0], SAY.no_penalty),
-            (lambda curr, ref, mask: _row_sum(curr, mask), SAY.no_reference),
+            *(
+                (lambda curr, ref, mask, of=of: _by_row(of, curr - ref, mask), NO_MEAN)
+                for of in NO_MEANS
+            ),
         )
     ),
     *(
@@ -601,8 +541,6 @@ _FINAL_MISTAKES = (
         for of, message in (
             (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
             (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
-            (lambda rewards, kl, beta: rewards - kl, SAY.no_beta),
-            (lambda rewards, kl, beta: -beta * kl, SAY.no_reward),
             (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
         )
     ),
@@ -614,12 +552,8 @@ _FINAL_MISTAKES = (
         )
     ),
     *(
-        (lambda *case, beta=beta: final_reward(*case[:4], beta), SAY_04.fixed_beta)
-        for beta in FIXED_BETAS
-    ),
-    (
-        lambda r, curr, ref, mask, beta: _row_sum(r[:, None] - beta * (curr - ref), mask),
-        SAY.reward_at_each,
+        (lambda r, *case, of=of: (of(case[2]) - 1) * r + final_reward(r, *case), SAY.reward_at_each)
+        for of in (lambda mask: mask.sum(1), lambda mask: mask.shape[1])
     ),
 )
 FINAL_REWARD = Exercise(
