@@ -821,9 +821,15 @@ def test_a_run_left_early_is_kept(tiny, tokenizer, train, history, tmp_path):
     assert same(train(tmp_path / "dpo")[0].state("policy"), last(history))
 
 
-def test_a_run_stopped_before_its_first_update_leaves_nothing(train, tmp_path, monkeypatch):
-    interrupt(train, monkeypatch, tmp_path / "dpo", stop_in_the_loss, 0)
+def test_a_run_stopped_before_its_first_update_begins_again(
+    tiny, train, history, tmp_path, monkeypatch
+):
+    roles = new_roles(tiny)
+    interrupt(train, monkeypatch, tmp_path / "dpo", stop_in_backward, 0, roles=roles)
     assert list(tmp_path.iterdir()) == []
+    _, stats = train(tmp_path / "dpo", roles=roles)
+    assert facts(stats) == facts(s for s, _ in history)
+    assert same(roles.state("policy"), last(history))
 
 
 @pytest.mark.parametrize("step", [2, 7])
