@@ -150,9 +150,7 @@ def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Ten
 
 
 def sequence_logprobs(
-    model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict]
 ) -> Tensor:
     """log π(y|x) of whole responses: the sum over their tokens, EOS included, none of the prompt's.
 
@@ -190,8 +188,7 @@ def pair_logprobs(
     for start in range(0, len(order), ROWS):
         rows = order[start : start + ROWS]
         logprobs[rows] = sequence_logprobs(model, tokenizer, [examples[i] for i in rows]).cpu()
-    chosen, rejected = logprobs.split(len(pairs))
-    return chosen, rejected
+    return logprobs.split(len(pairs))
 
 
 def train_dpo(
@@ -208,7 +205,8 @@ def train_dpo(
     """Train a role on pairs by `dpo_loss`: one update for each item drawn from the iterator.
 
     The reference's log-probabilities are computed once, when the first item is drawn. Saving and
-    going on work as in `train_sft`; a run that goes on must find the same reference.
+    going on work as in `train_sft`; a run that goes on must find the same reference, and its role's
+    weights are those that were saved, whatever the role at hand.
 
     Args:
         role: a trainable role of `roles` without a head, added as a copy of the reference.

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from helpers_training import facts, kept_in, names_in, press, reports_of, role_weights
+from helpers_training import facts, kept_in, names_in, reports_of, role_weights
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_reward import make_pairs
 from test_roles import alone, assert_close, base_bits, fill, gradients, same, save_tiny
+from test_sft import stop_in_the_consumer, stop_in_the_optimizer
 
 from rlhf_helpers import dpo
 from rlhf_helpers.base import load_base
@@ -326,6 +327,7 @@ SETTINGS = DPOConfig(
     beta=0.3,
 )
 TRAIN, HELD_OUT = make_pairs(40, 0), make_pairs(32, 1)
+BOTH = ("policy", "reference")
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +365,7 @@ def test_a_responses_log_probability_is_the_sum_of_its_tokens(fixed, tokenizer):
     examples = [pair[side] for pair in TRAIN[:6] for side in SIDES]
     assert len({len(x["prompt"]) for x in examples}) > 2
     assert len({len(x["response"]) for x in examples}) > 2
-    for role in ("policy", "reference"):
+    for role in BOTH:
         model = fixed.use(role)
         expected = [logprob_alone(model, example) for example in examples]
         found = sequence_logprobs(model, tokenizer, examples)
@@ -419,7 +421,7 @@ def test_pairs_keep_their_order_over_several_batches(fixed, tokenizer, monkeypat
 
 def test_rewards_and_their_accuracy(fixed, tokenizer):
     """`reward.pair_accuracy` takes implicit rewards as any others."""
-    new, old = (pair_logprobs(fixed, role, tokenizer, TRAIN) for role in ("policy", "reference"))
+    new, old = (pair_logprobs(fixed, role, tokenizer, TRAIN) for role in BOTH)
     chosen, rejected = (implicit_rewards(a, b, 0.3) for a, b in zip(new, old, strict=True))
     ranked = sum((a > b).item() for a, b in zip(chosen, rejected, strict=True)) / len(TRAIN)
     assert pair_accuracy(chosen, rejected) == pytest.approx(ranked)
@@ -469,7 +471,7 @@ def test_the_policy_learns_what_is_preferred(tiny, tokenizer):
     config = replace(SETTINGS, steps=25, batch_size=16, warmup_steps=3, eval_every=25)
     run = train_dpo(roles, "policy", "reference", tokenizer, TRAIN, HELD_OUT, config)
     end = list(run)[-1].held_out
-    new, old = (pair_logprobs(roles, role, tokenizer, HELD_OUT) for role in roles.names[::-1])
+    new, old = (pair_logprobs(roles, role, tokenizer, HELD_OUT) for role in BOTH)
     chosen, rejected = (a - b for a, b in zip(new, old, strict=True))
     assert end["accuracy"] == pair_accuracy(chosen, rejected) > 0.85
     assert end["loss"] == dpo_loss(*new, *old, 0.3).item() < 0.45
@@ -488,7 +490,7 @@ def test_the_held_out_numbers_by_hand(tiny, tokenizer, history):
     for side in SIDES:
         new, old = (
             torch.tensor([logprob_alone(roles.use(role), pair[side]) for pair in HELD_OUT])
-            for role in ("policy", "reference")
+            for role in BOTH
         )
         ratios[side] = new - old
     margin = 0.3 * (ratios["chosen"] - ratios["rejected"])
@@ -726,28 +728,6 @@ def stop_in_backward(step, monkeypatch):
         return value
 
     break_the_loss(step, monkeypatch, on_the_way)
-
-
-def stop_in_the_optimizer(step, monkeypatch):
-    """A real Ctrl-C in the middle of update `step`, which is finished first."""
-    real, calls = torch.optim.AdamW.step, itertools.count(1)
-
-    def stepped(optimizer):
-        if next(calls) == step:
-            press()
-        return real(optimizer)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
-
-
-def stop_in_the_consumer(step, monkeypatch):
-    """Ctrl-C between two updates, in the body of the `for`."""
-
-    def visit(stats):
-        if stats.step == step:
-            raise KeyboardInterrupt
-
-    return visit
 
 
 STOPS = [stop_in_the_loss, stop_in_backward, stop_in_the_optimizer, stop_in_the_consumer]
