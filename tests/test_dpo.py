@@ -837,9 +837,13 @@ OTHER = [
 ]
 
 
-def test_an_unfinished_run_with_other_settings_is_kept(train, history, tmp_path, monkeypatch):
+def test_an_unfinished_run_with_other_settings_is_kept(tiny, train, history, tmp_path, monkeypatch):
     folder = tmp_path / "dpo"
     interrupt(train, monkeypatch, folder)
+    roles = new_roles(tiny)
+    roles.add("student", copy_of="reference")
+    with pytest.raises(ValueError, match="other settings .role: policy there, student here"):
+        train(folder, roles=roles, role="student")
     for changes in OTHER:
         with pytest.raises(ValueError, match="update-00007' belongs to a run with other settings"):
             train(folder, **changes)
