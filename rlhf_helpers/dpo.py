@@ -1,0 +1,357 @@
+"""DPO: preferences without a reward model. The loss, the implicit rewards, the training loop."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_helpers.logprobs import response_logprobs
+from rlhf_helpers.reward import ROWS, pair_accuracy
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.text import check_examples, pad_examples
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
+from rlhf_helpers.validation import check_logprobs, first_index, in_range, upcast
+
+SIDES = ("chosen", "rejected")
+KINDS = ("sigmoid", "ipo")
+
+
+@dataclass(frozen=True)
+class DPOConfig(TrainConfig):
+    """Settings of `train_dpo`; a batch is of pairs.
+
+    Args:
+        beta: β of `dpo_loss`, above 0.
+        kind: of the loss, `sigmoid` or `ipo`.
+        label_smoothing: ε of `dpo_loss`, at least 0 and below 0.5.
+    """
+
+    steps: int = 127
+    learning_rate: float = 5e-4
+    beta: float = 0.1
+    kind: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
+        _check_settings(self.beta, self.kind, self.label_smoothing)
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """How badly the policy's own log-ratios to the reference predict which response was chosen.
+
+    With h = [log π(y_c|x) − log π_ref(y_c|x)] − [log π(y_r|x) − log π_ref(y_r|x)]
+
+    - `sigmoid`: ℓ(h) = −log σ(β h), the surprise of Bradley and Terry at rewards of β log(π/π_ref).
+    - `ipo`: ℓ(h) = (h − 1/(2β))². Its least value is at h = 1/(2β); −log σ(β h) falls for ever, and
+      a pair that is always chosen alike drives h without end.
+
+    L = mean of (1 − ε) ℓ(h) + ε ℓ(−h), the mean loss if a share ε of the choices is a slip. The
+    gradient of ℓ(h) = −log σ(β h) with respect to log π(y_c|x) is −β σ(−β h).
+
+    Args:
+        chosen_logprobs, rejected_logprobs: `[N]`, of whole responses under the policy: the sums of
+            `response_logprobs` up to and including EOS, in nats.
+        ref_chosen_logprobs, ref_rejected_logprobs: `[N]`, of the same responses under the
+            reference; data, without gradient.
+        beta: β, above 0: for `sigmoid` what a nat of the log-ratio is worth as a reward, for `ipo`
+            the τ of its paper. The smaller, the farther from the reference the policy goes.
+        kind: `sigmoid` or `ipo`.
+        label_smoothing: ε, at least 0 and below 0.5, at which choices say nothing.
+
+    Returns:
+        A scalar, differentiable with respect to the policy's log-probabilities; in nats for
+        `sigmoid`, in square nats for `ipo`.
+
+    Raises:
+        TypeError: log-probabilities that are not floating point.
+        ValueError: shapes that are not one `[N]`, no pairs; an entry above 0 or not finite; a
+            reference with a gradient; β not above 0; another kind; ε out of range.
+
+    Example:
+        The policy finds the chosen response three times as likely as the reference does, the other
+        equally likely: h = log 3. With β = 1 that predicts the choice with 3/4, and costs log 4/3.
+
+        >>> chosen, rejected, ref = (torch.tensor([p]).log() for p in (0.3, 0.2, 0.1))
+        >>> dpo_loss(chosen, rejected, ref, rejected, beta=1.0)
+        tensor(0.2877)
+
+        If one choice in four is a slip, 3/4 is exactly right: the loss is the entropy of 1/4.
+
+        >>> dpo_loss(chosen, rejected, ref, rejected, beta=1.0, label_smoothing=0.25)
+        tensor(0.5623)
+
+    Rafailov et al. (arXiv 2305.18290), equation 7; `ipo` is Azar et al. (arXiv 2310.12036),
+    equation 17; smoothing is Mitchell, "A note on DPO with noisy preferences" (2023).
+    TRL 1.16 differs in two places: its `ipo` gets log-probabilities divided by the number of their
+    tokens, and its `label_smoothing` belongs to its loss `robust` (arXiv 2403.00409), which
+    subtracts the second term.
+    """
+    _check_settings(beta, kind, label_smoothing)
+    _check_logprobs(
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        ref_chosen_logprobs=ref_chosen_logprobs,
+        ref_rejected_logprobs=ref_rejected_logprobs,
+    )
+    chosen = upcast(chosen_logprobs) - upcast(ref_chosen_logprobs)
+    gap = chosen - (upcast(rejected_logprobs) - upcast(ref_rejected_logprobs))
+    agreed, slips = _pair_loss(gap, beta, kind), _pair_loss(-gap, beta, kind)
+    return ((1 - label_smoothing) * agreed + label_smoothing * slips).mean()
+
+
+def _pair_loss(gap: Tensor, beta: float, kind: str) -> Tensor:
+    return (gap - 1 / (2 * beta)).square() if kind == "ipo" else -logsigmoid(beta * gap)
+
+
+def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
+    """The rewards for which a policy would be the best one at that price of the KL.
+
+    r̂(x, y) = β [log π(y|x) − log π_ref(y|x)], up to a number that depends on the prompt alone and
+    cancels between two responses to it. `reward.pair_accuracy` of the chosen and the rejected ones
+    says how often they rank a pair as it was chosen.
+
+    Args:
+        logprobs: `[N]`, of whole responses under the policy, in nats.
+        ref_logprobs: `[N]`, of the same responses under the reference; data.
+        beta: β, above 0.
+
+    Returns:
+        `[N]`, float32 (float64 if either input is).
+
+    Raises:
+        As `dpo_loss`.
+
+    Example:
+        >>> twice, half = torch.tensor([0.4, 0.1]).log(), torch.tensor([0.2, 0.2]).log()
+        >>> implicit_rewards(twice, half, beta=0.1)  # 0.1 log 2 and 0.1 log 1/2
+        tensor([ 0.0693, -0.0693])
+
+    Rafailov et al. (arXiv 2305.18290), equation 5 and section 4.
+    """
+    _check_settings(beta)
+    _check_logprobs(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return beta * (upcast(logprobs) - upcast(ref_logprobs))
+
+
+def sequence_logprobs(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict]
+) -> Tensor:
+    """log π(y|x) of whole responses: the sum over their tokens, EOS included, none of the prompt's.
+
+    Only the positions that predict a response token get logits.
+
+    Args:
+        model: acts as the role that is asked, see `Roles.use`.
+        examples: token ids, `{"prompt": [...], "response": [...]}`, as from `encode_examples`.
+
+    Returns:
+        `[N]`, in nats, float32, differentiable with respect to the model's trainable parameters.
+
+    Raises:
+        ValueError: no examples, and what `response_logprobs` refuses.
+    """
+    input_ids, attention_mask, prompt_length = pad_examples(tokenizer, examples)
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    response_mask = attention_mask[:, prompt_length:]
+    logprobs = response_logprobs(model, input_ids, attention_mask, response_mask.shape[1])
+    return logprobs.masked_fill(response_mask == 0, 0).sum(-1)
+
+
+@torch.no_grad()
+def pair_logprobs(
+    roles: Roles, role: str, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]
+) -> tuple[Tensor, Tensor]:
+    """`sequence_logprobs` `[N]` of the chosen and of the rejected responses, without gradient.
+
+    In batches of similar length, on the CPU, in the order of the pairs.
+    """
+    model = roles.use(role)
+    examples = [pair[side] for side in SIDES for pair in pairs]
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].values())))
+    logprobs = torch.empty(len(examples))
+    for start in range(0, len(order), ROWS):
+        rows = order[start : start + ROWS]
+        logprobs[rows] = sequence_logprobs(model, tokenizer, [examples[i] for i in rows]).cpu()
+    return logprobs.split(len(pairs))
+
+
+def train_dpo(
+    roles: Roles,
+    role: str,
+    reference: str,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    held_out: list[dict],
+    config: DPOConfig | None = None,
+    folder: Path | None = None,
+    any_reference: bool = False,
+) -> Iterator[TrainStats]:
+    """Train a role on pairs by `dpo_loss`: one update for each item drawn from the iterator.
+
+    The reference's log-probabilities are computed once, when the first item is drawn. Saving and
+    going on work as in `train_sft`; a run that goes on must find the same reference, and its role's
+    weights are those that were saved, whatever the role at hand.
+
+    Args:
+        role: a trainable role of `roles` without a head, added as a copy of the reference.
+        reference: a frozen role, the SFT adapter.
+        pairs, held_out: from `reward.encode_pairs`.
+        any_reference: take a reference that the role did not start from, or one that is the bare
+            base.
+
+    Yields:
+        `TrainStats`, the first before any update. `held_out` has, as means over the held-out pairs,
+        `loss`; `accuracy`, the share that the implicit rewards rank right (a tie counts half);
+        `chosen_log_ratio` and `rejected_log_ratio`, log π − log π_ref in nats per response; and
+        `margin`, β times their difference.
+
+    Raises:
+        TypeError: for a `config` that is no DPOConfig.
+        ValueError: no pairs, or one with equal responses, two prompts, no EOS, or more tokens than
+            the model's context; a role or reference that is missing or not as above; a run that
+            begins with a role whose weights are not the reference's; or an unfinished run with
+            other settings, pairs or reference. Nothing has been computed or overwritten then.
+        FloatingPointError: if loss or gradient is not finite; the state before is kept.
+
+    Rafailov et al. (arXiv 2305.18290), section 4.
+    """
+    config = config or DPOConfig()
+    if not isinstance(config, DPOConfig):
+        raise TypeError(f"config is {config!r}: give a DPOConfig, such as DPOConfig(**settings).")
+    for name, rows in (("pairs", pairs), ("held_out", held_out)):
+        check_pairs(name, rows, roles.base, tokenizer)
+    _check_roles(roles, role, reference, any_reference)
+    weights = hashlib.sha256(save(roles.state(reference))).hexdigest()[:16]
+    settings = {"role": role, "reference": f"weights {weights}", "pairs": digest(pairs)}
+    run = Run(roles, [role], config, folder, settings)
+    if run.step == 0 and not any_reference:  # later the role has moved on, as it should
+        _check_start(roles, role, reference)
+    return _updates(run, reference, tokenizer, pairs, held_out)
+
+
+def _updates(run: Run, reference: str, tokenizer: PreTrainedTokenizerBase, pairs, held_out):
+    roles, (role,), config = run.roles, run.trained, run.config
+    settings = (config.beta, config.kind, config.label_smoothing)
+    ref, ref_held_out = (pair_logprobs(roles, reference, tokenizer, x) for x in (pairs, held_out))
+
+    def loss_of(step: int) -> Tensor:
+        rows = config.batch(range(len(pairs)), step)
+        examples = [pairs[i][side] for side in SIDES for i in rows]
+        logprobs = sequence_logprobs(roles.model, tokenizer, examples)
+        run.check_finite(role, "mean log-probability", logprobs.mean())
+        batch_ref = (side[rows].to(logprobs.device) for side in ref)
+        return dpo_loss(*logprobs.split(len(rows)), *batch_ref, *settings)
+
+    def measure() -> dict[str, float]:
+        logprobs = pair_logprobs(roles, role, tokenizer, held_out)
+        chosen, rejected = (a - b for a, b in zip(logprobs, ref_held_out, strict=True))
+        return {
+            "loss": dpo_loss(*logprobs, *ref_held_out, *settings).item(),
+            "accuracy": pair_accuracy(chosen, rejected),
+            "chosen_log_ratio": chosen.mean().item(),
+            "rejected_log_ratio": rejected.mean().item(),
+            "margin": config.beta * (chosen - rejected).mean().item(),
+        }
+
+    yield from fit(run, loss_of, measure)
+
+
+def check_pairs(
+    name: str, pairs: list[dict], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless encoded pairs are of one prompt and two responses that fit the model.
+
+    Args:
+        name: of `pairs`, for the message.
+    """
+    if bad := [i for i, pair in enumerate(pairs) if not set(SIDES) <= set(pair)]:
+        raise ValueError(f"{name}[{bad[0]}] is {pairs[bad[0]]!s:.99}: give pairs from encode_pairs")
+    for side in SIDES:
+        check_examples(f"{side} of {name}", [pair[side] for pair in pairs], model, tokenizer)
+    for i, (a, b) in enumerate((pair["chosen"], pair["rejected"]) for pair in pairs):
+        if a["prompt"] != b["prompt"] or a["response"] == b["response"]:
+            texts = [tokenizer.decode(x["prompt"] + x["response"]) for x in (a, b)]
+            raise ValueError(
+                f"{name}[{i}] has two prompts, or equal responses: {texts[0]!r} and {texts[1]!r}; "
+                "give two different responses to one prompt, or remove the pair"
+            )
+
+
+def _check_settings(beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0) -> None:
+    if not in_range(beta, above=True):
+        raise ValueError(f"beta is {beta!r}: it must be a finite number above 0; 0.1 is usual.")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}: give one of {', '.join(KINDS)}.")
+    if not in_range(label_smoothing, 0, 0.5) or label_smoothing == 0.5:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing!r}: it must be at least 0 and below 0.5, where "
+            "choices say nothing."
+        )
+
+
+def _check_logprobs(**logprobs: Tensor) -> None:
+    """Raise unless these can be log-probabilities of the same number of whole responses."""
+    for name, values in logprobs.items():
+        check_logprobs(name, values)
+        if (index := first_index(~values.isfinite())) is not None:
+            raise ValueError(
+                f"{name} is {values[tuple(index)].item()} at {index}: no response that was sampled "
+                "has probability 0. Look for weights that diverged."
+            )
+        if name.startswith("ref_") and values.requires_grad:
+            raise ValueError(
+                f"{name} requires gradients: the reference is fixed. Compute its log-probabilities "
+                "under torch.no_grad()."
+            )
+    shapes = [values.shape for values in logprobs.values()]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or not shapes[0].numel():
+        found = ", ".join(f"{name} {list(x.shape)}" for name, x in logprobs.items())
+        raise ValueError(
+            f"the shapes are {found}: all must be [N], a number for each whole response. Sum the "
+            "log-probabilities of its tokens."
+        )
+
+
+def _check_roles(roles: Roles, role: str, reference: str, any_reference: bool) -> None:
+    roles.parameters(role)  # raises for one that is missing or frozen
+    if role in roles.heads:
+        raise ValueError(f"role {role!r} has a head, which DPO would not train; add one without")
+    if reference not in roles.names or reference == role:
+        raise ValueError(
+            f"the reference of {role!r} is {reference!r}; there are {roles.names}; load the SFT "
+            "adapter as a role of its own, frozen, and name that"
+        )
+    if roles.trainable(reference):
+        raise ValueError(f"role {reference!r} is trainable; a reference needs trainable=False")
+    learnt = any(w.any() for name, w in roles.state(reference).items() if ".lora_B." in name)
+    if not (learnt or any_reference):
+        raise ValueError(
+            f"role {reference!r} answers as the bare base, its adapter is still 0; load the SFT "
+            "adapter, or give any_reference=True if the base itself is to be the reference"
+        )
+
+
+def _check_start(roles: Roles, role: str, reference: str) -> None:
+    start = roles.state(reference)
+    if not all(torch.equal(weight, start[name]) for name, weight in roles.state(role).items()):
+        raise ValueError(
+            f"role {role!r} is no copy of {reference!r}: their weights differ before the first "
+            f"update; begin with a role added by roles.add(..., copy_of={reference!r}), or give "
+            "any_reference=True if that is meant"
+        )
