@@ -34,6 +34,7 @@ SIDES = ("first", "second")
 FEWEST = 4  # pairs that can be trained on
 GAP = 10  # pairs between a pair and its repeat
 COLUMNS = ("prompt", "chosen", "rejected")
+_NEEDED = {*COLUMNS, "side", "seconds", "repeat", "pair"}
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class Clicks:
     def _of_this_session(self, row: dict, file: RowFile) -> dict:
         """A row of a file; ValueError if it is of another session, saying what differs."""
         number = row.get("number") in range(len(self.questions))
-        if row.get("session") == self.session and number and {*COLUMNS, "side"} <= row.keys():
+        if row.get("session") == self.session and number and _NEEDED <= row.keys():
             return row
         prompt, chosen, rejected = map(row.get, COLUMNS)
         known = [_as_saved(p, a) for p, *answers in self.pairs for a in answers if p == prompt]
