@@ -17,44 +17,21 @@ import random
 import statistics
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 
 from rlhf_helpers.checkpoints import finish_first
 from rlhf_helpers.clicks_file import RowFile
-from rlhf_helpers.text import HALF, Prompt, answer_text, as_messages, readable
+from rlhf_helpers.clicks_questions import FEWEST, Question, make_questions, usable_pairs
+from rlhf_helpers.text import Prompt
 from rlhf_helpers.validation import check_whole, in_range
 
 Clicker = Callable[[Prompt, str, str], str | None]  # "first", "second", or None: cannot tell
 SIDES = ("first", "second")
-FEWEST = 4  # pairs that can be trained on
-GAP = 10  # pairs between a pair and its repeat
 COLUMNS = ("prompt", "chosen", "rejected")
 _NEEDED = {*COLUMNS, "side", "seconds", "repeat", "pair"}
-
-
-@dataclass(frozen=True)
-class Question:
-    """Two answers to choose from.
-
-    Attributes:
-        number: its place in the session, from 0.
-        pair: the place of its pair in `Clicks.pairs`.
-        prompt: a question or a dialogue.
-        first, second: the answers, in the order in which they are shown.
-        repeat: whether the pair was shown before, with the answers exchanged.
-    """
-
-    number: int
-    pair: int
-    prompt: Prompt
-    first: str
-    second: str
-    repeat: bool
 
 
 class Clicks:
@@ -66,8 +43,8 @@ class Clicks:
         path: the file, ending in .jsonl; where it exists, the session goes on. None keeps the
             choices in memory only.
         seed: of the sides, and of which pairs are shown twice.
-        repeats: how many pairs are shown a second time, at least `GAP` pairs later, with the sides
-            exchanged; fewer where there are too few pairs for that.
+        repeats: how many pairs are shown a second time, some ten pairs later, with the sides
+            exchanged; fewer where there are few pairs.
 
     Attributes:
         pairs: prompt and answers of the pairs that are used.
@@ -103,8 +80,8 @@ class Clicks:
         repeats: int = 8,
     ) -> None:
         check_whole("repeats", repeats, least=0)
-        self.pairs = _usable(pairs)
-        self.questions = _questions(self.pairs, seed, repeats)
+        self.pairs = usable_pairs(pairs)
+        self.questions = make_questions(self.pairs, seed, repeats)
         asked = [(q.prompt, q.first, q.second, q.repeat) for q in self.questions]
         self.session = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         paths = [Path(path), Path(path).with_suffix(".aside.jsonl")] if path else []
@@ -128,7 +105,7 @@ class Clicks:
     def show_next(self) -> Question | None:
         """The next question, None after the last; its time runs from now on."""
         self._shown_at = time.monotonic()
-        return next((q for q in self.questions if q.number not in self._rows), None)
+        return self._next()
 
     def seconds_shown(self) -> float:
         """How long the next question has been shown."""
@@ -149,7 +126,7 @@ class Clicks:
         seconds = round(self.seconds_shown(), 2)
         if choice not in (*SIDES, None):
             raise ValueError(f"choice is {choice!r}; give 'first', 'second' or None: cannot tell")
-        if (question := self.show_next()) is None:
+        if (question := self._next()) is None:
             raise ValueError(f"all {len(self.questions)} questions are answered; undo one first")
         answers = [_as_saved(question.prompt, a) for a in (question.first, question.second)]
         values = (question.prompt, *(answers[::-1] if choice == "second" else answers))
@@ -172,6 +149,8 @@ class Clicks:
         Args:
             clicker: of prompt, first and second answer; returns what `record` takes.
         """
+        if limit is not None:
+            check_whole("limit", limit, least=0)
         while limit != 0 and (question := self.show_next()):
             choice = clicker(question.prompt, question.first, question.second)
             self.record(choice, by="simulated")
@@ -229,6 +208,9 @@ class Clicks:
             warnings.warn(bias, stacklevel=2)
         return Dataset.from_list([{name: row[name] for name in COLUMNS} for row in decided])
 
+    def _next(self) -> Question | None:
+        return next((q for q in self.questions if q.number not in self._rows), None)
+
     def _decided(self) -> list[dict]:
         return [row for row in self.rows if _trained_on(row)]
 
@@ -247,7 +229,7 @@ class Clicks:
                 which = _trained_on(changed)
                 file = self._files[0 if which else 1]
                 file.write([rows[n] for n in sorted(rows) if _trained_on(rows[n]) == which])
-            self._rows = rows
+            self._rows, self._shown_at = rows, time.monotonic()
 
     def _of_this_session(self, row: dict, file: RowFile) -> dict:
         """A row of a file; ValueError if it is of another session, saying what differs."""
@@ -313,52 +295,6 @@ def simulated(
         return "first" if better != (rng.random() < wrong) else "second"
 
     return clicker
-
-
-def _usable(pairs: Iterable) -> list[tuple[Prompt, str, str]]:
-    kept, left_out = [], Counter()
-    for number, pair in enumerate(pairs):
-        try:
-            prompt, first, second = pair
-            as_messages(prompt)
-            first, second = answer_text(first).strip(), answer_text(second).strip()
-        except (TypeError, ValueError) as reason:
-            raise ValueError(
-                f"pair {number} is {pair!r:.99} ({reason}); give a prompt and two answers"
-            ) from None
-        if first == second:
-            left_out["of two equal answers"] += 1
-        elif not first or not second:
-            left_out["with an empty answer"] += 1
-        elif HALF.search(f"{readable(prompt)}{first}{second}"):
-            left_out["with half of a character"] += 1
-        else:
-            kept.append((prompt, first, second))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-    if len(kept) < FEWEST:
-        raise ValueError(
-            f"{len(kept)} pairs can be used{f' ({reasons} left out)' * bool(reasons)}; give at "
-            f"least {FEWEST}, of two different answers each"
-        )
-    if len({type(prompt) for prompt, *_ in kept}) > 1:
-        raise ValueError("some prompts are texts and some lists of messages; give all as messages")
-    if reasons:
-        print(f"{len(kept)} pairs are used; left out: {reasons}")
-    return kept
-
-
-def _questions(pairs: list[tuple], seed: int, repeats: int) -> list[Question]:
-    rng = random.Random(f"clicks-{seed}")
-    gap = min(GAP, len(pairs) // 2)
-    exchanged = [rng.random() < 0.5 for _ in pairs]
-    twice = rng.sample(range(len(pairs) - gap), min(repeats, len(pairs) - gap))
-    order = [(i, i, False) for i in range(len(pairs))] + [(i + gap + 0.5, i, True) for i in twice]
-    questions = []
-    for number, (_, i, repeat) in enumerate(sorted(order)):
-        prompt, *answers = pairs[i]
-        first, second = answers[::-1] if exchanged[i] != repeat else answers
-        questions.append(Question(number, i, prompt, first, second, repeat))
-    return questions
 
 
 def _as_saved(prompt: Prompt, answer: str) -> Prompt:

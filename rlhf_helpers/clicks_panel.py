@@ -2,15 +2,24 @@
 
 from collections.abc import Callable
 from html import escape
+from types import ModuleType
 
 from IPython.display import Javascript, display
 
 from rlhf_helpers.clicks import Clicks
 from rlhf_helpers.text import readable
 
+LABELS = {"first": "1 is better", "second": "2 is better", "neither": "Cannot tell"}
+LABELS |= {"undo": "Undo"}
 CHOICES = {"1": "first", "2": "second", "0": None}
 FASTEST = 0.3  # seconds in which nobody reads two answers: the second half of a double click
 TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.45;font-size:1.1em"
+FRAME = "border:1px solid;border-radius:6px;padding:8px 12px;margin:2px 0"
+CARD = {"flex": "1 1 260px", "min_width": "0", "margin": "0 2px 8px"}
+CARD |= {"justify_content": "space-between"}  # buttons in line also below short answers
+WRAP = {"flex_flow": "row wrap", "width": "100%"}  # one below the other on a phone
+APART = {"width": "100%", "justify_content": "space-between"}
+WHOLE = {"max_width": "900px", "padding": "4px"}
 HINT = "Keys, after a click into this panel: ← or 1, → or 2, ↓ or 0 for “cannot tell”, u to undo."
 # ipywidgets has no events of keys: this turns them into clicks on the panel's own buttons. It
 # listens before JupyterLab does, for which an arrow moves to another cell.
@@ -46,83 +55,64 @@ def show(clicks: Clicks) -> None:
     Raises:
         ImportError: without ipywidgets; `ask` needs none.
     """
-    display(panel(clicks), Javascript(KEYS))
-
-
-def panel(clicks: Clicks) -> object:
-    """The panel alone, without the keys; for a layout of one's own.
-
-    Returns:
-        An ipywidgets box.
-    """
     try:
-        import ipywidgets as widgets
+        import ipywidgets
     except ImportError as error:
         raise ImportError(
             "the panel needs ipywidgets: pip install ipywidgets, then restart JupyterLab; or "
             "answer in plain text: clicks_panel.ask(clicks)"
         ) from error
+    display(Panel(clicks, ipywidgets).box, Javascript(KEYS))
 
-    progress, prompt, message = widgets.HTML(), widgets.HTML(), widgets.HTML()
-    hint = widgets.HTML(f'<div style="line-height:1.45">{HINT}</div>')
-    answers = {"first": widgets.HTML(), "second": widgets.HTML()}
-    labels = {"first": "1 is better", "second": "2 is better", "neither": "Cannot tell"}
-    buttons = {
-        name: widgets.Button(description=label, layout={"width": "auto", "height": "44px"})
-        for name, label in (labels | {"undo": "Undo"}).items()
-    }
-    cards = [
-        widgets.VBox(
-            [answer, buttons[side]],
-            layout={
-                "flex": "1 1 260px",
-                "min_width": "0",
-                "justify_content": "space-between",
-                "margin": "0 2px 8px",
-            },
-        )
-        for side, answer in answers.items()
-    ]
-    row = {"flex_flow": "row wrap", "width": "100%"}
-    choice = widgets.VBox([prompt, widgets.HBox(cards, layout=row)])
 
-    def refresh() -> None:
-        question = clicks.show_next()
-        progress.value = _progress(clicks)
-        message.value = "" if question else _done(clicks)
-        for shown in (choice, buttons["neither"], hint):
-            shown.layout.display = "" if question else "none"
-        for name, button in buttons.items():
-            button.disabled = not (clicks.rows if name == "undo" else question)
+class Panel:
+    """The panel's widgets, and what pressing a button does; `box` holds them."""
+
+    def __init__(self, clicks: Clicks, widgets: ModuleType) -> None:
+        self.clicks = clicks
+        self.progress, self.prompt, self.message, *self.answers = (widgets.HTML() for _ in range(5))
+        self.buttons = {name: widgets.Button(description=LABELS[name]) for name in LABELS}
+        for name, button in self.buttons.items():
+            button.layout = {"width": "auto", "height": "44px"}  # a thumb's width
+            button.add_class(f"rlhf-{name}")
+            button.on_click(lambda _, name=name: self.press(name))
+        first, second, neither, undo = self.buttons.values()
+        pairs = zip(self.answers, (first, second), strict=True)
+        cards = [widgets.VBox(pair, layout=CARD) for pair in pairs]
+        self.question = widgets.VBox([self.prompt, widgets.HBox(cards, layout=WRAP)])
+        self.hint = widgets.HTML(f'<div style="line-height:1.45">{HINT}</div>')
+        below = widgets.HBox([neither, undo], layout=APART)
+        rows = [self.progress, self.question, self.message, below, self.hint]
+        self.box = widgets.VBox(rows, layout=WHOLE).add_class("rlhf-clicks")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show the next question, or that all are answered."""
+        question = self.clicks.show_next()
+        self.progress.value = _progress(self.clicks)
+        self.message.value = "" if question else _text("\n".join(_summary(self.clicks)))
+        for widget in (self.question, self.buttons["neither"], self.hint):
+            widget.layout.display = "" if question else "none"
+        for name, button in self.buttons.items():
+            button.disabled = not (self.clicks.rows if name == "undo" else question)
         if question:
-            prompt.value = f'<div style="{TEXT}"><b>{escape(readable(question.prompt))}</b></div>'
-            answers["first"].value = _card(1, question.first)
-            answers["second"].value = _card(2, question.second)
+            self.prompt.value = _text(readable(question.prompt), "font-weight:bold")
+            for number, answer in enumerate((question.first, question.second)):
+                self.answers[number].value = _text(f"{number + 1}:  {answer}", FRAME)
 
-    def pressed(name: str) -> None:
-        if clicks.seconds_shown() < FASTEST:
+    def press(self, name: str) -> None:
+        """What the button of this name does."""
+        if self.clicks.seconds_shown() < FASTEST:
             return
         try:
             if name == "undo":
-                clicks.undo()
+                self.clicks.undo()
             else:
-                clicks.record(None if name == "neither" else name)
+                self.clicks.record(None if name == "neither" else name)
         except (OSError, RuntimeError, ValueError) as error:
-            message.value = (
-                f'<div role="alert" style="{TEXT}">Not saved: {escape(str(error))}</div>'
-            )
+            self.message.value = _text(f"Not saved: {error}")
         else:
-            refresh()
-
-    for name, button in buttons.items():
-        button.add_class(f"rlhf-{name}")
-        button.on_click(lambda _, name=name: pressed(name))
-    refresh()
-    apart = {"width": "100%", "justify_content": "space-between"}
-    below = widgets.HBox([buttons["neither"], buttons["undo"]], layout=apart)
-    whole = {"max_width": "900px", "padding": "4px"}
-    box = widgets.VBox([progress, choice, message, below, hint], layout=whole)
-    return box.add_class("rlhf-clicks")
+            self.refresh()
 
 
 def ask(clicks: Clicks, read: Callable[[str], str] = input) -> None:
@@ -164,11 +154,6 @@ def _progress(clicks: Clicks) -> str:
     return f'<div style="line-height:1.45">{bar}<br>{escape(clicks.progress())}</div>'
 
 
-def _card(number: int, answer: str) -> str:
-    frame = "border:1px solid;border-radius:6px;padding:8px 12px;margin:2px 0"
-    return f'<div style="{TEXT};{frame}"><b>{number}</b>\n{escape(answer)}</div>'
-
-
-def _done(clicks: Clicks) -> str:
-    lines = "\n".join(map(escape, _summary(clicks)))
-    return f'<div role="status" style="{TEXT}">{lines}</div>'
+def _text(text: str, style: str = "") -> str:
+    """Text as HTML: what it has of markup is shown, not obeyed."""
+    return f'<div style="{TEXT};{style}">{escape(text)}</div>'

@@ -13,14 +13,16 @@ import time
 import warnings
 from pathlib import Path
 
+import ipywidgets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_helpers import clicks as module
-from rlhf_helpers import clicks_file, clicks_panel
-from rlhf_helpers.clicks import GAP, Clicks, simulated
+from rlhf_helpers import clicks_file, clicks_panel, clicks_questions
+from rlhf_helpers.clicks import Clicks, simulated
 from rlhf_helpers.clicks_file import RowFile
+from rlhf_helpers.clicks_questions import GAP
 from rlhf_helpers.data import preference_dataset
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.rubric import gold_reward
@@ -260,11 +262,14 @@ def test_a_write_that_fails_changes_nothing(path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
+        clicks.show_next()
+        clicks._shown_at -= 5
         for action in (lambda: clicks.record("second"), clicks.undo):
             with pytest.raises(OSError, match=r"cannot be written .*No space left.*Make room"):
                 action()
     assert path.read_bytes() == before and len(clicks.rows) == 1
     clicks.record("second")
+    assert clicks.rows[1]["seconds"] >= 5  # the time counts from when the question was shown
     assert len(Clicks(pairs(), path).rows) == 2
 
 
@@ -417,7 +422,7 @@ def test_the_pocket_annotator_is_a_biased_clicker():
 
 
 def test_the_core_does_not_import_the_pocket_world():
-    for part in (module, clicks_file, clicks_panel):
+    for part in (module, clicks_file, clicks_panel, clicks_questions):
         assert "rlhf_helpers.pocket" not in Path(part.__file__).read_text("utf-8")
 
 
@@ -452,8 +457,7 @@ class Panel:
     """The panel's widgets by what they say."""
 
     def __init__(self, clicks):
-        self.box = clicks_panel.panel(clicks)
-        self.widgets = list(self.inside(self.box))
+        self.widgets = list(self.inside(clicks_panel.Panel(clicks, ipywidgets).box))
 
     def inside(self, widget):
         yield widget
@@ -547,6 +551,8 @@ def test_without_ipywidgets_the_text_prompt_is_named(monkeypatch):
         ([*pairs(4), ("  ", "x.", "y.")], "pair 4 is ('  ', 'x.', 'y.') (empty)"),
         ([*pairs(4), ("a?", "x.", 7)], "pair 4"),
         ([*pairs(4), 7], "pair 4 is 7"),
+        ([*pairs(4), "why"], "pair 4 is 'why'"),
+        ([*pairs(4), {"prompt": "a?", "chosen": "x.", "rejected": "y."}], "pair 4 is {'prompt'"),
         ([*pairs(4), (TALK[:2], "x.", "y.")], "turns that do not alternate"),
         ([*pairs(4), (TALK, "x.", "y.")], "give all as messages"),
     ],
@@ -560,6 +566,12 @@ def test_pairs_that_are_none_are_named(given_pairs, words):
 def test_repeats_must_be_a_whole_number(repeats):
     with pytest.raises(ValueError, match=f"repeats is {repeats!r}"):
         Clicks(pairs(), repeats=repeats)
+
+
+@pytest.mark.parametrize("limit", [-1, 0.5])
+def test_a_limit_must_be_a_whole_number(limit):
+    with pytest.raises(ValueError, match=f"limit is {limit}"):
+        Clicks(pairs()).click_through(simulated(gold), limit=limit)
 
 
 @pytest.mark.parametrize("choice", ["left", 1, True, ""])
