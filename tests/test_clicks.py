@@ -128,6 +128,7 @@ def test_a_session_goes_on_where_it_was(path):
     Clicks(pairs(), path).click_through(simulated(gold), limit=5)
     clicks = Clicks(pairs(), path)
     assert len(clicks.rows) == 5 and clicks.show_next().number == 5
+    assert {row["by"] for row in clicks.rows} == {"simulated"}
     clicks.click_through(simulated(gold))
     at_once = Clicks(pairs())
     at_once.click_through(simulated(gold))
@@ -189,6 +190,16 @@ def test_any_sequence_of_choices_undone_and_restarts(actions):
         assert [row["side"] for row in again.rows] == sides
         assert [row["number"] for row in again.rows] == list(range(len(sides)))
         assert again.rows == clicks.rows
+
+
+def test_each_choice_is_on_the_disk_before_the_next(path, monkeypatch):
+    calls, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(sync(file)))
+    clicks = Clicks(pairs(), path)
+    clicks.record("first")
+    clicks.record(None)
+    clicks.undo()
+    assert len(calls) == 3
 
 
 def test_choosing_and_saving_takes_under_50_milliseconds(path):
@@ -587,6 +598,7 @@ def test_another_choice_is_refused(path, choice):
     [
         ({"pairs": [(f"is {n} odd?", "yes.", "no.") for n in range(60)]}, "on other prompts"),
         ({"pairs": pairs(answer="maybe")}, "on other answers, of another model or sampled anew"),
+        ({"pairs": [(p, a, f"{b} really.") for p, a, b in pairs()]}, "on other answers"),
         ({"seed": 1}, "in another order: see seed and repeats"),
         ({"repeats": 3}, "in another order: see seed and repeats"),
         ({"pairs": pairs(61)}, "on these pairs, but more, fewer"),
