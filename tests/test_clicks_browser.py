@@ -96,11 +96,13 @@ def page():
 
 
 def run_the_cell(page, done):
-    """Press Run until the kernel takes the cell: JupyterLab has the button before it has one."""
-    for _ in range(TIMEOUT // 1000):
-        page.click('[data-jp-item-name="run"]')
-        page.wait_for_timeout(1000)
-        if re.search(r"[*\d]", page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text()):
+    """Run it once the kernel is there; if it is not yet, JupyterLab asks which one is meant."""
+    page.wait_for_selector("text=/ipykernel.*Idle/")
+    asked, prompt = page.locator(".jp-Dialog .jp-mod-accept"), page.locator(".jp-InputPrompt").first
+    for _ in range(TIMEOUT // 2000):
+        (asked if asked.count() else page.locator('[data-jp-item-name="run"]')).click()
+        page.wait_for_timeout(2000)
+        if re.search(r"[*\d]", prompt.inner_text()):
             break
     shows(page, done)
 
