@@ -1,0 +1,94 @@
+"""A file of JSON lines that a kill leaves whole: what `clicks` saves each choice with."""
+
+import json
+import os
+from pathlib import Path
+
+from rlhf_helpers.checkpoints import require_no_file
+
+
+class RowFile:
+    """JSON lines; each change writes all of them under another name, then renames that file.
+
+    Args:
+        path: ends in .jsonl. The folders above it are made.
+
+    Raises:
+        ValueError: for another ending.
+        OSError: if the file could not be written.
+
+    Example:
+        >>> import tempfile
+        >>> file = RowFile(Path(tempfile.mkdtemp()) / "rows.jsonl")
+        >>> file.write([{"side": "first"}])
+        >>> RowFile(file.path).rows()
+        [{'side': 'first'}]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().resolve()  # renaming must not replace a link
+        if self.path.suffix != ".jsonl":
+            raise ValueError(f"path is '{path}'; give one that ends in .jsonl")
+        require_no_file(self.path.parent)
+        self._part = self.path.with_name(self.path.name + ".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._content = self._read()
+            if self.path.exists() and not os.access(self.path, os.W_OK):
+                raise PermissionError("it is write-protected")
+            self._part.touch()
+            self._part.unlink()
+        except OSError as error:
+            raise OSError(
+                f"'{path}' cannot be written ({error}); mend its rights, or give another path"
+            ) from error
+
+    def changed(self) -> bool:
+        """Whether the file is not as this object has last read or written it."""
+        return self._read() != self._content
+
+    def rows(self) -> list[dict]:
+        """The rows as last read or written.
+
+        A last line that was cut, as by a full disk or a copy that broke off, is left out, and a
+        line says so.
+
+        Raises:
+            ValueError: for another line that is no JSON object, with its number.
+        """
+        lines = self._content.rstrip(b"\n").split(b"\n") if self._content else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                if number < len(lines):
+                    raise ValueError(
+                        f"'{self.path}', line {number}, is damaged ({error}); mend or remove that "
+                        "line, or give another path"
+                    ) from error
+                print(f"'{self.path}': its last line, {number}, is cut and was left out")
+        return rows
+
+    def write(self, rows: list[dict]) -> None:
+        """Make these the rows of the file.
+
+        Raises:
+            OSError: if that fails; the file is then as it was.
+        """
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            with self._part.open("wb") as part:
+                part.write(content)
+                part.flush()
+                os.fsync(part.fileno())
+            os.replace(self._part, self.path)
+        except OSError as error:
+            raise OSError(
+                f"'{self.path}' cannot be written ({error}); what was saved before is there. Make "
+                "room, or mend its rights, and try again"
+            ) from error
+        self._content = content
+
+    def _read(self) -> bytes:
+        return self.path.read_bytes() if self.path.exists() else b""
