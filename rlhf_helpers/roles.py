@@ -502,7 +502,7 @@ class _DenseLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s):
         ctx.save_for_backward(x, a, b)
         ctx.weight, ctx.version, ctx.scale = weight, weight._version, s
         return linear(x, weight, bias)
