@@ -171,18 +171,29 @@ def response_logprobs(
     check_sequences(model, input_ids, attention_mask)
     _check_response(attention_mask, response_length)
     _check_temperature(temperature)
+    return last_logprobs(model, input_ids, attention_mask, response_length, temperature)
+
+
+def last_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    count: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`[B, count]`: what `response_logprobs` computes, of the last columns, whatever they hold."""
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
         "use_cache": False,
     }
-    tokens, vocab_size = input_ids[:, -response_length:], model.config.vocab_size
+    tokens, vocab_size = input_ids[:, -count:], model.config.vocab_size
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     if tokens.numel() * vocab_size <= CHUNK_LOGITS or not _has_plain_head(causal):
-        logits = model(**inputs, logits_to_keep=response_length + 1).logits
+        logits = model(**inputs, logits_to_keep=count + 1).logits
         return token_logprobs(logits[:, :-1], tokens, temperature)
-    hidden = causal.base_model(**inputs).last_hidden_state[:, -response_length - 1 : -1]
+    hidden = causal.base_model(**inputs).last_hidden_state[:, -count - 1 : -1]
     head = causal.get_output_embeddings()
     return _reduce_vocabulary(_pick, hidden, temperature, tokens, head=head)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ class TrainStats:
     seconds: float = 0.0
 
 
-def backward(loss: Tensor, parameters: Iterable[Parameter], roles: Roles) -> None:
+def backward(loss: Tensor, parameters: Sequence[Parameter], roles: Roles) -> None:
     """A loss's gradients, as `loss.backward()` gives them; small ones survive a float16 base.
 
     float16 rounds what is below 3e-8 to 0, and gradients of a mean over many tokens are that small.
@@ -124,7 +124,6 @@ def backward(loss: Tensor, parameters: Iterable[Parameter], roles: Roles) -> Non
     if roles.base.get_input_embeddings().weight.dtype != torch.float16:
         loss.backward()
         return
-    parameters = list(parameters)
     for scale in LOSS_SCALES:
         for parameter in parameters:
             parameter.grad = None
@@ -191,14 +190,11 @@ class Run:
             self._take_over()
             tensors = self._resume()
         self.optimizers = {
-            role: torch.optim.AdamW(self.parameters(role), weight_decay=0.0) for role in trained
+            role: torch.optim.AdamW(roles.parameters(role).values(), weight_decay=0.0)
+            for role in trained
         }
         if tensors:
             restore_optimizers(self.optimizers, tensors)
-
-    def parameters(self, role: str) -> list[Parameter]:
-        """What a role trains."""
-        return list(self.roles.parameters(role).values())
 
     def left(self) -> Iterator[int]:
         """The steps that are left; however the loop over them ends, a whole step is kept."""
@@ -217,9 +213,11 @@ class Run:
             FloatingPointError: if loss or gradient is not finite.
         """
         self.check_finite(role, "loss", loss)
-        self.optimizers[role].zero_grad()  # an interrupted step may have left gradients
-        backward(loss, self.parameters(role), self.roles)
-        norm = clip_grad_norm_(self.parameters(role), self.config.max_grad_norm)
+        optimizer = self.optimizers[role]
+        optimizer.zero_grad()  # an interrupted step may have left gradients
+        parameters = optimizer.param_groups[0]["params"]
+        backward(loss, parameters, self.roles)
+        norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
         self.check_finite(role, "gradient norm", norm)
         return norm.item()
 
