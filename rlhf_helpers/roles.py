@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.logprobs import check_sequences
+from rlhf_helpers.packing import hidden_states
 from rlhf_helpers.validation import in_range
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -228,12 +229,7 @@ class Roles:
         head = self.require_head(name)
         check_sequences(self.base, input_ids, attention_mask)
         self.use(name)
-        hidden = self.base.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
+        hidden = hidden_states(self.base, input_ids, attention_mask)
         return head(hidden.float()).squeeze(-1)
 
     def use(self, name: str) -> PeftModel:
