@@ -39,22 +39,12 @@ HEAD = "head.safetensors"
 BASE = "base_weights"  # under which the weights' file has the fingerprint of the adapter's base
 # Settings of LoRA that leave open what a trained adapter computes: names and training, and which
 # layers it is on, which the shapes of its weights say. All others must be those of `Roles`.
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",  # which counts only if init_lora_weights is "loftq"
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
+HARMLESS = set(
+    "auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern "
+    "layers_to_transform lora_dropout megatron_core peft_version revision runtime_config "
+    "target_modules task_type "
+    "loftq_config".split()  # which counts only if init_lora_weights is "loftq"
+)
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
 DENSE_BYTES = 2**31  # the most that merged weights may take, of all roles of a base together
 
@@ -513,14 +503,10 @@ class _DenseLinear(torch.autograd.Function):
             )
         (x, a, b), (of_x, _, _, of_a, of_b, _) = ctx.saved_tensors, ctx.needs_input_grad
         rows, g = x.flatten(0, -2), gradient.flatten(0, -2)
-        return (
-            gradient @ ctx.weight if of_x else None,
-            None,
-            None,
-            ctx.scale * ((g @ b).T @ rows) if of_a else None,
-            ctx.scale * (g.T @ (rows @ a.T)) if of_b else None,
-            None,
-        )
+        to_x = gradient @ ctx.weight if of_x else None
+        to_a = ctx.scale * ((g @ b).T @ rows) if of_a else None
+        to_b = ctx.scale * (g.T @ (rows @ a.T)) if of_b else None
+        return to_x, None, None, to_a, to_b, None
 
 
 class ScalarHead(nn.Linear):

@@ -34,6 +34,17 @@ LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds no
 _OPEN: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()  # runs that may still save
 
 
+def check_settings(
+    config: object, names: Sequence[str], what: str, whole: bool = False, **limits
+) -> None:
+    """Raise ValueError unless settings are finite numbers within `in_range`'s limits."""
+    for name in names:
+        value = getattr(config, name)
+        kind = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not in_range(value, **limits):
+            raise ValueError(f"{name} is {value!r}; give {what}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run.
@@ -57,12 +68,11 @@ class TrainConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            rate = name in ("learning_rate", "max_grad_norm")
-            number = in_range(value, above=True) or (name == "max_grad_norm" and value == math.inf)
-            if not number or not (rate or isinstance(value, int)):
-                whole = "" if rate else ", a whole one"
-                raise ValueError(f"{name} is {value!r}; give a number above 0{whole}")
+        counts = ("steps", "batch_size", "warmup_steps", "eval_every", "save_every")
+        check_settings(self, counts, "a number above 0, a whole one", low=1, whole=True)
+        check_settings(self, ("learning_rate",), "a number above 0", above=True)
+        if self.max_grad_norm != math.inf:
+            check_settings(self, ("max_grad_norm",), "a number above 0", above=True)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} of {self.steps} steps; give fewer"
