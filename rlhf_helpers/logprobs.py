@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rlhf_helpers.packing import hidden_states
 from rlhf_helpers.validation import (
     Above,
     B,
@@ -173,20 +174,31 @@ def response_logprobs(
     """
     check_sequences(model, input_ids, attention_mask)
     _check_response(attention_mask, response_length)
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        "use_cache": False,
-    }
-    tokens, vocab_size = input_ids[:, -response_length:], model.config.vocab_size
+    return last_logprobs(model, input_ids, attention_mask, response_length, temperature)
+
+
+def last_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    count: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`[B, count]`: what `response_logprobs` computes, of the last columns, whatever they hold."""
+    tokens = input_ids[:, -count:]
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    if tokens.numel() * vocab_size <= CHUNK_LOGITS or not _has_plain_head(causal):
-        logits = model(**inputs, logits_to_keep=response_length + 1).logits
-        return token_logprobs(logits[:, :-1], tokens, temperature)
-    hidden = causal.base_model(**inputs).last_hidden_state[:, -response_length - 1 : -1]
-    head = causal.get_output_embeddings()
-    return _reduce_vocabulary(_pick, hidden, temperature, tokens, head=head)
+    if _has_plain_head(causal):
+        hidden = hidden_states(causal, input_ids, attention_mask)[:, -count - 1 : -1]
+        head = causal.get_output_embeddings()
+        return _reduce_vocabulary(_pick, hidden, temperature, tokens, head=head)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=count + 1,
+    ).logits
+    return token_logprobs(logits[:, :-1], tokens, temperature)
 
 
 def _has_plain_head(model: nn.Module) -> bool:

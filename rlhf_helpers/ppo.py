@@ -1,6 +1,5 @@
 """PPO: one update, and the loop."""
 
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.training import Run, digest
+from rlhf_helpers.training import Run, check_settings, digest
 from rlhf_helpers.validation import context_length
 
 TRAINED = ("policy", "value")
@@ -76,17 +75,13 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         counts = ("updates", "batch_size", "minibatch_size", "epochs", "response_length")
-        for name in (*counts, "save_every"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; give a whole number, at least 1")
+        whole = "a whole number, at least 1"
+        check_settings(self, (*counts, "save_every"), whole, low=1, whole=True)
         above_0 = ("learning_rate", "max_grad_norm", "temperature", "clip", "value_clip")
         optional = [name for name in ("target_kl", "stop_kl") if getattr(self, name) is not None]
-        for name in (*above_0, *optional):
-            self._check_range(name, 0, math.inf, "a finite number above 0", open_below=True)
-        for name in ("beta", "eos_penalty"):
-            self._check_range(name, 0, math.inf, "a finite number, 0 or above")
-        for name in ("gamma", "lam"):
-            self._check_range(name, 0, 1, "a number between 0 and 1")
+        check_settings(self, (*above_0, *optional), "a finite number above 0", above=True)
+        check_settings(self, ("beta", "eos_penalty"), "a finite number, 0 or above")
+        check_settings(self, ("gamma", "lam"), "a number between 0 and 1", high=1)
         if self.kl_kind not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_kind is {self.kl_kind!r}; choose k1, k2 or k3")
         if self.kl_in not in ("reward", "loss"):
@@ -112,16 +107,6 @@ class PPOConfig:
     def rate(self, step: int) -> float:
         """Learning rate of an update: constant."""
         return self.learning_rate
-
-    def _check_range(
-        self, name: str, low: float, high: float, what: str, open_below: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and low <= value <= high and value < math.inf) or (
-            open_below and value == low
-        ):
-            raise ValueError(f"{name} is {value!r}; give {what}")
 
 
 @dataclass(frozen=True)
@@ -207,14 +192,8 @@ def collect_experience(
         seed: of the samples.
         role: who answers; `reference` to see what the policy started from.
     """
-    rollout = sample_responses(
-        roles.use(role),
-        tokenizer,
-        prompts,
-        config.response_length,
-        temperature=config.temperature,
-        seed=seed,
-    )
+    length, options = config.response_length, {"temperature": config.temperature, "seed": seed}
+    rollout = sample_responses(roles.use(role), tokenizer, prompts, length, **options)
     parts = _minibatches(rollout, config)
     ask = {
         "logprobs": lambda part: role_logprobs(roles, role, rollout, part, config),
@@ -233,14 +212,8 @@ def collect_experience(
         known["scores"], known["logprobs"], known["ref_logprobs"], mask, price, config.kl_kind
     )
     advantages, returns = gae(rewards, known["values"], mask, config.gamma, config.lam)
-    return Experience(
-        prompts,
-        rollout,
-        rewards=rewards,
-        advantages=whiten(advantages, mask),
-        returns=returns,
-        **known,
-    )
+    shaped = {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
+    return Experience(prompts, rollout, **known, **shaped)
 
 
 def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> Tensor:
@@ -399,11 +372,8 @@ def _check_roles(roles: Roles) -> None:
 def role_logprobs(
     roles: Roles, role: str, rollout: Rollout, part: slice, config: PPOConfig
 ) -> Tensor:
-    ids, mask, length = (
-        rollout.input_ids[part],
-        rollout.attention_mask[part],
-        rollout.response_mask.shape[1],
-    )
+    ids, mask = rollout.input_ids[part], rollout.attention_mask[part]
+    length = rollout.response_mask.shape[1]
     return response_logprobs(roles.use(role), ids, mask, length, config.temperature)
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_helpers.logprobs import token_logprobs
+from rlhf_helpers.logprobs import last_logprobs, token_logprobs
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import check_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
@@ -184,20 +184,14 @@ def batch_loss(
     examples: list[dict],
     labels: Labels = mask_prompt,
 ) -> Tensor:
-    """`sft_loss` of one batch; only the positions that predict a label get logits."""
+    """`sft_loss` of one batch; only the positions that predict a label get logits, in pieces."""
     input_ids, attention_mask, prompt_length = pad_examples(tokenizer, examples)
     targets = labels(input_ids, attention_mask, prompt_length)
     _check_labels(targets)
-    first = int((targets != IGNORE).any(0).nonzero()[0])
-    kept = input_ids.shape[1] - max(first - 1, 0)
-    logits = model(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
-        logits_to_keep=kept,
-        use_cache=False,
-    ).logits
-    return sft_loss(logits, targets[:, -kept:].to(model.device))
+    count = input_ids.shape[1] - max(int((targets != IGNORE).any(0).nonzero()[0]), 1)
+    device = model.device
+    logprobs = last_logprobs(model, input_ids.to(device), attention_mask.to(device), count)
+    return -logprobs[targets[:, -count:].to(device) != IGNORE].mean()
 
 
 def _check_labels(labels: Tensor) -> None:

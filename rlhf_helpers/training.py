@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -34,6 +34,17 @@ LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds no
 _OPEN: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()  # runs that may still save
 
 
+def check_settings(
+    config: object, names: Sequence[str], what: str, whole: bool = False, **limits
+) -> None:
+    """Raise ValueError unless settings are finite numbers within `in_range`'s limits."""
+    for name in names:
+        value = getattr(config, name)
+        kind = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not in_range(value, **limits):
+            raise ValueError(f"{name} is {value!r}; give {what}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run.
@@ -57,12 +68,11 @@ class TrainConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            rate = name in ("learning_rate", "max_grad_norm")
-            number = in_range(value, above=True) or (name == "max_grad_norm" and value == math.inf)
-            if not number or not (rate or isinstance(value, int)):
-                whole = "" if rate else ", a whole one"
-                raise ValueError(f"{name} is {value!r}; give a number above 0{whole}")
+        counts = ("steps", "batch_size", "warmup_steps", "eval_every", "save_every")
+        check_settings(self, counts, "a number above 0, a whole one", low=1, whole=True)
+        check_settings(self, ("learning_rate",), "a number above 0", above=True)
+        if self.max_grad_norm != math.inf:
+            check_settings(self, ("max_grad_norm",), "a number above 0", above=True)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} of {self.steps} steps; give fewer"
@@ -112,7 +122,7 @@ class TrainStats:
     seconds: float = 0.0
 
 
-def backward(loss: Tensor, parameters: Iterable[Parameter], roles: Roles) -> None:
+def backward(loss: Tensor, parameters: Sequence[Parameter], roles: Roles) -> None:
     """A loss's gradients, as `loss.backward()` gives them; small ones survive a float16 base.
 
     float16 rounds what is below 3e-8 to 0, and gradients of a mean over many tokens are that small.
@@ -124,7 +134,6 @@ def backward(loss: Tensor, parameters: Iterable[Parameter], roles: Roles) -> Non
     if roles.base.get_input_embeddings().weight.dtype != torch.float16:
         loss.backward()
         return
-    parameters = list(parameters)
     for scale in LOSS_SCALES:
         for parameter in parameters:
             parameter.grad = None
@@ -191,14 +200,11 @@ class Run:
             self._take_over()
             tensors = self._resume()
         self.optimizers = {
-            role: torch.optim.AdamW(self.parameters(role), weight_decay=0.0) for role in trained
+            role: torch.optim.AdamW(roles.parameters(role).values(), weight_decay=0.0)
+            for role in trained
         }
         if tensors:
             restore_optimizers(self.optimizers, tensors)
-
-    def parameters(self, role: str) -> list[Parameter]:
-        """What a role trains."""
-        return list(self.roles.parameters(role).values())
 
     def left(self) -> Iterator[int]:
         """The steps that are left; however the loop over them ends, a whole step is kept."""
@@ -217,9 +223,11 @@ class Run:
             FloatingPointError: if loss or gradient is not finite.
         """
         self.check_finite(role, "loss", loss)
-        self.optimizers[role].zero_grad()  # an interrupted step may have left gradients
-        backward(loss, self.parameters(role), self.roles)
-        norm = clip_grad_norm_(self.parameters(role), self.config.max_grad_norm)
+        optimizer = self.optimizers[role]
+        optimizer.zero_grad()  # an interrupted step may have left gradients
+        parameters = optimizer.param_groups[0]["params"]
+        backward(loss, parameters, self.roles)
+        norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
         self.check_finite(role, "gradient norm", norm)
         return norm.item()
 

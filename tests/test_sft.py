@@ -165,7 +165,7 @@ def test_the_model_is_told_where_the_padding_is(tokenizer):
     given = {}
 
     class Model:
-        device = "cpu"
+        device, config = "cpu", SimpleNamespace(vocab_size=10)
 
         def __call__(self, **inputs):
             given.update(inputs)

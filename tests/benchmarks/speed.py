@@ -17,14 +17,15 @@ HERE = Path(__file__).parent
 def main() -> None:
     machine = f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
     print(f"{machine}, {datetime.date.today()}")
-    scripts = {
-        "ppo_update.py": ["--updates", "4", "--profile", *sys.argv[1:]],
-        "logprobs.py": [],
-        "rollout.py": [],
-        "gae.py": [],
-        "imports.py": [],
-    }
-    for name, arguments in scripts.items():
+    scripts = [
+        ("ppo_update.py", "--updates", "4", "--rounds", "3", *sys.argv[1:]),
+        ("ppo_update.py", "--updates", "4", "--work", "random", "--profile", *sys.argv[1:]),
+        ("logprobs.py",),
+        ("rollout.py",),
+        ("gae.py",),
+        ("imports.py",),
+    ]
+    for name, *arguments in scripts:
         print(f"\n== {name} ==", flush=True)
         subprocess.run([sys.executable, HERE / name, *arguments], check=True)
 
