@@ -26,7 +26,7 @@ from rlhf_helpers.checkpoints import finish_first
 from rlhf_helpers.clicks_file import RowFile
 from rlhf_helpers.clicks_questions import FEWEST, Question, make_questions, usable_pairs
 from rlhf_helpers.text import Prompt
-from rlhf_helpers.validation import check_whole, in_range
+from rlhf_helpers.validation import Whole, checked, in_range
 
 Clicker = Callable[[Prompt, str, str], str | None]  # "first", "second", or None: cannot tell
 SIDES = ("first", "second")
@@ -72,14 +72,14 @@ class Clicks:
     format. Lesson 06.
     """
 
+    @checked
     def __init__(
         self,
         pairs: Iterable[tuple[Prompt, Prompt, Prompt]],
         path: str | Path | None = None,
         seed: int = 0,
-        repeats: int = 8,
+        repeats: Whole[0] = 8,
     ) -> None:
-        check_whole("repeats", repeats, least=0)
         self.pairs = usable_pairs(pairs)
         self.questions = make_questions(self.pairs, seed, repeats)
         asked = [(q.prompt, q.first, q.second, q.repeat) for q in self.questions]
@@ -143,14 +143,13 @@ class Clicks:
         self._save(dict(before), last)
         return True
 
-    def click_through(self, clicker: Clicker, limit: int | None = None) -> None:
+    @checked
+    def click_through(self, clicker: Clicker, limit: Whole[0] | None = None) -> None:
         """Let a function answer the next questions, `limit` of them or all.
 
         Args:
             clicker: of prompt, first and second answer; returns what `record` takes.
         """
-        if limit is not None:
-            check_whole("limit", limit, least=0)
         while limit != 0 and (question := self.show_next()):
             choice = clicker(question.prompt, question.first, question.second)
             self.record(choice, by="simulated")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +17,21 @@ from rlhf_helpers.reward import ROWS, pair_accuracy
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import check_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import check_logprobs, first_index, in_range, upcast
+from rlhf_helpers.validation import (
+    Above,
+    Between,
+    LogProbs,
+    N,
+    OneOf,
+    Whole,
+    checked,
+    refuse,
+    upcast,
+)
 
 SIDES = ("chosen", "rejected")
 KINDS = ("sigmoid", "ipo")
+MOST_SLIPS = 0.499  # at one half choices say nothing
 
 
 @dataclass(frozen=True)
@@ -33,25 +44,22 @@ class DPOConfig(TrainConfig):
         label_smoothing: ε of `dpo_loss`, at least 0 and below 0.5.
     """
 
-    steps: int = 127
-    learning_rate: float = 5e-4
-    beta: float = 0.1
-    kind: str = "sigmoid"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
-        _check_settings(self.beta, self.kind, self.label_smoothing)
+    steps: Whole[1] = 127
+    learning_rate: Above[0] = 5e-4
+    beta: Above[0] = 0.1
+    kind: OneOf[KINDS] = "sigmoid"
+    label_smoothing: Between[0, MOST_SLIPS] = 0.0
 
 
+@checked
 def dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
-    beta: float,
-    kind: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    chosen_logprobs: LogProbs[N],
+    rejected_logprobs: LogProbs[N],
+    ref_chosen_logprobs: LogProbs[N],
+    ref_rejected_logprobs: LogProbs[N],
+    beta: Above[0],
+    kind: OneOf[KINDS] = "sigmoid",
+    label_smoothing: Between[0, MOST_SLIPS] = 0.0,
 ) -> Tensor:
     """How badly the policy's own log-ratios to the reference predict which response was chosen.
 
@@ -102,8 +110,7 @@ def dpo_loss(
     tokens, and its `label_smoothing` belongs to its loss `robust` (arXiv 2403.00409), which
     subtracts the second term.
     """
-    _check_settings(beta, kind, label_smoothing)
-    _check_logprobs(
+    _check_whole_responses(
         chosen_logprobs=chosen_logprobs,
         rejected_logprobs=rejected_logprobs,
         ref_chosen_logprobs=ref_chosen_logprobs,
@@ -119,7 +126,8 @@ def _pair_loss(gap: Tensor, beta: float, kind: str) -> Tensor:
     return (gap - 1 / (2 * beta)).square() if kind == "ipo" else -logsigmoid(beta * gap)
 
 
-def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
+@checked
+def implicit_rewards(logprobs: LogProbs[N], ref_logprobs: LogProbs[N], beta: Above[0]) -> Tensor:
     """The rewards for which a policy would be the best one at that price of the KL.
 
     r̂(x, y) = β [log π(y|x) − log π_ref(y|x)], up to a number that depends on the prompt alone and
@@ -144,8 +152,7 @@ def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Ten
 
     Rafailov et al. (arXiv 2305.18290), equation 5 and section 4.
     """
-    _check_settings(beta)
-    _check_logprobs(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    _check_whole_responses(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return beta * (upcast(logprobs) - upcast(ref_logprobs))
 
 
@@ -293,39 +300,16 @@ def check_pairs(
             )
 
 
-def _check_settings(beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0) -> None:
-    if not in_range(beta, above=True):
-        raise ValueError(f"beta is {beta!r}: it must be a finite number above 0; 0.1 is usual.")
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}: give one of {', '.join(KINDS)}.")
-    if not in_range(label_smoothing, 0, 0.5) or label_smoothing == 0.5:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing!r}: it must be at least 0 and below 0.5, where "
-            "choices say nothing."
-        )
-
-
-def _check_logprobs(**logprobs: Tensor) -> None:
-    """Raise unless these can be log-probabilities of the same number of whole responses."""
+def _check_whole_responses(**logprobs: Tensor) -> None:
+    """Raise unless these can be of sampled responses, the reference's without gradient."""
     for name, values in logprobs.items():
-        check_logprobs(name, values)
-        if (index := first_index(~values.isfinite())) is not None:
-            raise ValueError(
-                f"{name} is {values[tuple(index)].item()} at {index}: no response that was sampled "
-                "has probability 0. Look for weights that diverged."
-            )
+        why = "no response that was sampled has probability 0; look for weights that diverged."
+        refuse(name, values, ~values.isfinite(), why)
         if name.startswith("ref_") and values.requires_grad:
             raise ValueError(
                 f"{name} requires gradients: the reference is fixed. Compute its log-probabilities "
                 "under torch.no_grad()."
             )
-    shapes = [values.shape for values in logprobs.values()]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or not shapes[0].numel():
-        found = ", ".join(f"{name} {list(x.shape)}" for name, x in logprobs.items())
-        raise ValueError(
-            f"the shapes are {found}: all must be [N], a number for each whole response. Sum the "
-            "log-probabilities of its tokens."
-        )
 
 
 def _check_roles(roles: Roles, role: str, reference: str, any_reference: bool) -> None:

@@ -10,17 +10,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers.kl import AdaptiveKL, kl_estimate
+from rlhf_helpers.kl import KINDS, AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.losses import gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
 from rlhf_helpers.reward import require_reference, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.training import Run, check_settings, digest
-from rlhf_helpers.validation import context_length
+from rlhf_helpers.training import Run, digest
+from rlhf_helpers.validation import (
+    Above,
+    AtLeast,
+    Between,
+    OneOf,
+    Whole,
+    check_fields,
+    context_length,
+)
 
 TRAINED = ("policy", "value")
+PLACES = ("reward", "loss")  # of the KL penalty
 
 
 @dataclass(frozen=True)
@@ -52,40 +61,29 @@ class PPOConfig:
         seed: of the choice of prompts and of all samples.
     """
 
-    updates: int = 30
-    batch_size: int = 64
-    minibatch_size: int = 32
-    epochs: int = 2
-    learning_rate: float = 1e-3
-    beta: float = 0.1
-    kl_kind: str = "k1"
-    kl_in: str = "reward"
-    target_kl: float | None = None
-    stop_kl: float | None = None
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 1.0
-    eos_penalty: float = 1.0
-    temperature: float = 1.0
-    response_length: int = 32
-    max_grad_norm: float = 1.0
-    save_every: int = 1
+    updates: Whole[1] = 30
+    batch_size: Whole[1] = 64
+    minibatch_size: Whole[1] = 32
+    epochs: Whole[1] = 2
+    learning_rate: Above[0] = 1e-3
+    beta: AtLeast[0] = 0.1
+    kl_kind: OneOf[KINDS] = "k1"
+    kl_in: OneOf[PLACES] = "reward"
+    target_kl: Above[0] | None = None
+    stop_kl: Above[0] | None = None
+    gamma: Between[0, 1] = 1.0
+    lam: Between[0, 1] = 0.95
+    clip: Above[0] = 0.2
+    value_clip: Above[0] = 1.0
+    eos_penalty: AtLeast[0] = 1.0
+    temperature: Above[0] = 1.0
+    response_length: Whole[1] = 32
+    max_grad_norm: Above[0] = 1.0
+    save_every: Whole[1] = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("updates", "batch_size", "minibatch_size", "epochs", "response_length")
-        whole = "a whole number, at least 1"
-        check_settings(self, (*counts, "save_every"), whole, low=1, whole=True)
-        above_0 = ("learning_rate", "max_grad_norm", "temperature", "clip", "value_clip")
-        optional = [name for name in ("target_kl", "stop_kl") if getattr(self, name) is not None]
-        check_settings(self, (*above_0, *optional), "a finite number above 0", above=True)
-        check_settings(self, ("beta", "eos_penalty"), "a finite number, 0 or above")
-        check_settings(self, ("gamma", "lam"), "a number between 0 and 1", high=1)
-        if self.kl_kind not in ("k1", "k2", "k3"):
-            raise ValueError(f"kl_kind is {self.kl_kind!r}; choose k1, k2 or k3")
-        if self.kl_in not in ("reward", "loss"):
-            raise ValueError(f"kl_in is {self.kl_in!r}; choose reward or loss")
+        check_fields(self)
         if self.kl_in == "loss" and self.kl_kind == "k1":
             raise ValueError(
                 "kl_kind is 'k1' with kl_in='loss': its gradient is 0 on average, so it would hold "

@@ -21,7 +21,18 @@ from rlhf_helpers.text import (
     same_prompt,
 )
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import B, Finite, L, Mask, N, Whole, checked, in_range, require_columns
+from rlhf_helpers.validation import (
+    Above,
+    B,
+    Finite,
+    L,
+    Mask,
+    N,
+    Whole,
+    checked,
+    in_range,
+    require_columns,
+)
 
 ROWS = 128  # responses scored at a time
 
@@ -30,8 +41,8 @@ ROWS = 128  # responses scored at a time
 class RewardConfig(TrainConfig):
     """Settings of `train_reward_model`; a batch is of pairs."""
 
-    steps: int = 200
-    learning_rate: float = 1e-3
+    steps: Whole[1] = 200
+    learning_rate: Above[0] = 1e-3
 
 
 @checked

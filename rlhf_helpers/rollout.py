@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.validation import context_length, in_range
+from rlhf_helpers.validation import Above, Whole, checked, context_length
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ def mask_after_eos(tokens: torch.Tensor, eos: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+@checked
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    response_length: int = 32,
-    prompt_length: int | None = None,
-    temperature: float = 1.0,
+    response_length: Whole[1] = 32,
+    prompt_length: Whole[1] | None = None,
+    temperature: Above[0] = 1.0,
     seed: int | None = None,
 ) -> Rollout:
     """Sample one response to each prompt from softmax(logits / temperature).
@@ -72,12 +73,6 @@ def sample_responses(
 
     Lesson 00 meets it; lesson 04 trains on what it returns.
     """
-    if not in_range(temperature, above=True):
-        raise ValueError(f"temperature is {temperature}; give a finite number above 0")
-    if not isinstance(response_length, int) or response_length < 1:
-        raise ValueError(
-            f"response_length is {response_length}; give at least 1 token, a whole number"
-        )
     context = context_length(model)
     room = context - response_length
     prompt_length = room if prompt_length is None else prompt_length

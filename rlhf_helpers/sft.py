@@ -13,11 +13,15 @@ from rlhf_helpers.logprobs import last_logprobs, token_logprobs
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import check_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
+from rlhf_helpers.validation import Above, B, Floating, Ids, L, Mask, V, Whole, checked
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss
 
 
-def mask_prompt(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+@checked
+def mask_prompt(
+    input_ids: Ids[B, L], attention_mask: Mask[B, L], prompt_length: Whole[1]
+) -> Tensor:
     """Labels for supervised fine-tuning: the response, EOS included; all else ignored.
 
     labels[b, t] = input_ids[b, t] where t ≥ P and attention_mask[b, t] = 1, else -100. Labels
@@ -46,16 +50,11 @@ def mask_prompt(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -
 
     Derived in lesson 01.
     """
-    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {list(input_ids.shape)}, attention_mask "
-            f"{list(attention_mask.shape)}: both must be [B, P + T]."
-        )
     length = input_ids.shape[1]
-    if isinstance(prompt_length, float) or not 1 <= prompt_length < length:
+    if prompt_length >= length:
         raise ValueError(
-            f"prompt_length is {prompt_length} in sequences of {length} tokens: it must be a whole "
-            f"number, at least 1, and leave a response, so at most {length - 1}."
+            f"prompt_length is {prompt_length} in sequences of {length} tokens: it must leave a "
+            f"response, so at most {length - 1}."
         )
     labels = input_ids.masked_fill(attention_mask == 0, IGNORE)
     labels[:, :prompt_length] = IGNORE
@@ -63,7 +62,8 @@ def mask_prompt(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -
     return labels
 
 
-def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:
+@checked
+def sft_loss(logits: Floating[B, L, V], labels: Ids[B, L]) -> Tensor:
     """Mean surprise at the labelled tokens: −log π(y_t | what stands before), in nats per token.
 
     L = −(1/N) Σ log softmax(logits[b, t])[labels[b, t + 1]] over the N labels that are not -100.
@@ -87,11 +87,6 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:
     What `transformers` computes from `labels`, without a log-softmax of the logits' size. Derived
     in lesson 01.
     """
-    if logits.dim() != 3 or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits have shape {list(logits.shape)}, labels {list(labels.shape)}: they must be "
-            "[B, L, V] and [B, L]."
-        )
     targets = labels[:, 1:]
     counted = targets != IGNORE
     if not counted.any():
@@ -104,8 +99,8 @@ def sft_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class SFTConfig(TrainConfig):
     """Settings of `train_sft`."""
 
-    steps: int = 150
-    learning_rate: float = 2e-3
+    steps: Whole[1] = 150
+    learning_rate: Above[0] = 2e-3
 
 
 Labels = Callable[[Tensor, Tensor, int], Tensor]

@@ -27,22 +27,11 @@ from rlhf_helpers.checkpoints import (
     restore_optimizers,
 )
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.validation import in_range
+from rlhf_helpers.validation import Above, Whole, check_fields
 
 OPTIMIZER = "optimizer.safetensors"
 LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds nothing
 _OPEN: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()  # runs that may still save
-
-
-def check_settings(
-    config: object, names: Sequence[str], what: str, whole: bool = False, **limits
-) -> None:
-    """Raise ValueError unless settings are finite numbers within `in_range`'s limits."""
-    for name in names:
-        value = getattr(config, name)
-        kind = int if whole else int | float
-        if isinstance(value, bool) or not isinstance(value, kind) or not in_range(value, **limits):
-            raise ValueError(f"{name} is {value!r}; give {what}")
 
 
 @dataclass(frozen=True)
@@ -59,20 +48,16 @@ class TrainConfig:
         save_every: steps between two saves of an unfinished run.
     """
 
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10
-    max_grad_norm: float = 1.0
-    eval_every: int = 25
-    save_every: int = 50
+    steps: Whole[1]
+    batch_size: Whole[1] = 32
+    learning_rate: Above[0] = 1e-3
+    warmup_steps: Whole[1] = 10
+    max_grad_norm: Above[0, math.inf] = 1.0
+    eval_every: Whole[1] = 25
+    save_every: Whole[1] = 50
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "warmup_steps", "eval_every", "save_every")
-        check_settings(self, counts, "a number above 0, a whole one", low=1, whole=True)
-        check_settings(self, ("learning_rate",), "a number above 0", above=True)
-        if self.max_grad_norm != math.inf:
-            check_settings(self, ("max_grad_norm",), "a number above 0", above=True)
+        check_fields(self)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} of {self.steps} steps; give fewer"

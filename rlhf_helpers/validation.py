@@ -124,7 +124,7 @@ class Between(Kind):
 
     def fits(self, value: object) -> bool:
         """Whether the value is one of these."""
-        return in_range(value, *self.spec)
+        return not isinstance(value, bool) and in_range(value, *self.spec)
 
     def check(self, name: str, value: object) -> None:
         """Raise ValueError, with the value and what to give instead."""
@@ -139,13 +139,14 @@ class AtLeast(Between):
 
 
 class Above(Between):
-    """A finite number above a bound: `Above[0]`."""
+    """A finite number above a bound: `Above[0]`; `Above[0, math.inf]` takes infinity too."""
 
     words = "a finite number above {}"
 
     def fits(self, value: object) -> bool:
         """Whether the value is one of these."""
-        return in_range(value, *self.spec, above=True)
+        inside = in_range(value, self.spec[0], above=True) and not isinstance(value, bool)
+        return inside or (math.inf,) == (value,) == self.spec[1:]
 
 
 class Whole(Between):

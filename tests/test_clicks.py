@@ -23,9 +23,9 @@ from rlhf_helpers import clicks_file, clicks_panel, clicks_questions
 from rlhf_helpers.clicks import Clicks, simulated
 from rlhf_helpers.clicks_file import RowFile
 from rlhf_helpers.clicks_questions import GAP
-from rlhf_helpers.data import preference_dataset
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.rubric import gold_reward
+from rlhf_helpers.sources import preference_dataset
 
 TALK = [
     {"role": "user", "content": "what is tea?"},

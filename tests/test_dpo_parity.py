@@ -26,7 +26,6 @@ from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
 from rlhf_helpers.base import load_base
-from rlhf_helpers.data import preference_dataset
 from rlhf_helpers.dpo import (
     SIDES,
     DPOConfig,
@@ -38,6 +37,7 @@ from rlhf_helpers.dpo import (
 from rlhf_helpers.presets import ASSETS
 from rlhf_helpers.reward import encode_pairs, split_by_prompt
 from rlhf_helpers.roles import Roles
+from rlhf_helpers.sources import preference_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing`:FutureWarning")
 

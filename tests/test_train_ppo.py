@@ -197,14 +197,16 @@ POSITIVE = ("learning_rate", "max_grad_norm", "target_kl", "stop_kl")
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", [0, -1, 2.0, NAN, "3", None])
 def test_counts_are_whole_numbers_above_0(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; give a whole number, at least 1"):
+    with pytest.raises(
+        ValueError, match=f"{name} is {value!r}: it must be a whole number, at least 1"
+    ):
         PPOConfig(**{name: value})
 
 
 @pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -1.0, NAN, INF])
 def test_sizes_are_finite_and_above_0(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}; give a finite number above 0"):
+    with pytest.raises(ValueError, match=f"{name} is {value}: it must be a finite number above 0"):
         PPOConfig(**{name: value})
 
 
@@ -331,7 +333,7 @@ def test_too_few_prompts_are_refused_at_the_call(tiny, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_in": "advantage"}, "kl_in is 'advantage'; choose reward or loss"),
+        ({"kl_in": "advantage"}, "kl_in is 'advantage': it must be one of 'reward', 'loss'"),
         ({"kl_in": "loss"}, "its gradient is 0 on average"),
     ],
 )
