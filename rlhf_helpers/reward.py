@@ -249,7 +249,7 @@ def normalise(roles: Roles, role: str, scores: Tensor) -> None:
 
 
 @checked
-def pair_accuracy(chosen: Finite[N], rejected: Finite[N]) -> float:
+def pair_accuracy(chosen: Finite[...], rejected: Finite[...]) -> float:
     """Share of pairs whose chosen response has the higher reward; a tie counts half.
 
     Raises:

@@ -482,7 +482,7 @@ class InOrder(RewardTrainer):  # TRL would shuffle
         return SequentialSampler(self.train_dataset)
 
 
-def as_messages(row):
+def in_messages(row):
     names = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return {column: [{"role": name, "content": row[column]}] for column, name in names.items()}
 
@@ -533,8 +533,8 @@ columns = ["prompt", "chosen", "rejected"]
 trainer = InOrder(
     model=model,
     args=settings,
-    train_dataset=train.select_columns(columns).map(as_messages),
-    eval_dataset=held_out.select_columns(columns).map(as_messages),
+    train_dataset=train.select_columns(columns).map(in_messages),
+    eval_dataset=held_out.select_columns(columns).map(in_messages),
     processing_class=tokenizer,
 )
 trainer.remove_callback(transformers.PrinterCallback)
