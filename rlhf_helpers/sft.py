@@ -182,6 +182,8 @@ def batch_loss(
     """`sft_loss` of one batch; only the positions that predict a label get logits, in pieces."""
     input_ids, attention_mask, prompt_length = pad_examples(tokenizer, examples)
     targets = labels(input_ids, attention_mask, prompt_length)
+    before = torch.nn.functional.pad(attention_mask[:, :-1], (1, 0))
+    targets = targets.masked_fill(before == 0, IGNORE)  # nothing stands before a row's first token
     _check_labels(targets)
     count = input_ids.shape[1] - max(int((targets != IGNORE).any(0).nonzero()[0]), 1)
     device = model.device

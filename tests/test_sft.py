@@ -226,6 +226,7 @@ def test_a_batchs_loss_takes_other_labels(base, tokenizer, demonstrations):
     rows = demonstrations[:4]
     ids, mask, prompt_length = pad_examples(tokenizer, rows)
     labels = everything(ids, mask, prompt_length)
+    labels[range(4), mask.argmax(-1)] = IGNORE  # nothing stands before a row's first token
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = base(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
