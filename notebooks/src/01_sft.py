@@ -671,8 +671,8 @@ for name in ("right", "no EOS"):
 # responses grow towards the length limit, 32 tokens here. Count finished responses, always.
 #
 # **Signature of training on the prompt:** the loss shown is another quantity, since it averages over the
-# question as well, and must not be compared with other runs. The harm is smaller: the held-out curve lags
-# behind and nearly catches up, and gold is a little lower. Is that chance? Ten recorded seeds again:
+# question as well, and must not be compared with other runs. The held-out curve lags behind and nearly catches
+# up. Does it cost gold? Ten recorded seeds again:
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -685,8 +685,9 @@ for failure in ("prompt too", "no EOS"):
     print(f"by {sum(gaps) / 10:.2f} ({min(gaps):.2f} to {max(gaps):.2f})")
 
 # %% [markdown]
-# After 60 updates both cost gold on every seed, the forgotten EOS more than ten times as much. With long
-# prompts and short responses more of each gradient would go to the prompt; these runs do not show that.
+# The prompt in the labels costs a hundredth of a point here, next to nothing; a forgotten EOS costs more than 100 times
+# as much. With long prompts and short responses more of each gradient would go to the prompt; these runs do not
+# show that.
 
 # %% [markdown]
 # ## The same run with TRL
