@@ -390,13 +390,11 @@ def test_what_padding_holds_changes_nothing(fixed, tokenizer, monkeypatch):
 
 def test_only_positions_that_predict_a_response_get_logits(fixed, tokenizer):
     examples = [pair["chosen"] for pair in TRAIN[:6]]
-    widths, head = [], fixed.base.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, given, made: widths.append(made.shape[1]))
+    positions, head = [], fixed.base.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, given, made: positions.append(made[..., 0].numel()))
     sequence_logprobs(fixed.use("policy"), tokenizer, examples)
     hook.remove()
-    longest = max(len(x["response"]) for x in examples)
-    prompt = max(len(x["prompt"]) for x in examples)
-    assert widths == [longest + 1] and longest + 1 < prompt + longest
+    assert positions == [6 * max(len(x["response"]) for x in examples)]
 
 
 def test_pairs_keep_their_order_over_several_batches(fixed, tokenizer, monkeypatch):
