@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_helpers.packing import hidden_states
 from rlhf_helpers.validation import (
     Above,
     B,
@@ -185,20 +184,20 @@ def last_logprobs(
     temperature: float = 1.0,
 ) -> Tensor:
     """`[B, count]`: what `response_logprobs` computes, of the last columns, whatever they hold."""
-    tokens = input_ids[:, -count:]
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
+    tokens, vocab_size = input_ids[:, -count:], model.config.vocab_size
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    if _has_plain_head(causal):
-        hidden = hidden_states(causal, input_ids, attention_mask)[:, -count - 1 : -1]
-        head = causal.get_output_embeddings()
-        return _reduce_vocabulary(_pick, hidden, temperature, tokens, head=head)
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=count + 1,
-    ).logits
-    return token_logprobs(logits[:, :-1], tokens, temperature)
+    if tokens.numel() * vocab_size <= CHUNK_LOGITS or not _has_plain_head(causal):
+        logits = model(**inputs, logits_to_keep=count + 1).logits
+        return token_logprobs(logits[:, :-1], tokens, temperature)
+    hidden = causal.base_model(**inputs).last_hidden_state[:, -count - 1 : -1]
+    head = causal.get_output_embeddings()
+    return _reduce_vocabulary(_pick, hidden, temperature, tokens, head=head)
 
 
 def _has_plain_head(model: nn.Module) -> bool:

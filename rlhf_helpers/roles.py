@@ -3,8 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,16 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.logprobs import check_sequences
-from rlhf_helpers.packing import hidden_states
 from rlhf_helpers.validation import in_range
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -39,14 +35,23 @@ HEAD = "head.safetensors"
 BASE = "base_weights"  # under which the weights' file has the fingerprint of the adapter's base
 # Settings of LoRA that leave open what a trained adapter computes: names and training, and which
 # layers it is on, which the shapes of its weights say. All others must be those of `Roles`.
-HARMLESS = set(
-    "auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern "
-    "layers_to_transform lora_dropout megatron_core peft_version revision runtime_config "
-    "target_modules task_type "
-    "loftq_config".split()  # which counts only if init_lora_weights is "loftq"
-)
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",  # which counts only if init_lora_weights is "loftq"
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
-DENSE_BYTES = 2**31  # the most that merged weights may take, of all roles of a base together
 
 
 class Roles:
@@ -60,26 +65,10 @@ class Roles:
     said. Here that backward raises RuntimeError. The safe order is use, forward, backward, and
     only then the next role.
 
-    **Merged weights.** In float32 on a CPU a role computes with W' = W + (α/r) B A, which is kept
-    as long as W, A and B stand: one product in place of three, and NF4 is decoded once and not for
-    every sampled token. It is the same function within rounding, and so are its gradients. All that
-    a role computes goes by W', sampling and scoring as well as learning: a ratio or a KL of two
-    equal policies is therefore exactly 1 or 0, as it would not be if one side came from W, A and B.
-    Every layer compares A and B with those that its W' was made of, entry by entry, so that no way
-    of changing a role goes unseen (torch's version counters miss fused optimizers); W is frozen.
-    In half precision, which would round B A away, on a GPU, and where one role's W' would take more
-    than `dense_bytes`, PEFT computes with W, A and B. How much memory happens to be free decides
-    nothing, since a run that goes on must compute as before.
-
     Args:
         base: from `load_base`; it gets the adapters built in.
         rank: r, the inner width of every adapter.
         alpha: α; the update is scaled by α/r.
-        dense_bytes: the most that merged weights may take, 4 bytes for each weight of a linear
-            layer and role; those of the roles that acted last are kept. 0 for none.
-
-    Attributes:
-        kept: of how many roles merged weights are kept at a time; 0 where PEFT computes.
 
     Raises:
         ValueError: for a base that carries adapters already, or a rank or alpha below 1.
@@ -95,13 +84,7 @@ class Roles:
     the layer, lesson 04 uses four roles.
     """
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        rank: int = 16,
-        alpha: float = 32,
-        dense_bytes: int = DENSE_BYTES,
-    ) -> None:
+    def __init__(self, base: PreTrainedModel, rank: int = 16, alpha: float = 32) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise ValueError(
                 "this base carries adapters already: go on with the Roles that you have, or load "
@@ -117,9 +100,6 @@ class Roles:
         self.model: PeftModel | None = None
         self.heads: dict[str, ScalarHead] = {}
         self._trainable: dict[str, bool] = {}
-        one = 4 * sum(outputs * inputs for outputs, inputs in self.shapes.values())
-        self.kept = dense_bytes // one if _plain_cpu(base) else 0
-        self._dense: dict[str, dict[LoraLayer, _Dense]] = {}
         base.base_model.register_forward_hook(self._guard)
 
     @cached_property
@@ -167,9 +147,6 @@ class Roles:
                 warnings.filterwarnings("ignore", "fan_in_fan_out")  # says how it takes Conv1D
                 if self.model is None:
                     self.model = get_peft_model(self.base, self._config(), adapter_name=name)
-                    for layer in self.base.modules():
-                        if isinstance(layer, LoraLayer):
-                            layer.forward = partial(self._forward, layer, layer.forward)
                 else:
                     self.model.add_adapter(name, self._config())
         self._trainable[name] = trainable
@@ -219,7 +196,12 @@ class Roles:
         head = self.require_head(name)
         check_sequences(self.base, input_ids, attention_mask)
         self.use(name)
-        hidden = hidden_states(self.base, input_ids, attention_mask)
+        hidden = self.base.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
         return head(hidden.float()).squeeze(-1)
 
     def use(self, name: str) -> PeftModel:
@@ -326,9 +308,14 @@ class Roles:
         own = {k: v for k, v in self.base.state_dict().items() if ".lora_" not in k}
         for layer, module in self.base.named_modules():
             if isinstance(module, LoraLayer):
-                weight = _Dense(module, name).weight
-                turned = isinstance(model.get_submodule(layer), Conv1D)
-                own[f"{layer}.base_layer.weight"] = weight.T if turned else weight
+                weight = module.base_layer.weight
+                if isinstance(weight, Params4bit):
+                    weight = dequantize_4bit(weight.data, weight.quant_state)
+                weight = weight.float() + module.get_delta_weight(name).float()
+                turned = isinstance(model.get_submodule(layer), Conv1D)  # NF4 has it as [out, in]
+                if turned and not isinstance(module.base_layer, Conv1D):
+                    weight = weight.T
+                own[f"{layer}.base_layer.weight"] = weight
         own = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items()}
         wanted = model.state_dict()
         model.load_state_dict({key: own[key].float() for key in wanted})
@@ -370,23 +357,6 @@ class Roles:
         if not self._trainable[name]:
             for parameter in self._adapter(name).values():
                 parameter.requires_grad_(False)
-        self._dense[name] = self._dense.pop(name, {})  # the newest is last
-        for oldest in list(self._dense)[: -self.kept or None]:
-            del self._dense[oldest]
-
-    def _forward(self, layer: LoraLayer, plain: Callable, x: Tensor, *others, **options) -> Tensor:
-        """What a layer computes: by merged weights where they are kept, else PEFT's own forward."""
-        role, special = self.active, others or options or layer.disable_adapters or layer.merged
-        known = self._dense.get(role) if layer.active_adapters == [role] else None
-        if known is None or special or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return plain(x, *others, **options)
-        a, b = layer.lora_A[role].weight, layer.lora_B[role].weight
-        kept = known.get(layer)
-        if kept is None or not kept.stands(a, b):
-            kept = known[layer] = _Dense(layer, role, kept)
-        if torch.is_grad_enabled():
-            return _DenseLinear.apply(x, kept.weight, layer.base_layer.bias, a, b, kept.scale)
-        return linear(x, kept.weight, layer.base_layer.bias)
 
     def _require(self, name: str) -> None:
         if name not in self._trainable:
@@ -460,55 +430,6 @@ class Roles:
                 )
 
 
-class _Dense:
-    """W + (α/r) B A of a layer and role, `[out, in]`, and the A and B that it was made of."""
-
-    def __init__(self, layer: LoraLayer, role: str, earlier: "_Dense | None" = None) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            parts = [layer.lora_A[role].weight, layer.lora_B[role].weight]
-            self.a, self.b = (part.detach().float().clone() for part in parts)
-            self.scale = layer.scaling[role]
-            weight = layer.base_layer.weight
-            if isinstance(weight, Params4bit):
-                weight = dequantize_4bit(weight.data, weight.quant_state)
-            elif isinstance(layer.base_layer, Conv1D):
-                weight = weight.T
-            self.weight = torch.addmm(
-                weight.float(), self.b, self.a, alpha=self.scale, out=earlier and earlier.weight
-            )
-
-    def stands(self, a: Tensor, b: Tensor) -> bool:
-        return torch.equal(self.a, a) and torch.equal(self.b, b)
-
-
-class _DenseLinear(torch.autograd.Function):
-    """x W'ᵀ with W' = W + s B A at hand: the gradients are those of x, A and B.
-
-    With g the gradient of the result, rows flattened: g W', s Bᵀ gᵀ x and s gᵀ x Aᵀ.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s):
-        ctx.save_for_backward(x, a, b)
-        ctx.weight, ctx.version, ctx.scale = weight, weight._version, s
-        return linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        if ctx.weight._version != ctx.version:
-            raise RuntimeError(
-                "a role's weights have changed between its forward and its backward pass; for each "
-                "step call forward and backward, and only then change the weights"
-            )
-        (x, a, b), (of_x, _, _, of_a, of_b, _) = ctx.saved_tensors, ctx.needs_input_grad
-        rows, g = x.flatten(0, -2), gradient.flatten(0, -2)
-        to_x = gradient @ ctx.weight if of_x else None
-        to_a = ctx.scale * ((g @ b).T @ rows) if of_a else None
-        to_b = ctx.scale * (g.T @ (rows @ a.T)) if of_b else None
-        return to_x, None, None, to_a, to_b, None
-
-
 class ScalarHead(nn.Linear):
     """A linear layer to one number, in float32.
 
@@ -569,13 +490,6 @@ class ScalarHead(nn.Linear):
         head.load_state_dict(tensors)
         head.reference = reference
         return head
-
-
-def _plain_cpu(base: PreTrainedModel) -> bool:
-    """Whether a base computes in float32, on a CPU."""
-    dtypes = {getattr(module, "compute_dtype", torch.float32) for module in base.modules()}
-    embeddings = base.get_input_embeddings().weight
-    return dtypes | {embeddings.dtype} == {torch.float32} and embeddings.device.type == "cpu"
 
 
 def _portable(source: str) -> str:

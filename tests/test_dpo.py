@@ -394,7 +394,7 @@ def test_only_positions_that_predict_a_response_get_logits(fixed, tokenizer):
     hook = head.register_forward_hook(lambda _, given, made: positions.append(made[..., 0].numel()))
     sequence_logprobs(fixed.use("policy"), tokenizer, examples)
     hook.remove()
-    assert positions == [6 * max(len(x["response"]) for x in examples)]
+    assert positions == [6 * (1 + max(len(x["response"]) for x in examples))]
 
 
 def test_pairs_keep_their_order_over_several_batches(fixed, tokenizer, monkeypatch):

@@ -16,11 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_helpers import base as base_module
 from rlhf_helpers import roles
 from rlhf_helpers.base import load_base
-from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import CONFIG, WEIGHTS, Roles, ScalarHead
 from rlhf_helpers.roles import HEAD as HEAD_FILE
-from rlhf_helpers.rollout import sample_responses
 
 
 def save_tiny(folder, seed=0, **sizes):
@@ -208,13 +206,6 @@ def tiny_roles(preset, names=NAMES, rank=RANK, alpha=ALPHA, **options):
     for number, name in enumerate(names):
         made.add(name, seed=number, **options)
         fill(made.model, name, number)
-    return made
-
-
-def without_copies(made):
-    """The same roles, from now on computed by PEFT from W, A and B."""
-    made.kept = 0
-    made._activate(made.active)
     return made
 
 
@@ -430,135 +421,6 @@ def test_roles_leave_the_base_as_it_was_loaded(tiny):
     assert same(base_bits(tiny_roles(tiny).model.get_base_model()), base_bits(load_base(tiny)))
 
 
-# merged weights
-
-
-def copies(made):
-    """The roles whose merged weights are kept, the newest last."""
-    return [name for name, layers in made._dense.items() if layers]
-
-
-def test_merged_weights_answer_as_plain_peft(tiny):
-    made = tiny_roles(tiny)
-    for name in NAMES:
-        found = logits(made.use(name))
-        plain = logits(alone(tiny, made.state(name)))
-        torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
-        assert not torch.equal(found, plain)  # else merged weights are not used
-        assert torch.equal(found, logits(made.merged(name)))
-    assert copies(made) == NAMES
-
-
-def test_sampled_texts_and_their_logprobs_are_those_of_plain_peft(pocket, tokenizer):
-    drawn = []
-    for size in (roles.DENSE_BYTES, 0):
-        made = Roles(load_base(pocket), dense_bytes=size)
-        made.load("sft", ASSETS / "sft")
-        prompts = ["what does the duck say?", "what is hot?", "name something red."] * 8
-        rollout = sample_responses(made.use("sft"), tokenizer, prompts, 16, seed=0)
-        length = rollout.response_mask.shape[1]
-        with torch.no_grad():
-            pair = rollout.input_ids, rollout.attention_mask
-            logprobs = response_logprobs(made.use("sft"), *pair, length)
-        drawn.append((rollout, logprobs[rollout.response_mask == 1]))
-        assert copies(made) == ["sft"] * (size > 0)
-    (one, dense), (two, plain) = drawn
-    assert one.texts == two.texts and torch.equal(one.input_ids, two.input_ids)
-    torch.testing.assert_close(dense, plain, rtol=0, atol=1e-5)
-
-
-def test_with_and_without_gradients_it_is_the_same_function(tiny):
-    """On which a first ratio of exactly 1 rests."""
-    made = tiny_roles(tiny)
-    quiet = logits(made.use("policy"))
-    assert torch.equal(made.use("policy").train()(input_ids=IDS).logits, quiet)
-    made.add("copy", copy_of="policy", trainable=False)
-    assert torch.equal(logits(made.use("copy")), quiet)
-    with torch.inference_mode():  # what it leaves must serve a pass with gradients
-        fill(made.model, "value", 7)
-        made.use("value")(input_ids=IDS)
-    role_loss(made.use("value"), "value").backward()
-
-
-def step(made, **options):
-    role_loss(made.use("policy"), "policy").backward()
-    torch.optim.AdamW(made.parameters("policy").values(), lr=0.1, **options).step()
-
-
-def write(made, name):
-    """Behind the back of autograd's version counters."""
-    for parameter in made._adapter(name).values():
-        parameter.data.mul_(2)
-
-
-CHANGES = {
-    "step": step,
-    "fused step": lambda made: step(made, fused=True),
-    "load": lambda made: made.load("policy", made.folder, trainable=True),
-    "fill": lambda made: fill(made.model, "policy", 9),
-    "data": lambda made: write(made, "policy"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_a_role_is_seen_at_once(tiny, tmp_path, change):
-    made = tiny_roles(tiny)
-    made.folder = tmp_path / "value"
-    made.save("value", made.folder)
-    before, other = logits(made.use("policy")), logits(made.use("value"))
-    places = [kept.weight.data_ptr() for kept in made._dense["policy"].values()]
-    made.use("policy")
-    change(made)
-    found = logits(made.use("policy"))
-    assert (found - before).abs().max() > 1e-3
-    expected = logits(alone(tiny, made.state("policy")))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert places == [kept.weight.data_ptr() for kept in made._dense["policy"].values()]
-    assert torch.equal(logits(made.use("value")), other)
-
-
-def test_a_step_between_forward_and_backward_is_refused(tiny):
-    made = tiny_roles(tiny)
-    loss = role_loss(made.use("policy"), "policy")
-    write(made, "policy")
-    logits(made.use("policy"))
-    with pytest.raises(RuntimeError, match="weights have changed between its forward and its"):
-        loss.backward()
-
-
-def test_a_head_is_no_part_of_merged_weights(tiny):
-    made = with_heads(tiny)
-    batch = rows_of("left")
-    before = made.values("value", *batch)
-    made.heads["value"].rescale(1.0, 2.0)
-    torch.testing.assert_close(made.values("value", *batch), (before - 1) / 2)
-
-
-def test_in_half_precision_peft_computes(tiny):
-    preset = load_preset("pocket", model=tiny.model, compute_dtype="bfloat16")
-    made = tiny_roles(preset)
-    assert made.kept == 0
-    assert torch.equal(logits(made.use("policy")), logits(alone(preset, made.state("policy"))))
-    assert copies(made) == []
-
-
-ONE_COPY = 4 * 2 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes, of two blocks
-
-
-@pytest.mark.parametrize("size, kept", [(ONE_COPY - 1, 0), (2 * ONE_COPY, 2), (10**9, 3)])
-def test_merged_weights_stay_within_the_limit(tiny, size, kept):
-    made = Roles(load_base(tiny), RANK, ALPHA, dense_bytes=size)
-    for number, name in enumerate(NAMES):
-        made.add(name, seed=number)
-        fill(made.model, name, number)
-    first = [logits(made.use(name)) for name in NAMES]
-    assert copies(made) == NAMES[len(NAMES) - kept :]
-    again = [logits(made.use(name)) for name in NAMES]
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-    plain = logits(alone(tiny, made.state("reward")))
-    assert torch.equal(again[-1], plain) == (kept == 0)
-
-
 # fresh roles and copies
 
 
@@ -716,8 +578,7 @@ def test_plain_peft_reads_a_saved_role(tiny, tmp_path):
     made = tiny_roles(tiny)
     made.save("value", tmp_path / "adapter")
     model = PeftModel.from_pretrained(load_base(tiny), str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(model), logits(made.use("value")), rtol=0, atol=1e-5)
-    assert torch.equal(logits(model), logits(without_copies(made).use("value")))
+    assert torch.equal(logits(model), logits(made.use("value")))
 
 
 def test_roles_read_what_plain_peft_wrote(tiny, tmp_path):
@@ -727,7 +588,7 @@ def test_roles_read_what_plain_peft_wrote(tiny, tmp_path):
     made = Roles(load_base(tiny), RANK, ALPHA)
     made.load("policy", tmp_path)
     assert same(made.state("policy"), weights)
-    assert torch.equal(logits(without_copies(made).use("policy")), logits(model))
+    assert torch.equal(logits(made.use("policy")), logits(model))
 
 
 def texts_in(value):
@@ -1171,7 +1032,7 @@ def test_plain_peft_ignores_a_head_in_the_folder(tiny, tmp_path):
     made.save("value", tmp_path / "adapter")
     assert (tmp_path / "adapter" / HEAD_FILE).is_file()
     model = PeftModel.from_pretrained(load_base(tiny), str(tmp_path / "adapter"))
-    assert torch.equal(logits(model), logits(without_copies(made).use("value")))
+    assert torch.equal(logits(model), logits(made.use("value")))
 
 
 def test_loading_over_a_role_with_a_head_keeps_the_parameters(tiny, tmp_path):

@@ -671,8 +671,8 @@ for name in ("right", "no EOS"):
 # responses grow towards the length limit, 32 tokens here. Count finished responses, always.
 #
 # **Signature of training on the prompt:** the loss shown is another quantity, since it averages over the
-# question as well, and must not be compared with other runs. The held-out curve lags behind and nearly catches
-# up. Does it cost gold? Ten recorded seeds again:
+# question as well, and must not be compared with other runs. The held-out curve is the right run's, but for a
+# little at update 10. Does it cost gold? Ten recorded seeds again:
 
 # %% tags=["nbval-check-output"]
 # Pocket only

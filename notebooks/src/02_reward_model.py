@@ -194,8 +194,6 @@ for company in (0, 24):
 # %% [markdown]
 # The score at the last real token does not depend on the company. The other one does, and nothing
 # crashes: a failure on purpose, whose signature is a score that changes with the batch.
-# (Here it is 0, because on a CPU `roles.values` does not compute padding at all. A plain model puts a number
-# there that looks like a score.)
 
 # %% [markdown]
 # ## Training

@@ -131,8 +131,6 @@ assert abs(there / computed - 1) < (0.02 if preset.name == "pocket" else 0.05)
 
 # %% [markdown]
 # Measured and computed agree within 0.1%: the count leaves out the two heads and a few constants of the quantization.
-# Neither counts what `Roles` keeps on a CPU for speed: each role's merged weights W + (α/r)BA in float32, 7 MB here, one
-# product in place of three. On a GPU there are none.
 #
 # ## One update, written out
 #
