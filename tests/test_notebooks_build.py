@@ -585,11 +585,22 @@ def test_course_of_chosen_lessons(ran, capsys):
     assert "01_tiny: 100%" in captured.err and "5/5" in captured.err
 
 
+def test_course_names_the_cells_that_took_longest(ran, capsys):
+    slow = "# %% [markdown]\n# # Slow\n\n# %%\n# wait\nimport time\n\ntime.sleep(1)\n"
+    nb = bn.read_source(write(ran / "solutions/src/02_slow.py", slow))
+    bn.write_notebook(nb, ran / "solutions/02_slow.ipynb")
+    assert run_course.main(["--folders", "solutions", "--cells", "1"], ran) == 0
+    *_, first, rest = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r" +1\.\d s  solutions/02_slow, cell 1: import time", first)
+    assert re.fullmatch(r" +[\d.]+ s  all other cells, of [\d.]+ s in all", rest)
+    assert (ran / "runs/course/solutions/02_slow.ipynb").is_file()
+
+
 def test_course_without_lessons_or_with_unknown_ones_is_an_error(tmp_path, ran, capsys):
     assert run_course.main([], tmp_path) == 1
     assert run_course.main(["07"], ran) == 1
     err = capsys.readouterr().err
-    assert "no lessons in notebooks/" in err and "no notebook is called '07'" in err
+    assert "no notebooks in notebooks" in err and "no notebook is called '07'" in err
 
 
 def test_headlines_are_text_not_figures():

@@ -302,7 +302,6 @@ def execute(
         nb,
         timeout=timeout,
         kernel_name="python3",
-        record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # the kernel's own messages break the bar
         resources={"metadata": {"path": str(folder)}},
         on_cell_start=started,
