@@ -1,7 +1,7 @@
 """What models cost, from first principles and measured: parameters, and bytes of each role."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -115,9 +115,8 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     Derived in lesson 04.
     """
     if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"config is {config!r}: give a configuration, from AutoConfig.from_pretrained(model)."
-        )
+        mend = "give a configuration, from AutoConfig.from_pretrained(model)."
+        raise TypeError(f"config is {config!r}: {mend}")
     model = on_meta(config)
     shapes = tuple(linear_shapes(model).values())
     linear = sum(outputs * inputs for outputs, inputs in shapes)
@@ -193,12 +192,14 @@ def memory_table(
     adapter = lora_parameters(sizes.shapes, rank)
     nf4 = sum(nf4_bytes(outputs * inputs, double_quant) for outputs, inputs in sizes.shapes)
     nf4 += weight_bytes * (sizes.other + sizes.output)
-    full, separate, shared = [], [], []
-    for role in TRAINS:
+    full, separate = [], []
+    for role, trains in TRAINS.items():
         body, head = (scoring, sizes.head) if role in SCORES else (sizes.parameters, 0)
-        full.append(_full(role, body + head, weight_bytes))
-        separate.append(_lora(role, adapter + head, weight_bytes * body))
-        shared.append(_lora(role, adapter + head))
+        trained = _training(body + head, weight_bytes, trains)
+        full.append(RoleBytes(role, weight_bytes * (body + head), 0, *trained))
+        trained = _training(adapter + head, FLOAT32, trains)
+        separate.append(RoleBytes(role, weight_bytes * body, FLOAT32 * (adapter + head), *trained))
+    shared = [replace(row, weights=0) for row in separate]
     return {
         "4 full models": full,
         "LoRA on 4 bases": separate,
@@ -379,18 +380,15 @@ def cache_bytes(
 
     Lesson 04 uses it.
     """
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shared = getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    )
-    kv_heads = getattr(config, "num_key_value_heads", None) or (1 if shared else heads)
-    latent = getattr(config, "kv_lora_rank", None)
+    heads, own = config.num_attention_heads, lambda name: getattr(config, name, None)
+    width = own("head_dim") or config.hidden_size // heads
+    shared = own("multi_query") and not own("new_decoder_architecture")
+    kv_heads = own("num_key_value_heads") or (1 if shared else heads)
+    latent = own("kv_lora_rank")
     numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * width
-    windows = [
-        getattr(layer, "sliding_window", tokens) for layer in DynamicCache(config=config).layers
-    ]
-    return numbers * batch * sum(min(tokens, window) for window in windows) * entry_bytes
+    layers = DynamicCache(config=config).layers
+    kept = (min(tokens, getattr(layer, "sliding_window", tokens)) for layer in layers)
+    return numbers * batch * sum(kept) * entry_bytes
 
 
 def activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
@@ -475,18 +473,9 @@ def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())  # a tensor that several share, once
 
 
-def _full(role: str, number: int, weight_bytes: int) -> RoleBytes:
-    weights = weight_bytes * number
-    if not TRAINS[role]:
-        return RoleBytes(role, weights)
-    return RoleBytes(role, weights, 0, weights, (TRAINED - 2 * weight_bytes) * number)
-
-
-def _lora(role: str, number: int, weights: int = 0) -> RoleBytes:
-    adapters = FLOAT32 * number
-    if not TRAINS[role]:
-        return RoleBytes(role, weights, adapters)
-    return RoleBytes(role, weights, adapters, adapters, (TRAINED - 2 * FLOAT32) * number)
+def _training(number: int, each: int, trains: bool) -> tuple[int, int]:
+    """Bytes of gradients and optimizer for as many parameters of `each` bytes."""
+    return (each * number, (TRAINED - 2 * each) * number) if trains else (0, 0)
 
 
 def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
@@ -494,7 +483,5 @@ def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
         raise ValueError("shapes is empty: give (out, in) of at least one adapted layer.")
     for index, shape in enumerate(shapes):
         if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(
-                f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer, two whole "
-                "numbers of at least 1."
-            )
+            mend = "give (out, in) of a linear layer, two whole numbers of at least 1."
+            raise ValueError(f"shapes[{index}] is {tuple(shape)}: {mend}")

@@ -573,8 +573,8 @@ def hub_error(kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        (GatedRepoError, "accepted its licence; do so on its page.*log in with .*local folder"),
-        (RepositoryNotFoundError, "check the name, log in with .* if it is private.*local folder"),
+        (GatedRepoError, "accept its licence on its page and log in with .*local folder"),
+        (RepositoryNotFoundError, "check the name and the network.*local folder"),
     ],
 )
 def test_a_hub_that_refuses_says_what_to_do(monkeypatch, kind, message):
