@@ -1,7 +1,6 @@
 """One frozen base, its linear layers in NF4."""
 
 import copy
-import json
 from inspect import signature
 from math import ceil
 from pathlib import Path
@@ -88,30 +87,25 @@ def load_base(
 
 
 def _require_weights(folder: Path) -> None:
-    """Raise unless a folder has a config and safetensors, in one file or in all their parts."""
+    """Raise unless a folder has a config and safetensors, in one file or in parts."""
     if (folder / CONFIG).is_file():
         mend = "give the folder of its base, and load the adapter with Roles.load"
         raise ValueError(f"'{folder}' holds an adapter ({CONFIG}); {mend}")
     require_files(folder, "config.json")
     index = folder / f"{SAFETENSORS}.index.json"
-    whole, parts = (folder / SAFETENSORS).is_file(), [SAFETENSORS]
-    if whole and index.is_file():
+    whole, parts = (folder / SAFETENSORS).is_file(), index.is_file()
+    if whole and parts:
         raise ValueError(
             f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "
             "saved over the other; delete those that are older"
         )
-    if index.is_file():
-        try:
-            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            detail = f"{type(error).__name__}: {error}"
-            raise ValueError(f"'{index}' cannot be read ({detail}); copy it again") from error
-    elif not whole and any(folder.glob("pytorch_model*.bin")):
+    if not (whole or parts) and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
             "that can run any code; get the model as safetensors, or convert it where you trust it"
         )
-    require_files(folder, *sorted(parts))
+    if not parts:
+        require_files(folder, SAFETENSORS)
 
 
 def _switch_off_dropout(config: PreTrainedConfig) -> None:

@@ -4,11 +4,12 @@ import hashlib
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers.files import read_source
 from rlhf_helpers.presets import Preset
@@ -70,11 +71,11 @@ def _in_columns(rows: list[dict]) -> list[dict]:
     """Rows as texts, or, where some prompts have several turns, all as TRL's lists of messages."""
     if all(len(row["prompt"]) == 1 for row in rows):
         return [row | {"prompt": row["prompt"][0]["content"]} for row in rows]
-    names = [name for name in ANSWERS if name in rows[0]]
-    return [
-        row | {name: [{"role": "assistant", "content": row[name]}] for name in names}
-        for row in rows
-    ]
+
+    def message(text: str) -> list[Message]:
+        return [{"role": "assistant", "content": text}]
+
+    return [row | {n: message(row[n]) for n in ANSWERS if n in row} for row in rows]
 
 
 # --- rows ----------------------------------------------------------------------------------
@@ -150,30 +151,27 @@ def _fit_rows(
 ) -> list[dict]:
     """Rows that can be used, shuffled, at most `preset.rows`; a line says what was left out."""
     tokenizer = load_tokenizer(preset, report=False)
-    marks = reserved(tokenizer)
-    left_out, rows, rendered = Counter(), {}, []
+    marks, left_out, rows = reserved(tokenizer), Counter(), {}
     for row in _read_columns(dataset):
         try:
             row = _parse(row)
-            text = _rendered(tokenizer, marks, row)
+            rendered = _rendered(tokenizer, marks, row)
             if (prompt := same_prompt(row["prompt"])) in held_out:
                 raise Unfit("of a held-out prompt")
             key = prompt, *(row.get(name) for name in ANSWERS)
             if key in rows:
                 raise Unfit("copies")
+            rows[key] = row, rendered
         except Unfit as reason:
             left_out[str(reason)] += 1
-            continue
-        rows[key] = row
-        rendered.append(text)
-    short = _short_enough(list(rows.values()), rendered, tokenizer, preset) if rows else []
+    short = _short_enough(*zip(*rows.values(), strict=True), tokenizer, preset) if rows else []
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
     if not short:
         raise ValueError(
-            f"{source!r}, split {split!r}, has no row that can be used ({reasons or 'no rows'}). A "
-            f"prompt may have {preset.prompt_length} tokens with its template, a response "
-            f"{preset.response_length} with EOS: {'raise those, or ' * bool(rows)}give other data"
+            f"{source!r}, split {split!r}, has no row that can be used ({reasons or 'no rows'}); "
+            f"give others, or raise prompt_length {preset.prompt_length} or response_length "
+            f"{preset.response_length}"
         )
     name = Path(source).name if Path(source).exists() else source
     _report(f"{name}, {split}", dataset, len(short), reasons, preset.rows)
@@ -205,7 +203,7 @@ def _report(name: str, dataset: Dataset, kept: int, reasons: str, limit: int | N
     print("; ".join(parts))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) -> str:
+def _rendered(tokenizer: Tokenizer, marks: re.Pattern, row: dict) -> str:
     """A parsed row's prompt in the chat template; Unfit for a pair or texts that cannot be used."""
     texts = [*_check_answers(row), *(turn["content"] for turn in row["prompt"])]
     if any(map(marks.search, texts)):
@@ -223,10 +221,10 @@ def _check_answers(row: dict) -> list[str]:
 
 
 def _short_enough(
-    rows: list[dict], rendered: list[str], tokenizer: PreTrainedTokenizerBase, preset: Preset
+    rows: Sequence[dict], rendered: Sequence[str], tokenizer: Tokenizer, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
-    fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, rendered)]]
+    fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, list(rendered))]]
     for name in (name for name in ANSWERS if name in rows[0]):
         tokens = response_tokens(tokenizer, rendered, [row[name] for row in rows])
         fits.append([len(ids) <= preset.response_length for ids in tokens])

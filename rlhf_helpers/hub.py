@@ -19,14 +19,14 @@ def from_hub(source: str, load, *args, **kwargs):
     try:
         return load(*args, **kwargs)
     except Exception as error:
+        detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if Path(source).is_dir():
             raise ValueError(
-                f"{source!r} cannot be loaded ({type(error).__name__}: {error}); if a file is "
-                "truncated or damaged, reinstall rlhf_helpers, or save model and tokenizer again"
+                f"{source!r} cannot be loaded ({detail}); if a file is missing, truncated or "
+                "damaged, reinstall rlhf_helpers, or save model and tokenizer again"
             ) from error
         if not isinstance(error, OSError):
             raise
-        detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ConnectionError(
             f"{source!r} is no local path, and the hub did not give it ({detail}); check the name "
             "and the network, accept its licence on its page and log in with `hf auth login` if it "

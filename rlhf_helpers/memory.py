@@ -146,7 +146,7 @@ def memory_table(
     Reward and value have a scalar head, width + 1. In a model of their own it replaces the output
     layer, which is counted only if it is not tied; on a base it counts with the adapter. Left out
     is what grows with the batch: activations, logits (`logits_bytes`), the cache
-    (`kv_cache_bytes`).
+    (`cache_bytes`).
 
     Args:
         sizes: of the model that all four roles have, from `model_sizes`.
@@ -310,52 +310,15 @@ def logits_bytes(
 
 
 @checked
-def kv_cache_bytes(
-    layers: Whole[1],
-    kv_heads: Whole[1],
-    head_dim: Whole[1],
-    batch: Whole[1],
-    tokens: Whole[1],
-    entry_bytes: Whole[1] = 2,
-) -> int:
-    """Bytes of the cache that generation keeps: a key and a value of every token so far.
-
-    2 · layers · kv_heads · head_dim · B · T entries.
-
-    Args:
-        layers: of the model.
-        kv_heads: heads of keys and values; fewer than the query's under grouped-query attention.
-        head_dim: numbers per head.
-        batch: sequences, B.
-        tokens: of each, prompt and response, T.
-        entry_bytes: of one number; 2 in bfloat16.
-
-    Returns:
-        The number of bytes.
-
-    Raises:
-        ValueError: a number that is no whole number of at least 1.
-
-    Example:
-        One token of Qwen2.5-0.5B: 2 · 24 · 2 · 64 numbers.
-
-        >>> kv_cache_bytes(layers=24, kv_heads=2, head_dim=64, batch=1, tokens=1)
-        12288
-
-    Derived in lesson 04.
-    """
-    return 2 * layers * kv_heads * head_dim * batch * tokens * entry_bytes
-
-
-@checked
 def cache_bytes(
     config: PreTrainedConfig, batch: Whole[1], tokens: Whole[1], entry_bytes: Whole[1] = 2
 ) -> int:
-    """Bytes of a model's cache of keys and values, from its configuration.
+    """Bytes of the cache that generation keeps: a key and a value of every token so far.
 
-    `kv_cache_bytes` with three things that configurations know and the formula does not: a head may
-    have another width than hidden/heads; layers with a sliding window keep no more tokens than it
-    has; and multi-head latent attention (DeepSeek) keeps one short vector in place of all heads.
+    2 · layers · kv_heads · head_dim · B · T entries, but for three things that configurations know:
+    a head may have another width than hidden/heads; layers with a sliding window keep no more
+    tokens than it has; and multi-head latent attention (DeepSeek) keeps one short vector in place
+    of all heads. Under grouped-query attention there are fewer kv_heads than the query has.
 
     Args:
         config: of a causal language model.

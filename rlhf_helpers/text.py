@@ -8,13 +8,8 @@ from unicodedata import normalize
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.tokenization_utils_base import BatchEncoding
 
 from rlhf_helpers.hub import from_hub, load_pretrained, require_files
@@ -22,6 +17,7 @@ from rlhf_helpers.presets import Preset
 from rlhf_helpers.validation import context_length, require_columns
 
 Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
+Example = dict[str, list[int]]  # token ids: {"prompt": [5, 6], "response": [8, 1]}
 Prompt = str | list[Message]  # a question, or a dialogue that ends with the user's turn
 ROLES = ("system", "user", "assistant")
 # For templates that write today's date: prompts must not change over night.
@@ -30,10 +26,8 @@ MARKER = "Xq7"  # a text that no template writes
 HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no UTF-8
 
 # Reserved tokens that no text holds, by which vocabularies have one to pad with.
-PADS = (
-    "<|fim_pad|> <|padding|> <|finetune_right_pad_id|> <|reserved_special_token_0|> <pad> [PAD] "
-    "<unk>"
-).split()
+_RESERVED = "<|fim_pad|> <|padding|> <|finetune_right_pad_id|> <|reserved_special_token_0|>"
+PADS = [*_RESERVED.split(), "<pad>", "[PAD]", "<unk>"]
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -52,7 +46,7 @@ class Unfit(ValueError):
 # --- the tokenizer -------------------------------------------------------------------------
 
 
-def load_tokenizer(preset: Preset, report: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(preset: Preset, report: bool = True) -> Tokenizer:
     """The tokenizer of the preset's model, padding on the left.
 
     Many base models have no pad token, or EOS in its place, and no chat template. They get a
@@ -82,7 +76,7 @@ def load_tokenizer(preset: Preset, report: bool = True) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if None in (pad, eos) or pad == eos:
         raise ValueError(
@@ -95,7 +89,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _complete(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+def _complete(tokenizer: Tokenizer, embeddings: int) -> None:
     """Give a base model's tokenizer what it lacks: a pad token that is not EOS, a template."""
     ids, pad, eos = tokenizer.get_vocab(), tokenizer.pad_token_id, tokenizer.eos_token
     if pad in (None, tokenizer.eos_token_id) or pad >= embeddings:
@@ -111,7 +105,7 @@ def _complete(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
     tokenizer.chat_template = FIXED_DATE + template if "strftime_now" in template else template
 
 
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def opening(tokenizer: Tokenizer) -> list[int]:
     """The ids that a tokenizer puts before plain text, which its model was trained to see: BOS.
 
     Example: `[2]` for Gemma's, `[]` for Qwen's and for the pocket tokenizer.
@@ -121,7 +115,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
-def reserved(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+def reserved(tokenizer: Tokenizer) -> re.Pattern:
     """Matches what must not stand in a text: half of a character, or what is a special token.
 
     The latter are the tokens marked as special, those of the form <|…|>, and others that the chat
@@ -166,9 +160,8 @@ def messages_of(value: Prompt) -> list[Message]:
     """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value
-    ):
+    turns = value if isinstance(value, list) else [None]
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
         raise Unfit("neither text nor messages")
     return [{"role": turn["role"], "content": content_text(turn["content"])} for turn in value]
 
@@ -238,7 +231,7 @@ def same_prompt(prompt: Prompt) -> str:
     return "\n".join(map(" ".join, words))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """A prompt in the chat template, up to where the assistant's response begins.
 
     That is what the template itself puts before an answer, also where its generation prompt is
@@ -258,7 +251,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     return _before_answer(tokenizer, messages)[0]
 
 
-def _before_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, str]:
+def _before_answer(tokenizer: Tokenizer, messages: list[Message]) -> tuple[str, str]:
     """What the template puts before an answer, and the blanks that belong to the answer's side."""
     text = _apply(tokenizer, messages, add_generation_prompt=True)
     try:
@@ -272,7 +265,7 @@ def _before_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) 
     return before, ""
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
+def _apply(tokenizer: Tokenizer, messages: list[Message], **options) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program, and may fail in any way
@@ -282,19 +275,19 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
 # --- token ids -----------------------------------------------------------------------------
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
+def prompt_tokens(tokenizer: Tokenizer, rendered: list[str]) -> list[list[int]]:
     """Token ids of rendered prompts, with BOS once where the tokenizer puts it before plain text.
 
     Without it many models are lost: Gemma 3 270M needs 4.9 nats per token of a human answer, 2.7
     with it. A template may have written it already.
     """
     first = opening(tokenizer)
-    rows = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = _ids(tokenizer, rendered)
     return [row if row[: len(first)] == first else [*first, *row] for row in rows]
 
 
 def response_tokens(
-    tokenizer: PreTrainedTokenizerBase, rendered: list[str], answers: list[str]
+    tokenizer: Tokenizer, rendered: list[str], answers: list[str]
 ) -> list[list[int]]:
     """Token ids of answers as they stand in the dialogue, behind the prompt, closed by one EOS.
 
@@ -305,19 +298,20 @@ def response_tokens(
     _, blank = _before_answer(tokenizer, [{"role": "user", "content": "a"}])
     texts = [blank + answer for answer in answers]
     wholes = [prompt + text for prompt, text in zip(rendered, texts, strict=True)]
+    encoded = (_ids(tokenizer, part) for part in (rendered, wholes, texts))
     rows = []
-    encoded = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        for part in (rendered, wholes, texts)
-    )
     for before, whole, alone in zip(*encoded, strict=True):
         joined = whole[len(before) :] if whole[: len(before)] == before else alone
         rows.append([*joined, tokenizer.eos_token_id])
     return rows
 
 
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], prompt_length: int
+    tokenizer: Tokenizer, prompts: list[Prompt], prompt_length: int
 ) -> BatchEncoding:
     """Apply the chat template and left-pad to the longest prompt of the batch.
 
@@ -340,11 +334,8 @@ def encode_prompts(
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    prompt_length: int,
-    response_length: int,
-) -> list[dict[str, list[int]]]:
+    tokenizer: Tokenizer, dataset: Dataset, prompt_length: int, response_length: int
+) -> list[Example]:
     """Token ids of demonstrations: prompts in the chat template, completions closed by EOS.
 
     Args:
@@ -377,7 +368,7 @@ def encode_examples(
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]
 
 
-def _render_all(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[str]:
+def _render_all(tokenizer: Tokenizer, prompts: list[Prompt]) -> list[str]:
     _check_tokenizer(tokenizer)
 
     def rendered(prompt: Prompt, marks: re.Pattern) -> str:
@@ -401,7 +392,7 @@ def _check_words(text: str, marks: re.Pattern) -> str:
 
 
 def _texts(
-    tokenizer: PreTrainedTokenizerBase, name: str, values: Iterable[Prompt], text_of: Callable
+    tokenizer: Tokenizer, name: str, values: Iterable[Prompt], text_of: Callable
 ) -> list[str]:
     """The text of every value; an error for the first that has none or cannot be used."""
     if isinstance(values, str) or not isinstance(values, Iterable):
@@ -432,10 +423,7 @@ def _check_lengths(name: str, texts: list[Prompt], rows: list, limit_name: str, 
 
 
 def check_examples(
-    name: str,
-    examples: list[dict[str, list[int]]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    name: str, examples: list[Example], model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """Raise ValueError unless encoded examples have a prompt and an EOS, and fit the model.
 
@@ -450,7 +438,7 @@ def check_examples(
             raise ValueError(f"{name}[{i}] {fault}")
 
 
-def _fault(example: dict[str, list[int]], eos: int, vocabulary: int, context: int) -> str | None:
+def _fault(example: Example, eos: int, vocabulary: int, context: int) -> str | None:
     if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
         given = f"is {example!s:.99}, without the token ids of a prompt and a response"
         return f"{given}; give what encode_examples returns"
@@ -467,9 +455,7 @@ def _fault(example: dict[str, list[int]], eos: int, vocabulary: int, context: in
     return None
 
 
-def pad_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, list[int]]]
-) -> tuple[Tensor, Tensor, int]:
+def pad_examples(tokenizer: Tokenizer, examples: list[Example]) -> tuple[Tensor, Tensor, int]:
     """One batch of encoded examples: prompts padded on the left, responses on the right.
 
     Returns:

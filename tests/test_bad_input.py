@@ -36,7 +36,7 @@ from rlhf_helpers.logprobs import response_logprobs, token_entropy, token_logpro
 from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
 from rlhf_helpers.memory import (
     ModelSizes,
-    kv_cache_bytes,
+    cache_bytes,
     logits_bytes,
     lora_parameters,
     memory_table,
@@ -829,7 +829,7 @@ MEMORY_ROWS = (
     Row("logits of a negative batch",
         lambda w: logits_bytes(-1, 2, 3), "batch is -1", "at least 1"),
     Row("a cache of no sequence",
-        lambda w: kv_cache_bytes(1, 2, 3, 0, 1), "batch is 0", "at least 1"),
+        lambda w: cache_bytes(LlamaConfig(), 0, 1), "batch is 0", "at least 1"),
     Row("a model with a negative number of parameters",
         lambda w: ModelSizes(((4, 4),), -1, 0, 4), "other is -1", "at least 0"),
     Row("the sizes of a model's name",

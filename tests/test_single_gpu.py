@@ -505,10 +505,10 @@ def test_sharded_weights_are_read(preset, folders, tmp_path):
         assert torch.equal(load_base(made)(ids).logits, load_base(preset())(ids).logits)
     part = sorted(folder.glob("model-0*.safetensors"))[1]
     part.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{part.name} is missing"):
+    with pytest.raises(ValueError, match=f"cannot be loaded .*{part.name}.*missing, truncated or"):
         load_base(made)
     (folder / "model.safetensors.index.json").write_text('{"weight', encoding="utf-8")
-    with pytest.raises(ValueError, match="index.json' cannot be read .*truncated or damaged"):
+    with pytest.raises(ValueError, match="cannot be loaded .JSON.*truncated or damaged"):
         load_base(made)
 
 
