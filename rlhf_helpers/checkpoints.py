@@ -148,14 +148,13 @@ def find_adapter(preset: Preset, name: str) -> Path:
         FileNotFoundError: if there is neither, saying which lesson makes it.
     """
     own = preset.runs / preset.name / name
-    places = {own: f"your own, from {own}"}
-    if preset.name == "pocket":
-        places[ASSETS / name] = "the reference that the course ships"
-    else:  # an exercise takes what the lessons, beside it, have trained
-        trained = Path("..") / "notebooks" / own
-        places[trained] = f"your own, from {trained}"
-    for place, origin in places.items():
+    shipped = ASSETS / name
+    # outside the pocket world an exercise takes what the lessons, beside it, have trained
+    other = shipped if preset.name == "pocket" else Path("..") / "notebooks" / own
+    for place in (own, other):
         if (place / "adapter_config.json").is_file():
+            origin = f"your own, from {place}"
+            origin = "the reference that the course ships" if place == shipped else origin
             print(f"adapter {name!r}: {origin}")
             return place
     raise FileNotFoundError(

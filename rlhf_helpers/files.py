@@ -1,21 +1,21 @@
 """What a file, a folder or the hub holds, as it is: read by `datasets`, or a clear error."""
 
-import csv
 import glob
 import gzip
 import json
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
 
 from datasets import Dataset, load_dataset
+from pandas.errors import ParserWarning
 
 from rlhf_helpers.hub import from_hub
 from rlhf_helpers.presets import Preset
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXTS = ("prompt", "system", "completion", "chosen", "rejected")  # texts, even "12" and "NA"
-CSV = {"converters": dict.fromkeys(TEXTS, str), "keep_default_na": False}
+CSV = {"converters": dict.fromkeys(TEXTS, str), "keep_default_na": False, "index_col": False}
 NO_TEXT = "has half of a character, or is not UTF-8; save it with that encoding"
 EMPTY = ("no data", "No columns", "is 0 bytes")  # what the readers say of a file without rows
 
@@ -54,10 +54,9 @@ def _read_local(
         kinds = {kind: file.name for file in files if (kind := _kind(file))}
         if len(kinds) > 1:
             raise ValueError(f"of several kinds, {' and '.join(sorted(kinds.values()))}, keep one")
-        if "csv" in kinds:
-            options |= CSV
-            _check_csv(files)
-        with TemporaryDirectory() as cache:
+        options |= CSV if "csv" in kinds else {}
+        with TemporaryDirectory() as cache, warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)  # more fields than the header has
             options |= {"cache_dir": cache, "keep_in_memory": True}
             found = load_dataset(split=split, **options)
         for part in found.values() if split is None else [found]:
@@ -65,8 +64,9 @@ def _read_local(
         return found
     except Exception as error:
         raise ValueError(
-            f"'{source}' cannot be read as data ({_reason(error, files)}); mend that, copy a "
-            "damaged file again, or give a folder with a file for each split, such as train.jsonl"
+            f"'{source}' cannot be read as data ({_reason(error, files)}); mend that (a .csv "
+            "must quote texts with commas, and close every quote), copy a damaged file again, or "
+            "give a folder with a file for each split, such as train.jsonl"
         ) from error
 
 
@@ -74,36 +74,16 @@ def _reason(error: Exception, files: list[Path]) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeError):
         return f"it {NO_TEXT}"
-    if isinstance(cause, csv.Error):
-        return f"{cause}; look for a quote that is never closed"
     if isinstance(cause, StopIteration) or any(words in str(cause) for words in EMPTY):
         return "it is empty, and needs at least one row"
     bad_lines = (_bad_line(file) for file in files if ".jsonl" in file.name)
     return next(filter(None, bad_lines), str(cause).strip().partition("\n")[0][:150])
 
 
-def _open(path: Path) -> TextIO:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _check_csv(files: list[Path]) -> None:
-    """Rows of another length than the header: the library would shift or drop columns."""
-    for path in (path for path in files if _kind(path)):
-        with _open(path) as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise ValueError(
-                        f"line {rows.line_num} of {path.name} has {len(row)} fields, the header "
-                        f"{len(header)}; quote texts with commas, and close every quote"
-                    )
-
-
 def _bad_line(path: Path) -> str | None:
     """Where a file of JSON lines is wrong; the library names a row of a block, or none."""
-    with _open(path) as file:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             try:
                 line.encode()

@@ -6,10 +6,10 @@ from functools import partial
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, safe for colour-blind readers; "line" styles keep it readable in grey.
 _NAMES = ("black", "orange", "sky", "green", "yellow", "blue", "red", "pink")
@@ -24,15 +24,14 @@ _STYLE = {
     "grid.alpha": 0.3,
     "font.size": 10,
     "legend.frameon": False,
+    "axes.prop_cycle": mpl.cycler(color=[COLOURS[c] for c in ("blue", "red", "green", "pink")])
+    + mpl.cycler(linestyle=["-", "--", "-.", ":"]),
 }
 
 
 def use_style() -> None:
     """Set the course's style for all figures that follow."""
     mpl.rcParams.update(_STYLE)
-    lines = mpl.cycler(linestyle=["-", "--", "-.", ":"])
-    colours = mpl.cycler(color=[COLOURS[c] for c in ("blue", "red", "green", "pink")])
-    mpl.rcParams["axes.prop_cycle"] = colours + lines
 
 
 def show(fig: Figure, alt: str) -> None:
@@ -170,7 +169,7 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
         marker = "o" if len(points) <= 20 else None  # few points: show where they are
         ax.plot(list(points), list(points.values()), label=name, marker=marker, markersize=4)
     ax.set(xlabel=x, ylabel=y)
-    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.legend()
     return fig
 
@@ -207,7 +206,7 @@ def panels(
     for ax in axes.flat[max(0, len(series) - 4) : len(series)]:
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(x, fontsize=8)
-        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=5))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     return fig
 
 
@@ -277,9 +276,8 @@ def heat_map(
         names = f"{len(rows)} row names and {len(columns)} column names"
         raise ValueError(f"a matrix of shape {values.shape} has {names}; give one for each")
     top = np.nanmax(np.abs(values)) or 1.0
-    colours = mpl.colors.LinearSegmentedColormap.from_list(
-        "signed", [COLOURS["orange"], "#FFFFFF", COLOURS["sky"]]
-    )
+    shades = [COLOURS["orange"], "#FFFFFF", COLOURS["sky"]]
+    colours = mpl.colors.LinearSegmentedColormap.from_list("signed", shades)
     fig, ax = plt.subplots(figsize=(max(4.5, 1.6 + 0.62 * len(columns)), 1.1 + 0.42 * len(rows)))
     image = ax.imshow(values, cmap=colours, vmin=-top, vmax=top, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")

@@ -297,9 +297,9 @@ def test_what_the_options_change(known):
 def test_logits_and_cache_by_hand():
     assert logits_bytes(2, 3, 5) == 2 * 3 * 5 * 4
     assert logits_bytes(2, 3, 5, entry_bytes=2) == 60
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 5}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
     small = LlamaConfig(num_hidden_layers=2, **heads)
-    assert memory.cache_bytes(small, 7, 11) == 2 * 2 * 4 * 5 * 7 * 11 * 2
+    assert memory.cache_bytes(small, 7, 11) == 2 * 2 * 4 * 6 * 7 * 11 * 2
     assert memory.cache_bytes(KNOWN["Llama-2-7B"], 1, 1) == 524_288  # half a MiB per token
     with pytest.raises(ValueError, match="tokens is 0: it must be"):
         logits_bytes(1, 0, 5)
