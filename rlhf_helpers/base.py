@@ -95,10 +95,8 @@ def _require_weights(folder: Path) -> None:
     index = folder / f"{SAFETENSORS}.index.json"
     whole, parts = (folder / SAFETENSORS).is_file(), index.is_file()
     if whole and parts:
-        raise ValueError(
-            f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "
-            "saved over the other; delete those that are older"
-        )
+        both = f"{SAFETENSORS} and {index.name}: weights of two models, perhaps"
+        raise ValueError(f"'{folder}' has {both}; delete those that are older")
     if not (whole or parts) and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
@@ -128,10 +126,8 @@ def _require_fit(config: PreTrainedConfig, name: str, quantized: bool) -> None:
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not (quantized and stored.get("load_in_4bit")):
-        raise ValueError(
-            f"{name!r} is quantized already ({stored.get('quant_method')}); give the model as it "
-            "was before, load_base quantizes it itself"
-        )
+        method, mend = stored.get("quant_method"), "give the model as it was before"
+        raise ValueError(f"{name!r} is quantized already ({method}); {mend}")
     reason = "is no causal model of text alone"
     if (
         type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -187,9 +183,8 @@ def _require_memory(config, preset: Preset, quantized: bool) -> None:
     free = torch.cuda.mem_get_info()[0] + unused
     if needed > free:
         raise ValueError(
-            f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and "
-            f"{free / 1e9:.1f} GB of the GPU's memory are free; choose a smaller model, end what "
-            "else uses the GPU, or use preset 'pocket'"
+            f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and the "
+            f"GPU has {free / 1e9:.1f} GB free; choose a smaller model, or end what else uses it"
         )
 
 
@@ -223,8 +218,7 @@ def _load_weights(preset: Preset, config, quantized: bool, classifier: bool) -> 
     if not classifier and (wrong := [*info["missing_keys"], *foreign]):
         raise ValueError(
             f"the weights of {preset.model!r} do not fit its config.json: {wrong[0]} is missing or "
-            f"has no place ({len(wrong)} in all); get all files of one model, as save_pretrained "
-            "writes them"
+            f"has no place ({len(wrong)} in all); get all files of one model"
         )
     return model
 

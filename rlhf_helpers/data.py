@@ -90,10 +90,8 @@ def _all_rows(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[d
             rows.append(_parse(row))
             _check_answers(rows[-1])
         except Unfit as reason:
-            raise ValueError(
-                f"{source!r}, row {number} cannot be used ({reason}): {row!s:.200}; "
-                "mend or remove it"
-            ) from None
+            fault = f"row {number} cannot be used ({reason}): {row!s:.200}"
+            raise ValueError(f"{source!r}, {fault}; mend or remove it") from None
     return _in_columns(rows)
 
 
@@ -139,10 +137,8 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     wanted = set(parts.get(split, prompts[last:]))
     rows = [row for row in rows if same_prompt(row["prompt"]) in wanted]
     if not rows:
-        raise ValueError(
-            f"{source!r} has too few rows that can be used for a split {split!r}; held_out needs "
-            "10 prompts, judge needs 2; give more data"
-        )
+        mend = "give more data: held_out needs 10 prompts, judge needs 2"
+        raise ValueError(f"{source!r} has too few rows for a split {split!r}; {mend}")
     return rows
 
 

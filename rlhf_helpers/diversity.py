@@ -41,10 +41,8 @@ def distinct_n(texts: Sequence[str], n: Whole[1]) -> float:
     rows = _words(texts)
     if math.isnan(share := _distinct(rows, n)):
         longest = max(len(row) for row in rows)
-        raise ValueError(
-            f"n is {n}, and the longest of the {len(rows)} texts has {longest} words: there is no "
-            "n-gram to count. Choose a smaller n or longer texts."
-        )
+        mend = "choose a smaller n or longer texts."
+        raise ValueError(f"n is {n}, and the longest text has {longest} words: {mend}")
     return share
 
 

@@ -79,14 +79,11 @@ def load_tokenizer(preset: Preset, report: bool = True) -> Tokenizer:
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if None in (pad, eos) or pad == eos:
-        raise ValueError(
-            f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r} must be "
-            "two tokens, else a response's end looks like padding; set tokenizer.pad_token"
-        )
+        both = f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r}"
+        raise ValueError(f"{both} must be two tokens; set tokenizer.pad_token")
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; set one"
-        )
+        name = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer of {name!r} has no chat template; set one")
 
 
 def _complete(tokenizer: Tokenizer, embeddings: int) -> None:
@@ -404,10 +401,8 @@ def _texts(
         try:
             texts.append(text_of(value, marks))
         except Unfit as reason:
-            raise ValueError(
-                f"{name} {i} is {value!r:.99}, {reason}; give a text, or messages: a "
-                "system's at most, then user and assistant in turn"
-            ) from None
+            mend = "give a text, or messages: a system's at most, then user and assistant in turn"
+            raise ValueError(f"{name} {i} is {value!r:.99}, {reason}; {mend}") from None
     if not texts:
         raise ValueError(f"{name}s is empty: give at least one text")
     return texts

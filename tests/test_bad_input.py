@@ -803,7 +803,7 @@ DIVERSITY_ROWS = (
         lambda w: distinct_n(["a b"], 0), "n is 0", "a whole number, at least 1"),
     Row("n-grams longer than any text",
         lambda w: distinct_n(["a b"], 3), ("n is 3", "has 2 words"),
-        "Choose a smaller n or longer texts"),
+        "choose a smaller n or longer texts"),
     Row("a single text to compare with others",
         lambda w: self_bleu(["a"]), "texts is ['a']", "give at least 2"),
     Row("a sample of one text",
