@@ -184,7 +184,8 @@ def _require_memory(config, preset: Preset, quantized: bool) -> None:
     if needed > free:
         raise ValueError(
             f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and the "
-            f"GPU has {free / 1e9:.1f} GB free; choose a smaller model, or end what else uses it"
+            f"GPU has {free / 1e9:.1f} GB free; choose a smaller model or preset 'pocket', end "
+            "what else uses the GPU, or, to train, give a smaller response_length or batch"
         )
 
 
