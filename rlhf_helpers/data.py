@@ -4,7 +4,6 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -160,7 +159,7 @@ def _fit_rows(
             rows[key] = row, rendered
         except Unfit as reason:
             left_out[str(reason)] += 1
-    short = _short_enough(*zip(*rows.values(), strict=True), tokenizer, preset) if rows else []
+    short = _short_enough(list(rows.values()), tokenizer, preset) if rows else []
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
     if not short:
@@ -217,10 +216,11 @@ def _check_answers(row: dict) -> list[str]:
 
 
 def _short_enough(
-    rows: Sequence[dict], rendered: Sequence[str], tokenizer: Tokenizer, preset: Preset
+    parsed: list[tuple[dict, str]], tokenizer: Tokenizer, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
-    fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, list(rendered))]]
+    rows, rendered = [row for row, _ in parsed], [text for _, text in parsed]
+    fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, rendered)]]
     for name in (name for name in ANSWERS if name in rows[0]):
         tokens = response_tokens(tokenizer, rendered, [row[name] for row in rows])
         fits.append([len(ids) <= preset.response_length for ids in tokens])

@@ -1,7 +1,6 @@
 """What a file, a folder or the hub holds, as it is: read by `datasets`, or a clear error."""
 
 import glob
-import gzip
 import json
 import warnings
 from pathlib import Path
@@ -76,14 +75,13 @@ def _reason(error: Exception, files: list[Path]) -> str:
         return f"it {NO_TEXT}"
     if isinstance(cause, StopIteration) or any(words in str(cause) for words in EMPTY):
         return "it is empty, and needs at least one row"
-    bad_lines = (_bad_line(file) for file in files if ".jsonl" in file.name)
+    bad_lines = (_bad_line(file) for file in files if file.suffix == ".jsonl")
     return next(filter(None, bad_lines), str(cause).strip().partition("\n")[0][:150])
 
 
 def _bad_line(path: Path) -> str | None:
     """Where a file of JSON lines is wrong; the library names a row of a block, or none."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             try:
                 line.encode()

@@ -444,9 +444,8 @@ def _fault(example: Example, eos: int, vocabulary: int, context: int) -> str | N
     if (largest := max(tokens)) >= vocabulary:
         return f"holds token id {largest} of {vocabulary}; use the model's own tokenizer"
     if len(tokens) > context:
-        return (
-            f"has {len(tokens)} tokens, above the context of {context}; leave it out or shorten it"
-        )
+        fault = f"has {len(tokens)} tokens, more than the model's context of {context}"
+        return f"{fault}; leave it out or shorten it"
     return None
 
 
