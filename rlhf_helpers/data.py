@@ -115,9 +115,11 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     if split in HELD_OUT and split not in splits and own:
         split = own
     whole = split in splits and split != "train"
-    parts = ("train", *["judge"] * pairs, *HELD_OUT)  # the judge's are pairs
-    if not whole and (train not in splits or split not in parts):
-        raise ValueError(f"{source!r} has no split {split!r}; choose one of {', '.join(splits)}")
+    if not whole and (train not in splits or split not in ("train", "judge", *HELD_OUT)):
+        there = f"it has {', '.join(splits)}; choose one of those"
+        raise ValueError(f"{source!r} has no split {split!r}; {there}")
+    if not whole and split == "judge" and not pairs:
+        raise ValueError("split is 'judge', which holds pairs: only preference_dataset has it")
     dataset = splits[split if whole else train]
     _require(dataset, source, columns)
     if whole:
