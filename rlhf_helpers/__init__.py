@@ -1,6 +1,6 @@
 """Helpers of the RLHF course: what the notebooks import once a lesson has derived it.
 
-The core is any model and any data: `presets`, `validation`, `hub`, `stats`, `plots`, `notebook`,
+The core is any model and any data: `validation`, `presets`, `hub`, `stats`, `plots`, `notebook`,
 `text`, `logprobs`, `kl`, `diversity`, `files`, `data`, `base`, `checkpoints`, `roles`,
 `memory`, `training`, `sft`, `reward`, `dpo`, `rollout`, `losses`, `ppo`, `clicks_file`,
 `clicks_questions`, `clicks`, `clicks_panel`, and `checks` of the exercises. `pocket` is the world

@@ -1,7 +1,6 @@
 """One frozen base, its linear layers in NF4."""
 
 import copy
-import json
 from inspect import signature
 from math import ceil
 from pathlib import Path
@@ -67,10 +66,8 @@ def load_base(
     """
     quantized = preset.quantized if quantized is None else quantized
     if preset.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"preset {preset.name!r} runs on CUDA, and torch sees no CUDA device here; use preset "
-            "'pocket', or pass device='cpu' for a small model"
-        )
+        mend = "use preset 'pocket', or pass device='cpu' for a small model"
+        raise ValueError(f"torch sees no CUDA device, as preset {preset.name!r} needs; {mend}")
     if preset.offline:
         _require_weights(Path(preset.model))
     config = load_pretrained(preset, AutoConfig.from_pretrained)
@@ -79,7 +76,9 @@ def load_base(
     if preset.device == "cuda":
         _require_memory(config, preset, quantized)
     model = _load_weights(preset, config, quantized, classifier)
-    _switch_off_repacking(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if preset.checkpointing:  # it works in training mode only, so sampling and scoring lose no time
         older = "gradient_checkpointing_enable"  # its name in older transformers
         enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
@@ -88,34 +87,23 @@ def load_base(
 
 
 def _require_weights(folder: Path) -> None:
-    """Raise unless a folder has a config and safetensors, in one file or in all their parts."""
+    """Raise unless a folder has a config and safetensors, in one file or in parts."""
     if (folder / CONFIG).is_file():
-        raise ValueError(
-            f"'{folder}' holds an adapter ({CONFIG}); give the folder of its base, and load the "
-            "adapter with Roles.load"
-        )
+        mend = "give the folder of its base, and load the adapter with Roles.load"
+        raise ValueError(f"'{folder}' holds an adapter ({CONFIG}); {mend}")
     require_files(folder, "config.json")
     index = folder / f"{SAFETENSORS}.index.json"
-    whole, parts = (folder / SAFETENSORS).is_file(), [SAFETENSORS]
-    if whole and index.is_file():
-        raise ValueError(
-            f"'{folder}' has {SAFETENSORS} and {index.name}: weights of two models, perhaps, one "
-            "saved over the other; delete those that are older"
-        )
-    if index.is_file():
-        try:
-            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"'{index}' cannot be read ({type(error).__name__}: {error}); it is truncated or "
-                "damaged: copy the whole folder again"
-            ) from error
-    elif not whole and any(folder.glob("pytorch_model*.bin")):
+    whole, parts = (folder / SAFETENSORS).is_file(), index.is_file()
+    if whole and parts:
+        both = f"{SAFETENSORS} and {index.name}: weights of two models, perhaps"
+        raise ValueError(f"'{folder}' has {both}; delete those that are older")
+    if not (whole or parts) and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"'{folder}' has its weights as pytorch_model.bin, which only unpickling can read, and "
             "that can run any code; get the model as safetensors, or convert it where you trust it"
         )
-    require_files(folder, *sorted(parts))
+    if not parts:
+        require_files(folder, SAFETENSORS)
 
 
 def _switch_off_dropout(config: PreTrainedConfig) -> None:
@@ -133,47 +121,39 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config))
 
 
-_REFUSAL = (
-    "{!r} is of type {!r}, which {}; choose a dense causal language model, such as Qwen 2 or 3, "
-    "Llama, Mistral or Gemma"
-)
-
-
 def _require_fit(config: PreTrainedConfig, name: str, quantized: bool) -> None:
     """Raise ValueError for a model on which the roles would be wrong, from its config alone."""
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not causal or config.get_text_config(decoder=True) is not config:
-        raise ValueError(
-            _REFUSAL.format(name, config.model_type, "is no causal model of text alone")
-        )
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not (quantized and stored.get("load_in_4bit")):
+        method, mend = stored.get("quant_method"), "give the model as it was before"
+        raise ValueError(f"{name!r} is quantized already ({method}); {mend}")
+    reason = "is no causal model of text alone"
+    if (
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and config.get_text_config(decoder=True) is config
+    ):
+        if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+            config.pad_token_id = None  # some name one that they have not; the tokenizer's counts
+        model = from_hub(name, on_meta, config)
+        reason = _misfit(model) or (_nf4_misfit(model) if quantized else None)
+    if reason:
         raise ValueError(
-            f"{name!r} is quantized already ({stored.get('quant_method')}); give the model as it "
-            "was before, load_base quantizes it itself"
+            f"{name!r} is of type {config.model_type!r}, which {reason}; choose a dense causal "
+            "language model, such as Qwen 2 or 3, Llama, Mistral or Gemma"
         )
-    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
-        config.pad_token_id = None  # some name one that they have not; the tokenizer's counts
-    model = from_hub(name, on_meta, config)
-    if reason := _misfit(model):
-        raise ValueError(_REFUSAL.format(name, config.model_type, reason))
-    if not quantized:
-        return
+
+
+def _nf4_misfit(model: PreTrainedModel) -> str | None:
+    """Why a model's layers would not all be in NF4; None if they would."""
+    needs = "needs quantized=False (RLHF_QUANTIZED=0)"
     for layer in model.modules():
         if isinstance(layer, LINEAR) and type(layer) not in LINEAR:
-            raise ValueError(
-                f"{name!r} is of type {config.model_type!r}, whose linear layers are of a class of "
-                f"its own, {type(layer).__name__}, that stays out of NF4; choose another model or "
-                "quantized=False (RLHF_QUANTIZED=0)"
-            )
-    for layer, (_, inputs) in linear_shapes(model).items():
+            return f"{needs}: it has layers of {type(layer).__name__}, that stays out of NF4"
+    for name, (_, inputs) in linear_shapes(model).items():
         if inputs % NF4_BLOCK:
-            raise ValueError(
-                f"{layer} of {name!r} has {inputs} inputs, no multiple of {NF4_BLOCK}: NF4 "
-                f"quantizes in blocks of {NF4_BLOCK} weights; choose another model or "
-                "quantized=False (RLHF_QUANTIZED=0)"
-            )
+            return f"{needs}: {name} has {inputs} inputs, no multiple of {NF4_BLOCK}, NF4's block"
+    return None
 
 
 def _misfit(model: PreTrainedModel) -> str | None:
@@ -203,10 +183,9 @@ def _require_memory(config, preset: Preset, quantized: bool) -> None:
     free = torch.cuda.mem_get_info()[0] + unused
     if needed > free:
         raise ValueError(
-            f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and "
-            f"{free / 1e9:.1f} GB of the GPU's memory are free; choose a smaller model, end what "
-            "else uses the GPU, or use preset 'pocket'; if it is training that does not fit, a "
-            "smaller response_length or batch helps"
+            f"{preset.model!r} needs {needed / 1e9:.1f} GB, its weights and a fifth more, and the "
+            f"GPU has {free / 1e9:.1f} GB free; choose a smaller model or preset 'pocket', end "
+            "what else uses the GPU, or, to train, give a smaller response_length or batch"
         )
 
 
@@ -217,56 +196,41 @@ def _weight_bytes(config, preset: Preset, quantized: bool) -> float:
     plain = getattr(torch, preset.compute_dtype).itemsize
     scale = 1 + 4 / 256 if preset.double_quant else 4  # bytes for each block
     each = 0.5 + scale / NF4_BLOCK if quantized else plain
-    return linear * each + (sum(p.numel() for p in model.parameters()) - linear) * plain
+    return linear * each + (model.num_parameters() - linear) * plain
 
 
 def _load_weights(preset: Preset, config, quantized: bool, classifier: bool) -> PreTrainedModel:
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    if classifier:
-        config.num_labels = 1
     dtype = getattr(torch, preset.compute_dtype)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=preset.double_quant,
-        llm_int8_skip_modules=["score"] if classifier else None,
-    )
-    model, info = load_pretrained(
-        preset,
-        kind.from_pretrained,
-        config=config,
-        dtype=dtype,
-        device_map={"": preset.device},
-        use_safetensors=True,
-        output_loading_info=True,
-        **({"quantization_config": nf4} if quantized else {}),
-    )
+    options = {"config": config, "dtype": dtype, "device_map": {"": preset.device}}
+    if quantized:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=preset.double_quant,
+            llm_int8_skip_modules=["score"] if classifier else None,
+        )
+    kind = AutoModelForCausalLM
+    if classifier:
+        config.num_labels, kind = 1, AutoModelForSequenceClassification
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, info = load_pretrained(preset, kind.from_pretrained, **options)
     foreign = [key for key in info["unexpected_keys"] if key.endswith("weight")]
     if not classifier and (wrong := [*info["missing_keys"], *foreign]):
         raise ValueError(
             f"the weights of {preset.model!r} do not fit its config.json: {wrong[0]} is missing or "
-            f"has no place ({len(wrong)} in all), and would be random or left out; get all files "
-            "of one model, as save_pretrained writes them"
+            f"has no place ({len(wrong)} in all); get all files of one model"
         )
     return model
-
-
-def _switch_off_repacking(model: PreTrainedModel) -> None:
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def linear_shapes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every layer that gets an adapter: all linear ones but the last."""
     last = base.get_output_embeddings()
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, LINEAR) and m is not last}
     return {
-        name: (layer.nf, layer.nx)
-        if isinstance(layer, Conv1D)
-        else (layer.out_features, layer.in_features)
-        for name, layer in base.named_modules()
-        if isinstance(layer, LINEAR) and layer is not last
+        name: (m.nf, m.nx) if isinstance(m, Conv1D) else (m.out_features, m.in_features)
+        for name, m in layers.items()
     }
 
 

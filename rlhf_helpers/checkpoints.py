@@ -36,25 +36,30 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     require_no_file(folder)
-    new, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    new = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
+    old = _set_aside(folder, ".old")
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(folder: Path, end: str) -> Path:
+    """Rename a folder, if it is there, to its name with an end."""
+    aside = folder.with_name(folder.name + end)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    return aside
 
 
 def require_no_file(*folders: Path) -> None:
     """Raise NotADirectoryError if a file is in the place of such a folder, or of one above it."""
     for folder in folders:
         if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-            raise NotADirectoryError(
-                f"'{file}' is a file, and '{folder}' is to be a folder; give another path, or move "
-                "the file away"
-            )
+            mend = f"'{folder}' is to be a folder; give another path, or move the file away"
+            raise NotADirectoryError(f"'{file}' is a file, and {mend}")
 
 
 def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> bool:
@@ -142,17 +147,16 @@ def find_adapter(preset: Preset, name: str) -> Path:
     Raises:
         FileNotFoundError: if there is neither, saying which lesson makes it.
     """
-    own, shipped = preset.runs / preset.name / name, ASSETS / name
-    places = [own]
-    if preset.name != "pocket":  # an exercise takes what the lessons, beside it, have trained
-        places.append(Path("..") / "notebooks" / own)
-    for place in places:
+    own = preset.runs / preset.name / name
+    shipped = ASSETS / name
+    # outside the pocket world an exercise takes what the lessons, beside it, have trained
+    other = shipped if preset.name == "pocket" else Path("..") / "notebooks" / own
+    for place in (own, other):
         if (place / "adapter_config.json").is_file():
-            print(f"adapter {name!r}: your own, from {place}")
+            origin = f"your own, from {place}"
+            origin = "the reference that the course ships" if place == shipped else origin
+            print(f"adapter {name!r}: {origin}")
             return place
-    if preset.name == "pocket" and (shipped / "adapter_config.json").is_file():
-        print(f"adapter {name!r}: the reference that the course ships")
-        return shipped
     raise FileNotFoundError(
         f"there is no adapter {name!r} of preset {preset.name!r} in {own}; run the lesson that "
         "trains it first (01 for sft, 02 for reward and judge), with the same PRESET"
@@ -161,11 +165,7 @@ def find_adapter(preset: Preset, name: str) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder, renamed first: a kill must not leave half of it under its name."""
-    if folder.exists():
-        done = folder.with_name(f"{folder.name}.done")
-        shutil.rmtree(done, ignore_errors=True)
-        os.replace(folder, done)
-        shutil.rmtree(done, ignore_errors=True)
+    shutil.rmtree(_set_aside(folder, ".done"), ignore_errors=True)
 
 
 def optimizer_tensors(optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:

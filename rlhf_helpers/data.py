@@ -1,8 +1,6 @@
 """Data sets in TRL's columns, from a file, a folder or the hub."""
 
-import ast
 import hashlib
-import json
 import random
 import re
 from collections import Counter
@@ -10,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers.files import read_source
 from rlhf_helpers.presets import Preset
@@ -18,7 +16,7 @@ from rlhf_helpers.text import (
     Message,
     Unfit,
     as_messages,
-    bare_tokenizer,
+    load_tokenizer,
     messages_of,
     prompt_tokens,
     render,
@@ -28,7 +26,6 @@ from rlhf_helpers.text import (
 )
 from rlhf_helpers.validation import require_columns
 
-ASSISTANT = "\n\nAssistant:"
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # who speaks in a transcript of hh-rlhf
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -65,8 +62,7 @@ def read_dataset(source: str, split: str, columns: tuple[str, ...], preset: Pres
         rows = _fit_part(source, split, columns, preset)
     else:
         rows = _all_rows(read_source(source, preset, split), source, columns)
-    if "completion" in columns and "completion" not in rows[0]:
-        rows = [row | {"completion": row["chosen"]} for row in rows]  # the preferred one serves
+    rows = [{"completion": row.get("chosen")} | row for row in rows]  # the preferred one serves
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
 
@@ -74,11 +70,11 @@ def _in_columns(rows: list[dict]) -> list[dict]:
     """Rows as texts, or, where some prompts have several turns, all as TRL's lists of messages."""
     if all(len(row["prompt"]) == 1 for row in rows):
         return [row | {"prompt": row["prompt"][0]["content"]} for row in rows]
-    names = [name for name in ANSWERS if name in rows[0]]
-    return [
-        row | {name: [{"role": "assistant", "content": row[name]}] for name in names}
-        for row in rows
-    ]
+
+    def message(text: str) -> list[Message]:
+        return [{"role": "assistant", "content": text}]
+
+    return [row | {n: message(row[n]) for n in ANSWERS if n in row} for row in rows]
 
 
 # --- rows ----------------------------------------------------------------------------------
@@ -86,48 +82,25 @@ def _in_columns(rows: list[dict]) -> list[dict]:
 
 def _all_rows(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[dict]:
     """All rows, each as `_parse` gives it; ValueError for the first that cannot be used."""
-    names = _names(dataset, source, columns)
-    needed = [name for name in names if name not in ("system", "label")]
+    _require(dataset, source, columns)
     rows = []
-    for number, row in enumerate(dataset.select_columns(names).to_list(), 1):
-        for name in needed:
-            value = row[name].strip() if isinstance(row[name], str) else row[name]
-            if not value or not isinstance(value, str | list):
-                raise ValueError(
-                    f"{source!r}, row {number}: {name} is {row[name]!r:.99}, give it some text"
-                )
+    for number, row in enumerate(_read_columns(dataset), 1):
         try:
             rows.append(_parse(row))
+            _check_answers(rows[-1])
         except Unfit as reason:
-            if "prompt" not in row:
-                raise ValueError(
-                    f"{source!r}: without a prompt column, chosen and rejected must be one "
-                    f"dialogue with two last answers after {ASSISTANT!r}; these are not one "
-                    f"dialogue: {row!s:.99}"
-                ) from None
-            raise ValueError(
-                f"{source!r}, row {number} is {reason}: {row!s:.200}; mend or remove it"
-            ) from None
-        if "chosen" in columns and rows[-1]["chosen"] == rows[-1]["rejected"]:
-            raise ValueError(
-                f"{source!r}, row {number}: chosen and rejected are both "
-                f"{rows[-1]['chosen']!r:.99}; "
-                "remove the pair, it carries no preference"
-            )
-    if not rows:
-        raise ValueError(f"{source!r} is empty: it needs at least one row")
+            fault = f"row {number} cannot be used ({reason}): {row!s:.200}"
+            raise ValueError(f"{source!r}, {fault}; mend or remove it") from None
     return _in_columns(rows)
 
 
-def _names(dataset: Dataset, source: str, columns: tuple[str, ...]) -> list[str]:
-    """Which columns of a data set are read for these; ValueError if they do not suffice."""
+def _require(dataset: Dataset, source: str, columns: tuple[str, ...]) -> None:
+    """Raise ValueError unless a data set has what is needed for these columns."""
     there = dataset.column_names
-    if "chosen" in there and "completion" not in there:  # preferred responses serve
-        columns = tuple("chosen" if name == "completion" else name for name in columns)
-    if "prompt" not in there and "chosen" in there:  # the prompt is in the transcripts
-        columns = tuple(name for name in columns if name != "prompt") or ("chosen",)
+    if "chosen" in there:  # preferred responses serve, and the prompt may be in the transcripts
+        serves = {name: "chosen" for name in ("prompt", "completion") if name not in there}
+        columns = tuple(dict.fromkeys(serves.get(name, name) for name in columns))
     require_columns(dataset, source, columns)
-    return [*columns, *(name for name in ("system", "label") if name in there)]
 
 
 def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset) -> list[dict]:
@@ -137,25 +110,26 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     was trained on measures memory.
     """
     splits, pairs = read_source(source, preset), "rejected" in columns
-    names = list(splits)
-    train = names[0] if len(names) == 1 else "train"
-    own = next((name for name in ("test", "validation") if name in names and name != train), None)
-    if split in HELD_OUT and split not in names and own:
+    train = "train" if len(splits) > 1 else next(iter(splits))
+    own = next((name for name in ("test", "validation") if name in splits and name != train), None)
+    if split in HELD_OUT and split not in splits and own:
         split = own
-    if split in names and split != "train":
-        return _fit_rows(splits[split], source, split, columns, preset)
-    if train not in names or split not in ("train", "judge", *HELD_OUT):
-        raise ValueError(
-            f"{source!r} has no split {split!r}; it has {', '.join(names)}; choose one of those"
-        )
-    if split == "judge" and not pairs:
+    whole = split in splits and split != "train"
+    if not whole and (train not in splits or split not in ("train", "judge", *HELD_OUT)):
+        there = f"it has {', '.join(splits)}; choose one of those"
+        raise ValueError(f"{source!r} has no split {split!r}; {there}")
+    if not whole and split == "judge" and not pairs:
         raise ValueError("split is 'judge', which holds pairs: only preference_dataset has it")
-    held_out = {p for name in names if name != train for p in _prompts(splits[name])}
-    rows = _fit_rows(splits[train], source, train, columns, preset, held_out)
+    dataset = splits[split if whole else train]
+    _require(dataset, source, columns)
+    if whole:
+        return _fit_rows(dataset, source, split, preset)
+    held_out = {p for name in splits if name != train for p in _prompts(splits[name])}
+    rows = _fit_rows(dataset, source, train, preset, held_out)
     # By a hash of each prompt: its side does not change with the lengths that are allowed, nor, but
     # for a few at the borders, with the rows that a file gets or loses.
     prompts = sorted(
-        _prompts(splits[train]) - held_out,
+        _prompts(dataset) - held_out,
         key=lambda prompt: hashlib.sha256(f"{preset.seed} {prompt}".encode()).digest(),
     )
     last = len(prompts) if own else len(prompts) - len(prompts) // 10
@@ -164,48 +138,37 @@ def _fit_part(source: str, split: str, columns: tuple[str, ...], preset: Preset)
     wanted = set(parts.get(split, prompts[last:]))
     rows = [row for row in rows if same_prompt(row["prompt"]) in wanted]
     if not rows:
-        raise ValueError(
-            f"{source!r} has too few rows that can be used for a split {split!r}; held_out needs "
-            "10 prompts, judge needs 2; give more data"
-        )
+        mend = "give more data: held_out needs 10 prompts, judge needs 2"
+        raise ValueError(f"{source!r} has too few rows for a split {split!r}; {mend}")
     return rows
 
 
 def _fit_rows(
-    dataset: Dataset,
-    source: str,
-    split: str,
-    columns: tuple[str, ...],
-    preset: Preset,
-    held_out: set[str] = frozenset(),
+    dataset: Dataset, source: str, split: str, preset: Preset, held_out: set[str] = frozenset()
 ) -> list[dict]:
     """Rows that can be used, shuffled, at most `preset.rows`; a line says what was left out."""
-    _names(dataset, source, columns)
-    tokenizer = bare_tokenizer(preset)
-    marks = reserved(tokenizer)
-    left_out, rows, rendered = Counter(), {}, []
+    tokenizer = load_tokenizer(preset, report=False)
+    marks, left_out, rows = reserved(tokenizer), Counter(), {}
     for row in _read_columns(dataset):
         try:
             row = _parse(row)
-            text = _rendered(tokenizer, marks, row)
+            rendered = _rendered(tokenizer, marks, row)
             if (prompt := same_prompt(row["prompt"])) in held_out:
                 raise Unfit("of a held-out prompt")
             key = prompt, *(row.get(name) for name in ANSWERS)
             if key in rows:
                 raise Unfit("copies")
+            rows[key] = row, rendered
         except Unfit as reason:
             left_out[str(reason)] += 1
-            continue
-        rows[key] = row
-        rendered.append(text)
-    short = _short_enough(list(rows.values()), rendered, tokenizer, preset) if rows else []
+    short = _short_enough(list(rows.values()), tokenizer, preset) if rows else []
     left_out["too long"] = len(rows) - len(short)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if count)
     if not short:
         raise ValueError(
-            f"{source!r}, split {split!r}, has no row that can be used ({reasons or 'no rows'}). A "
-            f"prompt may have {preset.prompt_length} tokens with its template, a response "
-            f"{preset.response_length} with EOS: {'raise those, or ' * bool(rows)}give other data"
+            f"{source!r}, split {split!r}, has no row that can be used ({reasons or 'no rows'}); "
+            f"give others, or raise prompt_length {preset.prompt_length} or response_length "
+            f"{preset.response_length}"
         )
     name = Path(source).name if Path(source).exists() else source
     _report(f"{name}, {split}", dataset, len(short), reasons, preset.rows)
@@ -237,22 +200,28 @@ def _report(name: str, dataset: Dataset, kept: int, reasons: str, limit: int | N
     print("; ".join(parts))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, marks: re.Pattern, row: dict) -> str:
+def _rendered(tokenizer: Tokenizer, marks: re.Pattern, row: dict) -> str:
     """A parsed row's prompt in the chat template; Unfit for a pair or texts that cannot be used."""
+    texts = [*_check_answers(row), *(turn["content"] for turn in row["prompt"])]
+    if any(map(marks.search, texts)):
+        raise Unfit("with a special token")
+    return render(tokenizer, row["prompt"])
+
+
+def _check_answers(row: dict) -> list[str]:
     answers = [row[name] for name in ANSWERS if name in row]
     if not all(answers):
         raise Unfit("empty")
     if row.get("chosen") is not None and row["chosen"] == row.get("rejected"):
         raise Unfit("equal pairs")
-    if any(map(marks.search, (*answers, *(turn["content"] for turn in row["prompt"])))):
-        raise Unfit("with a special token")
-    return render(tokenizer, row["prompt"])
+    return answers
 
 
 def _short_enough(
-    rows: list[dict], rendered: list[str], tokenizer: PreTrainedTokenizerBase, preset: Preset
+    parsed: list[tuple[dict, str]], tokenizer: Tokenizer, preset: Preset
 ) -> list[dict]:
     """The rows whose prompt, with its template, and responses, with EOS, are within the limits."""
+    rows, rendered = [row for row, _ in parsed], [text for _, text in parsed]
     fits = [[len(ids) <= preset.prompt_length for ids in prompt_tokens(tokenizer, rendered)]]
     for name in (name for name in ANSWERS if name in rows[0]):
         tokens = response_tokens(tokenizer, rendered, [row[name] for row in rows])
@@ -272,7 +241,6 @@ def _parse(row: dict) -> dict:
     Raises:
         Unfit: if it has no prompt, or two, or an answer that is none, and as `as_messages`.
     """
-    row = {name: _revived(value) for name, value in row.items()}
     if row.get("label") is False:
         raise Unfit("labelled as undesirable")
     prompts, answers = [], {}
@@ -301,16 +269,6 @@ def _parse(row: dict) -> dict:
     return {"prompt": next(iter(talks.values())), **answers}
 
 
-def _revived(value: object) -> object:
-    """A list of messages that a spreadsheet or a script has written as text, as a list again."""
-    if not isinstance(value, str) or not MESSAGES.match(value):
-        return value
-    try:
-        return ast.literal_eval(value) if "'" in value[:40] else json.loads(value)
-    except (ValueError, SyntaxError) as error:
-        raise Unfit("with messages written as text") from error
-
-
 def _turns(value: object) -> list[Message]:
     """The messages of a prompt or dialogue, given as messages or as a transcript of hh-rlhf.
 
@@ -331,4 +289,6 @@ def _clean(value: object) -> str:
     """A text without blanks around it, its lines ended by newlines alone."""
     if not isinstance(value, str | None):
         raise Unfit("neither text nor messages")
+    if MESSAGES.match(value or ""):
+        raise Unfit("with messages written as text")
     return re.sub(r"\r\n?", "\n", value or "").strip()

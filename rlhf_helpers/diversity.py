@@ -41,10 +41,8 @@ def distinct_n(texts: Sequence[str], n: Whole[1]) -> float:
     rows = _words(texts)
     if math.isnan(share := _distinct(rows, n)):
         longest = max(len(row) for row in rows)
-        raise ValueError(
-            f"n is {n}, and the longest of the {len(rows)} texts has {longest} words: there is no "
-            "n-gram to count. Choose a smaller n or longer texts."
-        )
+        mend = "choose a smaller n or longer texts."
+        raise ValueError(f"n is {n}, and the longest text has {longest} words: {mend}")
     return share
 
 
@@ -71,7 +69,8 @@ def unique_share(texts: Sequence[str]) -> float:
 
     Derived in lesson 05.
     """
-    return _unique(_words(texts))
+    rows = _words(texts)
+    return len(set(map(tuple, rows))) / len(rows)
 
 
 @checked
@@ -115,7 +114,12 @@ def self_bleu(texts: Sequence[str], sample: Whole[2] = 64, seed: int = 0) -> flo
     rows = _words(texts)
     if len(rows) < 2:
         raise ValueError(f"texts is {list(texts)!r}: give at least 2, to compare one with others.")
-    return _self_bleu(rows, sample, seed)
+    texts = sorted(map(" ".join, rows))
+    if len(texts) > sample:
+        texts = random.Random(seed).sample(texts, sample)
+    bleu = BLEU(tokenize="none", effective_order=True)
+    scores = [_bleu(bleu, text, texts[:i] + texts[i + 1 :]) for i, text in enumerate(texts)]
+    return math.fsum(scores) / len(scores)  # the same in any order
 
 
 def mean_length(texts: Sequence[str]) -> float:
@@ -139,7 +143,8 @@ def mean_length(texts: Sequence[str]) -> float:
 
     Derived in lesson 05.
     """
-    return _length(_words(texts))
+    rows = _words(texts)
+    return sum(map(len, rows)) / len(rows)
 
 
 def diversity(texts: Sequence[str]) -> dict[str, float]:
@@ -172,9 +177,9 @@ def diversity(texts: Sequence[str]) -> dict[str, float]:
     return {
         "distinct_1": _distinct(rows, 1),
         "distinct_2": _distinct(rows, 2),
-        "unique": _unique(rows),
-        "self_bleu": _self_bleu(rows, 64, 0) if len(rows) > 1 else math.nan,
-        "length": _length(rows),
+        "unique": unique_share(texts),
+        "self_bleu": self_bleu(texts) if len(rows) > 1 else math.nan,
+        "length": mean_length(texts),
     }
 
 
@@ -193,23 +198,6 @@ def _words(texts: Iterable[str]) -> list[list[str]]:
 def _distinct(rows: list[list[str]], n: int) -> float:
     ngrams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
-
-
-def _unique(rows: list[list[str]]) -> float:
-    return len({tuple(row) for row in rows}) / len(rows)
-
-
-def _length(rows: list[list[str]]) -> float:
-    return sum(len(row) for row in rows) / len(rows)
-
-
-def _self_bleu(rows: list[list[str]], sample: int, seed: int) -> float:
-    texts = sorted(" ".join(row) for row in rows)
-    if len(texts) > sample:
-        texts = random.Random(seed).sample(texts, sample)
-    bleu = BLEU(tokenize="none", effective_order=True)
-    scores = [_bleu(bleu, text, texts[:i] + texts[i + 1 :]) for i, text in enumerate(texts)]
-    return math.fsum(scores) / len(scores)  # the same in any order
 
 
 def _bleu(bleu: BLEU, text: str, others: list[str]) -> float:

@@ -2,16 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
 from rlhf_helpers.presets import Preset
-
-REFUSALS = {  # the first is a case of the second
-    GatedRepoError: "the hub gives it only to those who accepted its licence; do so on its page at "
-    "huggingface.co and log in with `hf auth login`",
-    RepositoryNotFoundError: "the hub shows you none of that name; check the name, log in with "
-    "`hf auth login` if it is private",
-}
 
 
 def require_files(folder: Path, *names: str) -> None:
@@ -28,16 +19,18 @@ def from_hub(source: str, load, *args, **kwargs):
     try:
         return load(*args, **kwargs)
     except Exception as error:
+        detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if Path(source).is_dir():
             raise ValueError(
-                f"{source!r} cannot be loaded ({type(error).__name__}: {error}); if a file is "
-                "truncated or damaged, reinstall rlhf_helpers, or save model and tokenizer again"
+                f"{source!r} cannot be loaded ({detail}); if a file is missing, truncated or "
+                "damaged, reinstall rlhf_helpers, or save model and tokenizer again"
             ) from error
         if not isinstance(error, OSError):
             raise
         raise ConnectionError(
-            f"{source!r} is no local path, and {_refusal(error)}, or download it elsewhere and "
-            "pass the local folder"
+            f"{source!r} is no local path, and the hub did not give it ({detail}); check the name "
+            "and the network, accept its licence on its page and log in with `hf auth login` if it "
+            "has one, or download it elsewhere and pass the local folder"
         ) from error
 
 
@@ -46,15 +39,3 @@ def load_pretrained(preset: Preset, load, **options):
     options |= {"revision": preset.revision, "local_files_only": preset.offline}
     options["trust_remote_code"] = False  # else transformers would ask whether to run it
     return from_hub(preset.model, load, preset.model, **options)
-
-
-def _refusal(error: BaseException) -> str:
-    """Why the hub gave nothing, and what to do; the loaders hide the reason among the causes."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    for kind, mend in REFUSALS.items():
-        if any(isinstance(cause, kind) for cause in causes):
-            return mend
-    detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return f"the hub did not give it ({detail}); check the name and the network"

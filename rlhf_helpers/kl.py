@@ -58,8 +58,9 @@ def exact_kl(logits_p: Floating[..., V], logits_q: Floating[..., V]) -> Tensor:
 
     Kullback and Leibler, "On Information and Sufficiency" (1951), section 2. Derived in lesson 05.
     """
-    logprobs_p = _log_softmax("logits_p", logits_p)
-    logprobs_q = _log_softmax("logits_q", logits_q)
+    logprobs_p, logprobs_q = upcast(logits_p).log_softmax(-1), upcast(logits_q).log_softmax(-1)
+    check_softmax("logits_p", logprobs_p[..., 0])  # one bad logit makes its whole row NaN
+    check_softmax("logits_q", logprobs_q[..., 0])
     # 0 * log 0 is 0, but 0 * -inf is NaN.
     log_ratio = (logprobs_p - logprobs_q).masked_fill(logprobs_p == -torch.inf, 0.0)
     return (logprobs_p.exp() * log_ratio).sum(-1)
@@ -118,10 +119,8 @@ def kl_estimate(
     never = "the policy cannot have sampled a token of probability 0. Give its own"
     refuse("logprobs", logprobs, logprobs == -torch.inf, f"{never} log-probabilities first.")
     if ref_logprobs.requires_grad:
-        raise ValueError(
-            "ref_logprobs requires a gradient: the reference is frozen, or it would come to the "
-            "policy. Compute it under torch.no_grad(), or pass ref_logprobs.detach()."
-        )
+        mend = "compute it under torch.no_grad(), or pass ref_logprobs.detach()."
+        raise ValueError(f"ref_logprobs requires a gradient, and the reference is frozen: {mend}")
     r = upcast(ref_logprobs) - upcast(logprobs)
     if kind == "k1":
         return -r
@@ -211,9 +210,3 @@ class AdaptiveKL:
         error = max(-0.2, min(0.2, kl / self.target - 1))
         self.beta *= 1 + self.gain * error
         return self.beta
-
-
-def _log_softmax(name: str, logits: Tensor) -> Tensor:
-    logprobs = torch.log_softmax(upcast(logits), dim=-1)
-    check_softmax(name, logprobs[..., 0])  # one bad logit makes its whole row NaN
-    return logprobs

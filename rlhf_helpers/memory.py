@@ -1,7 +1,7 @@
 """What models cost, from first principles and measured: parameters, and bytes of each role."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -115,9 +115,8 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     Derived in lesson 04.
     """
     if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"config is {config!r}: give a configuration, from AutoConfig.from_pretrained(model)."
-        )
+        mend = "give a configuration, from AutoConfig.from_pretrained(model)."
+        raise TypeError(f"config is {config!r}: {mend}")
     model = on_meta(config)
     shapes = tuple(linear_shapes(model).values())
     linear = sum(outputs * inputs for outputs, inputs in shapes)
@@ -147,7 +146,7 @@ def memory_table(
     Reward and value have a scalar head, width + 1. In a model of their own it replaces the output
     layer, which is counted only if it is not tied; on a base it counts with the adapter. Left out
     is what grows with the batch: activations, logits (`logits_bytes`), the cache
-    (`kv_cache_bytes`).
+    (`cache_bytes`).
 
     Args:
         sizes: of the model that all four roles have, from `model_sizes`.
@@ -193,12 +192,14 @@ def memory_table(
     adapter = lora_parameters(sizes.shapes, rank)
     nf4 = sum(nf4_bytes(outputs * inputs, double_quant) for outputs, inputs in sizes.shapes)
     nf4 += weight_bytes * (sizes.other + sizes.output)
-    full, separate, shared = [], [], []
-    for role in TRAINS:
+    full, separate = [], []
+    for role, trains in TRAINS.items():
         body, head = (scoring, sizes.head) if role in SCORES else (sizes.parameters, 0)
-        full.append(_full(role, body + head, weight_bytes))
-        separate.append(_lora(role, adapter + head, weight_bytes * body))
-        shared.append(_lora(role, adapter + head))
+        trained = _training(body + head, weight_bytes, trains)
+        full.append(RoleBytes(role, weight_bytes * (body + head), 0, *trained))
+        trained = _training(adapter + head, FLOAT32, trains)
+        separate.append(RoleBytes(role, weight_bytes * body, FLOAT32 * (adapter + head), *trained))
+    shared = [replace(row, weights=0) for row in separate]
     return {
         "4 full models": full,
         "LoRA on 4 bases": separate,
@@ -309,52 +310,15 @@ def logits_bytes(
 
 
 @checked
-def kv_cache_bytes(
-    layers: Whole[1],
-    kv_heads: Whole[1],
-    head_dim: Whole[1],
-    batch: Whole[1],
-    tokens: Whole[1],
-    entry_bytes: Whole[1] = 2,
-) -> int:
-    """Bytes of the cache that generation keeps: a key and a value of every token so far.
-
-    2 · layers · kv_heads · head_dim · B · T entries.
-
-    Args:
-        layers: of the model.
-        kv_heads: heads of keys and values; fewer than the query's under grouped-query attention.
-        head_dim: numbers per head.
-        batch: sequences, B.
-        tokens: of each, prompt and response, T.
-        entry_bytes: of one number; 2 in bfloat16.
-
-    Returns:
-        The number of bytes.
-
-    Raises:
-        ValueError: a number that is no whole number of at least 1.
-
-    Example:
-        One token of Qwen2.5-0.5B: 2 · 24 · 2 · 64 numbers.
-
-        >>> kv_cache_bytes(layers=24, kv_heads=2, head_dim=64, batch=1, tokens=1)
-        12288
-
-    Derived in lesson 04.
-    """
-    return 2 * layers * kv_heads * head_dim * batch * tokens * entry_bytes
-
-
-@checked
 def cache_bytes(
     config: PreTrainedConfig, batch: Whole[1], tokens: Whole[1], entry_bytes: Whole[1] = 2
 ) -> int:
-    """Bytes of a model's cache of keys and values, from its configuration.
+    """Bytes of the cache that generation keeps: a key and a value of every token so far.
 
-    `kv_cache_bytes` with three things that configurations know and the formula does not: a head may
-    have another width than hidden/heads; layers with a sliding window keep no more tokens than it
-    has; and multi-head latent attention (DeepSeek) keeps one short vector in place of all heads.
+    2 · layers · kv_heads · head_dim · B · T entries, but for three things that configurations know:
+    a head may have another width than hidden/heads; layers with a sliding window keep no more
+    tokens than it has; and multi-head latent attention (DeepSeek) keeps one short vector in place
+    of all heads. Under grouped-query attention there are fewer kv_heads than the query has.
 
     Args:
         config: of a causal language model.
@@ -379,18 +343,15 @@ def cache_bytes(
 
     Lesson 04 uses it.
     """
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shared = getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    )
-    kv_heads = getattr(config, "num_key_value_heads", None) or (1 if shared else heads)
-    latent = getattr(config, "kv_lora_rank", None)
+    heads, own = config.num_attention_heads, lambda name: getattr(config, name, None)
+    width = own("head_dim") or config.hidden_size // heads
+    shared = own("multi_query") and not own("new_decoder_architecture")
+    kv_heads = own("num_key_value_heads") or (1 if shared else heads)
+    latent = own("kv_lora_rank")
     numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * width
-    windows = [
-        getattr(layer, "sliding_window", tokens) for layer in DynamicCache(config=config).layers
-    ]
-    return numbers * batch * sum(min(tokens, window) for window in windows) * entry_bytes
+    layers = DynamicCache(config=config).layers
+    kept = (min(tokens, getattr(layer, "sliding_window", tokens)) for layer in layers)
+    return numbers * batch * sum(kept) * entry_bytes
 
 
 def activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
@@ -475,18 +436,9 @@ def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())  # a tensor that several share, once
 
 
-def _full(role: str, number: int, weight_bytes: int) -> RoleBytes:
-    weights = weight_bytes * number
-    if not TRAINS[role]:
-        return RoleBytes(role, weights)
-    return RoleBytes(role, weights, 0, weights, (TRAINED - 2 * weight_bytes) * number)
-
-
-def _lora(role: str, number: int, weights: int = 0) -> RoleBytes:
-    adapters = FLOAT32 * number
-    if not TRAINS[role]:
-        return RoleBytes(role, weights, adapters)
-    return RoleBytes(role, weights, adapters, adapters, (TRAINED - 2 * FLOAT32) * number)
+def _training(number: int, each: int, trains: bool) -> tuple[int, int]:
+    """Bytes of gradients and optimizer for as many parameters of `each` bytes."""
+    return (each * number, (TRAINED - 2 * each) * number) if trains else (0, 0)
 
 
 def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
@@ -494,7 +446,5 @@ def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
         raise ValueError("shapes is empty: give (out, in) of at least one adapted layer.")
     for index, shape in enumerate(shapes):
         if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(
-                f"shapes[{index}] is {tuple(shape)}: give (out, in) of a linear layer, two whole "
-                "numbers of at least 1."
-            )
+            mend = "give (out, in) of a linear layer, two whole numbers of at least 1."
+            raise ValueError(f"shapes[{index}] is {tuple(shape)}: {mend}")

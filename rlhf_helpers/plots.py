@@ -2,22 +2,19 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, safe for colour-blind readers; "line" styles keep it readable in grey.
-COLOURS = dict(
-    zip(
-        ("black", "orange", "sky", "green", "yellow", "blue", "red", "pink"),
-        ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
-        strict=True,
-    )
-)
+_NAMES = ("black", "orange", "sky", "green", "yellow", "blue", "red", "pink")
+_CODES = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
+COLOURS = dict(zip(_NAMES, _CODES, strict=True))
 _STYLE = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
@@ -27,15 +24,14 @@ _STYLE = {
     "grid.alpha": 0.3,
     "font.size": 10,
     "legend.frameon": False,
+    "axes.prop_cycle": mpl.cycler(color=[COLOURS[c] for c in ("blue", "red", "green", "pink")])
+    + mpl.cycler(linestyle=["-", "--", "-.", ":"]),
 }
 
 
 def use_style() -> None:
     """Set the course's style for all figures that follow."""
     mpl.rcParams.update(_STYLE)
-    lines = mpl.cycler(linestyle=["-", "--", "-.", ":"])
-    colours = mpl.cycler(color=[COLOURS[c] for c in ("blue", "red", "green", "pink")])
-    mpl.rcParams["axes.prop_cycle"] = colours + lines
 
 
 def show(fig: Figure, alt: str) -> None:
@@ -110,16 +106,9 @@ def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figur
     Raises:
         ValueError: if there are not as many labels as values.
     """
-    if len(labels) != len(values):
-        raise ValueError(f"{len(labels)} labels for {len(values)} values; give one for each bar")
-    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(labels)))
-    rows = range(len(labels) - 1, -1, -1)
-    drawn = ax.barh(rows, list(values), color=COLOURS["blue"], height=0.65)
-    ax.set_yticks(rows, list(labels))
+    fig, ax = _rows_of_bars(labels, {quantity: values}, quantity, 0.6 + 0.34 * len(labels))
+    drawn = ax.barh(range(len(labels) - 1, -1, -1), values, color=COLOURS["blue"], height=0.65)
     ax.bar_label(drawn, fmt="{:.2f}", padding=3)
-    ax.set_xlabel(quantity)
-    ax.margins(x=0.12)
-    ax.grid(visible=False, axis="y")
     return fig
 
 
@@ -138,12 +127,8 @@ def grouped_bars(
             labels.
     """
     _check_groups(groups, 4)
-    for name, values in groups.items():
-        if len(labels) != len(values):
-            raise ValueError(
-                f"{len(labels)} labels for {len(values)} values of {name!r}; give one for each"
-            )
-    fig, ax = plt.subplots(figsize=(7, 0.8 + 0.24 * len(labels) * len(groups)))
+    size = 0.8 + 0.24 * len(labels) * len(groups)
+    fig, ax = _rows_of_bars(labels, groups, quantity, size)
     height = 0.8 / len(groups)
     looks = zip(("sky", "blue", "orange", "black"), ("", "", "///", ""), strict=True)
     for i, ((name, values), (colour, hatch)) in enumerate(zip(groups.items(), looks, strict=False)):
@@ -153,12 +138,22 @@ def grouped_bars(
         )
         ax.bar_label(drawn, fmt="{:.2f}", padding=3, fontsize=8)
     ax.axvline(0, color=COLOURS["black"], lw=0.8)
-    ax.set_yticks(range(len(labels) - 1, -1, -1), list(labels))
+    ax.legend(loc="best")
+    return fig
+
+
+def _rows_of_bars(labels: Sequence[str], groups: Mapping, quantity: str, height: float):
+    """A figure for horizontal bars, its rows labelled from the top."""
+    for name, values in groups.items():
+        if len(labels) != len(values):
+            counts = f"{len(labels)} labels for {len(values)} values of {name!r}"
+            raise ValueError(f"{counts}; give one for each")
+    fig, ax = plt.subplots(figsize=(7, height))
+    ax.set_yticks(range(len(labels) - 1, -1, -1), labels)
     ax.set_xlabel(quantity)
     ax.margins(x=0.12)
     ax.grid(visible=False, axis="y")
-    ax.legend(loc="best")
-    return fig
+    return fig, ax
 
 
 def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str, y: str) -> Figure:
@@ -174,7 +169,7 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
         marker = "o" if len(points) <= 20 else None  # few points: show where they are
         ax.plot(list(points), list(points.values()), label=name, marker=marker, markersize=4)
     ax.set(xlabel=x, ylabel=y)
-    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.legend()
     return fig
 
@@ -211,7 +206,7 @@ def panels(
     for ax in axes.flat[max(0, len(series) - 4) : len(series)]:
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(x, fontsize=8)
-        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=5))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     return fig
 
 
@@ -228,9 +223,10 @@ def trajectories(groups: Mapping[str, Sequence[Points]], x: str, y: str) -> Figu
     Raises:
         ValueError: for no group, or more than there are looks in the style.
     """
-    _check_groups(groups, len(mpl.rcParams["axes.prop_cycle"]))
+    looks = mpl.rcParams["axes.prop_cycle"]
+    _check_groups(groups, len(looks))
     fig, ax = plt.subplots(figsize=(7, 3.2))
-    for (name, curves), look in zip(groups.items(), mpl.rcParams["axes.prop_cycle"], strict=False):
+    for (name, curves), look in zip(groups.items(), looks, strict=False):
         for i, curve in enumerate(curves):
             ax.plot(*zip(*curve, strict=True), lw=1, label=None if i else name, **look)
     ax.set(xlabel=x, ylabel=y)
@@ -254,27 +250,16 @@ def scatter(groups: Mapping[str, Points], x: str, y: str, joined: Sequence[str] 
     fig, ax = plt.subplots(figsize=(7, 3.4))
     for i, (name, points) in enumerate(groups.items()):
         colour = COLOURS[colours[i % len(colours)]]
-        line = "-" if name in joined else "none"
+        look = {"ls": "-" if name in joined else "none", "marker": shapes[i], "ms": 5}
         face = "none" if i >= len(colours) else colour
-        ax.plot(
-            *zip(*points, strict=True),
-            ls=line,
-            marker=shapes[i],
-            ms=5,
-            color=colour,
-            mfc=face,
-            label=name,
-        )
+        ax.plot(*zip(*points, strict=True), **look, color=colour, mfc=face, label=name)
     ax.set(xlabel=x, ylabel=y)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
 def heat_map(
-    matrix: Sequence[Sequence[float]],
-    columns: Sequence[str],
-    rows: Sequence[str],
-    quantity: str,
+    matrix: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str], quantity: str
 ) -> Figure:
     """A table of numbers on coloured cells: blue above 0, orange below, NaN left blank.
 
@@ -288,14 +273,11 @@ def heat_map(
     """
     values = np.array(matrix, dtype=float)
     if values.shape != (len(rows), len(columns)):
-        raise ValueError(
-            f"a matrix of shape {values.shape} has {len(rows)} row names and {len(columns)} column "
-            "names; give one for each"
-        )
+        names = f"{len(rows)} row names and {len(columns)} column names"
+        raise ValueError(f"a matrix of shape {values.shape} has {names}; give one for each")
     top = np.nanmax(np.abs(values)) or 1.0
-    colours = mpl.colors.LinearSegmentedColormap.from_list(
-        "signed", [COLOURS["orange"], "#FFFFFF", COLOURS["sky"]]
-    )
+    shades = [COLOURS["orange"], "#FFFFFF", COLOURS["sky"]]
+    colours = mpl.colors.LinearSegmentedColormap.from_list("signed", shades)
     fig, ax = plt.subplots(figsize=(max(4.5, 1.6 + 0.62 * len(columns)), 1.1 + 0.42 * len(rows)))
     image = ax.imshow(values, cmap=colours, vmin=-top, vmax=top, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
@@ -322,25 +304,19 @@ def pipeline() -> Figure:
     fig, ax = plt.subplots(figsize=(8.6, 2.9))
     ax.set(xlim=(0, 8.6), ylim=(-0.75, 2.3))
     ax.axis("off")
+    write = partial(ax.text, ha="center", va="center")
     for i, (title, does, eats) in enumerate(steps):
         left, middle = 0.2 + 2.15 * i, 0.2 + 2.15 * i + 0.8
         box = plt.Rectangle((left, 0), 1.6, 1.15, fc="#EAF2F8", ec=COLOURS["blue"], lw=1.5)
         ax.add_patch(box)
-        ax.text(middle, 0.85, title, ha="center", va="center", weight="bold")
-        ax.text(middle, 0.35, does, ha="center", va="center", fontsize=9)
-        ax.text(middle, 2.1, eats, ha="center", va="center", fontsize=9, style="italic")
+        write(middle, 0.85, title, weight="bold")
+        write(middle, 0.35, does, fontsize=9)
+        write(middle, 2.1, eats, fontsize=9, style="italic")
         _arrow(ax, (middle, 1.95), (middle, 1.2))
         if i < len(steps) - 1:
             _arrow(ax, (left + 1.65, 0.57), (left + 2.1, 0.57))
     _arrow(ax, (7.45, -0.05), (3.15, -0.05), style="<->", linestyle="--", bend=-0.16)
-    ax.text(
-        5.3,
-        -0.66,
-        "PPO starts as a copy of SFT; the KL penalty is its leash",
-        ha="center",
-        va="center",
-        fontsize=9,
-    )
+    write(5.3, -0.66, "PPO starts as a copy of SFT; the KL penalty is its leash", fontsize=9)
     return fig
 
 
@@ -350,11 +326,6 @@ def _check_groups(groups: Mapping, most: int) -> None:
 
 
 def _arrow(ax, start, end, style="->", linestyle="-", bend=0.0) -> None:
-    look = {
-        "arrowstyle": style,
-        "linestyle": linestyle,
-        "connectionstyle": f"arc3,rad={bend}",
-        "lw": 1.4,
-        "color": COLOURS["black"],
-    }
+    look = {"arrowstyle": style, "linestyle": linestyle, "lw": 1.4, "color": COLOURS["black"]}
+    look["connectionstyle"] = f"arc3,rad={bend}"
     ax.annotate("", xy=end, xytext=start, arrowprops=look)

@@ -4,10 +4,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from rlhf_helpers.validation import OneOf, Whole, check_fields
 
 ASSETS = Path(__file__).parent / "assets"
+DEVICES, DTYPES = ("cpu", "cuda"), ("auto", "float32", "bfloat16", "float16")
 ENVIRONMENT = ("model", "data", "device", "quantized")  # set by RLHF_MODEL and so on
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,19 @@ class Preset:
     data: str | None = None
     data_dir: str | None = None
     data_revision: str | None = None
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    quantized: bool = True
+    device: OneOf[DEVICES] = "cpu"
+    compute_dtype: OneOf[DTYPES] = "float32"
+    quantized: Annotated[bool, OneOf(True, False)] = True
     double_quant: bool = False
-    prompt_length: int = 24
-    response_length: int = 32
+    prompt_length: Whole[1] = 24
+    response_length: Whole[1] = 32
     sft: Mapping[str, object] = field(default_factory=dict)
     reward: Mapping[str, object] = field(default_factory=dict)
     ppo: Mapping[str, object] = field(default_factory=dict)
     checkpointing: bool = False
     drop_unfit: bool = False
-    rows: int | None = None
-    seed: int = 0
+    rows: Whole[1] | None = None
+    seed: Whole[0] = 0
     runs: Path = Path("runs")
 
     def __post_init__(self) -> None:
@@ -68,22 +73,7 @@ class Preset:
                 what = "a folder" if name == "runs" else "a folder or a hub id"
                 raise ValueError(f"{name} is {value!r}; give {what}")
             object.__setattr__(self, name, kind(os.path.expanduser(value)))
-        for name in ("prompt_length", "response_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; give a whole number of tokens, at least 1")
-        if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
-            raise ValueError(f"rows is {self.rows!r}; give a whole number, at least 1, or None")
-        if not isinstance(self.quantized, bool):
-            raise ValueError(f"quantized is {self.quantized!r}; give True (NF4) or False")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed is {self.seed!r}; give a whole number")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; choose cpu or cuda")
-        if self.compute_dtype not in DTYPES:
-            raise ValueError(
-                f"compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}"
-            )
+        check_fields(self)
 
     @property
     def offline(self) -> bool:
@@ -160,22 +150,15 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
 def _from_environment() -> dict[str, str | bool]:
     variables = {name: os.environ.get(f"RLHF_{name.upper()}") for name in ENVIRONMENT}
     found: dict[str, str | bool] = {name: value for name, value in variables.items() if value}
-    if quantized := found.get("quantized"):
-        if quantized not in ("0", "1"):
-            raise ValueError(
-                f"environment variable RLHF_QUANTIZED is {quantized!r}; give 1 for a base in NF4, "
-                "0 for one that is not quantized"
-            )
-        found["quantized"] = quantized == "1"
-    return found
+    if (quantized := found.get("quantized", "1")) not in ("0", "1"):
+        raise ValueError(f"environment variable RLHF_QUANTIZED is {quantized!r}; give 1 (NF4) or 0")
+    return found | {"quantized": quantized == "1"} if "quantized" in found else found
 
 
 def _best_dtype(device: str) -> str:
     """bfloat16 on GPUs that compute in it natively, float16 on older ones, float32 on a CPU."""
     if device == "cpu":
         return "float32"
-    import torch  # here, since choosing a preset should not take the seconds of that import
-
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         return "float16"
     return "bfloat16"

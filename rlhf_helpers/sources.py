@@ -86,10 +86,8 @@ class Rubric:
     def __call__(self, prompts: list[str], rollout: Rollout) -> Tensor:
         """Points `[B]` of sampled responses, float32, at best 1.9 each."""
         if len(prompts) != len(rollout.texts):
-            raise ValueError(
-                f"{len(prompts)} prompts for {len(rollout.texts)} responses; give those of the "
-                "rollout"
-            )
+            counts = f"{len(prompts)} prompts for {len(rollout.texts)} responses"
+            raise ValueError(f"{counts}; give those of the rollout")
         rows = zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True)
         return torch.tensor([rubric.gold_reward(*row).total for row in rows])
 

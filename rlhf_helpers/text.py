@@ -1,20 +1,15 @@
 """From texts to token ids: tokenizer, chat template, BOS and EOS, dialogues, padding."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unicodedata import normalize
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.tokenization_utils_base import BatchEncoding
 
 from rlhf_helpers.hub import from_hub, load_pretrained, require_files
@@ -22,6 +17,7 @@ from rlhf_helpers.presets import Preset
 from rlhf_helpers.validation import context_length, require_columns
 
 Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
+Example = dict[str, list[int]]  # token ids: {"prompt": [5, 6], "response": [8, 1]}
 Prompt = str | list[Message]  # a question, or a dialogue that ends with the user's turn
 ROLES = ("system", "user", "assistant")
 # For templates that write today's date: prompts must not change over night.
@@ -30,10 +26,8 @@ MARKER = "Xq7"  # a text that no template writes
 HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no UTF-8
 
 # Reserved tokens that no text holds, by which vocabularies have one to pad with.
-PADS = (
-    "<|fim_pad|> <|padding|> <|finetune_right_pad_id|> <|reserved_special_token_0|> <pad> [PAD] "
-    "<unk>"
-).split()
+_RESERVED = "<|fim_pad|> <|padding|> <|finetune_right_pad_id|> <|reserved_special_token_0|>"
+PADS = [*_RESERVED.split(), "<pad>", "[PAD]", "<unk>"]
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -52,11 +46,14 @@ class Unfit(ValueError):
 # --- the tokenizer -------------------------------------------------------------------------
 
 
-def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
+def load_tokenizer(preset: Preset, report: bool = True) -> Tokenizer:
     """The tokenizer of the preset's model, padding on the left.
 
     Many base models have no pad token, or EOS in its place, and no chat template. They get a
     reserved token of their vocabulary, so that no embedding is added, and a plain template.
+
+    Args:
+        report: whether to print that the template is the plain one.
 
     Raises:
         FileNotFoundError: if a shipped file is missing.
@@ -64,14 +61,6 @@ def load_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
         ValueError: if pad and eos are the same token, or pad has no embedding, and no other is to
             be had; or the pocket model has no chat template.
     """
-    tokenizer = bare_tokenizer(preset)
-    if tokenizer.chat_template == PLAIN_TEMPLATE:
-        print(f"{preset.model!r} has no chat template; prompts are 'Human: …\\n\\nAssistant:'")
-    return tokenizer
-
-
-def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, but it prints nothing."""
     if preset.name == "pocket":
         require_files(Path(preset.model), "tokenizer.json", "tokenizer_config.json")
         # AutoTokenizer guesses the class from the model's config and can guess wrong.
@@ -82,41 +71,38 @@ def bare_tokenizer(preset: Preset) -> PreTrainedTokenizerBase:
         _complete(tokenizer, config.get_text_config().vocab_size)
     tokenizer.padding_side = "left"
     _check_tokenizer(tokenizer)
+    if report and tokenizer.chat_template == PLAIN_TEMPLATE:
+        print(f"{preset.model!r} has no chat template; prompts are 'Human: …\\n\\nAssistant:'")
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if None in (pad, eos) or pad == eos:
-        raise ValueError(
-            f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r} must be "
-            "two tokens, else a response's end looks like padding; set tokenizer.pad_token"
-        )
+        both = f"pad token {tokenizer.pad_token!r} and eos token {tokenizer.eos_token!r}"
+        raise ValueError(f"{both} must be two tokens; set tokenizer.pad_token")
     if not tokenizer.chat_template:
-        source = tokenizer.name_or_path
-        raise ValueError(f"the tokenizer of {source!r} has no chat template; set one")
+        name = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer of {name!r} has no chat template; set one")
 
 
-def _complete(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+def _complete(tokenizer: Tokenizer, embeddings: int) -> None:
     """Give a base model's tokenizer what it lacks: a pad token that is not EOS, a template."""
-    pad = tokenizer.pad_token_id
+    ids, pad, eos = tokenizer.get_vocab(), tokenizer.pad_token_id, tokenizer.eos_token
     if pad in (None, tokenizer.eos_token_id) or pad >= embeddings:
-        ids = tokenizer.get_vocab()
-        spare = (p for p in PADS if ids.get(p, embeddings) < embeddings)
-        spare = (p for p in spare if p != tokenizer.eos_token)
+        spare = (p for p in PADS if ids.get(p, embeddings) < embeddings and p != eos)
         tokenizer.pad_token = next(spare, tokenizer.pad_token)
-    for name in ("pad", "eos"):
-        if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number >= embeddings:
+    for name, token in (("pad", tokenizer.pad_token), ("eos", eos)):
+        if ids.get(token, 0) >= embeddings:
             raise ValueError(
-                f"{name} token {getattr(tokenizer, f'{name}_token')!r} has id {number}, and the "
-                f"model has embeddings for {embeddings} tokens; set tokenizer.{name}_token to one "
-                "of those and save the tokenizer again"
+                f"{name} token {token!r} has id {ids[token]}, and the model has embeddings for "
+                f"{embeddings} tokens; set tokenizer.{name}_token to one of those, and save it"
             )
     template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
     tokenizer.chat_template = FIXED_DATE + template if "strftime_now" in template else template
 
 
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def opening(tokenizer: Tokenizer) -> list[int]:
     """The ids that a tokenizer puts before plain text, which its model was trained to see: BOS.
 
     Example: `[2]` for Gemma's, `[]` for Qwen's and for the pocket tokenizer.
@@ -126,10 +112,10 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
-def reserved(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """Matches what must not stand in a text, since it would be read as a special token.
+def reserved(tokenizer: Tokenizer) -> re.Pattern:
+    """Matches what must not stand in a text: half of a character, or what is a special token.
 
-    These are the tokens marked as special, those of the form <|…|>, and others that the chat
+    The latter are the tokens marked as special, those of the form <|…|>, and others that the chat
     template is made with.
     """
     added = tokenizer.added_tokens_decoder.values()
@@ -137,7 +123,8 @@ def reserved(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
     plain = {token.content for token in added if token.content.strip()} - marks
     marks |= {m for m in plain if m in tokenizer.chat_template or re.fullmatch(r"<\|.*\|>", m)}
     marks |= set(tokenizer.all_special_tokens) - {""}
-    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.compile("|".join([HALF.pattern, *map(re.escape, longest_first)]))
 
 
 # --- dialogues -----------------------------------------------------------------------------
@@ -170,9 +157,8 @@ def messages_of(value: Prompt) -> list[Message]:
     """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value
-    ):
+    turns = value if isinstance(value, list) else [None]
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
         raise Unfit("neither text nor messages")
     return [{"role": turn["role"], "content": content_text(turn["content"])} for turn in value]
 
@@ -242,7 +228,7 @@ def same_prompt(prompt: Prompt) -> str:
     return "\n".join(map(" ".join, words))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """A prompt in the chat template, up to where the assistant's response begins.
 
     That is what the template itself puts before an answer, also where its generation prompt is
@@ -262,7 +248,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     return _before_answer(tokenizer, messages)[0]
 
 
-def _before_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, str]:
+def _before_answer(tokenizer: Tokenizer, messages: list[Message]) -> tuple[str, str]:
     """What the template puts before an answer, and the blanks that belong to the answer's side."""
     text = _apply(tokenizer, messages, add_generation_prompt=True)
     try:
@@ -276,7 +262,7 @@ def _before_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) 
     return before, ""
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
+def _apply(tokenizer: Tokenizer, messages: list[Message], **options) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program, and may fail in any way
@@ -286,19 +272,19 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
 # --- token ids -----------------------------------------------------------------------------
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
+def prompt_tokens(tokenizer: Tokenizer, rendered: list[str]) -> list[list[int]]:
     """Token ids of rendered prompts, with BOS once where the tokenizer puts it before plain text.
 
     Without it many models are lost: Gemma 3 270M needs 4.9 nats per token of a human answer, 2.7
     with it. A template may have written it already.
     """
     first = opening(tokenizer)
-    rows = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = _ids(tokenizer, rendered)
     return [row if row[: len(first)] == first else [*first, *row] for row in rows]
 
 
 def response_tokens(
-    tokenizer: PreTrainedTokenizerBase, rendered: list[str], answers: list[str]
+    tokenizer: Tokenizer, rendered: list[str], answers: list[str]
 ) -> list[list[int]]:
     """Token ids of answers as they stand in the dialogue, behind the prompt, closed by one EOS.
 
@@ -309,19 +295,20 @@ def response_tokens(
     _, blank = _before_answer(tokenizer, [{"role": "user", "content": "a"}])
     texts = [blank + answer for answer in answers]
     wholes = [prompt + text for prompt, text in zip(rendered, texts, strict=True)]
+    encoded = (_ids(tokenizer, part) for part in (rendered, wholes, texts))
     rows = []
-    encoded = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        for part in (rendered, wholes, texts)
-    )
     for before, whole, alone in zip(*encoded, strict=True):
         joined = whole[len(before) :] if whole[: len(before)] == before else alone
         rows.append([*joined, tokenizer.eos_token_id])
     return rows
 
 
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], prompt_length: int
+    tokenizer: Tokenizer, prompts: list[Prompt], prompt_length: int
 ) -> BatchEncoding:
     """Apply the chat template and left-pad to the longest prompt of the batch.
 
@@ -344,11 +331,8 @@ def encode_prompts(
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    prompt_length: int,
-    response_length: int,
-) -> list[dict[str, list[int]]]:
+    tokenizer: Tokenizer, dataset: Dataset, prompt_length: int, response_length: int
+) -> list[Example]:
     """Token ids of demonstrations: prompts in the chat template, completions closed by EOS.
 
     Args:
@@ -368,17 +352,11 @@ def encode_examples(
     "<|user|> what is hot?<|assistant|>" and of " fire.<|eos|>".
     """
     require_columns(dataset, "dataset", ("prompt", "completion"))
-    prompts, completions = (
-        texts if isinstance(texts, str) else list(texts)
-        for texts in (dataset["prompt"], dataset["completion"])
-    )
+    prompts = dataset["prompt"]
     rendered = _render_all(tokenizer, prompts)
-    answers = _check_texts(tokenizer, "completion", completions, answer_text)
-    if len(prompts) != len(completions):
-        raise ValueError(
-            f"there are {len(prompts)} prompts and {len(completions)} completions; give one of "
-            "each for every example"
-        )
+    answers = _texts(tokenizer, "completion", dataset["completion"], _answer)
+    if (given := len(rendered)) != (there := len(answers)):
+        raise ValueError(f"{given} prompts and {there} completions; give one of each")
     prompt_rows = prompt_tokens(tokenizer, rendered)
     _check_lengths("prompt", prompts, prompt_rows, "prompt_length", prompt_length)
     rows = response_tokens(tokenizer, rendered, answers)
@@ -387,54 +365,46 @@ def encode_examples(
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]
 
 
-def _render_all(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[str]:
+def _render_all(tokenizer: Tokenizer, prompts: list[Prompt]) -> list[str]:
     _check_tokenizer(tokenizer)
-    _check_texts(tokenizer, "prompt", prompts, _contents)
-    return _each("prompt", prompts, lambda prompt: render(tokenizer, prompt), "mend or remove it")
+
+    def rendered(prompt: Prompt, marks: re.Pattern) -> str:
+        _check_words("\n".join(turn["content"] for turn in as_messages(prompt)), marks)
+        return render(tokenizer, prompt)
+
+    return _texts(tokenizer, "prompt", prompts, rendered)
 
 
-def _contents(prompt: Prompt) -> str:
-    return "\n".join(turn["content"] for turn in as_messages(prompt))
+def _answer(answer: Prompt, marks: re.Pattern) -> str:
+    return _check_words(answer_text(answer), marks)
 
 
-def _each(name: str, values: list[Prompt], text_of, mend: str) -> list[str]:
-    """The text of every value; ValueError for the first that has none."""
-    texts = []
-    for i, value in enumerate(values):
-        try:
-            texts.append(text_of(value))
-        except Unfit as reason:
-            raise ValueError(f"{name} {i} is {value!r:.99}, {reason}; {mend}") from None
-    return texts
+def _check_words(text: str, marks: re.Pattern) -> str:
+    """The text; Unfit if it is empty or holds what `reserved` matches."""
+    if not text.strip():
+        raise Unfit("empty")
+    if mark := marks.search(text):
+        raise Unfit(f"with {mark[0]!r}, a special token or half of a character: remove it")
+    return text
 
 
-def _check_texts(
-    tokenizer: PreTrainedTokenizerBase, name: str, values: list[Prompt], text_of
+def _texts(
+    tokenizer: Tokenizer, name: str, values: Iterable[Prompt], text_of: Callable
 ) -> list[str]:
+    """The text of every value; an error for the first that has none or cannot be used."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name}s is {values!r:.99}: give a list of texts")
-    if bad := [i for i, value in enumerate(values) if not isinstance(value, str | list)]:
-        raise TypeError(f"{name} {bad[0]} is {values[bad[0]]!r:.99}: give a list of texts")
-    if not values:
+    marks, texts = reserved(tokenizer), []
+    for i, value in enumerate(values):
+        if not isinstance(value, str | list):
+            raise TypeError(f"{name} {i} is {value!r:.99}: give a list of texts")
+        try:
+            texts.append(text_of(value, marks))
+        except Unfit as reason:
+            mend = "give a text, or messages: a system's at most, then user and assistant in turn"
+            raise ValueError(f"{name} {i} is {value!r:.99}, {reason}; {mend}") from None
+    if not texts:
         raise ValueError(f"{name}s is empty: give at least one text")
-    if blank := [
-        i for i, value in enumerate(values) if isinstance(value, str) and not value.strip()
-    ]:
-        raise ValueError(f"{name} {blank[0]} is {values[blank[0]]!r}: give it some text")
-    mend = "give a text, or messages: a system's at most, then user and assistant in turn"
-    texts = _each(name, values, text_of, mend)
-    marks = reserved(tokenizer)
-    for i, text in enumerate(texts):
-        if half := HALF.search(text):
-            raise ValueError(
-                f"{name} {i} has half of a character, {half[0]!r}, at {half.start()}: mend or "
-                "remove it"
-            )
-        if mark := marks.search(text):
-            raise ValueError(
-                f"{name} {i} contains {mark[0]!r}, a special token, as which it would be read: "
-                "remove it"
-            )
     return texts
 
 
@@ -448,10 +418,7 @@ def _check_lengths(name: str, texts: list[Prompt], rows: list, limit_name: str, 
 
 
 def check_examples(
-    name: str,
-    examples: list[dict[str, list[int]]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    name: str, examples: list[Example], model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """Raise ValueError unless encoded examples have a prompt and an EOS, and fit the model.
 
@@ -460,35 +427,29 @@ def check_examples(
     """
     if not examples:
         raise ValueError(f"{name} is empty: give at least one example")
-    eos, context = tokenizer.eos_token_id, context_length(model)
+    eos, vocabulary = tokenizer.eos_token_id, model.config.vocab_size
     for i, example in enumerate(examples):
-        if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
-            raise ValueError(
-                f"{name}[{i}] is {example!s:.99}, without the token ids of a prompt and a "
-                "response; give what encode_examples returns"
-            )
-        prompt, response = example["prompt"], example["response"]
-        if not prompt or not response or response[-1] != eos:
-            raise ValueError(
-                f"{name}[{i}] has no prompt, or a response that does not end with EOS ({eos}): "
-                f"{tokenizer.decode(prompt + response)!r}. Without EOS the model never learns to "
-                "stop; encode_examples appends it"
-            )
-        if (largest := max(*prompt, *response)) >= model.config.vocab_size:
-            raise ValueError(
-                f"{name}[{i}] holds token id {largest}, and the model has "
-                f"{model.config.vocab_size} tokens; use the model's own tokenizer"
-            )
-        if len(prompt) + len(response) > context:
-            raise ValueError(
-                f"{name}[{i}] has {len(prompt) + len(response)} tokens, more than the model's "
-                f"context of {context}; leave it out or shorten it"
-            )
+        if fault := _fault(example, eos, vocabulary, context_length(model)):
+            raise ValueError(f"{name}[{i}] {fault}")
 
 
-def pad_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, list[int]]]
-) -> tuple[Tensor, Tensor, int]:
+def _fault(example: Example, eos: int, vocabulary: int, context: int) -> str | None:
+    if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
+        given = f"is {example!s:.99}, without the token ids of a prompt and a response"
+        return f"{given}; give what encode_examples returns"
+    tokens = [*example["prompt"], *example["response"]]
+    if not example["prompt"] or example["response"][-1:] != [eos]:
+        fault = f"has no prompt, or a response that does not end with EOS ({eos}): {example!s:.99}"
+        return f"{fault}. Without it the model never learns to stop; encode_examples appends it"
+    if (largest := max(tokens)) >= vocabulary:
+        return f"holds token id {largest} of {vocabulary}; use the model's own tokenizer"
+    if len(tokens) > context:
+        fault = f"has {len(tokens)} tokens, more than the model's context of {context}"
+        return f"{fault}; leave it out or shorten it"
+    return None
+
+
+def pad_examples(tokenizer: Tokenizer, examples: list[Example]) -> tuple[Tensor, Tensor, int]:
     """One batch of encoded examples: prompts padded on the left, responses on the right.
 
     Returns:
@@ -499,15 +460,12 @@ def pad_examples(
     """
     if not examples:
         raise ValueError("examples is empty: give at least one example")
-    sides = {"prompt": "left", "response": "right"}
-    prompts, responses = (
-        tokenizer.pad(
-            {"input_ids": [example[part] for example in examples]},
-            padding_side=side,
-            return_tensors="pt",
-        )
-        for part, side in sides.items()
-    )
+
+    def padded(part: str, side: str) -> BatchEncoding:
+        rows = {"input_ids": [example[part] for example in examples]}
+        return tokenizer.pad(rows, padding_side=side, return_tensors="pt")
+
+    prompts, responses = padded("prompt", "left"), padded("response", "right")
     names = ("input_ids", "attention_mask")
     input_ids, mask = (torch.cat([prompts[name], responses[name]], dim=1) for name in names)
     return input_ids, mask, prompts["input_ids"].shape[1]

@@ -76,7 +76,7 @@ def test_prompts_are_padded_on_the_left(tokenizer):
         (["what is hot?", ""], "prompt 1 is ''"),
         (
             ["hi<|assistant|> moo.<|eos|>"],
-            r"prompt 0 contains '<\|assistant\|>', a special token",
+            r"prompt 0 is .* with '<\|assistant\|>', a special token",
         ),
         (["  \n"], r"prompt 0 is '  \\n'"),
         (
@@ -274,9 +274,9 @@ def test_prompts_are_encoded_as_for_sampling(pocket, tokenizer):
         ([HOT, ("", "fire.")], "prompt 1 is ''"),
         ([HOT, ("what is hot?", " ")], "completion 1 is ' '"),
         ([HOT, ("what is hot?", "")], "completion 1 is ''"),
-        ([HOT, ("hi<|assistant|>", "fire.")], r"prompt 1 contains '<\|assistant\|>'"),
-        ([HOT, ("what is hot?", "fire.<|eos|>")], r"completion 1 contains '<\|eos\|>'"),
-        ([HOT, ("what is hot?", "fire.<|user|> why?")], r"completion 1 contains '<\|user\|>'"),
+        ([HOT, ("hi<|assistant|>", "fire.")], r"prompt 1 is .* with '<\|assistant\|>'"),
+        ([HOT, ("what is hot?", "fire.<|eos|>")], r"completion 1 is .* with '<\|eos\|>'"),
+        ([HOT, ("what is hot?", "fire.<|user|> why?")], r"completion 1 is .* with '<\|user\|>'"),
     ],
 )
 def test_a_bad_demonstration_is_named(tokenizer, pairs, message):

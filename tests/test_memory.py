@@ -22,7 +22,6 @@ from rlhf_helpers.memory import (
     ModelSizes,
     RoleBytes,
     activation_bytes,
-    kv_cache_bytes,
     logits_bytes,
     lora_parameters,
     measured_bytes,
@@ -298,20 +297,21 @@ def test_what_the_options_change(known):
 def test_logits_and_cache_by_hand():
     assert logits_bytes(2, 3, 5) == 2 * 3 * 5 * 4
     assert logits_bytes(2, 3, 5, entry_bytes=2) == 60
-    assert kv_cache_bytes(2, 3, 5, 7, 11) == 2 * 2 * 3 * 5 * 7 * 11 * 2
-    assert kv_cache_bytes(32, 32, 128, 1, 1) == 524_288  # half a MiB per token of Llama-2-7B
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
+    small = LlamaConfig(num_hidden_layers=2, **heads)
+    assert memory.cache_bytes(small, 7, 11) == 2 * 2 * 4 * 6 * 7 * 11 * 2
+    assert memory.cache_bytes(KNOWN["Llama-2-7B"], 1, 1) == 524_288  # half a MiB per token
     with pytest.raises(ValueError, match="tokens is 0: it must be"):
         logits_bytes(1, 0, 5)
-    with pytest.raises(ValueError, match="kv_heads is 2.0: it must be"):
-        kv_cache_bytes(1, 2.0, 1, 1, 1)
+    with pytest.raises(ValueError, match="batch is 2.0: it must be"):
+        memory.cache_bytes(small, 2.0, 1)
 
 
 def test_cache_is_what_transformers_keeps(base):
     c = base.config
     cache = base(torch.ones(2, 5, dtype=torch.int64), use_cache=True).past_key_values
     kept = sum(t.numel() * t.element_size() for k in cache.layers for t in (k.keys, k.values))
-    sizes = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, 2, 5)
-    assert kv_cache_bytes(*sizes, entry_bytes=4) == kept
+    assert memory.cache_bytes(c, 2, 5, entry_bytes=4) == kept
 
 
 SMALL = {
@@ -355,10 +355,10 @@ def test_a_cache_is_counted_from_the_config(name):
     assert memory.cache_bytes(made.config, 2, 25, entry_bytes=4) == expected
 
 
-def test_of_a_plain_model_both_counts_are_the_same(base):
+def test_of_a_plain_model_the_formula_gives_the_cache(base):
     c = base.config
-    sizes = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
-    assert memory.cache_bytes(c, 3, 40) == kv_cache_bytes(*sizes, 3, 40)
+    sizes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    assert memory.cache_bytes(c, 3, 40) == sizes * 3 * 40 * 2
     with pytest.raises(ValueError, match="tokens is 0"):
         memory.cache_bytes(c, 3, 0)
 

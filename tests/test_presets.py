@@ -139,5 +139,5 @@ def test_another_value_of_quantized_is_named(monkeypatch, value):
     with pytest.raises(ValueError, match=f"RLHF_QUANTIZED is '{value}'; give 1 .* 0"):
         load_preset("single_gpu", device="cpu")
     assert load_preset("pocket").quantized
-    with pytest.raises(ValueError, match="quantized is '1'; give True"):
+    with pytest.raises(ValueError, match="quantized is '1': it must be one of True, False"):
         load_preset("pocket", quantized="1")

@@ -392,7 +392,7 @@ def test_splits_that_are_not_there_are_named(preset, tmp_path):
     source = write(tmp_path / "hh.jsonl", [in_hh(*pair) for pair in pairs()[:9]])
     made = preset(data=source)
     assert len(prompt_dataset(made)) == 9
-    with pytest.raises(ValueError, match="too few rows .* split 'held_out'; held_out needs 10"):
+    with pytest.raises(ValueError, match="too few rows .* split 'held_out'; .*held_out needs 10"):
         prompt_dataset(made, "held_out")
     with pytest.raises(ValueError, match="no split 'test'; it has train"):
         prompt_dataset(made, "test")
@@ -505,10 +505,10 @@ def test_sharded_weights_are_read(preset, folders, tmp_path):
         assert torch.equal(load_base(made)(ids).logits, load_base(preset())(ids).logits)
     part = sorted(folder.glob("model-0*.safetensors"))[1]
     part.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{part.name} is missing"):
+    with pytest.raises(ValueError, match=f"cannot be loaded .*{part.name}.*missing, truncated or"):
         load_base(made)
     (folder / "model.safetensors.index.json").write_text('{"weight', encoding="utf-8")
-    with pytest.raises(ValueError, match="index.json' cannot be read .*truncated or damaged"):
+    with pytest.raises(ValueError, match="cannot be loaded .JSON.*truncated or damaged"):
         load_base(made)
 
 
@@ -557,8 +557,8 @@ def test_too_little_gpu_memory_is_said_before_any_weights_are_read(preset, monke
         assert read
         return
     message = (
-        r"needs \d+\.\d GB, its weights and a fifth more, and 0.0 GB of the GPU's memory are free; "
-        "choose a smaller model, .*'pocket'.*response_length or batch"
+        r"needs \d+\.\d GB, its weights and a fifth more, and the GPU has 0.0 GB free; "
+        "choose a smaller model .*'pocket'.*response_length or batch"
     )
     with pytest.raises(ValueError, match=message):
         load_base(made)
@@ -573,8 +573,8 @@ def hub_error(kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        (GatedRepoError, "accepted its licence; do so on its page.*log in with .*local folder"),
-        (RepositoryNotFoundError, "check the name, log in with .* if it is private.*local folder"),
+        (GatedRepoError, "accept its licence on its page and log in with .*local folder"),
+        (RepositoryNotFoundError, "check the name and the network.*local folder"),
     ],
 )
 def test_a_hub_that_refuses_says_what_to_do(monkeypatch, kind, message):
