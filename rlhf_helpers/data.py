@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers.files import read_source
+from rlhf_helpers.guards import require_columns
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.text import (
     Message,
@@ -26,7 +27,6 @@ from rlhf_helpers.text import (
     response_tokens,
     same_prompt,
 )
-from rlhf_helpers.validation import require_columns
 
 ASSISTANT = "\n\nAssistant:"
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")

@@ -12,22 +12,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_helpers.guards import refuse, upcast
+from rlhf_helpers.kinds import Above, Between, LogProbs, N, OneOf, Whole
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.reward import ROWS, pair_accuracy
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import check_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import (
-    Above,
-    Between,
-    LogProbs,
-    N,
-    OneOf,
-    Whole,
-    checked,
-    refuse,
-    upcast,
-)
+from rlhf_helpers.validation import checked
 
 SIDES = ("chosen", "rejected")
 KINDS = ("sigmoid", "ipo")

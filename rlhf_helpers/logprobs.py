@@ -17,22 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_helpers.validation import (
-    Above,
-    B,
-    Floating,
-    Ids,
-    L,
-    Mask,
-    V,
-    Whole,
-    check_ids,
-    check_softmax,
-    checked,
-    context_length,
-    first_index,
-    upcast,
-)
+from rlhf_helpers.guards import check_ids, check_softmax, context_length, first_index, upcast
+from rlhf_helpers.kinds import Above, B, Floating, Ids, L, Mask, V, Whole
+from rlhf_helpers.validation import checked
 
 CHUNK_LOGITS = 2**24  # at a time: 67 MB in float32, or 110 positions of a vocabulary of 151,936
 # What the configs of some models call a change of the logits behind the output layer.

@@ -3,22 +3,10 @@
 import torch
 from torch import Tensor
 
+from rlhf_helpers.guards import refuse, upcast
+from rlhf_helpers.kinds import Above, B, Between, Finite, From, LogProbs, Mask, OneOf, Responses, T
 from rlhf_helpers.kl import KINDS, kl_estimate
-from rlhf_helpers.validation import (
-    Above,
-    AtLeast,
-    B,
-    Between,
-    Finite,
-    LogProbs,
-    Mask,
-    OneOf,
-    Responses,
-    T,
-    checked,
-    refuse,
-    upcast,
-)
+from rlhf_helpers.validation import checked
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
 
@@ -29,7 +17,7 @@ def shape_rewards(
     logprobs: LogProbs[B, T],
     ref_logprobs: LogProbs[B, T],
     response_mask: Responses[B, T],
-    beta: AtLeast[0],
+    beta: From[0],
     kind: OneOf[KINDS] = "k1",
 ) -> Tensor:
     """The reward of each token: the KL penalty everywhere, the score at the last token.

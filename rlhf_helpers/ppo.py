@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_helpers.guards import context_length
+from rlhf_helpers.kinds import Above, Between, From, OneOf, Whole
 from rlhf_helpers.kl import KINDS, AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.losses import gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
@@ -18,15 +20,7 @@ from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
 from rlhf_helpers.training import Run, digest
-from rlhf_helpers.validation import (
-    Above,
-    AtLeast,
-    Between,
-    OneOf,
-    Whole,
-    check_fields,
-    context_length,
-)
+from rlhf_helpers.validation import check_fields
 
 TRAINED = ("policy", "value")
 PLACES = ("reward", "loss")  # of the KL penalty
@@ -66,7 +60,7 @@ class PPOConfig:
     minibatch_size: Whole[1] = 32
     epochs: Whole[1] = 2
     learning_rate: Above[0] = 1e-3
-    beta: AtLeast[0] = 0.1
+    beta: From[0] = 0.1
     kl_kind: OneOf[KINDS] = "k1"
     kl_in: OneOf[PLACES] = "reward"
     target_kl: Above[0] | None = None
@@ -75,7 +69,7 @@ class PPOConfig:
     lam: Between[0, 1] = 0.95
     clip: Above[0] = 0.2
     value_clip: Above[0] = 1.0
-    eos_penalty: AtLeast[0] = 1.0
+    eos_penalty: From[0] = 1.0
     temperature: Above[0] = 1.0
     response_length: Whole[1] = 32
     max_grad_norm: Above[0] = 1.0

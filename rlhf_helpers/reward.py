@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_helpers.guards import in_range, require_columns
+from rlhf_helpers.kinds import Above, B, Finite, L, Mask, N, Whole
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import (
     Prompt,
@@ -21,18 +23,7 @@ from rlhf_helpers.text import (
     same_prompt,
 )
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import (
-    Above,
-    B,
-    Finite,
-    L,
-    Mask,
-    N,
-    Whole,
-    checked,
-    in_range,
-    require_columns,
-)
+from rlhf_helpers.validation import checked
 
 ROWS = 128  # responses scored at a time
 

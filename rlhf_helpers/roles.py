@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
+from rlhf_helpers.guards import in_range
 from rlhf_helpers.logprobs import check_sequences
-from rlhf_helpers.validation import in_range
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 HEAD = "head.safetensors"

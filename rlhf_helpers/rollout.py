@@ -8,9 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_helpers.guards import context_length
+from rlhf_helpers.kinds import Above, Whole
 from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.validation import Above, Whole, checked, context_length
+from rlhf_helpers.validation import checked
 
 
 @dataclass(frozen=True)

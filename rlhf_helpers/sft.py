@@ -9,11 +9,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_helpers.kinds import Above, B, Floating, Ids, L, Mask, V, Whole
 from rlhf_helpers.logprobs import last_logprobs, token_logprobs
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import check_examples, pad_examples
 from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import Above, B, Floating, Ids, L, Mask, V, Whole, checked
+from rlhf_helpers.validation import checked
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import BatchEncoding
 
+from rlhf_helpers.guards import context_length, require_columns
 from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
-from rlhf_helpers.validation import context_length, require_columns
 
 Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
 Prompt = str | list[Message]  # a question, or a dialogue that ends with the user's turn

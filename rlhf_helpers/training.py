@@ -26,8 +26,9 @@ from rlhf_helpers.checkpoints import (
     require_no_file,
     restore_optimizers,
 )
+from rlhf_helpers.kinds import Above, Whole
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.validation import Above, Whole, check_fields
+from rlhf_helpers.validation import check_fields
 
 OPTIMIZER = "optimizer.safetensors"
 LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds nothing
