@@ -45,6 +45,15 @@ def check_softmax(name: str, result: Tensor) -> None:
         )
 
 
+def check_part(name: str, value: int, length: int, rest: str) -> None:
+    """Raise ValueError unless a part of sequences of a length leaves something of them."""
+    if value >= length:
+        raise ValueError(
+            f"{name} is {value} in sequences of {length} tokens: it must leave {rest}, so at most "
+            f"{length - 1}."
+        )
+
+
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless ids are those of a vocabulary."""
     why = f"ids go from 0 to {vocab_size - 1}. Use the model's own tokenizer; for ignored tokens"

@@ -56,10 +56,8 @@ def shape_rewards(
     mask = response_mask.bool()
     rewards = torch.zeros_like(upcast(logprobs + ref_logprobs + scores[:, None])).detach()
     if beta > 0:
-        kl = kl_estimate(
-            *(x.detach().masked_fill(~mask, 0) for x in (logprobs, ref_logprobs)), kind
-        )
-        rewards = rewards - beta * kl  # 0 at padding, where both were set to 0
+        pair = (x.detach().masked_fill(~mask, 0) for x in (logprobs, ref_logprobs))
+        rewards = rewards - beta * kl_estimate(*pair, kind)  # 0 at padding, where both are
     last = mask.sum(-1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores.detach().to(rewards.dtype)[:, None])
 
@@ -207,10 +205,8 @@ def policy_loss(
     Schulman et al. (arXiv 1707.06347), equation 7. Derived in lesson 03.
     """
     real = response_mask.bool()
-    new, old, advantages = (
-        upcast(x).masked_fill(~real, 0)
-        for x in (logprobs, old_logprobs.detach(), advantages.detach())
-    )
+    data = old_logprobs.detach(), advantages.detach()
+    new, old, advantages = (upcast(x).masked_fill(~real, 0) for x in (logprobs, *data))
     log_ratio = new - old
     ratio = log_ratio.exp()
     refuse("the ratio of new to old", ratio, ~ratio.isfinite(), "look for weights that diverged.")
@@ -264,9 +260,8 @@ def value_loss(
     Huang et al. (arXiv 2403.17031), detail 19. Derived in lesson 03.
     """
     real = response_mask.bool()
-    new, old, target = (
-        upcast(x).masked_fill(~real, 0) for x in (values, old_values.detach(), returns.detach())
-    )
+    data = old_values.detach(), returns.detach()
+    new, old, target = (upcast(x).masked_fill(~real, 0) for x in (values, *data))
     free = (new - target).square()
     clipped = (new.clamp(old - clip, old + clip) - target).square()
     loss = masked_mean(torch.maximum(free, clipped), real) / 2

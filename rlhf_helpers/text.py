@@ -511,3 +511,18 @@ def pad_examples(
     names = ("input_ids", "attention_mask")
     input_ids, mask = (torch.cat([prompts[name], responses[name]], dim=1) for name in names)
     return input_ids, mask, prompts["input_ids"].shape[1]
+
+
+def like_length_batches(examples: list[dict[str, list[int]]], rows: int) -> list[list[int]]:
+    """Indices of encoded examples in batches of like length, which need little padding.
+
+    Args:
+        rows: examples in a batch; the last may have fewer.
+
+    Example:
+        >>> examples = [{"prompt": [5] * n, "response": [1]} for n in (9, 2, 8, 3)]
+        >>> like_length_batches(examples, rows=2)
+        [[1, 3], [0, 2]]
+    """
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].values())))
+    return [sorted(order[start : start + rows]) for start in range(0, len(order), rows)]

@@ -86,8 +86,7 @@ def _check_shape(name: str, value: Tensor, kind: TensorKind, sizes: dict) -> Non
     for dim, size in zip(names, ([shape[:split]] if free else []) + shape[split:], strict=True):
         length, other, before, wanted = sizes.setdefault(dim, (size, name, value, kind))
         if length != size:
-            dim = "..." if dim is ... else dim
-            both = f"{kind} and {wanted}, with one {dim}" if kind.spec != wanted.spec else "equal"
+            both = f"{kind} and {wanted}" if kind.spec != wanted.spec else "equal"
             raise ValueError(
                 f"{name} has shape {shape}, {other} {list(before.shape)}: they must be {both}."
             )
