@@ -171,11 +171,7 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, object]
 
 
 def last_logprobs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    count: int,
-    temperature: float = 1.0,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int, temperature: float = 1
 ) -> Tensor:
     """`[B, count]`: what `response_logprobs` computes, of the last columns, whatever they hold."""
     inputs = model_inputs(input_ids, attention_mask)

@@ -185,25 +185,22 @@ def collect_experience(
     length, options = config.response_length, {"temperature": config.temperature, "seed": seed}
     rollout = sample_responses(roles.use(role), tokenizer, prompts, length, **options)
     parts = _minibatches(rollout, config)
-    ask = {
-        "logprobs": lambda part: role_logprobs(roles, role, rollout, part, config),
-        "ref_logprobs": lambda part: role_logprobs(roles, "reference", rollout, part, config),
-        "values": lambda part: response_values(roles, "value", rollout, part),
-        "scores": lambda part: score_tokens(
+    ask = (
+        lambda part: role_logprobs(roles, role, rollout, part, config),
+        lambda part: role_logprobs(roles, "reference", rollout, part, config),
+        lambda part: response_values(roles, "value", rollout, part),
+        lambda part: score_tokens(
             roles, "reward", rollout.input_ids[part], rollout.attention_mask[part]
         ),
-    }
-    with torch.no_grad():
-        known = {name: torch.cat([of(part) for part in parts]) for name, of in ask.items()}
-    known["scores"] = known["scores"] - config.eos_penalty * (~rollout.finished)
-    mask = rollout.response_mask
-    price = beta if config.kl_in == "reward" else 0.0
-    rewards = shape_rewards(
-        known["scores"], known["logprobs"], known["ref_logprobs"], mask, price, config.kl_kind
     )
-    advantages, returns = gae(rewards, known["values"], mask, config.gamma, config.lam)
-    shaped = {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
-    return Experience(prompts, rollout, **known, **shaped)
+    with torch.no_grad():
+        logprobs, ref_logprobs, values, scores = (torch.cat([f(x) for x in parts]) for f in ask)
+    scores = scores - config.eos_penalty * (~rollout.finished)
+    mask, price = rollout.response_mask, beta if config.kl_in == "reward" else 0.0
+    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, price, config.kl_kind)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+    known = (scores, logprobs, ref_logprobs, values, rewards, whiten(advantages, mask), returns)
+    return Experience(prompts, rollout, *known)
 
 
 def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> Tensor:
