@@ -108,7 +108,7 @@ def settings_of(kind: type[Config], config: Config | None) -> Config:
     if config is None:
         return kind()
     if not isinstance(config, kind):
-        raise TypeError(f"config is {config!r}: give {kind.__name__}(...) of settings by name.")
+        raise TypeError(f"config is {config!r}: give {kind.__name__}(...) with settings by name.")
     return config
 
 

@@ -869,6 +869,24 @@ def test_numbers_that_are_not_finite_end_the_run_before_their_update(
     assert same(train(tmp_path / "dpo")[0].state("policy"), last(history))
 
 
+def test_measurements_that_diverge_end_the_run(train, history, tmp_path, monkeypatch):
+    """As losses do; the update before them is whole."""
+    calls = itertools.count()
+
+    def diverged(roles, role, *arguments):
+        sides = pair_logprobs(roles, role, *arguments)
+        broken = role == "policy" and next(calls) == 1
+        return [side - INF for side in sides] if broken else sides
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "pair_logprobs", diverged)
+        message = "'policy' after 5 updates.*update 5 is kept in .*: chosen_logprobs is"
+        with pytest.raises(FloatingPointError, match=message):
+            train(tmp_path / "dpo")
+    assert same(weights_in(tmp_path / "dpo.unfinished"), history[5][1])
+    assert same(train(tmp_path / "dpo")[0].state("policy"), last(history))
+
+
 def test_log_probabilities_that_diverge_end_the_run(train, history, tmp_path, monkeypatch):
     calls = itertools.count()
 

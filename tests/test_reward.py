@@ -27,6 +27,7 @@ from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.preferences import collect_preferences, preference_card
 from rlhf_helpers.reward import (
+    SIDES,
     RewardConfig,
     calibration,
     encode_pairs,
@@ -857,6 +858,11 @@ def test_what_cannot_be_trained_is_refused(tiny, tokenizer, tmp_path):
         ({"role": "none"}, "no role 'none'"),
         ({"pairs": []}, "chosen of pairs is empty: give at least one"),
         ({"held_out": []}, "chosen of held_out is empty: give at least one"),
+        (
+            {"pairs": [dict.fromkeys(SIDES, TRAIN[0]["chosen"])]},
+            "has .* equal responses",
+        ),
+        ({"pairs": [{"chosen": TRAIN[0]["chosen"]}]}, r"pairs\[0\] is .*: give pairs from encode_"),
     ]
     before = {name: roles.state(name) for name in roles.names}
     for changes, message in refused:

@@ -496,6 +496,35 @@ def test_a_frozen_role_never_learns(tiny):
     assert all(p.requires_grad for p in made.parameters("policy").values())
 
 
+def test_a_digest_tells_weights_apart(tiny):
+    made = tiny_roles(tiny, ["policy", "value"])
+    made.add("reference", copy_of="policy", trainable=False)
+    assert made.digest("reference") == made.digest("policy") != made.digest("value")
+    with torch.no_grad():
+        next(iter(made.parameters("policy").values()))[0, 0] += 1e-3
+    assert made.digest("reference") != made.digest("policy")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"trainable": True}, "role 'reference' is frozen; add a copy of it with trainable=True"),
+        ({"head": True}, r"role 'reference' has no head; call add_head\('reference'\) first"),
+        ({"name": "policy", "trainable": False}, "'policy' is trainable; .* with trainable=False"),
+        ({"name": "policy", "head": False}, "'policy' has a head already; .* without a head"),
+        ({"name": "none"}, r"there is no role 'none'; there are \['policy', 'reference'\]"),
+    ],
+)
+def test_what_a_role_must_be_is_asked_by_name(tiny, asked, message):
+    made = tiny_roles(tiny, ["policy"])
+    made.add("reference", copy_of="policy", trainable=False)
+    made.add_head("policy")
+    made.require("policy", trainable=True, head=True)
+    made.require("reference", trainable=False, head=False)
+    with pytest.raises(ValueError, match=message):
+        made.require(**{"name": "reference"} | asked)
+
+
 def test_a_frozen_role_may_come_first(tiny):
     made = Roles(load_base(tiny), RANK, ALPHA)
     made.add("reference", trainable=False)
