@@ -25,8 +25,10 @@ from datasets import Dataset
 from rlhf_helpers.checkpoints import finish_first
 from rlhf_helpers.clicks_file import RowFile
 from rlhf_helpers.clicks_questions import FEWEST, Question, make_questions, usable_pairs
+from rlhf_helpers.guards import in_range
+from rlhf_helpers.kinds import Whole
 from rlhf_helpers.text import Prompt
-from rlhf_helpers.validation import Whole, checked, in_range
+from rlhf_helpers.validation import checked
 
 Clicker = Callable[[Prompt, str, str], str | None]  # "first", "second", or None: cannot tell
 SIDES = ("first", "second")

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers.files import read_source
+from rlhf_helpers.guards import require_columns
 from rlhf_helpers.presets import Preset
 from rlhf_helpers.text import (
     Message,
@@ -24,7 +25,6 @@ from rlhf_helpers.text import (
     response_tokens,
     same_prompt,
 )
-from rlhf_helpers.validation import require_columns
 
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # who speaks in a transcript of hh-rlhf

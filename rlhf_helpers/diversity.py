@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from sacrebleu.metrics import BLEU
 
-from rlhf_helpers.validation import Whole, checked
+from rlhf_helpers.kinds import Whole
+from rlhf_helpers.validation import checked
 
 
 @checked

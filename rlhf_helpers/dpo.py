@@ -1,35 +1,23 @@
 """DPO: preferences without a reward model. The loss, the implicit rewards, the training loop."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from rlhf_helpers.guards import upcast
+from rlhf_helpers.kinds import Above, Between, N, OneOf, RefLogProbs, SampledLogProbs, Whole
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.reward import ROWS, pair_accuracy
+from rlhf_helpers.reward import ROWS, SIDES, Sides, check_pairs, pair_accuracy
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.text import check_examples, pad_examples
-from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import (
-    Above,
-    Between,
-    LogProbs,
-    N,
-    OneOf,
-    Whole,
-    checked,
-    refuse,
-    upcast,
-)
+from rlhf_helpers.text import like_length_batches, pad_examples
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit, settings_of
+from rlhf_helpers.validation import checked
 
-SIDES = ("chosen", "rejected")
 KINDS = ("sigmoid", "ipo")
 MOST_SLIPS = 0.499  # at one half choices say nothing
 
@@ -53,10 +41,10 @@ class DPOConfig(TrainConfig):
 
 @checked
 def dpo_loss(
-    chosen_logprobs: LogProbs[N],
-    rejected_logprobs: LogProbs[N],
-    ref_chosen_logprobs: LogProbs[N],
-    ref_rejected_logprobs: LogProbs[N],
+    chosen_logprobs: SampledLogProbs[N],
+    rejected_logprobs: SampledLogProbs[N],
+    ref_chosen_logprobs: RefLogProbs[N],
+    ref_rejected_logprobs: RefLogProbs[N],
     beta: Above[0],
     kind: OneOf[KINDS] = "sigmoid",
     label_smoothing: Between[0, MOST_SLIPS] = 0.0,
@@ -110,12 +98,6 @@ def dpo_loss(
     tokens, and its `label_smoothing` belongs to its loss `robust` (arXiv 2403.00409), which
     subtracts the second term.
     """
-    _check_whole_responses(
-        chosen_logprobs=chosen_logprobs,
-        rejected_logprobs=rejected_logprobs,
-        ref_chosen_logprobs=ref_chosen_logprobs,
-        ref_rejected_logprobs=ref_rejected_logprobs,
-    )
     chosen = upcast(chosen_logprobs) - upcast(ref_chosen_logprobs)
     gap = chosen - (upcast(rejected_logprobs) - upcast(ref_rejected_logprobs))
     agreed, slips = _pair_loss(gap, beta, kind), _pair_loss(-gap, beta, kind)
@@ -127,7 +109,9 @@ def _pair_loss(gap: Tensor, beta: float, kind: str) -> Tensor:
 
 
 @checked
-def implicit_rewards(logprobs: LogProbs[N], ref_logprobs: LogProbs[N], beta: Above[0]) -> Tensor:
+def implicit_rewards(
+    logprobs: SampledLogProbs[N], ref_logprobs: RefLogProbs[N], beta: Above[0]
+) -> Tensor:
     """The rewards for which a policy would be the best one at that price of the KL.
 
     r̂(x, y) = β [log π(y|x) − log π_ref(y|x)], up to a number that depends on the prompt alone and
@@ -152,13 +136,10 @@ def implicit_rewards(logprobs: LogProbs[N], ref_logprobs: LogProbs[N], beta: Abo
 
     Rafailov et al. (arXiv 2305.18290), equation 5 and section 4.
     """
-    _check_whole_responses(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return beta * (upcast(logprobs) - upcast(ref_logprobs))
 
 
-def sequence_logprobs(
-    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict]
-) -> Tensor:
+def sequence_logprobs(model: nn.Module, tokenizer: Tokenizer, examples: list[dict]) -> Tensor:
     """log π(y|x) of whole responses: the sum over their tokens, EOS included, none of the prompt's.
 
     Only the positions that predict a response token get logits.
@@ -181,19 +162,15 @@ def sequence_logprobs(
 
 
 @torch.no_grad()
-def pair_logprobs(
-    roles: Roles, role: str, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]
-) -> tuple[Tensor, Tensor]:
+def pair_logprobs(roles: Roles, role: str, tokenizer: Tokenizer, pairs: list[dict]) -> Sides:
     """`sequence_logprobs` `[N]` of the chosen and of the rejected responses, without gradient.
 
-    In batches of similar length, on the CPU, in the order of the pairs.
+    In batches of like length, on the CPU, in the order of the pairs.
     """
     model = roles.use(role)
     examples = [pair[side] for side in SIDES for pair in pairs]
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].values())))
     logprobs = torch.empty(len(examples))
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
+    for rows in like_length_batches(examples, ROWS):
         logprobs[rows] = sequence_logprobs(model, tokenizer, [examples[i] for i in rows]).cpu()
     return logprobs.split(len(pairs))
 
@@ -202,7 +179,7 @@ def train_dpo(
     roles: Roles,
     role: str,
     reference: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     pairs: list[dict],
     held_out: list[dict],
     config: DPOConfig | None = None,
@@ -238,21 +215,24 @@ def train_dpo(
 
     Rafailov et al. (arXiv 2305.18290), section 4.
     """
-    config = config or DPOConfig()
-    if not isinstance(config, DPOConfig):
-        raise TypeError(f"config is {config!r}: give a DPOConfig, such as DPOConfig(**settings).")
+    config = settings_of(DPOConfig, config)
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         check_pairs(name, rows, roles.base, tokenizer)
-    _check_roles(roles, role, reference, any_reference)
-    weights = hashlib.sha256(save(roles.state(reference))).hexdigest()[:16]
+    roles.require(role, trainable=True, head=False)
+    _check_reference(roles, reference, any_reference)
+    weights = roles.digest(reference)
     settings = {"role": role, "reference": f"weights {weights}", "pairs": digest(pairs)}
     run = Run(roles, [role], config, folder, settings)
-    if run.step == 0 and not any_reference:  # later the role has moved on, as it should
-        _check_start(roles, role, reference)
+    begins = run.step == 0  # later the role has moved on, as it should
+    if begins and roles.digest(role) != weights and not any_reference:
+        raise ValueError(
+            f"role {role!r} is no copy of {reference!r} before the first update; begin with one of "
+            f"roles.add(..., copy_of={reference!r}), or give any_reference=True if that is meant"
+        )
     return _updates(run, reference, tokenizer, pairs, held_out)
 
 
-def _updates(run: Run, reference: str, tokenizer: PreTrainedTokenizerBase, pairs, held_out):
+def _updates(run: Run, reference: str, tokenizer: Tokenizer, pairs, held_out):
     roles, (role,), config = run.roles, run.trained, run.config
     settings = (config.beta, config.kind, config.label_smoothing)
     ref, ref_held_out = (pair_logprobs(roles, reference, tokenizer, x) for x in (pairs, held_out))
@@ -261,7 +241,6 @@ def _updates(run: Run, reference: str, tokenizer: PreTrainedTokenizerBase, pairs
         rows = config.batch(range(len(pairs)), step)
         examples = [pairs[i][side] for side in SIDES for i in rows]
         logprobs = sequence_logprobs(roles.model, tokenizer, examples)
-        run.check_finite(role, "mean log-probability", logprobs.mean())
         batch_ref = (side[rows].to(logprobs.device) for side in ref)
         return dpo_loss(*logprobs.split(len(rows)), *batch_ref, *settings)
 
@@ -279,63 +258,11 @@ def _updates(run: Run, reference: str, tokenizer: PreTrainedTokenizerBase, pairs
     yield from fit(run, loss_of, measure)
 
 
-def check_pairs(
-    name: str, pairs: list[dict], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raise ValueError unless encoded pairs are of one prompt and two responses that fit the model.
-
-    Args:
-        name: of `pairs`, for the message.
-    """
-    if bad := [i for i, pair in enumerate(pairs) if not set(SIDES) <= set(pair)]:
-        raise ValueError(f"{name}[{bad[0]}] is {pairs[bad[0]]!s:.99}: give pairs from encode_pairs")
-    for side in SIDES:
-        check_examples(f"{side} of {name}", [pair[side] for pair in pairs], model, tokenizer)
-    for i, (a, b) in enumerate((pair["chosen"], pair["rejected"]) for pair in pairs):
-        if a["prompt"] != b["prompt"] or a["response"] == b["response"]:
-            texts = [tokenizer.decode(x["prompt"] + x["response"]) for x in (a, b)]
-            raise ValueError(
-                f"{name}[{i}] has two prompts, or equal responses: {texts[0]!r} and {texts[1]!r}; "
-                "give two different responses to one prompt, or remove the pair"
-            )
-
-
-def _check_whole_responses(**logprobs: Tensor) -> None:
-    """Raise unless these can be of sampled responses, the reference's without gradient."""
-    for name, values in logprobs.items():
-        why = "no response that was sampled has probability 0; look for weights that diverged."
-        refuse(name, values, ~values.isfinite(), why)
-        if name.startswith("ref_") and values.requires_grad:
-            raise ValueError(
-                f"{name} requires gradients: the reference is fixed. Compute its log-probabilities "
-                "under torch.no_grad()."
-            )
-
-
-def _check_roles(roles: Roles, role: str, reference: str, any_reference: bool) -> None:
-    roles.parameters(role)  # raises for one that is missing or frozen
-    if role in roles.heads:
-        raise ValueError(f"role {role!r} has a head, which DPO would not train; add one without")
-    if reference not in roles.names or reference == role:
-        raise ValueError(
-            f"the reference of {role!r} is {reference!r}; there are {roles.names}; load the SFT "
-            "adapter as a role of its own, frozen, and name that"
-        )
-    if roles.trainable(reference):
-        raise ValueError(f"role {reference!r} is trainable; a reference needs trainable=False")
+def _check_reference(roles: Roles, reference: str, any_reference: bool) -> None:
+    roles.require(reference, trainable=False)
     learnt = any(w.any() for name, w in roles.state(reference).items() if ".lora_B." in name)
     if not (learnt or any_reference):
         raise ValueError(
             f"role {reference!r} answers as the bare base, its adapter is still 0; load the SFT "
             "adapter, or give any_reference=True if the base itself is to be the reference"
-        )
-
-
-def _check_start(roles: Roles, role: str, reference: str) -> None:
-    start = roles.state(reference)
-    if not all(torch.equal(weight, start[name]) for name, weight in roles.state(role).items()):
-        raise ValueError(
-            f"role {role!r} is no copy of {reference!r}: their weights differ before the first "
-            f"update; begin with a role added by roles.add(..., copy_of={reference!r}), or give "
-            "any_reference=True if that is meant"
         )

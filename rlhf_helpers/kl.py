@@ -5,19 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_helpers.validation import (
-    Above,
-    Distributions,
-    Floating,
-    LogProbs,
-    OneOf,
-    V,
-    check_softmax,
-    checked,
-    in_range,
-    refuse,
-    upcast,
-)
+from rlhf_helpers.guards import check_softmax, in_range, refuse, upcast
+from rlhf_helpers.kinds import Above, Distributions, Floating, LogProbs, OneOf, V
+from rlhf_helpers.validation import checked
 
 KINDS = ("k1", "k2", "k3")  # of `kl_estimate`
 

@@ -17,22 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_helpers.validation import (
-    Above,
-    B,
-    Floating,
-    Ids,
-    L,
-    Mask,
-    V,
-    Whole,
-    check_ids,
-    check_softmax,
-    checked,
-    context_length,
-    first_index,
-    upcast,
-)
+from rlhf_helpers.guards import check_ids, check_part, check_softmax, context_length, refuse, upcast
+from rlhf_helpers.kinds import Above, B, Floating, Ids, L, Mask, V, Whole
+from rlhf_helpers.validation import checked
 
 CHUNK_LOGITS = 2**24  # at a time: 67 MB in float32, or 110 positions of a vocabulary of 151,936
 # What the configs of some models call a change of the logits behind the output layer.
@@ -176,20 +163,18 @@ def response_logprobs(
     return last_logprobs(model, input_ids, attention_mask, response_length, temperature)
 
 
+def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, object]:
+    """What a model is called with; positions count the real tokens, whichever side is padded."""
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return given | {"position_ids": positions, "use_cache": False}
+
+
 def last_logprobs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    count: int,
-    temperature: float = 1.0,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int, temperature: float = 1
 ) -> Tensor:
     """`[B, count]`: what `response_logprobs` computes, of the last columns, whatever they hold."""
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        "use_cache": False,
-    }
+    inputs = model_inputs(input_ids, attention_mask)
     tokens, vocab_size = input_ids[:, -count:], model.config.vocab_size
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     if tokens.numel() * vocab_size <= CHUNK_LOGITS or not _has_plain_head(causal):
@@ -284,13 +269,12 @@ def _chunks(limit: int, inputs: Tensor, *tokens: Tensor) -> Iterator[tuple[Tenso
         yield inputs, *tokens
         return
     # Views, not a flattened copy: a slice such as logits[:, :-1] cannot be flattened in place.
-    positions_per_entry = positions // len(inputs)
-    if positions_per_entry > limit:
+    each = positions // len(inputs)
+    if each > limit:
         for entry in zip(inputs, *tokens, strict=True):
             yield from _chunks(limit, *entry)
     else:
-        entries = limit // positions_per_entry
-        yield from zip(*(x.split(entries) for x in (inputs, *tokens)), strict=True)
+        yield from zip(*(x.split(limit // each) for x in (inputs, *tokens)), strict=True)
 
 
 @checked
@@ -298,23 +282,14 @@ def check_sequences(model: nn.Module, input_ids: Ids[B, L], attention_mask: Mask
     """Raise unless these are token ids of the model's and their mask, and fit its context."""
     check_ids("input_ids", input_ids, model.config.vocab_size)
     tokens, context = attention_mask.sum(-1), context_length(model)
-    if (row := first_index(tokens > context)) is not None:
-        raise ValueError(
-            f"row {row[0]} has {int(tokens[row[0]])} tokens, more than the model's "
-            f"context of {context}: shorten the prompt or the response."
-        )
+    why = f"the model's context is {context} tokens; shorten the prompt or the response."
+    refuse("the number of tokens in a row", tokens, tokens > context, why)
 
 
 def _check_response(attention_mask: Tensor, response_length: int) -> None:
     length = attention_mask.shape[1]
-    if response_length >= length:
-        raise ValueError(
-            f"response_length is {response_length} in sequences of {length} tokens: it must leave "
-            f"a prompt, so at most {length - 1}."
-        )
+    check_part("response_length", response_length, length, "a prompt")
     column = length - response_length - 1
-    if (row := first_index(attention_mask[:, column] == 0)) is not None:
-        raise ValueError(
-            f"attention_mask row {row[0]} is 0 at column {column}, right before the response: the "
-            "first response token is predicted there. Pad prompts on the left."
-        )
+    before = attention_mask[:, column]
+    why = "the first response token is predicted there. Pad prompts on the left."
+    refuse(f"attention_mask column {column}", before, before == 0, why)

@@ -3,22 +3,10 @@
 import torch
 from torch import Tensor
 
+from rlhf_helpers.guards import refuse, upcast
+from rlhf_helpers.kinds import Above, B, Between, Finite, From, LogProbs, Mask, OneOf, Responses, T
 from rlhf_helpers.kl import KINDS, kl_estimate
-from rlhf_helpers.validation import (
-    Above,
-    AtLeast,
-    B,
-    Between,
-    Finite,
-    LogProbs,
-    Mask,
-    OneOf,
-    Responses,
-    T,
-    checked,
-    refuse,
-    upcast,
-)
+from rlhf_helpers.validation import checked
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
 
@@ -29,7 +17,7 @@ def shape_rewards(
     logprobs: LogProbs[B, T],
     ref_logprobs: LogProbs[B, T],
     response_mask: Responses[B, T],
-    beta: AtLeast[0],
+    beta: From[0],
     kind: OneOf[KINDS] = "k1",
 ) -> Tensor:
     """The reward of each token: the KL penalty everywhere, the score at the last token.
@@ -68,10 +56,8 @@ def shape_rewards(
     mask = response_mask.bool()
     rewards = torch.zeros_like(upcast(logprobs + ref_logprobs + scores[:, None])).detach()
     if beta > 0:
-        kl = kl_estimate(
-            *(x.detach().masked_fill(~mask, 0) for x in (logprobs, ref_logprobs)), kind
-        )
-        rewards = rewards - beta * kl  # 0 at padding, where both were set to 0
+        pair = (x.detach().masked_fill(~mask, 0) for x in (logprobs, ref_logprobs))
+        rewards = rewards - beta * kl_estimate(*pair, kind)  # 0 at padding, where both are
     last = mask.sum(-1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores.detach().to(rewards.dtype)[:, None])
 
@@ -219,10 +205,8 @@ def policy_loss(
     Schulman et al. (arXiv 1707.06347), equation 7. Derived in lesson 03.
     """
     real = response_mask.bool()
-    new, old, advantages = (
-        upcast(x).masked_fill(~real, 0)
-        for x in (logprobs, old_logprobs.detach(), advantages.detach())
-    )
+    data = old_logprobs.detach(), advantages.detach()
+    new, old, advantages = (upcast(x).masked_fill(~real, 0) for x in (logprobs, *data))
     log_ratio = new - old
     ratio = log_ratio.exp()
     refuse("the ratio of new to old", ratio, ~ratio.isfinite(), "look for weights that diverged.")
@@ -276,9 +260,8 @@ def value_loss(
     Huang et al. (arXiv 2403.17031), detail 19. Derived in lesson 03.
     """
     real = response_mask.bool()
-    new, old, target = (
-        upcast(x).masked_fill(~real, 0) for x in (values, old_values.detach(), returns.detach())
-    )
+    data = old_values.detach(), returns.detach()
+    new, old, target = (upcast(x).masked_fill(~real, 0) for x in (values, *data))
     free = (new - target).square()
     clipped = (new.clamp(old - clip, old + clip) - target).square()
     loss = masked_mean(torch.maximum(free, clipped), real) / 2

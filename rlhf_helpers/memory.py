@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from rlhf_helpers.base import NF4_BLOCK, hidden_width, linear_shapes, on_meta
+from rlhf_helpers.kinds import Whole
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.validation import Whole, check_fields, checked
+from rlhf_helpers.validation import check_fields, checked
 
 NF4_SUPERBLOCK = 256  # scales that share one float32 under double quantization
 FLOAT32 = 4  # bytes

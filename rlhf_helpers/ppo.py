@@ -2,31 +2,24 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from rlhf_helpers.guards import context_length
+from rlhf_helpers.kinds import Above, Between, From, OneOf, Whole
 from rlhf_helpers.kl import KINDS, AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.losses import gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
-from rlhf_helpers.reward import require_reference, score_tokens
+from rlhf_helpers.reward import require_normalised, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.training import Run, digest
-from rlhf_helpers.validation import (
-    Above,
-    AtLeast,
-    Between,
-    OneOf,
-    Whole,
-    check_fields,
-    context_length,
-)
+from rlhf_helpers.training import Run, digest, settings_of
+from rlhf_helpers.validation import check_fields
 
 TRAINED = ("policy", "value")
 PLACES = ("reward", "loss")  # of the KL penalty
@@ -66,7 +59,7 @@ class PPOConfig:
     minibatch_size: Whole[1] = 32
     epochs: Whole[1] = 2
     learning_rate: Above[0] = 1e-3
-    beta: AtLeast[0] = 0.1
+    beta: From[0] = 0.1
     kl_kind: OneOf[KINDS] = "k1"
     kl_in: OneOf[PLACES] = "reward"
     target_kl: Above[0] | None = None
@@ -75,7 +68,7 @@ class PPOConfig:
     lam: Between[0, 1] = 0.95
     clip: Above[0] = 0.2
     value_clip: Above[0] = 1.0
-    eos_penalty: AtLeast[0] = 1.0
+    eos_penalty: From[0] = 1.0
     temperature: Above[0] = 1.0
     response_length: Whole[1] = 32
     max_grad_norm: Above[0] = 1.0
@@ -86,8 +79,7 @@ class PPOConfig:
         check_fields(self)
         if self.kl_in == "loss" and self.kl_kind == "k1":
             raise ValueError(
-                "kl_kind is 'k1' with kl_in='loss': its gradient is 0 on average, so it would hold "
-                "nothing back; choose k2 or k3"
+                "kl_kind is 'k1' with kl_in='loss': its gradient is 0 on average; choose k2 or k3"
             )
         if self.target_kl is not None and self.beta == 0:
             raise ValueError("beta is 0, which no factor can move to a target_kl; begin above 0")
@@ -172,7 +164,7 @@ class PPOStats:
 
 def collect_experience(
     roles: Roles,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[Prompt],
     config: PPOConfig,
     beta: float,
@@ -193,25 +185,22 @@ def collect_experience(
     length, options = config.response_length, {"temperature": config.temperature, "seed": seed}
     rollout = sample_responses(roles.use(role), tokenizer, prompts, length, **options)
     parts = _minibatches(rollout, config)
-    ask = {
-        "logprobs": lambda part: role_logprobs(roles, role, rollout, part, config),
-        "ref_logprobs": lambda part: role_logprobs(roles, "reference", rollout, part, config),
-        "values": lambda part: response_values(roles, "value", rollout, part),
-        "scores": lambda part: score_tokens(
+    ask = (
+        lambda part: role_logprobs(roles, role, rollout, part, config),
+        lambda part: role_logprobs(roles, "reference", rollout, part, config),
+        lambda part: response_values(roles, "value", rollout, part),
+        lambda part: score_tokens(
             roles, "reward", rollout.input_ids[part], rollout.attention_mask[part]
         ),
-    }
-    with torch.no_grad():
-        known = {name: torch.cat([of(part) for part in parts]) for name, of in ask.items()}
-    known["scores"] = known["scores"] - config.eos_penalty * (~rollout.finished)
-    mask = rollout.response_mask
-    price = beta if config.kl_in == "reward" else 0.0
-    rewards = shape_rewards(
-        known["scores"], known["logprobs"], known["ref_logprobs"], mask, price, config.kl_kind
     )
-    advantages, returns = gae(rewards, known["values"], mask, config.gamma, config.lam)
-    shaped = {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
-    return Experience(prompts, rollout, **known, **shaped)
+    with torch.no_grad():
+        logprobs, ref_logprobs, values, scores = (torch.cat([f(x) for x in parts]) for f in ask)
+    scores = scores - config.eos_penalty * (~rollout.finished)
+    mask, price = rollout.response_mask, beta if config.kl_in == "reward" else 0.0
+    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, price, config.kl_kind)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+    known = (scores, logprobs, ref_logprobs, values, rewards, whiten(advantages, mask), returns)
+    return Experience(prompts, rollout, *known)
 
 
 def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> Tensor:
@@ -226,7 +215,7 @@ def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> T
 
 def train_ppo(
     roles: Roles,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[Prompt],
     config: PPOConfig | None = None,
     folder: Path | None = None,
@@ -264,11 +253,13 @@ def train_ppo(
     Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2.
     Lesson 04 writes an update out.
     """
-    config = config or PPOConfig()
-    if not isinstance(config, PPOConfig):
-        raise TypeError(f"config is {config!r}: give a PPOConfig, such as PPOConfig(**settings).")
+    config = settings_of(PPOConfig, config)
     prompts = prompts if isinstance(prompts, str) else list(prompts)  # a text would become letters
-    _check_roles(roles)
+    for role in TRAINED:
+        roles.require(role, trainable=True, head=role == "value")
+    for role in ("reference", "reward"):
+        roles.require(role, trainable=False)
+    require_normalised(roles, "reward")
     room = context_length(roles.base) - config.response_length
     encode_prompts(tokenizer, prompts, room)  # raises for what cannot be a prompt, or is too long
     if len(prompts) < config.batch_size:
@@ -280,14 +271,14 @@ def train_ppo(
     return _updates(run, prompts, tokenizer)
 
 
-def _updates(run: Run, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase):
+def _updates(run: Run, prompts: list[Prompt], tokenizer: Tokenizer):
     roles, config = run.roles, run.config
     beta = run.facts.setdefault("beta", config.beta)
     controller = AdaptiveKL(beta, config.target_kl) if config.target_kl else None
     for update in run.left():
         rng = random.Random(f"{config.seed}-{update}")
         asked, seed = rng.sample(prompts, config.batch_size), rng.randrange(2**31)
-        with _named(run, "policy", ValueError, RuntimeError):
+        with run.diverging("policy", RuntimeError):
             experience = collect_experience(roles, tokenizer, asked, config, beta, seed)
         stats = _report(update + 1, experience, beta, _learn(run, experience, beta))
         stop = config.stop_kl is not None and stats.kl > config.stop_kl
@@ -305,23 +296,12 @@ def _learn(run: Run, experience: Experience, beta: float) -> dict[str, list[dict
         for part in _minibatches(experience.rollout, run.config):
             for role, objective in objectives.items():
                 run.roles.use(role).train()
-                with _named(run, role, ValueError):
+                with run.diverging(role):
                     loss, report = objective(run.roles, experience, part, run.config, beta)
                 report = {"loss": loss.item(), "grad_norm": run.gradients(role, loss), **report}
                 run.apply(role)
                 reports[role].append(report)
     return reports
-
-
-@contextmanager
-def _named(run: Run, role: str, *kinds: type[Exception]) -> Iterator[None]:
-    """The arguments were checked at the start: what fails in here are numbers that diverged."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:  # a RuntimeError too, with a message of its own
-        raise
-    except kinds as error:
-        raise run.failure(role, error) from error
 
 
 def policy_objective(
@@ -347,24 +327,6 @@ def value_objective(
     old, returns = experience.values[part], experience.returns[part]
     mask = experience.rollout.response_mask[part]
     return value_loss(values, old, returns, mask, config.value_clip)
-
-
-def _check_roles(roles: Roles) -> None:
-    for role in (*TRAINED, "reference", "reward"):
-        if role not in roles.names:
-            raise ValueError(
-                f"there is no role {role!r}; there are {roles.names}; PPO needs policy, reference, "
-                "reward and value: load or add it first"
-            )
-    for role in TRAINED:
-        roles.parameters(role)  # raises for a frozen one
-    for role in ("reference", "reward"):
-        if roles.trainable(role):
-            raise ValueError(f"role {role!r} is trainable; PPO needs it frozen: trainable=False")
-    roles.require_head("value")
-    require_reference(roles, "reward")
-    if "policy" in roles.heads:
-        raise ValueError("role 'policy' has a head, which PPO would not train; add one without")
 
 
 def role_logprobs(

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import torch
 
-from rlhf_helpers.validation import OneOf, Whole, check_fields
+from rlhf_helpers.kinds import OneOf, Whole
+from rlhf_helpers.validation import check_fields
 
 ASSETS = Path(__file__).parent / "assets"
 DEVICES, DTYPES = ("cpu", "cuda"), ("auto", "float32", "bfloat16", "float16")

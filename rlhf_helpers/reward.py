@@ -7,33 +7,20 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from rlhf_helpers import text
+from rlhf_helpers.guards import in_range, require_columns
+from rlhf_helpers.kinds import Above, B, Finite, L, Mask, N, Whole
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.text import (
-    Prompt,
-    answer_text,
-    check_examples,
-    encode_examples,
-    pad_examples,
-    same_prompt,
-)
-from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import (
-    Above,
-    B,
-    Finite,
-    L,
-    Mask,
-    N,
-    Whole,
-    checked,
-    in_range,
-    require_columns,
-)
+from rlhf_helpers.text import Prompt, encode_examples, like_length_batches, pad_examples
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit, settings_of
+from rlhf_helpers.validation import checked
 
+SIDES = ("chosen", "rejected")
+Sides = tuple[Tensor, Tensor]  # a number for each pair's chosen response, and for its rejected one
 ROWS = 128  # responses scored at a time
 
 
@@ -111,7 +98,7 @@ def split_by_prompt(
             both sides.
     """
     require_columns(dataset, "dataset", ("prompt",))
-    keys = [same_prompt(prompt) for prompt in dataset["prompt"]]
+    keys = [text.same_prompt(prompt) for prompt in dataset["prompt"]]
     prompts = sorted(set(keys))
     count = round(share * len(prompts)) if in_range(share, 0, 1) else 0
     if not 0 < count < len(prompts):
@@ -126,7 +113,7 @@ def split_by_prompt(
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, prompt_length: int, response_length: int
+    tokenizer: Tokenizer, dataset: Dataset, prompt_length: int, response_length: int
 ) -> list[dict]:
     """Token ids of pairs, `{"chosen": {"prompt", "response"}, "rejected": {…}}` for each row.
 
@@ -134,23 +121,18 @@ def encode_pairs(
         ValueError: no rows, a missing column, equal responses, swapped columns (which shows where
             there is a `probability`), and what `encode_examples` raises.
     """
-    if missing := {"prompt", "chosen", "rejected"} - set(dataset.column_names):
-        raise ValueError(
-            f"the pairs have no column {min(missing)!r}, only {', '.join(dataset.column_names)}; "
-            "needed are prompt, chosen and rejected"
-        )
+    require_columns(dataset, "dataset", ("prompt", *SIDES))
     sides = []
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         texts = {"prompt": dataset["prompt"], "completion": dataset[side]}
         try:
             sides.append(encode_examples(tokenizer, texts, prompt_length, response_length))
         except ValueError as error:
             raise ValueError(f"in column {side!r}, {error}") from error
     for i, row in enumerate(dataset):
-        if answer_text(row["chosen"]).strip() == answer_text(row["rejected"]).strip():
+        if text.answer_text(row["chosen"]).strip() == text.answer_text(row["rejected"]).strip():
             raise ValueError(
-                f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair, it "
-                "carries no preference"
+                f"pair {i}: chosen and rejected are both {row['chosen']!r}; remove the pair"
             )
     _check_not_swapped(dataset)
     return [{"chosen": c, "rejected": r} for c, r in zip(*sides, strict=True)]
@@ -163,10 +145,28 @@ def _check_not_swapped(dataset: Dataset) -> None:
     bets = torch.tensor(dataset["probability"], dtype=torch.float64) - 0.5
     if bets.mean() < -3 * (bets.square().mean() / len(bets)).sqrt():
         raise ValueError(
-            "the annotator would rather have chosen what stands in 'rejected': by column "
-            f"'probability', 'chosen' wins with {bets.mean() + 0.5:.2f} on average; swap the two "
-            "columns back"
+            f"by column 'probability', 'chosen' wins with {bets.mean() + 0.5:.2f} on average; swap "
+            "the two columns back"
         )
+
+
+def check_pairs(name: str, pairs: list[dict], model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless encoded pairs are of one prompt and two responses that fit the model.
+
+    Args:
+        name: of `pairs`, for the message.
+    """
+    if bad := [i for i, pair in enumerate(pairs) if not set(SIDES) <= set(pair)]:
+        raise ValueError(f"{name}[{bad[0]}] is {pairs[bad[0]]!s:.99}: give pairs from encode_pairs")
+    for side in SIDES:
+        text.check_examples(f"{side} of {name}", [pair[side] for pair in pairs], model, tokenizer)
+    for i, (a, b) in enumerate((pair["chosen"], pair["rejected"]) for pair in pairs):
+        if a["prompt"] != b["prompt"] or a["response"] == b["response"]:
+            texts = [tokenizer.decode(x["prompt"] + x["response"]) for x in (a, b)]
+            raise ValueError(
+                f"{name}[{i}] has two prompts, or equal responses: {texts[0]!r} and {texts[1]!r}; "
+                "give two different responses to one prompt, or remove the pair"
+            )
 
 
 def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -183,25 +183,26 @@ def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Ten
     return values.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
 
 
-def score_examples(
-    roles: Roles, role: str, tokenizer: PreTrainedTokenizerBase, examples: list[dict]
-) -> Tensor:
-    """Rewards `[N]` of encoded examples, in batches of similar length."""
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].values())))
+@torch.no_grad()
+def score_examples(roles: Roles, role: str, tokenizer: Tokenizer, examples: list[dict]) -> Tensor:
+    """Rewards `[N]` of encoded examples, in batches of like length, on the CPU."""
     rewards = torch.empty(len(examples))
-    with torch.no_grad():
-        for start in range(0, len(order), ROWS):
-            rows = order[start : start + ROWS]
-            input_ids, mask, _ = pad_examples(tokenizer, [examples[i] for i in rows])
-            device = roles.base.device
-            rewards[rows] = score_tokens(roles, role, input_ids.to(device), mask.to(device)).cpu()
+    for rows in like_length_batches(examples, ROWS):
+        batch = [examples[i] for i in rows]
+        rewards[rows] = _score_batch(roles, role, tokenizer, batch).cpu()
     return rewards
+
+
+def _score_batch(roles: Roles, role: str, tokenizer, examples: list[dict]) -> Tensor:
+    input_ids, mask, _ = pad_examples(tokenizer, examples)
+    device = roles.base.device
+    return score_tokens(roles, role, input_ids.to(device), mask.to(device))
 
 
 def score_responses(
     roles: Roles,
     role: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     responses: Sequence[str],
     prompt_length: int,
@@ -212,18 +213,18 @@ def score_responses(
     Raises:
         ValueError: if the head was never normalised (`normalise`), and for empty or long texts.
     """
-    require_reference(roles, role)
+    require_normalised(roles, role)
     texts = {"prompt": prompts, "completion": responses}
     examples = encode_examples(tokenizer, texts, prompt_length, response_length)
     return score_examples(roles, role, tokenizer, examples)
 
 
-def require_reference(roles: Roles, role: str) -> None:
+def require_normalised(roles: Roles, role: str) -> None:
     """Raise ValueError unless the role's head was normalised."""
-    if roles.require_head(role).reference is None:
+    if roles.require_head(role).statistics is None:
         raise ValueError(
-            f"the head of role {role!r} has no normalisation statistics, so its rewards have no "
-            "fixed zero or unit; call reward.normalise on reference samples first"
+            f"the head of role {role!r} has no normalisation statistics; call reward.normalise on "
+            "scores of reference samples first"
         )
 
 
@@ -262,11 +263,9 @@ def pair_accuracy(chosen: Finite[...], rejected: Finite[...]) -> float:
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
-def pair_scores(
-    roles: Roles, role: str, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]
-) -> tuple[Tensor, Tensor]:
+def pair_scores(roles: Roles, role: str, tokenizer: Tokenizer, pairs: list[dict]) -> Sides:
     """Rewards `[N]` of the chosen and of the rejected responses."""
-    sides = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
+    sides = ([pair[side] for pair in pairs] for side in SIDES)
     chosen, rejected = (score_examples(roles, role, tokenizer, side) for side in sides)
     return chosen, rejected
 
@@ -274,7 +273,7 @@ def pair_scores(
 def train_reward_model(
     roles: Roles,
     role: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     pairs: list[dict],
     held_out: list[dict],
     config: RewardConfig | None = None,
@@ -292,30 +291,22 @@ def train_reward_model(
         `TrainStats`, with `loss` and `accuracy` of the held-out pairs.
 
     Raises:
-        ValueError: a role without a head, no pairs, or an unfinished run with other settings or
-            data.
-        FloatingPointError: if the loss is not finite; the state before that update is kept.
+        TypeError: for a `config` that is no RewardConfig.
+        ValueError: a role without a head, what `check_pairs` refuses, or an unfinished run with
+            other settings or data.
+        FloatingPointError: if loss or gradient is not finite; the state before is kept.
     """
-    config = config or RewardConfig()
+    config = settings_of(RewardConfig, config)
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
-        if not rows:
-            raise ValueError(f"{name} is empty: give at least one pair")
-        if not {"chosen", "rejected"} <= set(rows[0]):
-            raise ValueError(f"{name}[0] has {', '.join(rows[0])}: give pairs from encode_pairs")
-        for side in ("chosen", "rejected"):
-            check_examples(f"{side} of {name}", [row[side] for row in rows], roles.base, tokenizer)
+        check_pairs(name, rows, roles.base, tokenizer)
     head = roles.require_head(role)
     run = Run(roles, [role], config, folder, {"role": role, "pairs": digest(pairs)})
-    head.reference = None  # a scale that was fixed before holds no longer
+    head.statistics = None  # a scale that was fixed before holds no longer
 
     def loss_of(step: int) -> Tensor:
         batch = config.batch(pairs, step)
-        examples = [pair[side] for side in ("chosen", "rejected") for pair in batch]
-        input_ids, mask, _ = pad_examples(tokenizer, examples)
-        device = roles.base.device
-        rewards = score_tokens(roles, role, input_ids.to(device), mask.to(device))
-        run.check_finite(role, "mean reward", rewards.mean())
-        return pairwise_loss(*rewards.split(len(batch)))
+        examples = [pair[side] for side in SIDES for pair in batch]
+        return pairwise_loss(*_score_batch(roles, role, tokenizer, examples).split(len(batch)))
 
     def measure() -> dict[str, float]:
         chosen, rejected = pair_scores(roles, role, tokenizer, held_out)
@@ -347,8 +338,7 @@ def calibration(gaps: Finite[N], bins: Whole[1] = 8) -> list[tuple[float, float,
     group = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     rows = []
     for number in range(bins):
-        inside = group == number
-        if count := int(inside.sum()):
-            hits = (gaps[inside] > 0).double() + 0.5 * (gaps[inside] == 0).double()
-            rows.append((confidence[inside].mean().item(), hits.mean().item(), count))
+        if (inside := group == number).any():
+            hits = pair_accuracy(gaps[inside], torch.zeros_like(gaps[inside]))
+            rows.append((confidence[inside].mean().item(), hits, int(inside.sum())))
     return rows

@@ -1,25 +1,23 @@
 """The roles of RLHF as adapters on one frozen base."""
 
 import copy
+import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -27,31 +25,22 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
-from rlhf_helpers.logprobs import check_sequences
-from rlhf_helpers.validation import in_range
+from rlhf_helpers.kinds import Above, Whole
+from rlhf_helpers.logprobs import check_sequences, model_inputs
+from rlhf_helpers.validation import checked
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 HEAD = "head.safetensors"
 BASE = "base_weights"  # under which the weights' file has the fingerprint of the adapter's base
 # Settings of LoRA that leave open what a trained adapter computes: names and training, and which
 # layers it is on, which the shapes of its weights say. All others must be those of `Roles`.
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",  # which counts only if init_lora_weights is "loftq"
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
+HARMLESS = set(
+    "auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern "
+    "layers_to_transform loftq_config lora_dropout megatron_core peft_version revision "
+    "runtime_config target_modules task_type".split()  # loftq_config is for one way to start alone
+)
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
+AGAIN = "train it again, or copy the whole folder"
 
 
 class Roles:
@@ -64,6 +53,10 @@ class Roles:
     dropped, or, with activation checkpointing, computed through the other role, and nothing is
     said. Here that backward raises RuntimeError. The safe order is use, forward, backward, and
     only then the next role.
+
+    A method that trains one role (SFT, the reward model, DPO) takes its name, since you may train
+    several of a kind, such as two reward models. PPO lets four roles act together, and finds them
+    by what they do: `policy`, `reference`, `reward`, `value`.
 
     Args:
         base: from `load_base`; it gets the adapters built in.
@@ -84,16 +77,10 @@ class Roles:
     the layer, lesson 04 uses four roles.
     """
 
-    def __init__(self, base: PreTrainedModel, rank: int = 16, alpha: float = 32) -> None:
+    @checked
+    def __init__(self, base: PreTrainedModel, rank: Whole[1] = 16, alpha: Above[0] = 32) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise ValueError(
-                "this base carries adapters already: go on with the Roles that you have, or load "
-                "another base with load_base(preset)"
-            )
-        if not (isinstance(rank, int) and rank >= 1 and in_range(alpha, above=True)):
-            raise ValueError(
-                f"rank is {rank} and alpha {alpha}; give a whole rank of 1 or more, alpha > 0"
-            )
+            raise ValueError("the base carries adapters already; load another base for new roles")
         self.base = base
         self.rank, self.alpha = rank, alpha
         self.shapes = linear_shapes(base)
@@ -140,15 +127,15 @@ class Roles:
             )
         weights = self.state(copy_of) if copy_of is not None else None
         active = self.active
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(seed)
-            with warnings.catch_warnings():  # peft asks by an older name of transformers, and
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-                warnings.filterwarnings("ignore", "fan_in_fan_out")  # says how it takes Conv1D
-                if self.model is None:
-                    self.model = get_peft_model(self.base, self._config(), adapter_name=name)
-                else:
-                    self.model.add_adapter(name, self._config())
+            # peft asks by an older name of transformers, and says how it takes Conv1D
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out")
+            if self.model is None:
+                self.model = get_peft_model(self.base, self._config(), adapter_name=name)
+            else:
+                self.model.add_adapter(name, self._config())
         self._trainable[name] = trainable
         if weights is not None:
             set_peft_model_state_dict(self.model, weights, adapter_name=name)
@@ -165,19 +152,33 @@ class Roles:
         Raises:
             ValueError: for an unknown role, or one that has a head.
         """
-        self._require(name)
-        if name in self.heads:
-            raise ValueError(f"role {name!r} has a head already; add another role")
+        self.require(name, head=False)
         with torch.random.fork_rng():
             head = ScalarHead(hidden_width(self.base), seed)
-        self.heads[name] = head.to(self.base.device)
-        self.heads[name].requires_grad_(self._trainable[name])
+        self.heads[name] = head.to(self.base.device).requires_grad_(self._trainable[name])
+
+    def require(self, name: str, trainable: bool | None = None, head: bool | None = None) -> None:
+        """Raise ValueError unless a role is there, and as it must be.
+
+        Args:
+            trainable: True for one that learns, False for a frozen one, None for either.
+            head: True for one with a head, False for one without, None for either.
+        """
+        if name not in self._trainable:
+            raise ValueError(
+                f"there is no role {name!r}; there are {self.names}; load or add it first"
+            )
+        if trainable not in (None, self._trainable[name]):
+            kind, mend = ("frozen", True) if trainable else ("trainable", False)
+            raise ValueError(f"role {name!r} is {kind}; add a copy of it with trainable={mend}")
+        if head and name not in self.heads:
+            raise ValueError(f"role {name!r} has no head; call add_head({name!r}) first")
+        if head is False and name in self.heads:
+            raise ValueError(f"role {name!r} has a head already; add another role, without a head")
 
     def require_head(self, name: str) -> "ScalarHead":
         """A role's head; ValueError if it has none."""
-        self._require(name)
-        if name not in self.heads:
-            raise ValueError(f"role {name!r} has no head; call add_head({name!r}) first")
+        self.require(name, head=True)
         return self.heads[name]
 
     def values(self, name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -196,17 +197,13 @@ class Roles:
         head = self.require_head(name)
         check_sequences(self.base, input_ids, attention_mask)
         self.use(name)
-        hidden = self.base.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
+        inputs = model_inputs(input_ids, attention_mask)
+        hidden = self.base.base_model(**inputs).last_hidden_state
         return head(hidden.float()).squeeze(-1)
 
     def use(self, name: str) -> PeftModel:
         """Make a role the active one and return the model, which now acts as that role."""
-        self._require(name)
+        self.require(name)
         if name != self.active:
             self._activate(name)
         return self.model
@@ -217,24 +214,19 @@ class Roles:
         Raises:
             ValueError: for an unknown role, or one that was added as frozen.
         """
-        self._require(name)
-        if not self._trainable[name]:
-            raise ValueError(f"role {name!r} is frozen; add a copy of it with trainable=True")
+        self.require(name, trainable=True)
         head = self.heads[name].named_parameters() if name in self.heads else ()
         return self._adapter(name) | {f"head.{n}": p for n, p in head}
 
-    def trainable(self, name: str) -> bool:
-        """Whether a role was added as one that learns."""
-        self._require(name)
-        return self._trainable[name]
-
     def state(self, name: str) -> dict[str, Tensor]:
         """A copy of a role's weights under the names that PEFT gives them in a file."""
-        self._require(name)
-        weights = get_peft_model_state_dict(
-            self.model, adapter_name=name, save_embedding_layers=False
-        )
-        return {key: tensor.detach().cpu().clone() for key, tensor in weights.items()}
+        self.require(name)
+        found = get_peft_model_state_dict(self.model, None, name, save_embedding_layers=False)
+        return {key: tensor.detach().cpu().clone() for key, tensor in found.items()}
+
+    def digest(self, name: str) -> str:
+        """A role's adapter in a word: equal for equal weights, and for those alone."""
+        return hashlib.sha256(save(self.state(name))).hexdigest()[:16]
 
     def save(self, name: str, folder: Path) -> None:
         """Write a role as PEFT does, so that `PeftModel.from_pretrained(base, folder)` reads it.
@@ -242,7 +234,7 @@ class Roles:
         Args:
             folder: replaced as a whole, or not at all.
         """
-        self._require(name)
+        self.require(name)
         with whole_folder(folder) as new:
             self.write(name, new)
 
@@ -267,14 +259,15 @@ class Roles:
             ValueError: for a damaged file, another rank or alpha, layers of other sizes, or an
                 adapter that was trained on another base; nothing has changed then.
         """
-        folder = Path(folder)
-        weights = self._read(folder)
-        head = None
-        if (folder / HEAD).is_file():
-            head = ScalarHead.read(folder / HEAD, hidden_width(self.base))
+        weights, head = self._read(Path(folder))
         if name not in self._trainable:
             self.add(name, trainable=trainable)
-        self._put_head(name, head, trainable)
+        if head is None:
+            self.heads.pop(name, None)
+        else:  # an optimizer may hold the parameters of a head that is there: change them in place
+            kept = self.heads.setdefault(name, head.to(self.base.device))
+            kept.load_state_dict(head.state_dict())
+            kept.requires_grad_(trainable).statistics = head.statistics
         set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self._trainable[name] = trainable
         self._activate(self.active)
@@ -297,7 +290,7 @@ class Roles:
 
         Lesson 04 compares both ways.
         """
-        self._require(name)
+        self.require(name)
         config = copy.deepcopy(self.base.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -305,7 +298,7 @@ class Roles:
         config.tie_word_embeddings = last.weight is first.weight  # whatever the folder says
         with torch.device(self.base.device):
             model = type(self.base)(config).float()
-        own = {k: v for k, v in self.base.state_dict().items() if ".lora_" not in k}
+        own = {k.replace(".base_layer.", "."): v for k, v in self.base.state_dict().items()}
         for layer, module in self.base.named_modules():
             if isinstance(module, LoraLayer):
                 weight = module.base_layer.weight
@@ -313,31 +306,16 @@ class Roles:
                     weight = dequantize_4bit(weight.data, weight.quant_state)
                 weight = weight.float() + module.get_delta_weight(name).float()
                 turned = isinstance(model.get_submodule(layer), Conv1D)  # NF4 has it as [out, in]
-                if turned and not isinstance(module.base_layer, Conv1D):
-                    weight = weight.T
-                own[f"{layer}.base_layer.weight"] = weight
-        own = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items()}
-        wanted = model.state_dict()
-        model.load_state_dict({key: own[key].float() for key in wanted})
+                turned = turned and not isinstance(module.base_layer, Conv1D)
+                own[f"{layer}.weight"] = weight.T if turned else weight
+        model.load_state_dict({key: own[key].float() for key in model.state_dict()})
         model.generation_config = copy.deepcopy(self.base.generation_config)
         return model.requires_grad_(False).eval()
 
     def check_folder(self, folder: Path, head: bool = False) -> None:
         """Raise what `load` would raise for a saved role, and if a head is wanted and missing."""
-        self._read(folder)
-        if head or (folder / HEAD).is_file():
-            ScalarHead.read(folder / HEAD, hidden_width(self.base))
-
-    def _put_head(self, name: str, head: "ScalarHead | None", trainable: bool) -> None:
-        if head is None:
-            self.heads.pop(name, None)
-        elif name in self.heads:  # an optimizer may hold its parameters: change them in place
-            self.heads[name].load_state_dict(head.state_dict())
-            self.heads[name].reference = head.reference
-        else:
-            self.heads[name] = head.to(self.base.device)
-        if name in self.heads:
-            self.heads[name].requires_grad_(trainable)
+        if self._read(folder)[1] is None and head:
+            raise FileNotFoundError(f"{folder / HEAD} is missing: {AGAIN}")
 
     def _config(self) -> LoraConfig:
         return LoraConfig(
@@ -358,10 +336,6 @@ class Roles:
             for parameter in self._adapter(name).values():
                 parameter.requires_grad_(False)
 
-    def _require(self, name: str) -> None:
-        if name not in self._trainable:
-            raise ValueError(f"there is no role {name!r}; there are {self.names}; add it first")
-
     def _guard(self, module, arguments, output) -> None:
         """After each forward of the body: let backward run only while the same role acts."""
         role, hidden = self.active, output[0]
@@ -369,52 +343,36 @@ class Roles:
         def check(gradient: Tensor) -> None:
             if self.active != role:
                 raise RuntimeError(
-                    f"backward through role {role!r} while {self.active!r} is active: PEFT would "
-                    "lose or corrupt gradients. For each role call use, forward and backward, and "
-                    "only then use the next one"
+                    f"backward through role {role!r} while {self.active!r} is active would lose or "
+                    "corrupt gradients: use a role, go forward and backward, and only then use the "
+                    "next one"
                 )
 
         if hidden.requires_grad:
             hidden.register_hook(check)
 
-    def _read(self, folder: Path) -> dict[str, Tensor]:
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder / name} is missing: no adapter, or half of one; train it again, or "
-                    "copy the whole folder"
-                )
-        try:
+    def _read(self, folder: Path) -> tuple[dict[str, Tensor], "ScalarHead | None"]:
+        """Adapter and head of a folder; raises what `load` says."""
+        for path in (folder / CONFIG, folder / WEIGHTS):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: no adapter, or half of one; {AGAIN}")
+        with _readable(f"the adapter in '{folder}'"):
             config = LoraConfig.from_pretrained(str(folder))
             settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            with safe_open(folder / WEIGHTS, "pt") as file:
-                weights = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = file.metadata() or {}
+            weights, metadata = read_safetensors(folder / WEIGHTS)
             trained_on = json.loads(metadata.get(BASE, "null"))
-        except Exception as error:
-            raise ValueError(
-                f"the adapter in '{folder}' cannot be read ({type(error).__name__}: {error}); it "
-                "is truncated or damaged: train it again, or copy the whole folder"
-            ) from error
         self._check_settings(folder, vars(config) | settings | vars(config))
         if bad := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise ValueError(
-                f"the adapter in '{folder}' has NaN or infinity in {bad[0]}; train it again, with "
-                "a lower learning_rate"
-            )
-        _check_shapes(folder, weights, self.shapes, self.rank)
-        if "base" in metadata and trained_on is None:
-            raise ValueError(
-                f"the adapter in '{folder}' was saved by an older version of this package, which "
-                "noted too little of its base to tell it from others; train it again"
-            )
+            why = f"has NaN or infinity in {bad[0]}; train it again, with a lower learning_rate"
+            raise ValueError(f"the adapter in '{folder}' {why}")
+        self._check_shapes(folder, weights)
         if trained_on and not same_base(trained_on, self.fingerprint):
             raise ValueError(
                 f"the adapter in '{folder}' was trained on another base of the same sizes, perhaps "
-                "one with an adapter merged in; load that base, or train the adapter again on "
-                "this one"
+                "one with an adapter merged in; load that base, or train it again on this one"
             )
-        return weights
+        path, width = folder / HEAD, hidden_width(self.base)
+        return weights, ScalarHead.read(path, width) if path.is_file() else None
 
     def _check_settings(self, folder: Path, settings: dict[str, object]) -> None:
         """Raise unless an adapter's settings make it compute W x + (α/r) B A x, as these roles."""
@@ -429,12 +387,26 @@ class Roles:
                     "Roles with the adapter's rank (r) and alpha; only plain LoRA can be loaded"
                 )
 
+    def _check_shapes(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        expected = {}
+        for name, (outputs, inputs) in self.shapes.items():
+            key = f"base_model.model.{name}.lora_"
+            expected[f"{key}A.weight"] = (self.rank, inputs)
+            expected[f"{key}B.weight"] = (outputs, self.rank)
+        found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        for key in expected | found:
+            if expected.get(key) != found.get(key):
+                raise ValueError(
+                    f"the adapter in '{folder}' does not fit this base: {key} is {found.get(key)} "
+                    f"there and {expected.get(key)} here; load the base that it was trained on"
+                )
+
 
 class ScalarHead(nn.Linear):
     """A linear layer to one number, in float32.
 
     Attributes:
-        reference: mean and standard deviation of the scores that `rescale` made 0 and 1; None
+        statistics: mean and standard deviation of the scores that `rescale` made 0 and 1; None
             before.
     """
 
@@ -443,21 +415,20 @@ class ScalarHead(nn.Linear):
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.weight, std=(width + 1) ** -0.5, generator=generator)
         nn.init.zeros_(self.bias)
-        self.reference: tuple[float, float] | None = None
+        self.statistics: tuple[float, float] | None = None
 
     def rescale(self, mean: float, std: float) -> None:
         """Change the output from r to (r − mean)/std: w ← w/std, b ← (b − mean)/std."""
         with torch.no_grad():
             self.weight /= std
             self.bias.sub_(mean).div_(std)
-        self.reference = (mean, std)
+        self.statistics = (mean, std)
 
     def write(self, path: Path) -> None:
-        """Save as safetensors, the reference in its metadata."""
+        """Save as safetensors, the statistics in its metadata."""
         tensors = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
-        names = ("mean", "std")
-        reference = zip(names, map(repr, self.reference or ()), strict=False)
-        save_file(tensors, path, metadata={"format": "pt", **dict(reference)})
+        numbers = zip(("mean", "std"), map(repr, self.statistics or ()), strict=False)
+        save_file(tensors, path, metadata={"format": "pt", **dict(numbers)})
 
     @classmethod
     def read(cls, path: Path, width: int) -> "ScalarHead":
@@ -466,46 +437,40 @@ class ScalarHead(nn.Linear):
         Raises:
             ValueError: for a damaged file, or a head of another width.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                facts = file.metadata() or {}
-            found = tensors["weight"].shape[1]
-            whole = set(tensors) == {"weight", "bias"} and tensors["weight"].shape[0] == 1
-            finite = all(tensor.isfinite().all() for tensor in tensors.values())
-            if not (whole and finite):
-                raise ValueError("it is no finite weight and bias of one output")
-            reference = (float(facts["mean"]), float(facts["std"])) if "std" in facts else None
-        except Exception as error:
+        with _readable(f"the head in '{path}'"):
+            tensors, facts = read_safetensors(path)
+            head = cls(tensors["weight"].shape[1])
+            head.load_state_dict(tensors)
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("it holds NaN or infinity")
+            if "std" in facts:
+                head.statistics = (float(facts["mean"]), float(facts["std"]))
+        if head.in_features != width:
             raise ValueError(
-                f"the head in '{path}' cannot be read ({type(error).__name__}: {error}); it is "
-                "truncated or damaged: train it again, or copy the whole folder"
-            ) from error
-        if found != width:
-            raise ValueError(
-                f"the head in '{path}' has width {found}, this base {width}; load the base that it "
-                "was trained on"
+                f"the head in '{path}' has width {head.in_features}, this base {width}; load the "
+                "base that it was trained on"
             )
-        head = cls(width)
-        head.load_state_dict(tensors)
-        head.reference = reference
         return head
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Let whatever fails inside become a ValueError that says what cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{what} cannot be read ({cause}); it is truncated or damaged: {AGAIN}"
+        ) from error
 
 
 def _portable(source: str) -> str:
     """A hub id as it is; of a folder its name, since the path holds on one machine only."""
     return Path(source).name if Path(source).is_dir() else source
-
-
-def _check_shapes(folder: Path, weights: dict, shapes: dict, rank: int) -> None:
-    expected = {}
-    for name, (outputs, inputs) in shapes.items():
-        expected[f"base_model.model.{name}.lora_A.weight"] = (rank, inputs)
-        expected[f"base_model.model.{name}.lora_B.weight"] = (outputs, rank)
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    for key in expected | found:
-        if expected.get(key) != found.get(key):
-            raise ValueError(
-                f"the adapter in '{folder}' does not fit this base: {key} is {found.get(key)} "
-                f"there and {expected.get(key)} here; load the base that it was trained on"
-            )

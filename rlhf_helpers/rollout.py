@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from rlhf_helpers.guards import context_length
+from rlhf_helpers.kinds import Above, Whole
 from rlhf_helpers.logprobs import check_sequences
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.validation import Above, Whole, checked, context_length
+from rlhf_helpers.validation import checked
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def mask_after_eos(tokens: torch.Tensor, eos: int) -> torch.Tensor:
 @checked
 def sample_responses(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[Prompt],
     response_length: Whole[1] = 32,
     prompt_length: Whole[1] | None = None,

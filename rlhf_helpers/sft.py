@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from rlhf_helpers.guards import check_part, refuse
+from rlhf_helpers.kinds import Above, B, Floating, Ids, L, Mask, V, Whole
 from rlhf_helpers.logprobs import last_logprobs, token_logprobs
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.text import check_examples, pad_examples
-from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
-from rlhf_helpers.validation import Above, B, Floating, Ids, L, Mask, V, Whole, checked
+from rlhf_helpers.text import check_examples, like_length_batches, pad_examples
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit, settings_of
+from rlhf_helpers.validation import checked
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss
 
@@ -50,12 +51,7 @@ def mask_prompt(
 
     Derived in lesson 01.
     """
-    length = input_ids.shape[1]
-    if prompt_length >= length:
-        raise ValueError(
-            f"prompt_length is {prompt_length} in sequences of {length} tokens: it must leave a "
-            f"response, so at most {length - 1}."
-        )
+    check_part("prompt_length", prompt_length, input_ids.shape[1], "a response")
     labels = input_ids.masked_fill(attention_mask == 0, IGNORE)
     labels[:, :prompt_length] = IGNORE
     _check_labels(labels)
@@ -109,7 +105,7 @@ Labels = Callable[[Tensor, Tensor, int], Tensor]
 def train_sft(
     roles: Roles,
     role: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     examples: list[dict],
     held_out: list[dict],
     config: SFTConfig | None = None,
@@ -132,15 +128,19 @@ def train_sft(
         response alone.
 
     Raises:
-        ValueError: for an example without EOS or longer than the model's context, or an unfinished
-            run with other settings or data; nothing has been computed or overwritten then.
+        TypeError: for a `config` that is no SFTConfig.
+        ValueError: for an example without EOS, without a label or longer than the model's context,
+            or an unfinished run with other settings or data; nothing has been computed or
+            overwritten then.
         FloatingPointError: if loss or gradient is not finite; the state before is kept.
 
     Lesson 01 writes the loop out.
     """
-    config = config or SFTConfig()
-    check_examples("examples", examples, roles.base, tokenizer)
-    check_examples("held_out", held_out, roles.base, tokenizer)
+    config = settings_of(SFTConfig, config)
+    for name, rows in (("examples", examples), ("held_out", held_out)):
+        check_examples(name, rows, roles.base, tokenizer)
+    for rows in like_length_batches(examples, config.batch_size):
+        _batch(tokenizer, [examples[i] for i in rows], labels)  # raises for one without a label
     name = getattr(labels, "__qualname__", repr(labels))
     settings = {"role": role, "labels": name, "examples": digest(examples)}
     run = Run(roles, [role], config, folder, settings)
@@ -156,45 +156,41 @@ def train_sft(
 
 @torch.no_grad()
 def held_out_loss(
-    model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    batch_size: int = 128,
+    model: nn.Module, tokenizer: Tokenizer, examples: list[dict], batch_size: int = 128
 ) -> float:
     """`sft_loss` of the responses in all examples, in nats per token."""
     if not examples:
         raise ValueError("examples is empty: give at least one example")
     total = count = 0
-    for start in range(0, len(examples), batch_size):
-        rows = examples[start : start + batch_size]
-        tokens = sum(len(row["response"]) for row in rows)
-        total += batch_loss(model, tokenizer, rows).item() * tokens
+    for rows in like_length_batches(examples, batch_size):
+        batch = [examples[i] for i in rows]
+        tokens = sum(len(row["response"]) for row in batch)
+        total += batch_loss(model, tokenizer, batch).item() * tokens
         count += tokens
     return total / count
 
 
 def batch_loss(
-    model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    labels: Labels = mask_prompt,
+    model: nn.Module, tokenizer: Tokenizer, examples: list[dict], labels: Labels = mask_prompt
 ) -> Tensor:
     """`sft_loss` of one batch; only the positions that predict a label get logits, in pieces."""
+    *inputs, targets = (x.to(model.device) for x in _batch(tokenizer, examples, labels))
+    learnt = targets != IGNORE
+    count = targets.shape[1] - max(int(learnt.any(0).nonzero()[0]), 1)
+    return -last_logprobs(model, *inputs, count)[learnt[:, -count:]].mean()
+
+
+def _batch(tokenizer: Tokenizer, examples: list[dict], labels: Labels) -> tuple[Tensor, ...]:
+    """Token ids, mask and labels of a batch, each row with a label."""
     input_ids, attention_mask, prompt_length = pad_examples(tokenizer, examples)
     targets = labels(input_ids, attention_mask, prompt_length)
-    before = torch.nn.functional.pad(attention_mask[:, :-1], (1, 0))
+    before = nn.functional.pad(attention_mask[:, :-1], (1, 0))
     targets = targets.masked_fill(before == 0, IGNORE)  # nothing stands before a row's first token
     _check_labels(targets)
-    count = input_ids.shape[1] - max(int((targets != IGNORE).any(0).nonzero()[0]), 1)
-    device = model.device
-    logprobs = last_logprobs(model, input_ids.to(device), attention_mask.to(device), count)
-    return -logprobs[targets[:, -count:].to(device) != IGNORE].mean()
+    return input_ids, attention_mask, targets
 
 
 def _check_labels(labels: Tensor) -> None:
-    empty = (labels == IGNORE).all(-1)
-    if empty.any():
-        raise ValueError(
-            f"labels of row {int(empty.nonzero()[0])} are all {IGNORE}: nothing to learn from. "
-            "Give it a response, at least EOS."
-        )
+    learnt = (labels != IGNORE).sum(-1)
+    why = f"all are {IGNORE}, nothing to learn from. Give it a response, at least EOS."
+    refuse("the number of labels in a row", learnt, learnt == 0, why)

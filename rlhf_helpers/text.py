@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.tokenization_utils_base import BatchEncoding
 
+from rlhf_helpers.guards import context_length, require_columns
 from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
-from rlhf_helpers.validation import context_length, require_columns
 
 Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
 Example = dict[str, list[int]]  # token ids: {"prompt": [5, 6], "response": [8, 1]}
@@ -469,3 +469,18 @@ def pad_examples(tokenizer: Tokenizer, examples: list[Example]) -> tuple[Tensor,
     names = ("input_ids", "attention_mask")
     input_ids, mask = (torch.cat([prompts[name], responses[name]], dim=1) for name in names)
     return input_ids, mask, prompts["input_ids"].shape[1]
+
+
+def like_length_batches(examples: list[dict[str, list[int]]], rows: int) -> list[list[int]]:
+    """Indices of encoded examples in batches of like length, which need little padding.
+
+    Args:
+        rows: examples in a batch; the last may have fewer.
+
+    Example:
+        >>> examples = [{"prompt": [5] * n, "response": [1]} for n in (9, 2, 8, 3)]
+        >>> like_length_batches(examples, rows=2)
+        [[1, 3], [0, 2]]
+    """
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].values())))
+    return [sorted(order[start : start + rows]) for start in range(0, len(order), rows)]

@@ -6,32 +6,28 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from rlhf_helpers.checkpoints import (
-    finish_first,
-    keep_two,
-    newest_readable,
-    optimizer_tensors,
-    remove_folder,
-    require_no_file,
-    restore_optimizers,
-)
-from rlhf_helpers.roles import Roles
-from rlhf_helpers.validation import Above, Whole, check_fields
+from rlhf_helpers import checkpoints
+from rlhf_helpers.checkpoints import finish_first
+from rlhf_helpers.kinds import Above, Whole
+from rlhf_helpers.roles import Roles, read_safetensors
+from rlhf_helpers.validation import check_fields
 
 OPTIMIZER = "optimizer.safetensors"
+KEPT = ("settings", "facts", "step", "seconds")  # with them, of a run that is saved
 LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds nothing
 _OPEN: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()  # runs that may still save
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -107,6 +103,15 @@ class TrainStats:
     seconds: float = 0.0
 
 
+def settings_of(kind: type[Config], config: Config | None) -> Config:
+    """A method's settings, its own where none are given; TypeError for those of another method."""
+    if config is None:
+        return kind()
+    if not isinstance(config, kind):
+        raise TypeError(f"config is {config!r}: give {kind.__name__}(...) with settings by name.")
+    return config
+
+
 def backward(loss: Tensor, parameters: Sequence[Parameter], roles: Roles) -> None:
     """A loss's gradients, as `loss.backward()` gives them; small ones survive a float16 base.
 
@@ -166,8 +171,6 @@ class Run:
         folder: Path | None,
         settings: Mapping[str, object],
     ) -> None:
-        if not is_dataclass(config):
-            raise TypeError(f"config is {config!r}: give an SFTConfig or RewardConfig of settings.")
         self.roles, self.trained, self.config = roles, tuple(trained), config
         self.settings = json.loads(json.dumps({**asdict(config), **settings}))
         self.step, self.seconds, self.facts = 0, 0.0, {}
@@ -175,21 +178,15 @@ class Run:
         self.ended = False
         self._dirty = False  # weights have moved since the last whole step
         self._closing = False  # a step is being made whole
-        self.folder = None if folder is None else Path(folder).absolute()
-        tensors = {}
+        self.folder = self.unfinished = None
         for role in self.trained:
-            roles.parameters(role)  # raises for a frozen one
-        if self.folder is not None:
-            self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
-            require_no_file(self.folder, self.unfinished)
-            self._take_over()
-            tensors = self._resume()
+            roles.require(role, trainable=True)
+        tensors = {} if folder is None else self._resume(Path(folder).absolute())
         self.optimizers = {
             role: torch.optim.AdamW(roles.parameters(role).values(), weight_decay=0.0)
             for role in trained
         }
-        if tensors:
-            restore_optimizers(self.optimizers, tensors)
+        checkpoints.restore_optimizers(self.optimizers, tensors)
 
     def left(self) -> Iterator[int]:
         """The steps that are left; however the loop over them ends, a whole step is kept."""
@@ -207,13 +204,14 @@ class Run:
         Raises:
             FloatingPointError: if loss or gradient is not finite.
         """
-        self.check_finite(role, "loss", loss)
         optimizer = self.optimizers[role]
         optimizer.zero_grad()  # an interrupted step may have left gradients
         parameters = optimizer.param_groups[0]["params"]
-        backward(loss, parameters, self.roles)
-        norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
-        self.check_finite(role, "gradient norm", norm)
+        with self.diverging(role):
+            _check_finite("loss", loss)
+            backward(loss, parameters, self.roles)
+            norm = clip_grad_norm_(parameters, self.config.max_grad_norm)
+            _check_finite("gradient norm", norm)
         return norm.item()
 
     def apply(self, role: str) -> None:
@@ -245,30 +243,39 @@ class Run:
 
     def save(self, start: bool = False) -> None:
         """Keep the last whole step, if that is not done and there is a folder to keep it in."""
-        if self.folder is None or self._dirty or self.step == self.saved:
+        nothing_done = self.step == 0 and not start
+        if self.folder is None or self._dirty or self.step == self.saved or nothing_done:
             return
-        if not (self.step or start):
-            return  # nothing has been done
         if self.ended:
             self.roles.save(self.trained[0], self.folder)
-            remove_folder(self.unfinished)
-        elif not keep_two(self.unfinished, self.step, self._write):
+            checkpoints.remove_folder(self.unfinished)
+        elif not checkpoints.keep_two(self.unfinished, self.step, self._write):
             return
         self.saved = self.step
 
-    def failure(self, role: str, what: object) -> FloatingPointError:
-        """The error that ends a run whose numbers diverged; the last whole step is kept before."""
-        self.save()
-        kept = "" if self.saved is None else f"; update {self.saved} is kept in '{self.unfinished}'"
-        return FloatingPointError(
-            f"update {self.step + 1} broke off at role {role!r}, with a learning_rate of "
-            f"{self.config.learning_rate}, which may be too high{kept}: {what}"
-        )
+    @contextmanager
+    def diverging(self, role: str, *others: type[Exception]) -> Iterator[None]:
+        """Let a ValueError inside end the run, as one whose numbers diverged at that role.
 
-    def check_finite(self, role: str, name: str, value: Tensor) -> None:
-        """Raise FloatingPointError, which says where the run stands, unless a number is finite."""
-        if not value.isfinite():
-            raise self.failure(role, f"the {name} is {value.item()}")
+        The arguments were checked at the start: what is refused in here was computed. The last
+        whole step is kept.
+
+        Args:
+            others: further kinds of exceptions that end it so.
+        """
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError too, with a message of its own
+            raise
+        except (ValueError, *others) as error:
+            self.save()
+            place = self.folder if self.ended else self.unfinished
+            kept = "" if self.saved is None else f"; update {self.saved} is kept in '{place}'"
+            rate = f"a learning_rate of {self.config.learning_rate}, which may be too high"
+            raise FloatingPointError(
+                f"the run broke off at role {role!r} after {self.step} updates, with {rate}{kept}: "
+                f"{error}"
+            ) from error
 
     def _take_over(self) -> None:
         """Let an earlier run to the same folder, stopped but still in memory, save a last time."""
@@ -282,38 +289,42 @@ class Run:
         for role in self.trained:
             (folder / role).mkdir()
             self.roles.write(role, folder / role)
-        words = {"settings": self.settings, "facts": self.facts}
-        metadata = {name: json.dumps(value) for name, value in words.items()}
-        metadata |= {"step": str(self.step), "seconds": repr(self.seconds)}
-        save_file(optimizer_tensors(self.optimizers), folder / OPTIMIZER, metadata=metadata)
+        metadata = {name: json.dumps(getattr(self, name)) for name in KEPT}
+        tensors = checkpoints.optimizer_tensors(self.optimizers)
+        save_file(tensors, folder / OPTIMIZER, metadata=metadata)
 
-    def _read(self, folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """Metadata and tensors of a save; raises if any of its files is missing or damaged."""
-        with safe_open(folder / OPTIMIZER, "pt") as file:
-            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        if json.loads(metadata["settings"]) == self.settings:  # else its roles may be others too
+    def _read(self, folder: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """What a save says and its tensors; raises if any of its files is missing or damaged."""
+        tensors, metadata = read_safetensors(folder / OPTIMIZER)
+        facts = {name: json.loads(metadata[name]) for name in KEPT}
+        if facts["settings"] == self.settings:  # else its roles may be others too
             for role in self.trained:
                 self.roles.check_folder(folder / role, head=role in self.roles.heads)
-        return metadata, tensors
+        return facts, tensors
 
-    def _resume(self) -> dict[str, Tensor]:
+    def _resume(self, folder: Path) -> dict[str, Tensor]:
         """Load what the newest whole save holds; return the optimizers' tensors."""
-        found = newest_readable(self.unfinished, self._read)
+        self.folder, self.unfinished = folder, folder.with_name(f"{folder.name}.unfinished")
+        checkpoints.require_no_file(self.folder, self.unfinished)
+        self._take_over()
+        found = checkpoints.newest_readable(self.unfinished, self._read)
         if found is None:
             return {}
-        folder, (metadata, tensors) = found
-        saved = json.loads(metadata["settings"])
-        if changed := [n for n in saved | self.settings if saved.get(n) != self.settings.get(n)]:
-            pairs = (f"{n}: {saved.get(n)} there, {self.settings.get(n)} here" for n in changed)
-            raise ValueError(
-                f"'{folder}' belongs to a run with other settings ({'; '.join(pairs)}); give those "
-                f"to go on with it, or delete '{folder.parent}' to begin anew"
-            )
+        folder, (facts, tensors) = found
+        self._check_settings(folder, facts["settings"])
         for role in self.trained:
             self.roles.load(role, folder / role, trainable=True)
-        self.step = self.saved = int(metadata["step"])
-        self.seconds, self.facts = float(metadata["seconds"]), json.loads(metadata["facts"])
+        self.step = self.saved = facts["step"]
+        self.seconds, self.facts = facts["seconds"], facts["facts"]
         return tensors
+
+    def _check_settings(self, folder: Path, saved: dict[str, object]) -> None:
+        both = {n: (saved.get(n), self.settings.get(n)) for n in saved | self.settings}
+        if changed := [f"{n}: {a} there, {b} here" for n, (a, b) in both.items() if a != b]:
+            raise ValueError(
+                f"'{folder}' belongs to a run with other settings ({'; '.join(changed)}); give "
+                f"those to go on with it, or delete '{folder.parent}' to begin anew"
+            )
 
 
 def fit(
@@ -329,7 +340,8 @@ def fit(
         `TrainStats`, the first before any update.
 
     Raises:
-        FloatingPointError: if loss or gradient is not finite; the state before is kept.
+        FloatingPointError: if loss or gradient is not finite, or `loss_of` or `measure` refuses
+            numbers that it computed (ValueError); the state before is kept.
     """
     (role,), config = run.trained, run.config
     if run.step == 0:
@@ -337,13 +349,20 @@ def fit(
         yield TrainStats(0, held_out=measure())
     for step in run.left():
         run.roles.use(role).train()
-        loss = loss_of(step)
+        with run.diverging(role):
+            loss = loss_of(step)
         norm = run.gradients(role, loss)
         with run.whole_step():
             run.apply(role)
         due = run.step % config.eval_every == 0 or run.ended
-        held_out = measure() if due else {}
+        with run.diverging(role):
+            held_out = measure() if due else {}
         yield TrainStats(run.step, loss.item(), held_out, norm, config.rate(step), run.seconds)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not value.isfinite():
+        raise ValueError(f"the {name} is {value.item()}")
 
 
 def digest(rows: Sequence) -> str:

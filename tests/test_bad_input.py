@@ -130,7 +130,8 @@ class World:
         return [{"prompt": [5], "response": [6, self.tokenizer.eos_token_id]}] * 3
 
     def pairs(self):
-        return [{"chosen": example, "rejected": example} for example in self.examples()]
+        worse = {"prompt": [5], "response": [7, self.tokenizer.eos_token_id]}
+        return [{"chosen": example, "rejected": worse} for example in self.examples()]
 
     def sft(self, role="policy", **changes):
         given = {"examples": self.examples(), "held_out": self.examples(), "config": SFT} | changes
@@ -357,7 +358,7 @@ LOGPROB_ROWS = (
         "must be [B, L]"),
     Row("a prompt padded on the right",
         lambda w: response_logprobs(w.model, IDS, tensor([[1, 1, 0, 1, 1, 1]]), 3),
-        ("attention_mask row 0", "column 2"), "Pad prompts on the left"),
+        "attention_mask column 2 is 0 at [0]", "Pad prompts on the left"),
     Row("a sequence of padding alone",
         lambda w: response_logprobs(w.model, IDS, REAL * 0, 3), "attention_mask row 0 is all zeros",
         "drop this empty sequence"),
@@ -366,7 +367,7 @@ LOGPROB_ROWS = (
         "only 0 and 1 may stand there"),
     Row("a sequence longer than the context",
         lambda w: response_logprobs(w.model, ones(1, 70).long(), ones(1, 70).long(), 3),
-        ("70 tokens", f"of {CONTEXT}"), "shorten the prompt or the response"),
+        ("in a row is 70 at [0]", f"is {CONTEXT} tokens"), "shorten the prompt or the response"),
 )
 
 KL_ROWS = (
@@ -486,7 +487,7 @@ PPO_ROWS = (
     Row("a target of the KL without a price",
         lambda w: PPOConfig(beta=0, target_kl=3.0), "beta is 0", "begin above 0"),
     Row("PPO with a dictionary of settings",
-        lambda w: w.ppo(config={"updates": 3}), "config is {'updates': 3}", "give a PPOConfig",
+        lambda w: w.ppo(config={"updates": 3}), "config is {'updates': 3}", "give PPOConfig(...)",
         error=TypeError),
     Row("PPO with one prompt for a batch of two",
         lambda w: w.ppo(prompts=[DUCK]), ("1 prompts", "a batch of 2"),
@@ -527,7 +528,7 @@ REWARD_ROWS = (
         "drop this empty sequence"),
     Row("pairs without a column",
         lambda w: encode_pairs(w.tokenizer, Dataset.from_dict({"prompt": ["a"]}), 24, 32),
-        "no column 'chosen', only prompt", "needed are prompt, chosen and rejected"),
+        "no column 'chosen', only prompt", "needed are prompt, chosen, rejected"),
     Row("a pair of equal responses",
         lambda w: w.pairs_of(rejected=["quack. "]), ("pair 0", "both 'quack.'"), "remove the pair"),
     Row("pairs with their columns swapped",
@@ -582,9 +583,9 @@ REWARD_ROWS = (
     Row("a reward model without a head",
         lambda w: w.reward("policy"), "role 'policy' has no head", "call add_head('policy') first"),
     Row("a reward model to train on no pairs",
-        lambda w: w.reward(pairs=[]), "pairs is empty", "give at least one pair"),
+        lambda w: w.reward(pairs=[]), "pairs is empty", "give at least one example"),
     Row("demonstrations in place of pairs",
-        lambda w: w.reward(held_out=w.examples()), "held_out[0] has prompt, response",
+        lambda w: w.reward(held_out=w.examples()), "held_out[0] is {'prompt': [5]",
         "give pairs from encode_pairs"),
 )
 
@@ -597,7 +598,7 @@ SFT_ROWS = (
     Row("a prompt of two columns and a half",
         lambda w: mask_prompt(IDS, REAL, 2.5), "prompt_length is 2.5", "a whole number"),
     Row("a response of padding",
-        lambda w: mask_prompt(IDS, tensor([[1, 1, 0, 0, 0, 0]]), 2), ("labels of row 0", "-100"),
+        lambda w: mask_prompt(IDS, tensor([[1, 1, 0, 0, 0, 0]]), 2), ("row is 0 at [0]", "-100"),
         "Give it a response, at least EOS"),
     Row("labels that are all masked",
         lambda w: sft_loss(zeros(1, 3, 5), tensor([[-100] * 3])), "all labels are -100",
@@ -629,7 +630,7 @@ SFT_ROWS = (
         lambda w: w.sft("reference"), "role 'reference' is frozen",
         "add a copy of it with trainable=True"),
     Row("fine-tuning with a dictionary of settings",
-        lambda w: w.sft(config={"steps": 3}), "config is {'steps': 3}", "give an SFTConfig",
+        lambda w: w.sft(config={"steps": 3}), "config is {'steps': 3}", "give SFTConfig(...)",
         error=TypeError),
     Row("a held-out loss of nothing",
         lambda w: held_out_loss(w.model, w.tokenizer, []), "examples is empty",
@@ -743,16 +744,16 @@ ROLE_ROWS = (
         "Use the model's own tokenizer"),
     Row("values beyond the context",
         lambda w: w.roles().values("value", ones(1, 70).long(), ones(1, 70).long()),
-        ("70 tokens", f"of {CONTEXT}"), "shorten"),
+        ("in a row is 70 at [0]", f"is {CONTEXT} tokens"), "shorten"),
     Row("another role used before backward",
         lambda w: switch_before_backward(w.roles()), ("role 'policy'", "'value' is active"),
         "only then use the next one", error=RuntimeError),
     Row("roles on a base that has some",
         lambda w: Roles(w.roles().base), "carries adapters already", "load another base"),
     Row("adapters of rank 1.5",
-        lambda w: w.empty_roles(rank=1.5), "rank is 1.5", "a whole rank of 1 or more"),
+        lambda w: w.empty_roles(rank=1.5), "rank is 1.5", "a whole number, at least 1"),
     Row("adapters with an alpha of NaN",
-        lambda w: w.empty_roles(alpha=nan), "alpha nan", "alpha > 0"),
+        lambda w: w.empty_roles(alpha=nan), "alpha is nan", "a finite number above 0"),
     Row("a base on a GPU that is not there",
         lambda w: without_cuda(w.preset(device="cuda")), "torch sees no CUDA device",
         ("use preset 'pocket'", "pass device='cpu'")),

@@ -596,10 +596,13 @@ EOS = 1
 ROLES = [
     ({"role": "nobody"}, "there is no role 'nobody'"),
     ({"role": "reference"}, "role 'reference' is frozen"),
-    ({"role": "judge"}, "role 'judge' has a head, which DPO would not train"),
-    ({"reference": "nobody"}, "the reference of 'policy' is 'nobody'; there are .*'judge'.*load"),
-    ({"reference": "policy"}, "the reference of 'policy' is 'policy'.*a role of its own, frozen"),
-    ({"reference": "learner"}, "role 'learner' is trainable; a reference needs trainable=False"),
+    ({"role": "judge"}, "role 'judge' has a head already; add another role, without"),
+    ({"reference": "nobody"}, "there is no role 'nobody'; there are .*'judge'.*load"),
+    ({"reference": "policy"}, "role 'policy' is trainable; add a copy of it with trainable=False"),
+    (
+        {"reference": "learner"},
+        "role 'learner' is trainable; add a copy of it with trainable=False",
+    ),
     ({"reference": "bare"}, "role 'bare' answers as the bare base, its adapter is still 0"),
     ({"reference": "other"}, "role 'policy' is no copy of 'other'.*copy_of='other'.*any_reference"),
     ({"role": "learner"}, "role 'learner' is no copy of 'reference'"),
@@ -655,7 +658,7 @@ def test_pairs_that_cannot_be_used_are_named(crowd, train, argument, rows, messa
 
 @pytest.mark.parametrize("config", [TrainConfig(steps=20), SFTConfig(), {"beta": 0.1}])
 def test_settings_of_another_method_are_refused(crowd, train, config, tmp_path):
-    message = "config is .*: give a DPOConfig"
+    message = "config is .*: give DPOConfig"
     assert_refused(crowd, train, tmp_path / "dpo", TypeError, message, config=config)
 
 
@@ -859,10 +862,28 @@ def test_numbers_that_are_not_finite_end_the_run_before_their_update(
     breaking = {"loss": lambda value: value * NAN, "gradient": in_the_gradient}[where]
     with monkeypatch.context() as patch:
         break_the_loss(7, patch, breaking)
-        message = "update 8 broke off at role 'policy'.*update 7 is kept"
+        message = "broke off at role 'policy' after 7 updates.*update 7 is kept"
         with pytest.raises(FloatingPointError, match=message):
             train(tmp_path / "dpo")
     assert same(weights_in(tmp_path / "dpo.unfinished"), history[7][1])
+    assert same(train(tmp_path / "dpo")[0].state("policy"), last(history))
+
+
+def test_measurements_that_diverge_end_the_run(train, history, tmp_path, monkeypatch):
+    """As losses do; the update before them is whole."""
+    calls = itertools.count()
+
+    def diverged(roles, role, *arguments):
+        sides = pair_logprobs(roles, role, *arguments)
+        broken = role == "policy" and next(calls) == 1
+        return [side - INF for side in sides] if broken else sides
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "pair_logprobs", diverged)
+        message = "'policy' after 5 updates.*update 5 is kept in .*: chosen_logprobs is"
+        with pytest.raises(FloatingPointError, match=message):
+            train(tmp_path / "dpo")
+    assert same(weights_in(tmp_path / "dpo.unfinished"), history[5][1])
     assert same(train(tmp_path / "dpo")[0].state("policy"), last(history))
 
 
@@ -874,6 +895,6 @@ def test_log_probabilities_that_diverge_end_the_run(train, history, tmp_path, mo
         return value - INF if value.requires_grad and next(calls) == 7 else value
 
     monkeypatch.setattr(dpo, "sequence_logprobs", diverged)
-    with pytest.raises(FloatingPointError, match="the mean log-probability is -inf"):
+    with pytest.raises(FloatingPointError, match="after 7 updates.*chosen_logprobs is -inf at"):
         train(tmp_path / "dpo")
     assert same(weights_in(tmp_path / "dpo.unfinished"), history[7][1])

@@ -142,13 +142,10 @@ def rewrite(folder, metadata):
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt", **metadata})
 
 
-def test_an_adapter_of_an_older_version_is_refused(tmp_path):
+def test_a_damaged_fingerprint_is_refused(tmp_path):
     roles = Roles(load_base(load_preset("pocket")))
     roles.add("policy")
     roles.save("policy", tmp_path / "adapter")
-    rewrite(tmp_path / "adapter", {"base": "0.1 0.2 0.3"})
-    with pytest.raises(ValueError, match="saved by an older version .* train it again"):
-        roles.load("policy", tmp_path / "adapter")
     rewrite(tmp_path / "adapter", {BASE: "{"})
     with pytest.raises(ValueError, match="cannot be read"):
         roles.load("policy", tmp_path / "adapter")

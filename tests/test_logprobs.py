@@ -532,7 +532,7 @@ def test_bad_response_length_is_named(model, response_length):
         ),
         ([1, 2, 3], [1, 1, 1], ValueError, r"input_ids has shape \[3\]"),
         ([[1, 2], [1, 2]], [[1, 1], [0, 0]], ValueError, "attention_mask row 1 is all zeros"),
-        ([[1, 2, 3]], [[1, 0, 1]], ValueError, "row 0 is 0 at column 1.*on the left"),
+        ([[1, 2, 3]], [[1, 0, 1]], ValueError, "column 1 is 0 at .*on the left"),
         (
             [[1, 2, 97]],
             [[1, 1, 1]],
@@ -552,7 +552,7 @@ def test_a_row_longer_than_the_context_is_named(model):
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # 128 tokens: as many as the model has positions
     assert response_logprobs(model, ids[:1], mask[:1], 2).shape == (1, 2)
-    with pytest.raises(ValueError, match=r"row 1 has 129 tokens.*context of 128"):
+    with pytest.raises(ValueError, match=r"in a row is 129 at \[1\].*context is 128"):
         response_logprobs(model, ids, mask, 2)
 
 

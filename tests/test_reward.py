@@ -27,6 +27,7 @@ from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.preferences import collect_preferences, preference_card
 from rlhf_helpers.reward import (
+    SIDES,
     RewardConfig,
     calibration,
     encode_pairs,
@@ -537,7 +538,7 @@ def test_pairs_are_encoded_with_eos_last(tokenizer):
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
 def test_a_missing_column_is_named(tokenizer, column):
-    with pytest.raises(ValueError, match=f"no column '{column}', only .*; needed are prompt"):
+    with pytest.raises(ValueError, match=f"no column '{column}', only .*: needed are prompt"):
         encode_pairs(tokenizer, pair_table().remove_columns(column), 24, 24)
 
 
@@ -682,9 +683,9 @@ def test_reference_scores_get_mean_0_and_standard_deviation_1(scorers, tokenizer
     assert after.mean().item() == pytest.approx(0, abs=rounding)
     assert after.std().item() == pytest.approx(1, abs=rounding)
     torch.testing.assert_close(after, (before.double() - mean) / std, rtol=0, atol=rounding)
-    assert scorers.heads[fresh].reference == pytest.approx((mean.item(), std.item()), rel=1e-5)
+    assert scorers.heads[fresh].statistics == pytest.approx((mean.item(), std.item()), rel=1e-5)
     assert torch.equal(score_examples(scorers, "reward", tokenizer, examples), other)
-    assert scorers.heads["reward"].reference is None
+    assert scorers.heads["reward"].statistics is None
     assert same(scorers.state(fresh), adapter)
 
 
@@ -710,7 +711,7 @@ def test_scores_that_give_no_unit_are_refused(scorers, fresh, scores):
     with pytest.raises(ValueError, match="give two or more scores that differ and are finite"):
         normalise(scorers, fresh, torch.tensor(scores))
     assert same(scorers.heads[fresh].state_dict(), head)
-    assert scorers.heads[fresh].reference is None
+    assert scorers.heads[fresh].statistics is None
 
 
 # --- the loop, on a narrow base ------------------------------------------------------------
@@ -855,8 +856,13 @@ def test_what_cannot_be_trained_is_refused(tiny, tokenizer, tmp_path):
         ({"role": "headless"}, r"role 'headless' has no head; call add_head\('headless'\) first"),
         ({"role": "frozen"}, "role 'frozen' is frozen"),
         ({"role": "none"}, "no role 'none'"),
-        ({"pairs": []}, "pairs is empty: give at least one pair"),
-        ({"held_out": []}, "held_out is empty: give at least one pair"),
+        ({"pairs": []}, "chosen of pairs is empty: give at least one"),
+        ({"held_out": []}, "chosen of held_out is empty: give at least one"),
+        (
+            {"pairs": [dict.fromkeys(SIDES, TRAIN[0]["chosen"])]},
+            "has .* equal responses",
+        ),
+        ({"pairs": [{"chosen": TRAIN[0]["chosen"]}]}, r"pairs\[0\] is .*: give pairs from encode_"),
     ]
     before = {name: roles.state(name) for name in roles.names}
     for changes, message in refused:
@@ -904,7 +910,7 @@ def test_a_finished_run_is_in_its_folder(tiny, train, history, tmp_path):
     again = Roles(load_base(tiny), rank=4, alpha=8)
     again.load("reward", folder)
     assert same(weights(again), history[-1][1])
-    assert again.heads["reward"].reference is None
+    assert again.heads["reward"].statistics is None
 
 
 @pytest.mark.parametrize("same_roles", [False, True])
@@ -961,9 +967,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(
 ):
     with monkeypatch.context() as patch:
         break_the_loss(7, patch, lambda value: value * NAN)
-        message = (
-            "update 8 broke off at .*, with a learning_rate of 0.02, .*; update 7 is kept.* nan"
-        )
+        message = "after 7 updates, with a learning_rate of 0.02, .*; update 7 is kept.* nan"
         with pytest.raises(FloatingPointError, match=message):
             train(tmp_path / "reward")
     kept = saved_weights(tmp_path / "reward.unfinished")
@@ -980,7 +984,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_its_update(
         return value
 
     break_the_loss(7, monkeypatch, spoil)
-    with pytest.raises(FloatingPointError, match="update 8 broke off .*: the gradient norm is nan"):
+    with pytest.raises(FloatingPointError, match="after 7 updates.*: the gradient norm is nan"):
         train(tmp_path / "reward")
     assert same(saved_weights(tmp_path / "reward.unfinished"), history[7][1])
 

@@ -498,6 +498,35 @@ def test_a_frozen_role_never_learns(tiny):
     assert all(p.requires_grad for p in made.parameters("policy").values())
 
 
+def test_a_digest_tells_weights_apart(tiny):
+    made = tiny_roles(tiny, ["policy", "value"])
+    made.add("reference", copy_of="policy", trainable=False)
+    assert made.digest("reference") == made.digest("policy") != made.digest("value")
+    with torch.no_grad():
+        next(iter(made.parameters("policy").values()))[0, 0] += 1e-3
+    assert made.digest("reference") != made.digest("policy")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"trainable": True}, "role 'reference' is frozen; add a copy of it with trainable=True"),
+        ({"head": True}, r"role 'reference' has no head; call add_head\('reference'\) first"),
+        ({"name": "policy", "trainable": False}, "'policy' is trainable; .* with trainable=False"),
+        ({"name": "policy", "head": False}, "'policy' has a head already; .* without a head"),
+        ({"name": "none"}, r"there is no role 'none'; there are \['policy', 'reference'\]"),
+    ],
+)
+def test_what_a_role_must_be_is_asked_by_name(tiny, asked, message):
+    made = tiny_roles(tiny, ["policy"])
+    made.add("reference", copy_of="policy", trainable=False)
+    made.add_head("policy")
+    made.require("policy", trainable=True, head=True)
+    made.require("reference", trainable=False, head=False)
+    with pytest.raises(ValueError, match=message):
+        made.require(**{"name": "reference"} | asked)
+
+
 def test_a_frozen_role_may_come_first(tiny):
     made = Roles(load_base(tiny), RANK, ALPHA)
     made.add("reference", trainable=False)
@@ -558,7 +587,7 @@ def test_a_base_with_adapters_is_refused(tiny):
 @pytest.mark.parametrize("rank, alpha", [(0, 8), (-1, 8), (4, 0), (4, -8)])
 def test_a_rank_or_alpha_that_makes_no_adapter_is_refused(tiny, rank, alpha):
     base = load_base(tiny)
-    with pytest.raises(ValueError, match=f"rank is {rank} and alpha {alpha}"):
+    with pytest.raises(ValueError, match=f"rank is {rank}" if rank < 1 else f"alpha is {alpha}"):
         Roles(base, rank, alpha)
     assert len(base.base_model._forward_hooks) == len(load_base(tiny).base_model._forward_hooks)
 
@@ -934,7 +963,7 @@ def test_a_new_head_is_random_by_its_seed():
     assert head.weight.shape == (1, 4095) and head.weight.dtype == torch.float32
     assert head.weight.std().item() == pytest.approx(1 / 64, rel=0.05)
     assert abs(head.weight.mean().item()) < 4 / 64 / 64
-    assert head.bias.tolist() == [0.0] and head.reference is None
+    assert head.bias.tolist() == [0.0] and head.statistics is None
     assert same(head.state_dict(), again.state_dict())
     assert not torch.equal(head.weight, other.weight)
     small = torch.cat([ScalarHead(8, seed).weight for seed in range(500)])
@@ -954,7 +983,7 @@ def test_rescaling_makes_scores_mean_0_and_standard_deviation_1():
     assert after.mean().item() == pytest.approx(0, abs=1e-5)
     assert after.std().item() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(after, (scores - mean) / std, rtol=0, atol=1e-5)
-    assert head.reference == (mean.item(), std.item())
+    assert head.statistics == (mean.item(), std.item())
     assert all(a is b for a, b in zip(parameters, head.parameters(), strict=True))
 
 
@@ -999,20 +1028,20 @@ def test_a_copy_has_its_own_head(tiny):
     before = head_state(made, "reward")
     for name in ("value", "frozen"):
         assert same(head_state(made, name), before)
-        assert made.heads[name].reference == (0.5, 2.0)
+        assert made.heads[name].statistics == (0.5, 2.0)
     assert all(p.requires_grad for p in made.heads["value"].parameters())
     assert not any(p.requires_grad for p in made.heads["frozen"].parameters())
     batch = rows_of("left")
     assert torch.equal(made.values("value", *batch), made.values("reward", *batch))
     made.heads["value"].rescale(1.0, 3.0)
     assert same(head_state(made, "reward"), before)
-    assert made.heads["reward"].reference == (0.5, 2.0)
+    assert made.heads["reward"].statistics == (0.5, 2.0)
 
 
-@pytest.mark.parametrize("reference", [None, (1 / 3, 0.1), (-1e-17, 12345678.9)])
-def test_a_saved_head_comes_back_bit_for_bit(tiny, tmp_path, reference):
+@pytest.mark.parametrize("statistics", [None, (1 / 3, 0.1), (-1e-17, 12345678.9)])
+def test_a_saved_head_comes_back_bit_for_bit(tiny, tmp_path, statistics):
     made = with_heads(tiny)
-    made.heads["value"].reference = reference
+    made.heads["value"].statistics = statistics
     made.save("value", tmp_path / "adapter")
     files = sorted(path.name for path in (tmp_path / "adapter").iterdir())
     assert files == sorted([CONFIG, WEIGHTS, HEAD_FILE])
@@ -1023,7 +1052,7 @@ def test_a_saved_head_comes_back_bit_for_bit(tiny, tmp_path, reference):
     for name in ("critic", "judge"):
         assert same(other.state(name), made.state("value"))
         assert same(head_state(other, name), head_state(made, "value"))
-        assert other.heads[name].reference == reference
+        assert other.heads[name].statistics == statistics
         assert torch.equal(other.values(name, *batch), made.values("value", *batch))
         learns = [p.requires_grad for p in other.heads[name].parameters()]
         assert learns == [name == "critic"] * 2
@@ -1047,7 +1076,7 @@ def test_loading_over_a_role_with_a_head_keeps_the_parameters(tiny, tmp_path):
     now = made.parameters("policy")
     assert held.keys() == now.keys() and all(held[key] is now[key] for key in held)
     assert same(head_state(made, "policy"), head_state(made, "value"))
-    assert made.heads["policy"].reference == (0.5, 2.0)
+    assert made.heads["policy"].statistics == (0.5, 2.0)
     assert same(head_state(made, "reward"), other)
     made.load("policy", tmp_path / "adapter")  # as frozen
     assert not any(p.requires_grad for p in made.heads["policy"].parameters())
@@ -1073,11 +1102,11 @@ def saved_head(tiny, tmp_path):
 
 def refuse_head(made, folder, message):
     before = {name: head_state(made, name) for name in made.heads}
-    references = {name: head.reference for name, head in made.heads.items()}
+    statistics = {name: head.statistics for name, head in made.heads.items()}
     refuse(made, folder, ValueError, message)
     assert made.heads.keys() == before.keys()
     assert all(same(head_state(made, name), before[name]) for name in before)
-    assert {name: head.reference for name, head in made.heads.items()} == references
+    assert {name: head.statistics for name, head in made.heads.items()} == statistics
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 60, 0.5, -1])

@@ -14,12 +14,12 @@ from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
 from rlhf_helpers import rollout
 from rlhf_helpers.base import load_base
+from rlhf_helpers.guards import context_length
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import mask_after_eos, sample_responses
 from rlhf_helpers.text import encode_prompts
-from rlhf_helpers.validation import context_length
 
 PROMPTS = ["what does the duck say?", "what is hot?", "name something red."]
 

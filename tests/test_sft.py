@@ -68,8 +68,8 @@ def test_the_mask_decides_what_is_padding_not_the_token(tokenizer):
         (IDS, MASK, -1, "prompt_length is -1"),
         (IDS, MASK, 5, "prompt_length is 5 .*at most 4"),
         (IDS, MASK, 6, "prompt_length is 6"),
-        (IDS, MASK, 4, "labels of row 0 are all -100"),
-        (IDS, torch.tensor([[1, 1, 1, 1, 0], [0, 1, 0, 0, 0]]), 2, "labels of row 1 are all -100"),
+        (IDS, MASK, 4, "labels in a row is 0 at"),
+        (IDS, torch.tensor([[1, 1, 1, 1, 0], [0, 1, 0, 0, 0]]), 2, r"in a row is 0 at \[1\]"),
         (IDS, MASK[:, :4], 2, r"attention_mask has shape \[2, 4\], input_ids \[2, 5\]"),
         (IDS[0], MASK[0], 2, r"input_ids has shape \[5\]"),
         (IDS[None], MASK[None], 2, r"input_ids has shape \[1, 2, 5\]"),
@@ -479,7 +479,8 @@ def test_other_labels_are_used(train, straight):
         return everything(*arguments)
 
     roles, stats = train(labels=spy)
-    assert len(calls) == STEPS  # the held-out loss is over the response alone
+    # Once before all, over all; the held-out loss is over the response alone.
+    assert len(calls) == -(-len(EXAMPLES) // SETTINGS.batch_size) + STEPS
     assert stats[0].held_out == straight[1][0].held_out
     assert stats[1].loss != straight[1][1].loss
     assert not same(roles.state("sft"), straight[0])
@@ -779,9 +780,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(
 
     with monkeypatch.context() as patch:
         patch.setattr(sft, "batch_loss", loss)
-        message = (
-            "update 8 broke off at .*, with a learning_rate of 0.02, .*; update 7 is kept.* nan"
-        )
+        message = "after 7 updates, with a learning_rate of 0.02, .*; update 7 is kept.* nan"
         with pytest.raises(FloatingPointError, match=message):
             train(tmp_path / "sft")
     assert same(weights_in(tmp_path / "sft.unfinished"), states[7])
@@ -791,10 +790,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(
 
 def test_weights_that_diverge_end_the_run(train, tmp_path):
     config = replace(SETTINGS, learning_rate=1e25)
-    with pytest.raises(
-        (FloatingPointError, ValueError),
-        match=r"weights that diverged|with a learning_rate of 1e\+25, which may be too high",
-    ):
+    message = r"with a learning_rate of 1e\+25, which may be too high"
+    with pytest.raises(FloatingPointError, match=message):
         train(tmp_path / "sft", config=config)
     kept = weights_in(tmp_path / "sft.unfinished")
     assert all(tensor.isfinite().all() for tensor in kept.values())
@@ -834,5 +831,5 @@ def test_a_run_that_is_stopped_but_still_held_saves_before_the_next_goes_on(
 
 
 def test_labels_that_ignore_everything_are_named(train):
-    with pytest.raises(ValueError, match="labels of row 0 are all -100"):
+    with pytest.raises(ValueError, match="labels in a row is 0 at"):
         train(labels=lambda ids, mask, prompt_length: torch.full_like(ids, IGNORE))

@@ -1,5 +1,6 @@
 """From texts to token ids, on tokenizers of the kinds that real models have."""
 
+import itertools
 from datetime import datetime
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf_helpers.text import (
     content_text,
     encode_examples,
     encode_prompts,
+    like_length_batches,
     load_tokenizer,
     opening,
     readable,
@@ -355,3 +357,15 @@ def test_without_another_pad_token_that_is_said(tmp_path):
     LlamaConfig(vocab_size=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="eos token '</s>' has id 2, .* embeddings for 1 tokens"):
         load_tokenizer(preset)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 100])
+def test_batches_of_like_length_hold_every_example_once(rows):
+    lengths = [7, 2, 9, 2, 5, 8, 1, 9, 4, 3]
+    examples = [{"prompt": [5], "response": [6] * n} for n in lengths]
+    batches = like_length_batches(examples, rows)
+    assert sorted(i for batch in batches for i in batch) == list(range(10))
+    assert [len(batch) for batch in batches[:-1]] == [rows] * (len(batches) - 1)
+    for shorter, longer in itertools.pairwise(batches):
+        assert max(lengths[i] for i in shorter) <= min(lengths[i] for i in longer)
+    assert all(batch == sorted(batch) for batch in batches)

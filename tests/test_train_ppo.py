@@ -285,12 +285,12 @@ def headless(name):
 
 
 def not_normalised(roles):
-    roles.heads["reward"].reference = None
+    roles.heads["reward"].statistics = None
 
 
 REFUSED = {
     **{
-        f"no {name}": (without(name), f"no role '{name}'.*PPO needs policy, reference, reward and")
+        f"no {name}": (without(name), f"no role '{name}'; there are .*; load or add it first")
         for name in ("policy", "reference", "reward", "value")
     },
     **{
@@ -672,7 +672,7 @@ def test_training_changes_nothing_else(tiny, train, experience):
     assert same(base_bits(roles.model), base)
     assert same(weights(roles, others), states)
     assert same(answers(), said)
-    assert roles.heads["reward"].reference == (0.1, 0.5)
+    assert roles.heads["reward"].statistics == (0.1, 0.5)
     assert not roles.model.training
     assert roles.parameters("policy") and roles.parameters("value")
     with pytest.raises(ValueError, match="'reference' is frozen"):
@@ -1425,7 +1425,7 @@ def test_what_is_not_finite_ends_the_run_and_keeps_the_last_save(
     roles, folder = new_roles(tiny), tmp_path / "policy"
     with monkeypatch.context() as patch:
         spoil(patch, STEPS + 2)
-        where = f"update 2 broke off at role '{role}', with a learning_rate of 0.02"
+        where = f"broke off at role '{role}' after 1 updates, with a learning_rate of 0.02"
         with pytest.raises(FloatingPointError, match=f"{where}.*update 1 is kept .*{message}"):
             train(folder, roles)
     newest = tmp_path / "policy.unfinished" / "update-00001"
@@ -1438,7 +1438,7 @@ def test_what_is_not_finite_ends_the_run_and_keeps_the_last_save(
 
 def test_nothing_is_said_to_be_kept_without_a_folder(train, monkeypatch):
     spoil_the_loss("policy", NAN)(monkeypatch, 0)
-    with pytest.raises(FloatingPointError, match="update 1 broke off") as caught:
+    with pytest.raises(FloatingPointError, match="broke off") as caught:
         train()
     assert "kept" not in str(caught.value)
 
@@ -1455,7 +1455,7 @@ def test_the_save_that_is_said_to_be_kept_is_there(train, tmp_path, monkeypatch,
 
 
 def test_weights_that_diverge_end_the_run(train, tmp_path):
-    with pytest.raises(FloatingPointError, match="update 1 broke off at role 'policy'"):
+    with pytest.raises(FloatingPointError, match="broke off at role 'policy' after 0 updates"):
         train(tmp_path / "policy", config=replace(SETTINGS, learning_rate=1e25))
     assert names_in(tmp_path / "policy.unfinished") == ["update-00000"]
 
@@ -1463,7 +1463,7 @@ def test_weights_that_diverge_end_the_run(train, tmp_path):
 def test_a_policy_that_can_no_longer_sample_ends_the_run(tiny, train, tmp_path):
     """One step in an update, so large that the next cannot begin."""
     config = replace(SETTINGS, learning_rate=1e25, epochs=1, minibatch_size=4)
-    with pytest.raises(FloatingPointError, match="update 2 broke off at role 'policy'"):
+    with pytest.raises(FloatingPointError, match="broke off at role 'policy' after 1 updates"):
         train(tmp_path / "policy", config=config)
 
 

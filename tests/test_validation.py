@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rlhf_helpers import validation
-from rlhf_helpers.validation import Above, B, Finite, Mask, OneOf, T, V, Whole, checked
+from rlhf_helpers.kinds import Above, B, Finite, Mask, OneOf, T, V, Whole
+from rlhf_helpers.validation import checked
 
 
 @checked
