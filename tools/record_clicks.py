@@ -233,6 +233,8 @@ def one_run(name: str, seed: int, cache: Path, out: Path) -> dict:
     row, again, texts = ROWS[name], name.startswith("second"), hacked(seed, cache, out)
     begun = time.perf_counter()
     first = cache / f"honest-60-{seed}"
+    if again and not first.is_dir():
+        one_run("honest-60", seed, cache, out)
     start = first / "reward" if again else ASSETS / "reward"
     roles = fresh_roles(start)
     roles.load("policy_now", first / "policy" if again else cache / f"hacked-{seed}")
