@@ -1,13 +1,13 @@
 # %% [markdown]
 # # 06 · Mend it with your own clicks
 #
-# **Run time** about three minutes on two CPU cores, and some five minutes of clicking if you like · **Before this**
-# lesson 05 · **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
+# **Run time** about four minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson 05 ·
+# **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
 #
 # After this lesson you will be able to
 #
 # - collect comparisons yourself, and say how far they can be trusted;
-# - train a reward model on from where it was, without its forgetting what it knew;
+# - train a reward model on from where it was, and look at what it forgets;
 # - mend a hacked reward, and say on which answers the labels have to be;
 # - say why RLHF is run in rounds.
 
@@ -18,16 +18,17 @@ CLICK_YOURSELF = False  # True: you are the annotator; False: a simulated one, s
 import csv
 import json
 import random
+import time
 from itertools import cycle
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from rlhf_helpers import clicks_panel, notebook, plots, ppo, reward
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.clicks import Clicks, simulated
+from rlhf_helpers.clicks_file import RowFile
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.preferences import collect_preferences
@@ -36,27 +37,26 @@ from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
 from rlhf_helpers.sources import load_gold, preference_dataset, prompt_dataset
 from rlhf_helpers.stats import share_with_interval
-from rlhf_helpers.text import load_tokenizer, readable
+from rlhf_helpers.text import answer_text, load_tokenizer, readable
 
 # %%
-preset = load_preset(PRESET)
+preset, begun = load_preset(PRESET), time.perf_counter()
 notebook.start(preset)
 tokenizer, gold = load_tokenizer(preset), load_gold(preset)
 folder = preset.runs / preset.name / "clicks"
 adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
 train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("train", "held_out"))
-lengths = preset.prompt_length + 8, 2 * preset.response_length  # of a prompt and an answer in a pair
+lengths = preset.prompt_length + 8, 2 * preset.response_length  # of a prompt, an answer in a pair
 
 # %% [markdown]
 # ## A run that has gone wrong
 #
-# Lesson 05 ended with a hole. At a price of β = 0.01 for a nat the policy finds what the reward model overpays:
-# answers full of courtesies that never end. The proxy rises, gold falls. A higher price keeps the policy away from the
-# hole, but the hole stays. Who mends it? Nobody in the run can: the reward model is content. It takes somebody who
+# Lesson 05 has left a hole. At a price of β = 0.01 for a nat the policy finds what the reward model overpays: answers
+# full of courtesies that never end. The proxy rises, gold falls. A higher price keeps the policy away from the hole, but
+# the hole is still there. Who mends it? Nothing in the run can: the reward model is content. It takes somebody who
 # *reads the answers*.
 #
-# So first we need the patient: twelve updates of PPO at β = 0.01, from SFT. It is kept in `runs/`, so that a session
-# of clicks can go on another day with the same answers.
+# First we need the patient: twelve updates of PPO at β = 0.01, from SFT.
 
 
 # %%
@@ -69,79 +69,89 @@ def four_roles(reward_folder):
     return roles
 
 
+def watched(stats):
+    """What to draw of an update."""
+    marks = gold(stats.experience.prompts, stats.experience.rollout).mean().item()
+    numbers = {"score (proxy)": stats.score, gold.name: marks, "KL, nats": stats.kl}
+    return numbers | {"share finished": stats.finished}
+
+
 def run_ppo(roles, updates, name):
-    """PPO at the low price; what the updates reported."""
+    """PPO at the low price, always with the same prompts and seed; what to draw of each update."""
     settings = preset.ppo | {"updates": updates, "beta": 0.01, "seed": preset.seed}
     run = ppo.train_ppo(roles, tokenizer, train, ppo.PPOConfig(**settings))
-    return list(tqdm(run, total=updates, desc=name, leave=False))
+    return [watched(stats) for stats in tqdm(run, total=updates, desc=name, leave=False)]
 
-
-# %%
-roles = four_roles(adapters["reward"])
-if (folder / "hacked" / "adapter_config.json").is_file():
-    print("the hacked policy is there from an earlier run")
-    before = []
-else:
-    before = run_ppo(roles, 12, "hacking")
-    roles.save("policy", folder / "hacked")
-roles.load("hacked", folder / "hacked")
 
 # %% [markdown]
-# What it says, beside SFT, and what the reward model thinks of it (its unit is a standard deviation of SFT's own scores):
+# It is kept in `runs/`, its log too, so that a session of clicks can go on another day with the same answers.
+
+# %%
+roles, log = four_roles(adapters["reward"]), RowFile(folder / "hacking.jsonl")
+if (folder / "hacked" / "adapter_config.json").is_file():
+    print("the hacked policy is there from an earlier run of this lesson")
+else:
+    log.write(run_ppo(roles, 12, "hacking"))
+    roles.save("policy", folder / "hacked")
+roles.load("hacked", folder / "hacked")
+before = log.rows()
+print(", ".join(f"{name} {before[0][name]:.2f} to {before[-1][name]:.2f}" for name in before[0]))
+
+# %% [markdown]
+# What it says, below what SFT says, each with its score (the unit is a standard deviation of SFT's own scores):
 
 
 # %%
 def answers(role, prompts, seed, roles=roles):
     length = preset.response_length
-    return sample_responses(roles.use(role), tokenizer, prompts, length, seed=seed).texts
+    return sample_responses(roles.use(role), tokenizer, list(prompts), length, seed=seed).texts
 
 
 def scores(roles, prompts, texts):
     return reward.score_responses(roles, "reward", tokenizer, prompts, texts, *lengths)
 
 
-shown = held_out[::200][:3]
-for role in ("reference", "hacked"):
-    texts = answers(role, shown, seed=3)
-    for prompt, text, score in zip(shown, texts, scores(roles, shown, texts), strict=True):
-        print(f"{score:5.2f}  {readable(prompt)}  {'SFT' if role == 'reference' else 'PPO'}: {text}")
+shown = held_out[:: max(1, len(held_out) // 3)][:3]
+texts = {role: answers(role, shown, seed=3) for role in ("reference", "hacked")}
+for i, prompt in enumerate(shown):
+    print(readable(prompt))
+    for said in texts.values():
+        print(f"   {scores(roles, [prompt], said[i : i + 1]).item():5.2f}  {said[i]}")
 
 # %% [markdown]
 # ## You are the annotator
 #
 # Sixty prompts; to each one answer of the hacked policy and one of SFT, sides at random. You say which is better,
-# with the mouse or the keys, and "cannot tell" if you cannot. Eight pairs come twice, with the sides exchanged.
-# Every choice is saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` that you know from
-# lesson 02; close the notebook and go on tomorrow.
-#
-# The pairs are written to a file as well: a session belongs to *these* answers.
+# with the mouse or the keys, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice is
+# saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` of lesson 02; close the notebook and go
+# on tomorrow. The pairs are in a file as well: a session belongs to *these* answers.
 
 # %%
-if not (folder / "pairs.json").is_file():
+file = RowFile(folder / "pairs.jsonl")
+if not file.rows():
     asked = random.Random(preset.seed).sample(train, min(80, len(train)))
     sides = answers("reference", asked, seed=1), answers("hacked", asked, seed=2)
-    rows = [row for row in zip(asked, *sides, strict=True) if row[1] != row[2] and all(row)]
-    (folder / "pairs.json").write_text(json.dumps(rows[:60]), encoding="utf-8")
-pairs = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-print(f"{len(pairs)} pairs; one of them: {readable(pairs[0][0])}")
+    drawn = [row for row in zip(asked, *sides, strict=True) if row[1] != row[2] and all(row)]
+    file.write([{"prompt": p, "SFT": a, "hacked": b} for p, a, b in drawn[:60]])
+pairs = [tuple(row.values()) for row in file.rows()]
+print(f"{len(pairs)} pairs; the first: {readable(pairs[0][0])}")
 for text in sorted(pairs[0][1:]):
     print(f"   {text}")
 
 # %% [markdown]
-# An honest clicker for Run All: it knows how good each answer is, and takes the better one. In the pocket world that is
-# the rubric's gold; with another preset, where nobody knows, a judge that PPO has not seen (lesson 02). Set
-# `CLICK_YOURSELF = True` at the top, restart, and the cell below shows the panel instead. Click to the end, then run the
-# cells below it.
+# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one. In
+# the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not seen.
+# To click yourself, set `CLICK_YOURSELF = True` at the top and run the cells down to this panel; click to the end, then run the
+# cells below.
 
 
 # %%
 def points(prompt, answer):
-    """How good an answer is: gold, or the judge where there is none."""
+    """How good an answer is: gold, or what the judge says where there is none."""
     if preset.name == "pocket":
         return rubric.gold_reward(prompt, answer).total
-    return reward.score_responses(
-        gold.roles, "judge", tokenizer, [prompt], [answer], *lengths
-    ).item()
+    one = [prompt], [answer]
+    return reward.score_responses(gold.roles, "judge", tokenizer, *one, *lengths).item()
 
 
 honest = simulated(points)
@@ -154,97 +164,113 @@ else:
     print(clicks.progress())
 
 # %% [markdown]
+# ## Whose labels are these?
+#
 # <details><summary><b>Predict before you run.</b> How often will you agree with yourself on the eight pairs that come
 # twice? Will you lean to the longer answer, to the politer one, to the left?</summary>
 #
-# The simulated clicker always agrees with itself and leans nowhere, by construction. People do not: in Stiennon et al.
-# (2020) labellers agreed with the researchers on 77% of comparisons, and the researchers among themselves on 73%. That
-# is why one asks twice.
+# The simulated clicker agrees with itself always and leans nowhere, by construction. People do not: in Stiennon et al.
+# (2020) labellers agreed with the researchers in 77% of comparisons, and the researchers with each other in 73%. So one
+# asks twice.
 # </details>
+
 
 # %%
 def told(what, hits):
-    """A share of clicks with its 95% interval (Wilson, lesson 01)."""
-    if not hits:
-        return print(f"{what:44} no such pairs")
-    share, low, high = share_with_interval(hits)
-    print(f"{what:44} {share:4.0%} of {len(hits):2}   [{low:4.0%}, {high:4.0%}]")
+    """A share of trials with its 95% interval by Wilson."""
+    share, low, high = share_with_interval(hits) if hits else (float("nan"),) * 3
+    print(f"{what:36} {share:4.0%} of {len(hits):3}   [{low:4.0%}, {high:4.0%}]")
 
 
+labels = clicks.preferences()  # says so if there are too few
 same, twice = clicks.agreement()
 decided = [row for row in clicks.rows if row["side"] and not row["repeat"]]
 told("agreed with yourself", [True] * same + [False] * (twice - same))
-told("the answer on the left chosen", [row["side"] == "first" for row in decided])
+told("chose the answer on the left", [row["side"] == "first" for row in decided])
 print(f"cannot tell: {sum(row['side'] is None for row in clicks.rows)} of {len(clicks.rows)}")
 
 # %% [markdown]
-# Agreement with yourself is *your* ceiling: no reward model can predict your choices better than you can repeat them. But
-# look at the interval. Even eight of eight only says that it is probably above two thirds. Whoever always clicks left
-# would agree with himself in none of the pairs, since the sides are exchanged; and by chance one agrees in half of them.
-# What remains above chance is the first part of the exercise.
+# Agreement with yourself is *your* ceiling: no reward model can predict your choices better than you repeat them. But
+# look at the interval: eight of eight only says that it is probably above two thirds. Whoever always clicks left
+# agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them; what remains
+# above chance is the first part of the exercise. Sixty clicks say little about a leaning to the left, too: an interval
+# that wide holds a half and much else.
 #
-# In this world we can also ask what nobody can ask in life: are the labels right? And do they lean?
+# In this world we can ask what in life nobody can: are the labels right? And do they lean, to longer answers or to
+# politer ones? Beside the clicks stands what gold, and what the annotator of lesson 02 would choose on the same pairs.
 
 
 # %%
 # Pocket only
-def gold_gap(row):
-    return points(row["prompt"], row["chosen"]) - points(row["prompt"], row["rejected"])
+def gap(row, worth):
+    """By how much the chosen answer is ahead."""
+    return worth(row["prompt"], row["chosen"]) - worth(row["prompt"], row["rejected"])
 
 
-told("the answer with more gold chosen", [gold_gap(r) > 0 for r in decided if gold_gap(r)])
-MEASURES = {"longer": lambda t: len(t.split())}
-MEASURES["politer"] = lambda text: rubric.count_phrases(text, world.POLITE)
-for name, of in MEASURES.items():
-    more = [(r, of(r["chosen"]) - of(r["rejected"])) for r in decided]
-    told(f"the {name} answer chosen", [gap > 0 for _, gap in more if gap])
-    told("   what gold would have done there", [(gap > 0) == (gold_gap(r) > 0) for r, gap in more if gap])
-    told("   the annotator of lesson 02", [
-        (gap > 0) == (Annotator().utility(r["prompt"], r["chosen"]) > Annotator().utility(r["prompt"], r["rejected"]))
-        for r, gap in more if gap
-    ])
+def words(prompt, answer):
+    return len(answer.split())
+
+
+def courtesies(prompt, answer):
+    return rubric.count_phrases(answer, world.POLITE)
+
+
+told("chose the answer with more gold", [gap(r, points) > 0 for r in decided if gap(r, points)])
+for name, of in {"longer": words, "politer": courtesies}.items():
+    differ = [row for row in decided if gap(row, of)]
+    told(f"chose the {name} one", [gap(row, of) > 0 for row in differ])
+    for who, worth in {"gold": points, "the annotator": Annotator().utility}.items():
+        told(f"   {who} would", [gap(row, of) * gap(row, worth) > 0 for row in differ])
 
 # %% [markdown]
-# TEXT labels
+# Read the middle lines with care. To choose the shorter answer in seven of ten pairs is no leaning: gold does the same, on the
+# same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is missing. The
+# annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: so its labels made the hole, and
+# sixty more of them would not mend it. (That gold prefers some hacked answers is right, too: they are right more often
+# than SFT's. What ruins them is what stands around the facts.)
 #
-# ## What the clicks tell the reward model
+# ## What a click tells the reward model
 #
-# A pair pulls at the reward model with $1 - \sigma(\Delta)$, the probability that it gave to the other choice (lesson 02).
-# So a click teaches much where the reward model is *wrong*, and nearly nothing where it knew the answer. Here is how
-# hard your clicks pull, and how hard as many clicks would pull on two answers of SFT.
+# A pair pulls at the reward model with $1 - \sigma(\Delta)$, the probability that it gives to the other choice (lesson 02):
+# by hand, 0.5 where it cannot tell, and $1 - \sigma(2) = 0.12$ where it is rather sure already and right. So a click
+# teaches most where the reward model is *wrong*. How hard do these clicks pull, and how hard would clicks on two answers
+# of SFT?
 
 # %%
 asked = [prompt for prompt, *_ in pairs]
-drawn = zip(asked, answers("reference", asked, seed=4), answers("reference", asked, seed=5), strict=True)
-at_home = Clicks([row for row in drawn if all(row)], repeats=0)
+two = answers("reference", asked, seed=4), answers("reference", asked, seed=5)
+at_home = Clicks(list(zip(asked, *two, strict=True)), repeats=0)
 at_home.click_through(honest)
 
 
 def pulls(rows):
-    sides = [[row[side] for row in rows] for side in ("prompt", "chosen", "rejected")]
-    sides = [[s if isinstance(s, str) else s[-1]["content"] for s in side] if k else side for k, side in enumerate(sides)]
-    return 1 - (scores(roles, sides[0], sides[1]) - scores(roles, sides[0], sides[2])).sigmoid()
+    asked = [row["prompt"] for row in rows]
+    sides = [[answer_text(row[side]) for row in rows] for side in ("chosen", "rejected")]
+    chosen, rejected = (scores(roles, asked, texts) for texts in sides)
+    return 1 - (chosen - rejected).sigmoid()
 
 
-pulled = {"policy against SFT": pulls(decided)}
-pulled["SFT against SFT"] = pulls([row for row in at_home.rows if row["side"]])
+pulled = {"policy and SFT": pulls(decided), "SFT twice": pulls(list(at_home.preferences()))}
 for name, pull in pulled.items():
-    print(f"{name:20} {len(pull):2} clicks, mean pull {pull.mean():.2f},", end=" ")
-    print(f"the reward model would have chosen otherwise in {(pull > 0.5).float().mean():.0%}")
+    print(f"{name:15} {len(pull):2} clicks, mean pull {pull.mean():.2f};", end=" ")
+    print(f"the reward model would choose otherwise in {(pull > 0.5).float().mean():.0%}")
+means = [pull.mean() for pull in pulled.values()]
+assert CLICK_YOURSELF or preset.name != "pocket" or means[0] > 1.5 * means[1]
 
 # %% [markdown]
-# TEXT pulls
+# On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many cannot be
+# decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often than right: PPO has gone to where it
+# errs, that is what hacking is. So the labels are worth most *where the policy now is*.
 #
 # ## Training on, with a replay
 #
-# Sixty pairs alone would be learnt by heart in a few steps, and what the four thousand of lesson 02 have taught would
-# fade: nothing in the new loss asks for it. So half of each batch are old pairs. By hand, with three new pairs, five
-# old ones, batches of four:
+# Sixty pairs are soon learnt by heart, and nothing in their loss asks for what the four thousand of lesson 02 have
+# taught. So half of each batch are old pairs, a **replay**. By hand, with three new pairs, five old ones, batches of four:
 
 
 # %% tags=["nbval-check-output"]
 def batches(new, old, replay, steps, size):
-    """Pairs for all steps, the same share of old ones in each batch."""
+    """Pairs for all steps, with the same share of old ones in each batch."""
     again = round(replay * size)
     shares = (cycle(new), size - again), (cycle(old), again)
     return [next(source) for _ in range(steps) for source, n in shares for _ in range(n)]
@@ -255,26 +281,33 @@ for step in range(3):
     print(by_hand[4 * step : 4 * step + 4])
 
 # %% [markdown]
-# The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, from a part of its prompts.
-# The learning rate is a third of the one it was trained with: it is to be moved, not made anew. Afterwards its scores
-# are normalised again on SFT's answers, so that β keeps its meaning.
+# The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, to one in twelve of its prompts.
+# Those to other prompts are kept apart, to see what is forgotten.
 
 # %%
-if preset.name == "pocket":
-    old = collect_preferences(
-        roles.use("reference"), tokenizer, train[::12], Annotator(), seed=preset.seed, cache=folder
-    )
-else:
-    old = preference_dataset(preset)
-    old = old.select(range(min(400, len(old))))
-old_pairs = reward.encode_pairs(tokenizer, old, *lengths)
-new_pairs = reward.encode_pairs(tokenizer, clicks.preferences(), *lengths)
-print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones")
+people = []
+for first in (0, 6):
+    if preset.name == "pocket":
+        sft, those = roles.use("reference"), train[first::12]
+        rows = collect_preferences(
+            sft, tokenizer, those, Annotator(), seed=preset.seed, cache=folder
+        )
+    else:
+        rows = preference_dataset(preset)
+        rows = rows.select(range(first, min(first + 4800, len(rows)), 12))
+    people.append(reward.encode_pairs(tokenizer, rows, *lengths))
+old_pairs, unseen = people
+new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
+print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
+
+# %% [markdown]
+# Forty steps at 0.3 of the learning rate that the reward model was trained with: it is to be moved, not made anew. Then its scores
+# are normalised again on SFT's answers, so that β keeps its meaning.
 
 
 # %%
 def train_on(start, new, name, replay=0.5, steps=40, size=16):
-    """The reward model in a folder, trained on with new pairs; the folder of the result."""
+    """Train the reward model in a folder on with new pairs; returns the folder of the result."""
     roles = Roles(load_base(preset))
     roles.load("reward", start, trainable=True)
     rate = 0.3 * reward.RewardConfig(**preset.reward).learning_rate
@@ -282,118 +315,132 @@ def train_on(start, new, name, replay=0.5, steps=40, size=16):
     config = reward.RewardConfig(**preset.reward | settings)
     rows = batches(new, old_pairs, replay, steps, size)
     run = reward.train_reward_model(roles, "reward", tokenizer, rows, new, config)
-    *_, last = tqdm(run, total=steps + 1, desc=name, leave=False)
+    begin, *_, end = tqdm(run, total=steps + 1, desc=name, leave=False)
     said = torch.cat(reward.pair_scores(roles, "reward", tokenizer, old_pairs))
     reward.normalise(roles, "reward", said)
     roles.save("reward", folder / name)
-    print(f"{name}: ranks {last.held_out['accuracy']:.0%} of your clicks as you did")
+    ranked = f"{begin.held_out['accuracy']:.0%}, then {end.held_out['accuracy']:.0%}"
+    print(f"{name}: at first ranks {ranked} of the clicks as they were made")
     return folder / name
 
 
 models = {"before": adapters["reward"]}
-models["your clicks, replay"] = train_on(models["before"], new_pairs, "mended")
-models["your clicks alone"] = train_on(models["before"], new_pairs, "no_replay", replay=0)
+models["clicks and replay"] = train_on(models["before"], new_pairs, "mended")
+models["clicks alone"] = train_on(models["before"], new_pairs, "alone", replay=0)
 
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> The probe of lesson 02: the same right answers with none to four
 # courtesies around them. The reward model paid for the first ones and took nothing off for more. What will it do
-# after your clicks?</summary>
+# after the clicks?</summary>
 #
-# The hacked answers are full of courtesies, and you have mostly chosen the others. So courtesies should now cost
-# something. It might also throw out the first one, which gold likes: a reward model has no rubric, only examples.
+# The hacked answers are full of courtesies, and the clicks mostly chose the others. So courtesies should cost something
+# now. It might also throw out the first one, which gold likes: a reward model has no rubric, only examples.
 # </details>
-
 
 # %%
 # Pocket only
 probe = exam.polite_probe()
-curves = {
-    "gold": [
-        rubric.mean_score(rubric.gold_reward(*row) for row in zip(*texts, strict=True)).total
-        for texts in probe
-    ]
-}
 loaded = {name: four_roles(path) for name, path in models.items()}
+marks = [[points(*row) for row in zip(*texts, strict=True)] for texts in probe]
+curves = {"gold": [sum(row) / len(row) for row in marks]}
 for name, its_roles in loaded.items():
     curves[name] = [scores(its_roles, *texts).mean().item() for texts in probe]
 fig = plots.lines(curves, "courtesies in a right answer", "mean of 200 answers")
-shapes = "; ".join(f"{name} {values[1]:.1f} to {values[4]:.1f}" for name, values in curves.items())
-plots.show(fig, f"Gold and three reward models from one to four courtesies: {shapes}.")
+ends = "; ".join(f"{name} {values[1]:.1f} to {values[4]:.1f}" for name, values in curves.items())
+plots.show(fig, f"Gold and three reward models, from one courtesy to four: {ends}.")
+for name, values in curves.items():
+    print(f"{name:18}", [round(value, 2) for value in values])
+falls = {name: values[1] - values[4] for name, values in curves.items()}
+assert CLICK_YOURSELF or falls["before"] < 0 < 0.2 < falls["clicks and replay"]
 
 # %% [markdown]
-# TEXT probe
+# Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of gold: one is worth
+# something, and from then on each costs. Nobody wrote that rule down; it is in sixty choices. (Compare shapes, not
+# heights: gold is in points, a score in standard deviations of SFT's scores.) The probe shows one hole. That there is
+# no other it cannot show.
 #
-# And what has it forgotten? *Agreement* is the share of pairs of answers to a held-out prompt, different in gold,
-# that the reward model ranks as gold does. Of two answers of SFT that is what it could do before; of one answer of SFT
-# and one of the hacked policy it is what your clicks were for.
+# And what has been forgotten? *SFT twice* is the share of pairs of SFT's answers to a held-out prompt, different in
+# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy, which the clicks were
+# for; *people* the share of the choices kept apart above that it would make as well.
 
 
 # %%
 # Pocket only
 def agreement(its_roles, first, second):
-    rows = zip(some, first, second, strict=True)
-    rows = [(p, *sorted((a, b), key=lambda t: points(p, t))) for p, a, b in rows if a and b]
-    asked, worse, better = zip(*[row for row in rows if points(*row[:2]) < points(row[0], row[2])], strict=True)
-    gaps = scores(its_roles, asked, better) - scores(its_roles, asked, worse)
-    return reward.pair_accuracy(gaps, torch.zeros(len(gaps)))
+    """Share of pairs of answers, different in gold, that are ranked as gold ranks them."""
+    rows = [(p, a, b) for p, a, b in zip(some, first, second, strict=True) if a and b]
+    gaps = torch.tensor([points(p, b) - points(p, a) for p, a, b in rows])
+    asked, *sides = map(list, zip(*rows, strict=True))
+    proxy = scores(its_roles, asked, sides[1]) - scores(its_roles, asked, sides[0])
+    return ((proxy > 0) == (gaps > 0))[gaps != 0].float().mean().item()
 
 
 some = held_out[::2]
-said = {"SFT": answers("reference", some, 6), "SFT again": answers("reference", some, 7)}
-said["hacked"] = answers("hacked", some, 8)
+said = {"SFT": answers("reference", some, 6), "hacked": answers("hacked", some, 8)}
+said["again"] = answers("reference", some, 7)
 agreed = {}
 for name, its_roles in loaded.items():
-    agreed[name] = [agreement(its_roles, said["SFT"], said[other]) for other in ("SFT again", "hacked")]
-    print(f"{name:20} two of SFT {agreed[name][0]:.2f}, SFT against hacked {agreed[name][1]:.2f}")
+    agreed[name] = [agreement(its_roles, said["SFT"], said[k]) for k in ("again", "hacked")]
+    chosen, rejected = reward.pair_scores(its_roles, "reward", tokenizer, unseen)
+    agreed[name].append(reward.pair_accuracy(chosen, rejected))
+    print(
+        f"{name:18} SFT twice {agreed[name][0]:.2f}, hacked and SFT {agreed[name][1]:.2f},", end=""
+    )
+    print(f" people {agreed[name][2]:.2f}")
+assert CLICK_YOURSELF or agreed["clicks and replay"][1] > agreed["before"][1] + 0.2
+assert CLICK_YOURSELF or agreed["clicks and replay"][0] > agreed["before"][0] - 0.05
 
 # %% [markdown]
-# TEXT forgetting
+# FORGETTING
 #
 # ## The same run again
 #
-# Everything as at the beginning: from SFT, the same prompts, the same seed, the same price of 0.01. Only the reward
-# model is another, and the critic, which starts from it.
+# All as at the beginning: from SFT, the same prompts, the same seed, the same price of 0.01. Only the reward model is
+# another, and with it the critic, which starts as its copy.
 
 # %%
-mended = four_roles(models["your clicks, replay"])
+mended = four_roles(models["clicks and replay"])
 after = run_ppo(mended, 15, "mending")
-
-
-# %%
-def curve_of(history):
-    return {
-        "score (proxy)": [s.score for s in history],
-        gold.name: [gold(s.experience.prompts, s.experience.rollout).mean().item() for s in history],
-        "KL, nats": [s.kl for s in history],
-        "share finished": [s.finished for s in history],
-    }
-
-
-runs = {"before your clicks": before, "after": after}
-found = {name: curve_of(history) for name, history in runs.items() if history}
-panels = {title: {name: curves[title] for name, curves in found.items()} for title in found["after"]}
-ends = "; ".join(f"{name}: gold {c[gold.name][-1]:.1f}, finished {c['share finished'][-1]:.0%}" for name, c in found.items())
-plots.show(plots.panels(panels, "updates", {}), f"Four panels, two runs. In the end {ends}.")
+print(f"from nothing to here {(time.perf_counter() - begun) / 60:.1f} minutes")
 
 # %% [markdown]
-# TEXT curves
+# Both runs, each scored by the reward model that it was trained on:
+
+# %%
+logs = {"before the clicks": before, "after": after}
+panels = {title: {k: [row[title] for row in log] for k, log in logs.items()} for title in after[0]}
+last = {
+    name: f"{log[-1][gold.name]:.1f}, {log[-1]['share finished']:.0%}" for name, log in logs.items()
+}
+alt = (
+    f"Score, gold, KL, share finished over the updates. Gold and share finished in the end: {last}."
+)
+plots.show(plots.panels(panels, "updates", {}), alt)
+
+# %% [markdown]
+# CURVES
 #
-# On held-out prompts, where each policy is scored by the reward model that it was trained on:
+# On held-out prompts:
 
 # %%
 config = ppo.PPOConfig(**{"minibatch_size": 64} | preset.ppo)
-some = held_out[::4] if preset.name == "pocket" else held_out[:16]
-ends = {}
-for name, its_roles, role in (
-    ("SFT", roles, "reference"), ("hacked", roles, "hacked"), ("cured", mended, "policy")
-):
-    ends[name] = ppo.collect_experience(its_roles, tokenizer, some, config, 0.0, seed=9, role=role)
-table = {}
-for name, seen in ends.items():
+some = held_out[::3] if preset.name == "pocket" else held_out[:16]
+ends, table = {}, {}
+
+
+def measured(name, its_roles, role):
+    """Answers to held-out prompts, and what is to be said of them."""
+    options = {"seed": 9, "role": role}
+    seen = ends[name] = ppo.collect_experience(its_roles, tokenizer, some, config, 0.0, **options)
     marks, finished = gold(some, seen.rollout), seen.rollout.finished.float()
     numbers = {"proxy": seen.scores, gold.name: marks, "KL": seen.kl, "finished": finished}
     table[name] = {k: v.mean().item() for k, v in numbers.items()}
     print(f"{name:7}" + "".join(f"  {k} {v:5.2f}" for k, v in table[name].items()))
+
+
+measured("SFT", roles, "reference")
+measured("hacked", roles, "hacked")
+measured("cured", mended, "policy")
 
 # %%
 for i in range(0, len(some), len(some) // 4):
@@ -401,27 +448,32 @@ for i in range(0, len(some), len(some) // 4):
     for name, seen in ends.items():
         print(f"   {name:7} {seen.scores[i]:5.2f}  {seen.rollout.texts[i]}")
 
+# %% [markdown]
+# How many are right? (The rubric counts an answer as right if it states the fact and no wrong one.)
+
+
 # %%
 # Pocket only
-def correct(seen):
-    rows = zip(some, seen.rollout.texts, strict=True)
-    return [rubric.gold_reward(*row).correct > 0 for row in rows]
+def right(seen):
+    return [
+        rubric.gold_reward(*row).correct > 0 for row in zip(some, seen.rollout.texts, strict=True)
+    ]
 
 
 for name, seen in ends.items():
-    told(f"{name}: right answers", correct(seen))
+    told(f"{name}: right", right(seen))
 if not CLICK_YOURSELF:
     assert table["hacked"]["gold"] < 0 < table["SFT"]["gold"] < table["cured"]["gold"]
-    assert table["cured"]["finished"] > 0.95 > 0.2 > table["hacked"]["finished"]
+    assert table["hacked"]["finished"] < 0.2 and table["cured"]["finished"] > 0.95
 
 # %% [markdown]
-# TEXT results
+# RESULTS
 #
 # ## Ten seeds, and other clickers
 #
-# One run is one run. Recorded: the same with ten seeds, the hacked policy of each seed made once, and then other clicks.
-# In every row the clicker decides as many pairs as it says; *careless* is one in five wrong, *biased* has the leaning
-# of the annotators of lesson 02; *SFT pairs* are clicks on two answers of SFT.
+# One run is one run. So this was recorded with up to ten seeds; the hacked policy of each is made once, and then come
+# other clicks. Each row has as many *decided* clicks as its name says. *Careless*: one in five is wrong. *Biased*: with
+# the leaning of lesson 02's annotator. *SFT*: on two answers of SFT. The printed table has every row that is recorded.
 
 
 # %%
@@ -429,87 +481,129 @@ if not CLICK_YOURSELF:
 def recorded(name):
     with (ASSETS / "clicks" / name).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    words = ("row", "policy", "pairs", "clicker", "example")
-    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
+    texts = ("row", "policy", "pairs", "clicker", "example")
+    return [{k: v if k in texts else float(v) for k, v in row.items()} for row in rows]
 
 
-start = {(row["policy"], int(row["seed"])): row for row in recorded("before.csv")}
-study = {}
+about = json.loads((ASSETS / "clicks" / "about.json").read_text(encoding="utf-8"))
+print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
+start, study = {"SFT": {}, "hacked": {}}, {}
+for row in recorded("before.csv"):
+    start[row["policy"]][int(row["seed"])] = row
 for row in recorded("after.csv"):
     study.setdefault(row["row"], {})[int(row["seed"])] = row
 
 # %% [markdown]
-# TEXT study intro
+# Means over the seeds, and of gold the range; and on how many seeds gold is above SFT's, *up* is right answers at least ten points
+# up from SFT's, *kept* agreement with gold on SFT's own answers at most 0.05 lower than before:
+
+# %% tags=["nbval-check-output"]
+# Pocket only
+NAMES = ("gold", "correct", "finished", "kl", "agreement")
+print(
+    f"{'':16} seeds "
+    + "".join(f"{name:>10}" for name in NAMES)
+    + "   gold from, to   above, up, kept"
+)
+for name, rows in (start | study).items():
+    means = [sum(row[k] for row in rows.values()) / len(rows) for k in NAMES]
+    golds = [row["gold"] for row in rows.values()]
+    print(f"{name:16}{len(rows):5}  " + "".join(f"{mean:10.3f}" for mean in means), end="")
+    print(f"{min(golds):9.2f}{max(golds):6.2f}", end="")
+    sft = [(row, start["SFT"][seed]) for seed, row in rows.items()]
+    above = sum(row["gold"] > base["gold"] for row, base in sft)
+    up = sum(row["correct"] >= base["correct"] + 0.1 for row, base in sft)
+    kept = sum(row["agreement"] >= base["agreement"] - 0.05 for row, base in sft)
+    print(f"{above:9} {up:4} {kept:4}")
+
+# %% [markdown]
+# And in one figure, a point for each seed (points of one number of clicks are moved apart a little):
 
 # %%
 # Pocket only
-print(f"{'':17}{'seeds':>6}{'gold (least, most)':>20}{'correct':>9}{'ended':>7}{'KL':>6}{'agreement':>11}")
-
-
-def line(name, rows):
-    mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("gold", "correct", "finished", "kl", "agreement")}
-    golds = [row["gold"] for row in rows]
-    print(f"{name:17}{len(rows):6}{mean['gold']:8.2f} ({min(golds):5.2f},{max(golds):5.2f})", end="")
-    print(f"{mean['correct']:9.0%}{mean['finished']:7.0%}{mean['kl']:6.1f}{mean['agreement']:11.3f}")
-
-
-for policy in ("SFT", "hacked"):
-    line(policy, [row for (name, _), row in start.items() if name == policy])
+KINDS = {"honest": 0, "careless": 2, "biased": 4, "sft": -3}
+groups = {name: [(0, row["gold"]) for row in rows.values()] for name, rows in start.items()}
 for name, rows in study.items():
-    line(name, list(rows.values()))
-
-# %%
-# Pocket only
-NAMES = {"hacked": "before"} | {name: name for name in study}
-groups = {"SFT": [(row["correct"], row["gold"]) for (p, _), row in start.items() if p == "SFT"]}
-groups["hacked"] = [(row["correct"], row["gold"]) for (p, _), row in start.items() if p == "hacked"]
-for name in list(study)[:6]:
-    groups[name] = [(row["correct"], row["gold"]) for row in study[name].values()]
-fig = plots.scatter(groups, "share of right answers, held-out prompts", "gold, held-out prompts")
-plots.show(fig, "Gold against right answers, a point a seed.")
+    kind = name.split("-")[0]
+    if kind in KINDS:
+        label = "SFT pairs" if kind == "sft" else kind
+        at = [(row["clicks"] + KINDS[kind], row["gold"]) for row in rows.values()]
+        groups.setdefault(label, []).extend(at)
+fig = plots.scatter(groups, "clicks", "gold, held-out prompts")
+means = ", ".join(f"{k} {sum(y for _, y in v) / len(v):.1f}" for k, v in groups.items())
+plots.show(fig, f"Gold against the number of clicks, a point a seed. Means: {means}.")
 
 # %% [markdown]
+# STUDY
+#
+# ## Rounds
+#
+# ROUNDS
+#
 # ## Teach it a taste of your own
-
-# %% [markdown]
-# TEXT taste
-
+#
+# So far the clicks followed gold, which is what a teacher wants. They need not. Say you want no courtesies at all, though the
+# rubric pays for one; or short answers; or whatever you like: forty clicks on answers of the cured policy and of SFT, the
+# mended reward model trained on, twelve updates from SFT. A rule clicks here; to click by your own taste, replace
+# `click_through` by `clicks_panel.show(wanted)` and stop after forty.
+#
+# <details><summary><b>Predict before you run.</b> Will it drop the courtesies? What will that do to gold, and to the share
+# of right answers?</summary>
+#
+# Gold should fall by the 0.2 that one courtesy earns, wherever the policy had one. The facts are another matter: no click
+# asked for them, and none asked against them, but half of each batch is old pairs.
+# </details>
 
 # %%
 # Pocket only
 TASTES = {
-    "short": lambda prompt, answer: -len(answer.split()),
-    "no courtesies": lambda prompt, answer: -rubric.count_phrases(answer, world.POLITE),
+    "no courtesies": lambda prompt, answer: -courtesies(prompt, answer),
+    "short": lambda prompt, answer: -words(prompt, answer),
 }
-taste = "no courtesies"  # or "short", or a rule of your own, or your own clicks
+taste = "no courtesies"  # or "short", or a rule of your own
 asked = random.Random(preset.seed + 1).sample(train, 120)
-now = answers("policy", asked, 1, mended), answers("policy", asked, 2, mended)
+now = answers("policy", asked, 1, mended), answers("reference", asked, 2)
 wanted = Clicks(list(zip(asked, *now, strict=True)), repeats=0)
-for _ in wanted.questions:
-    if sum(row["side"] is not None for row in wanted.rows) < 40:
-        wanted.click_through(simulated(TASTES[taste]), limit=1)
+while sum(row["side"] is not None for row in wanted.rows) < 40 and wanted.show_next():
+    wanted.click_through(simulated(TASTES[taste]), limit=1)
 liked = wanted.preferences()
-print(f"{len(liked)} clicks for {taste!r}; {len(wanted.rows)} pairs asked")
+print(f"{len(liked)} clicks for {taste!r}, of {len(wanted.rows)} pairs asked about")
+
+# %% [markdown]
+# Reward model, policy, and what came of it:
 
 # %%
 # Pocket only
-taught = train_on(models["your clicks, replay"], reward.encode_pairs(tokenizer, liked, *lengths), "taste")
-tasteful = four_roles(taught)
-history = run_ppo(tasteful, 12, "your taste")
-ends["taste"] = ppo.collect_experience(tasteful, tokenizer, some, config, 0.0, seed=9, role="policy")
+pairs_liked = reward.encode_pairs(tokenizer, liked, *lengths)
+tasteful = four_roles(train_on(models["clicks and replay"], pairs_liked, "taste"))
+run_ppo(tasteful, 12, "your taste")
+measured("taste", tasteful, "policy")
 for name, seen in ends.items():
-    kept = [sum(map(of, seen.rollout.texts)) / len(some) for of in MEASURES.values()]
-    print(f"{name:7} words {kept[0]:5.1f}  courtesies {kept[1]:5.2f}", end="  ")
-    print(f"gold {gold(some, seen.rollout).mean():5.2f}  right {sum(correct(seen)) / len(some):.0%}")
+    rows = list(zip(some, seen.rollout.texts, strict=True))
+    for what, of in {"words": words, "courtesies": courtesies}.items():
+        table[name][what] = sum(of(*row) for row in rows) / len(rows)
+    print(
+        f"{name:7} words {table[name]['words']:5.1f}, courtesies {table[name]['courtesies']:.2f};",
+        end=" ",
+    )
+    print(f"gold {table[name]['gold']:.2f}, right {sum(right(seen)) / len(rows):.0%}")
+assert CLICK_YOURSELF or table["taste"]["courtesies"] < table["cured"]["courtesies"] / 2
 
 # %% [markdown]
+# TASTE
+#
 # ## The number to take along
 
 # %% tags=["headline"]
 # Pocket only
-print("headline")
+sixty = study["honest-60"].values()
+ahead = sum(row["gold"] > start["SFT"][int(row["seed"])]["gold"] for row in sixty)
+golds = {"hacked": start["hacked"].values(), "SFT": start["SFT"].values(), "cured": sixty}
+mean = {name: sum(row["gold"] for row in rows) / len(rows) for name, rows in golds.items()}
+print(f"60 honest clicks, {len(sixty)} seeds: gold {mean['hacked']:.2f} before,", end=" ")
+print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} of {len(sixty)}")
 
 # %% [markdown]
 # ## Recap
 #
-# **Further reading.**
+# RECAP

@@ -103,10 +103,15 @@ people = {
 for name, clicker in people.items():
     clicks = Clicks(made_up, repeats=30)
     clicks.click_through(clicker)
-    sides = [{r["pair"]: r["side"] == "second" for r in clicks.rows if r["repeat"] == again} for again in (False, True)]
+    sides = [
+        {r["pair"]: r["side"] == "second" for r in clicks.rows if r["repeat"] == again}
+        for again in (False, True)
+    ]
     first, second = (torch.tensor([int(of[pair]) for pair in sides[1]]) for of in sides)
     same, twice = clicks.agreement()
-    print(f"{name:12} the same answer in {same:2} of {twice}, κ {self_agreement(first, second):5.2f}")
+    print(
+        f"{name:12} the same answer in {same:2} of {twice}, κ {self_agreement(first, second):5.2f}"
+    )
 
 # %% [markdown]
 # TEXT kappa
@@ -130,6 +135,7 @@ for name, clicker in people.items():
 # fairest where $|\Delta|$, the distance of the two scores, is least. By hand: scores $(1.0, 0.5, 2.0, -1.0)$ of the
 # first answers and $(0.75, 1.5, -1.0, -0.9)$ of the second are $(0.25, 1.0, 3.0, 0.1)$ apart. With two clicks to spend, ask
 # about row 3, then row 0.
+
 
 # %% tags=["nbval-check-output"]
 def most_unsure(first_scores: Tensor, second_scores: Tensor, count: int) -> Tensor:
@@ -273,7 +279,9 @@ old = collect_preferences(
     roles.use("sft"), tokenizer, prompts[::4], Annotator(), seed=preset.seed
 ).select_columns(["prompt", "chosen", "rejected"])
 old_pairs = reward.encode_pairs(tokenizer, old, 32, 64)
-at_home = [sample_responses(roles.use("sft"), tokenizer, prompts[240:], seed=s).texts for s in (7, 8)]
+at_home = [
+    sample_responses(roles.use("sft"), tokenizer, prompts[240:], seed=s).texts for s in (7, 8)
+]
 at_home = [row for row in zip(prompts[240:], *at_home, strict=True) if row[1] and row[2]]
 
 
@@ -301,7 +309,9 @@ def trained_on(rows, replay, steps=30):
     pairs = [both[i] for i in batches.flatten()]
     for _ in reward.train_reward_model(trained, "reward", tokenizer, pairs, new_pairs, config):
         pass
-    reward.normalise(trained, "reward", torch.cat(reward.pair_scores(trained, "reward", tokenizer, old_pairs)))
+    reward.normalise(
+        trained, "reward", torch.cat(reward.pair_scores(trained, "reward", tokenizer, old_pairs))
+    )
     return trained
 
 
