@@ -69,6 +69,11 @@ def four_roles(reward_folder):
     return roles
 
 
+# %% [markdown]
+# What to draw of an update, and the run itself, always with the same prompts and seed:
+
+
+# %%
 def watched(stats):
     """What to draw of an update."""
     marks = gold(stats.experience.prompts, stats.experience.rollout).mean().item()
@@ -111,6 +116,10 @@ def scores(roles, prompts, texts):
     return reward.score_responses(roles, "reward", tokenizer, prompts, texts, *lengths)
 
 
+# %% [markdown]
+# Three prompts, the same for both:
+
+# %%
 shown = held_out[:: max(1, len(held_out) // 3)][:3]
 texts = {role: answers(role, shown, seed=3) for role in ("reference", "hacked")}
 for i, prompt in enumerate(shown):
@@ -154,6 +163,10 @@ def points(prompt, answer):
     return reward.score_responses(gold.roles, "judge", tokenizer, *one, *lengths).item()
 
 
+# %% [markdown]
+# And the session, one file for you and one for the simulated clicker:
+
+# %%
 honest = simulated(points)
 clicks = Clicks(pairs, folder / ("mine.jsonl" if CLICK_YOURSELF else "simulated.jsonl"))
 if CLICK_YOURSELF:
@@ -215,6 +228,11 @@ def courtesies(prompt, answer):
     return rubric.count_phrases(answer, world.POLITE)
 
 
+# %% [markdown]
+# With intervals as above:
+
+# %%
+# Pocket only
 told("chose the answer with more gold", [gap(r, points) > 0 for r in decided if gap(r, points)])
 for name, of in {"longer": words, "politer": courtesies}.items():
     differ = [row for row in decided if gap(row, of)]
@@ -250,6 +268,10 @@ def pulls(rows):
     return 1 - (chosen - rejected).sigmoid()
 
 
+# %% [markdown]
+# The pull of each click, before anything is learnt from it:
+
+# %%
 pulled = {"policy and SFT": pulls(decided), "SFT twice": pulls(list(at_home.preferences()))}
 for name, pull in pulled.items():
     print(f"{name:15} {len(pull):2} clicks, mean pull {pull.mean():.2f};", end=" ")
@@ -296,6 +318,11 @@ for first in (0, 6):
         rows = preference_dataset(preset)
         rows = rows.select(range(first, min(first + 4800, len(rows)), 12))
     people.append(reward.encode_pairs(tokenizer, rows, *lengths))
+
+# %% [markdown]
+# As tokens, with the clicks beside them:
+
+# %%
 old_pairs, unseen = people
 new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
 print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
@@ -324,6 +351,10 @@ def train_on(start, new, name, replay=0.5, steps=40, size=16):
     return folder / name
 
 
+# %% [markdown]
+# Once with the replay, and once with the clicks alone:
+
+# %%
 models = {"before": adapters["reward"]}
 models["clicks and replay"] = train_on(models["before"], new_pairs, "mended")
 models["clicks alone"] = train_on(models["before"], new_pairs, "alone", replay=0)
@@ -342,6 +373,12 @@ models["clicks alone"] = train_on(models["before"], new_pairs, "alone", replay=0
 probe = exam.polite_probe()
 loaded = {name: four_roles(path) for name, path in models.items()}
 marks = [[points(*row) for row in zip(*texts, strict=True)] for texts in probe]
+
+# %% [markdown]
+# The mean of gold, and of each reward model's scores:
+
+# %%
+# Pocket only
 curves = {"gold": [sum(row) / len(row) for row in marks]}
 for name, its_roles in loaded.items():
     curves[name] = [scores(its_roles, *texts).mean().item() for texts in probe]
@@ -375,9 +412,20 @@ def agreement(its_roles, first, second):
     return ((proxy > 0) == (gaps > 0))[gaps != 0].float().mean().item()
 
 
+# %% [markdown]
+# Each answer is sampled once, so that all three are asked about the same:
+
+# %%
+# Pocket only
 some = held_out[::2]
 said = {"SFT": answers("reference", some, 6), "hacked": answers("hacked", some, 8)}
 said["again"] = answers("reference", some, 7)
+
+# %% [markdown]
+# The three shares for each reward model:
+
+# %%
+# Pocket only
 agreed = {}
 for name, its_roles in loaded.items():
     agreed[name] = [agreement(its_roles, said["SFT"], said[k]) for k in ("again", "hacked")]
@@ -438,9 +486,16 @@ def measured(name, its_roles, role):
     print(f"{name:7}" + "".join(f"  {k} {v:5.2f}" for k, v in table[name].items()))
 
 
+# %% [markdown]
+# SFT, the hacked policy and the cured one:
+
+# %%
 measured("SFT", roles, "reference")
 measured("hacked", roles, "hacked")
 measured("cured", mended, "policy")
+
+# %% [markdown]
+# Read some of them:
 
 # %%
 for i in range(0, len(some), len(some) // 4):
@@ -487,6 +542,12 @@ def recorded(name):
 
 about = json.loads((ASSETS / "clicks" / "about.json").read_text(encoding="utf-8"))
 print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
+
+# %% [markdown]
+# What was measured before the clicks, and after, by row and seed:
+
+# %%
+# Pocket only
 start, study = {"SFT": {}, "hacked": {}}, {}
 for row in recorded("before.csv"):
     start[row["policy"]][int(row["seed"])] = row
@@ -529,6 +590,12 @@ for name, rows in study.items():
         label = "SFT pairs" if kind == "sft" else kind
         at = [(row["clicks"] + KINDS[kind], row["gold"]) for row in rows.values()]
         groups.setdefault(label, []).extend(at)
+
+# %% [markdown]
+# The figure:
+
+# %%
+# Pocket only
 fig = plots.scatter(groups, "clicks", "gold, held-out prompts")
 means = ", ".join(f"{k} {sum(y for _, y in v) / len(v):.1f}" for k, v in groups.items())
 plots.show(fig, f"Gold against the number of clicks, a point a seed. Means: {means}.")
@@ -561,6 +628,12 @@ TASTES = {
     "short": lambda prompt, answer: -words(prompt, answer),
 }
 taste = "no courtesies"  # or "short", or a rule of your own
+
+# %% [markdown]
+# Pairs until forty are decided:
+
+# %%
+# Pocket only
 asked = random.Random(preset.seed + 1).sample(train, 120)
 now = answers("policy", asked, 1, mended), answers("reference", asked, 2)
 wanted = Clicks(list(zip(asked, *now, strict=True)), repeats=0)
@@ -578,6 +651,12 @@ pairs_liked = reward.encode_pairs(tokenizer, liked, *lengths)
 tasteful = four_roles(train_on(models["clicks and replay"], pairs_liked, "taste"))
 run_ppo(tasteful, 12, "your taste")
 measured("taste", tasteful, "policy")
+
+# %% [markdown]
+# Words and courtesies in an answer, on average:
+
+# %%
+# Pocket only
 for name, seen in ends.items():
     rows = list(zip(some, seen.rollout.texts, strict=True))
     for what, of in {"words": words, "courtesies": courtesies}.items():

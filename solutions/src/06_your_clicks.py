@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rlhf_helpers import checks, notebook, plots, reward
+from rlhf_helpers import checks, notebook, reward
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.clicks import Clicks, simulated
@@ -95,11 +95,21 @@ from rlhf_helpers.checks.lesson_06 import self_agreement
 rng = random.Random(preset.seed)
 made_up = [(f"question {i}", f"answer {i} a", f"answer {i} b") for i in range(60)]
 reader = simulated(lambda prompt, answer: float(answer.endswith("a")), wrong=0.1)
+
+# %% [markdown]
+# Who clicks:
+
+# %%
 people = {
     "reads": reader,
     "always left": lambda *question: "first",
     "mostly left": lambda *question: "first" if rng.random() < 0.8 else reader(*question),
 }
+
+# %% [markdown]
+# Each of them, and what κ makes of it:
+
+# %%
 for name, clicker in people.items():
     clicks = Clicks(made_up, repeats=30)
     clicks.click_through(clicker)
@@ -189,10 +199,22 @@ def polite_pairs(prompts, seed):
     return [row for row in zip(prompts, plain, long, strict=True) if row[1] and row[2]]
 
 
+# %% [markdown]
+# What an answer is worth, and what the reward model says:
+
+
+# %%
+# Pocket only
 def gold(prompt, answer):
     return rubric.gold_reward(prompt, answer).total
 
 
+# %% [markdown]
+# And of many pairs what the reward model says of the first answers and of the second:
+
+
+# %%
+# Pocket only
 def scores(roles, pairs):
     columns = [list(column) for column in zip(*pairs, strict=True)]
     return [
@@ -201,6 +223,11 @@ def scores(roles, pairs):
     ]
 
 
+# %% [markdown]
+# The pool to ask about, and other pairs to measure with:
+
+# %%
+# Pocket only
 pool, test = polite_pairs(prompts[:240], seed=1), polite_pairs(prompts[240:], seed=3)
 first, second = scores(roles, pool)
 
@@ -279,6 +306,12 @@ old = collect_preferences(
     roles.use("sft"), tokenizer, prompts[::4], Annotator(), seed=preset.seed
 ).select_columns(["prompt", "chosen", "rejected"])
 old_pairs = reward.encode_pairs(tokenizer, old, 32, 64)
+
+# %% [markdown]
+# And two answers of SFT to prompts that are not among those of the pool:
+
+# %%
+# Pocket only
 at_home = [
     sample_responses(roles.use("sft"), tokenizer, prompts[240:], seed=s).texts for s in (7, 8)
 ]
@@ -291,6 +324,10 @@ def agreement(roles, pairs):
     first, second = scores(roles, pairs)
     right = (second > first) == (gaps > 0)
     return right[gaps != 0].float().mean().item()
+
+
+# %% [markdown]
+# The clicks on some rows of the pool, mixed with old pairs:
 
 
 # %%
@@ -320,6 +357,12 @@ def trained_on(rows, replay, steps=30):
 runs = {f"{name}, half old": (rows, 0.5) for name, rows in chosen.items()}
 runs["at random, none old"] = chosen["at random"], 0.0
 runs["at random, 3 in 4 old"] = chosen["at random"], 0.75
+
+# %% [markdown]
+# What each of them gives:
+
+# %%
+# Pocket only
 found = {"before": (agreement(roles, test), agreement(roles, at_home))}
 for name, (rows, replay) in tqdm(runs.items(), leave=False):
     trained = trained_on(rows.tolist(), replay)
@@ -327,3 +370,15 @@ for name, (rows, replay) in tqdm(runs.items(), leave=False):
 for name, (there, here) in found.items():
     gain = (there - found["before"][0]) / 24
     print(f"{name:32} pool {there:.2f}, a click {gain:+.3f}; SFT {here:.2f}")
+
+# %% [markdown]
+# What the readings below say, asserted:
+
+# %%
+# Pocket only
+there = {name: agreements[0] for name, agreements in found.items()}
+here = {name: agreements[1] for name, agreements in found.items()}
+assert there["at random, half old"] > there["before"] + 0.2
+assert there["at random, none old"] > there["at random, half old"]
+assert there["at random, half old"] > there["unsure, half old"]
+assert min(here.values()) > here["before"] - 0.05
