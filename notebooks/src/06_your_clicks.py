@@ -436,10 +436,15 @@ for name, its_roles in loaded.items():
     )
     print(f" people {agreed[name][2]:.2f}")
 assert CLICK_YOURSELF or agreed["clicks and replay"][1] > agreed["before"][1] + 0.2
-assert CLICK_YOURSELF or agreed["clicks and replay"][0] > agreed["before"][0] - 0.05
+for name in ("clicks and replay", "clicks alone"):
+    assert CLICK_YOURSELF or agreed[name][0] > agreed["before"][0] - 0.05
 
 # %% [markdown]
-# FORGETTING
+# Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is lost on SFT's
+# own answers that this measure would show. So at this dose, forty small steps, the replay is an insurance and no
+# necessity: what an honest clicker says contradicts the old pairs only about courtesies. (The last column is about the
+# people's choices, their leaning included. Whoever mends the leaning departs from them, so a fall there is no
+# damage by itself.) One seed; the insurance costs half of each batch, and a clicker who errs may need it more.
 #
 # ## The same run again
 #
@@ -466,7 +471,10 @@ alt = (
 plots.show(plots.panels(panels, "updates", {}), alt)
 
 # %% [markdown]
-# CURVES
+# The first updates are alike. Then the old run's score climbs while gold falls below 0 and hardly an answer ends. The new
+# run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two reward models: compare their shapes,
+# not their heights. The KL says it as well: the same price, and a policy that stays far nearer to SFT, since there is no
+# hole to go to.
 #
 # On held-out prompts:
 
@@ -522,7 +530,10 @@ if not CLICK_YOURSELF:
     assert table["hacked"]["finished"] < 0.2 and table["cured"]["finished"] > 0.95
 
 # %% [markdown]
-# RESULTS
+# The cured policy is above SFT, and ends its answers. The hacked one had learnt facts, too, it had more right answers than SFT; the
+# cured one keeps that, and leaves out what ruined it. Nobody has told it a fact: the reward model knew them already, and the clicks have only
+# stopped the louder signal. What the table does not show: that no other hole is left. This was fifteen updates; a longer run
+# may find one, and then somebody has to click again.
 #
 # ## Ten seeds, and other clickers
 #
@@ -578,6 +589,17 @@ for name, rows in (start | study).items():
     print(f"{above:9} {up:4} {kept:4}")
 
 # %% [markdown]
+# What is said of sixty honest clicks, asserted:
+
+# %%
+# Pocket only
+for seed, row in study["honest-60"].items():
+    base = start["SFT"][seed]
+    assert row["gold"] > base["gold"] > 0 > start["hacked"][seed]["gold"]
+    assert row["correct"] >= base["correct"] + 0.1 and row["finished"] > 0.95
+    assert row["agreement"] >= base["agreement"] - 0.05
+
+# %% [markdown]
 # And in one figure, a point for each seed (points of one number of clicks are moved apart a little):
 
 # %%
@@ -601,11 +623,20 @@ means = ", ".join(f"{k} {sum(y for _, y in v) / len(v):.1f}" for k, v in groups.
 plots.show(fig, f"Gold against the number of clicks, a point a seed. Means: {means}.")
 
 # %% [markdown]
-# STUDY
+# With sixty honest clicks gold ends above SFT's on every seed in the table, the share of right answers is at least ten points higher,
+# and nothing is lost on SFT's answers. For all other rows read *above* against *seeds*: that is how often it worked. What
+# to look for: how few clicks are enough (12, 24); whether sixty clicks on SFT's own pairs, which pull so much less, mend
+# anything; and what one wrong click in five, or a leaning, does to the cure. A row that is not in the table has not been recorded yet;
+# `python tools/record_clicks.py` goes on with it. The figure shows spread, not causes: seeds differ in policy,
+# prompts and samples at once.
 #
 # ## Rounds
 #
-# ROUNDS
+# The cure has moved the policy. It now says what neither SFT nor the hacked policy said, and the reward model has again
+# never been asked about *that*. So comparisons are collected on the newest policy, reward model and policy are trained
+# again, and so on: Bai et al. (2022, section 4.5) put new policies before the annotators week by week, Ouyang et
+# al. (2022) describe the same loop, and already Ziegler et al. (2019) collected labels while the policy was training. In the study a
+# round is the row `second-round-60`: sixty more clicks, on the cured policy, and PPO from SFT once more.
 #
 # ## Teach it a taste of your own
 #
@@ -669,7 +700,13 @@ for name, seen in ends.items():
 assert CLICK_YOURSELF or table["taste"]["courtesies"] < table["cured"]["courtesies"] / 2
 
 # %% [markdown]
-# TASTE
+# Forty clicks, and the courtesies are mostly gone; the answers have become shorter with them. Gold has gone *down*, by about what
+# one courtesy earns: the policy now serves the clicker, not the rubric. That is the same mechanism as the cure, and as
+# the hole: a reward model learns what is clicked. Whose clicks, is not a technical question.
+#
+# What forty clicks can teach is a trait on the surface, which most pairs show and which the model can already leave out. They cannot
+# teach a fact, or a rule with exceptions ("courtesies only for those who say please"), as no forty pairs show those; and what
+# they do beyond the trait, nobody has looked at but for the columns above. One seed.
 #
 # ## The number to take along
 
@@ -685,4 +722,15 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 # %% [markdown]
 # ## Recap
 #
-# RECAP
+# - Labels are worth most where the policy now is: there the reward model is wrong, and a click pulls.
+# - Train on from where the reward model was, mix in old pairs, normalise again, and measure what was forgotten.
+# - Ask some pairs twice: agreement with yourself bounds what anyone can learn from you. With sixty clicks all intervals are wide.
+# - A reward model learns what is clicked, leaning and taste included.
+# - The cure holds where somebody has looked. So it goes in rounds.
+#
+# The hole is mended, because somebody read the answers. Lesson 07, the debugging clinic, is about runs in which nothing was
+# hacked and nothing crashes, and which are broken all the same: how does one see that?
+#
+# **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
+# 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected while
+# the policy learns, and what lazy labels did. Stiennon et al. 2020 (arXiv 2009.01325), appendix C: how people agree.

@@ -124,7 +124,9 @@ for name, clicker in people.items():
     )
 
 # %% [markdown]
-# TEXT kappa
+# The reader errs in one click of ten, and by that alone agrees with himself in about four of five pairs. Whoever always clicks left never
+# chooses the same answer twice, and chance would not either: κ is 0, as it should be. Whoever mostly clicks left has a κ near 0
+# although the share looks like something. Thirty repeats are few; the interval of a share of 30 is some 30 points wide.
 #
 # **In words.** Somebody labels sixty pairs "one of the old policy, one of the new" and takes as categories not left
 # and right, but *old* and *new*. The new one is nearly always better. What does κ say then, and is it to blame?
@@ -177,7 +179,7 @@ checks.check_most_unsure(most_unsure)
 # From here on with the reference version. What is a click worth? A pool of 240 pairs, one answer of SFT, one in the
 # manner of a hacked policy: a right or wrong answer and three or four courtesies. The budget is 24 clicks of an honest
 # clicker, spent in three ways: at random; where the reward model is unsure; and where *proxy and length part*, that is,
-# where the reward model prefers the shorter answer by most, or the longer one by least.
+# where the reward model prefers the shorter answer by most.
 
 # %%
 # Pocket only
@@ -382,3 +384,22 @@ assert there["at random, half old"] > there["before"] + 0.2
 assert there["at random, none old"] > there["at random, half old"]
 assert there["at random, half old"] > there["unsure, half old"]
 assert min(here.values()) > here["before"] - 0.05
+
+# %% [markdown]
+# Clicks at random are worth more than clicks where the reward model is unsure, in this pool. There it is *sure and wrong*: it
+# would choose otherwise than gold in most pairs, and by a wide margin. Where it is unsure it is wrong in half of them, and such a
+# click pulls with one half only; and where it prefers the shorter answer it is right already. Uncertainty finds what a model knows that it does not know. A hole
+# is what it does not know that it does not know, and the policy finds that for us: its own answers, at random, are the
+# cheapest search. (One pool, one budget, one seed: do not carry it over unmeasured.)
+#
+# The replay slows the cure: no old pairs mends most in thirty steps, three in four old ones least. What it is for, to keep
+# what was known, shows little here: on two answers of SFT all stay within a few points of before.
+#
+# **In words.** You have 1,000 new clicks, all by one person with a strong leaning. Which replay would you choose, and what
+# would you look at?
+
+# %% [markdown] tags=["solution"]
+# A larger share of old pairs, and more people: the leaning is in every click, so that it will be learnt, and only other
+# labels speak against it. Look at a probe for the leaning you suspect (length, courtesies, the side), before and after; at
+# held-out pairs labelled by *others*; and at agreement with oneself, which a leaning does not lower: one can be wrong very
+# consistently.
