@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 06 · Mend it with your own clicks
 #
-# **Run time** about four minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson 05 ·
-# **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
+# **Run time** about four minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
+# 05 · **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
 #
 # After this lesson you will be able to
 #
@@ -52,9 +52,9 @@ lengths = preset.prompt_length + 8, 2 * preset.response_length  # of a prompt, a
 # ## A run that has gone wrong
 #
 # Lesson 05 has left a hole. At a price of β = 0.01 for a nat the policy finds what the reward model overpays: answers
-# full of courtesies that never end. The proxy rises, gold falls. A higher price keeps the policy away from the hole, but
-# the hole is still there. Who mends it? Nothing in the run can: the reward model is content. It takes somebody who
-# *reads the answers*.
+# full of courtesies that never end. The proxy rises, gold falls. A higher price keeps the policy away from the hole,
+# but the hole is still there. Who mends it? Nothing in the run can: the reward model is content. It takes somebody
+# who *reads the answers*.
 #
 # First we need the patient: twelve updates of PPO at β = 0.01, from SFT.
 
@@ -131,9 +131,9 @@ for i, prompt in enumerate(shown):
 # ## You are the annotator
 #
 # Sixty prompts; to each one answer of the hacked policy and one of SFT, sides at random. You say which is better,
-# with the mouse or the keys, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice is
-# saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` of lesson 02; close the notebook and go
-# on tomorrow. The pairs are in a file as well: a session belongs to *these* answers.
+# with the mouse or the keys, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice
+# is saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` of lesson 02; close the notebook
+# and go on tomorrow. The pairs are in a file as well: a session belongs to *these* answers.
 
 # %%
 file = RowFile(folder / "pairs.jsonl")
@@ -148,10 +148,10 @@ for text in sorted(pairs[0][1:]):
     print(f"   {text}")
 
 # %% [markdown]
-# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one. In
-# the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not seen.
-# To click yourself, set `CLICK_YOURSELF = True` at the top and run the cells down to this panel; click to the end, then run the
-# cells below.
+# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one.
+# In the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not
+# seen. To click yourself, set `CLICK_YOURSELF = True` at the top and run the cells down to this panel; click to the
+# end, then run the cells below.
 
 
 # %%
@@ -205,9 +205,9 @@ print(f"cannot tell: {sum(row['side'] is None for row in clicks.rows)} of {len(c
 # %% [markdown]
 # Agreement with yourself is *your* ceiling: no reward model can predict your choices better than you repeat them. But
 # look at the interval: eight of eight only says that it is probably above two thirds. Whoever always clicks left
-# agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them; what remains
-# above chance is the first part of the exercise. Sixty clicks say little about a leaning to the left, too: an interval
-# that wide holds a half and much else.
+# agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them;
+# what remains above chance is the first part of the exercise. Sixty clicks say little about a leaning to the left,
+# too: an interval that wide holds a half and much else.
 #
 # In this world we can ask what in life nobody can: are the labels right? And do they lean, to longer answers or to
 # politer ones? Beside the clicks stands what gold, and what the annotator of lesson 02 would choose on the same pairs.
@@ -241,18 +241,18 @@ for name, of in {"longer": words, "politer": courtesies}.items():
         told(f"   {who} would", [gap(row, of) * gap(row, worth) > 0 for row in differ])
 
 # %% [markdown]
-# Read the middle lines with care. To choose the shorter answer in seven of ten pairs is no leaning: gold does the same, on the
-# same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is missing. The
-# annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: so its labels made the hole, and
-# sixty more of them would not mend it. (That gold prefers some hacked answers is right, too: they are right more often
-# than SFT's. What ruins them is what stands around the facts.)
+# Read the middle lines with care. To choose the shorter answer in seven of ten pairs is no leaning: gold does the
+# same, on the same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is
+# missing. The annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: so its labels made
+# the hole, and sixty more of them would not mend it. (That gold prefers some hacked answers is right, too: they are
+# right more often than SFT's. What ruins them is what stands around the facts.)
 #
 # ## What a click tells the reward model
 #
-# A pair pulls at the reward model with $1 - \sigma(\Delta)$, the probability that it gives to the other choice (lesson 02):
-# by hand, 0.5 where it cannot tell, and $1 - \sigma(2) = 0.12$ where it is rather sure already and right. So a click
-# teaches most where the reward model is *wrong*. How hard do these clicks pull, and how hard would clicks on two answers
-# of SFT?
+# A pair pulls at the reward model with $1 - \sigma(\Delta)$, the probability that it gives to the other choice
+# (lesson 02): by hand, 0.5 where it cannot tell, and $1 - \sigma(2) = 0.12$ where it is rather sure already and
+# right. So a click teaches most where the reward model is *wrong*. How hard do these clicks pull, and how hard would
+# clicks on two answers of SFT?
 
 # %%
 asked = [prompt for prompt, *_ in pairs]
@@ -280,14 +280,16 @@ means = [pull.mean() for pull in pulled.values()]
 assert CLICK_YOURSELF or preset.name != "pocket" or means[0] > 1.5 * means[1]
 
 # %% [markdown]
-# On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many cannot be
-# decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often than right: PPO has gone to where it
-# errs, that is what hacking is. So the labels are worth most *where the policy now is*.
+# On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many
+# cannot be decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often
+# than right: PPO has gone to where it errs, that is what hacking is. So the labels are worth most *where the policy
+# now is*.
 #
 # ## Training on, with a replay
 #
 # Sixty pairs are soon learnt by heart, and nothing in their loss asks for what the four thousand of lesson 02 have
-# taught. So half of each batch are old pairs, a **replay**. By hand, with three new pairs, five old ones, batches of four:
+# taught. So half of each batch are old pairs, a **replay**. By hand, with three new pairs, five old ones, batches of
+# four:
 
 
 # %% tags=["nbval-check-output"]
@@ -303,8 +305,8 @@ for step in range(3):
     print(by_hand[4 * step : 4 * step + 4])
 
 # %% [markdown]
-# The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, to one in twelve of its prompts.
-# Those to other prompts are kept apart, to see what is forgotten.
+# The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, to one in twelve of its
+# prompts. Those to other prompts are kept apart, to see what is forgotten.
 
 # %%
 people = []
@@ -328,8 +330,8 @@ new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
 print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
 
 # %% [markdown]
-# Forty steps at 0.3 of the learning rate that the reward model was trained with: it is to be moved, not made anew. Then its scores
-# are normalised again on SFT's answers, so that β keeps its meaning.
+# Forty steps at 0.3 of the learning rate that the reward model was trained with: it is to be moved, not made anew.
+# Then its scores are normalised again on SFT's answers, so that β keeps its meaning.
 
 
 # %%
@@ -346,8 +348,10 @@ def train_on(start, new, name, replay=0.5, steps=40, size=16):
     said = torch.cat(reward.pair_scores(roles, "reward", tokenizer, old_pairs))
     reward.normalise(roles, "reward", said)
     roles.save("reward", folder / name)
-    ranked = f"{begin.held_out['accuracy']:.0%}, then {end.held_out['accuracy']:.0%}"
-    print(f"{name}: at first ranks {ranked} of the clicks as they were made")
+    ranked = (
+        f"{begin.held_out['accuracy']:.0%} of the clicks before, {end.held_out['accuracy']:.0%}"
+    )
+    print(f"{name}: agrees with {ranked} after")
     return folder / name
 
 
@@ -391,14 +395,14 @@ falls = {name: values[1] - values[4] for name, values in curves.items()}
 assert CLICK_YOURSELF or falls["before"] < 0 < 0.2 < falls["clicks and replay"]
 
 # %% [markdown]
-# Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of gold: one is worth
-# something, and from then on each costs. Nobody wrote that rule down; it is in sixty choices. (Compare shapes, not
-# heights: gold is in points, a score in standard deviations of SFT's scores.) The probe shows one hole. That there is
-# no other it cannot show.
+# Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of
+# gold: one is worth something, and from then on each costs. Nobody wrote that rule down; it is in sixty choices.
+# (Compare shapes, not heights: gold is in points, a score in standard deviations of SFT's scores.) The probe shows
+# one hole. That there is no other it cannot show.
 #
 # And what has been forgotten? *SFT twice* is the share of pairs of SFT's answers to a held-out prompt, different in
-# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy, which the clicks were
-# for; *people* the share of the choices kept apart above that it would make as well.
+# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy,
+# which the clicks were for; *people* the share of the choices kept apart above that it would make as well.
 
 
 # %%
@@ -440,11 +444,12 @@ for name in ("clicks and replay", "clicks alone"):
     assert CLICK_YOURSELF or agreed[name][0] > agreed["before"][0] - 0.05
 
 # %% [markdown]
-# Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is lost on SFT's
-# own answers that this measure would show. So at this dose, forty small steps, the replay is an insurance and no
-# necessity: what an honest clicker says contradicts the old pairs only about courtesies. (The last column is about the
-# people's choices, their leaning included. Whoever mends the leaning departs from them, so a fall there is no
-# damage by itself.) One seed; the insurance costs half of each batch, and a clicker who errs may need it more.
+# Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is
+# lost on SFT's own answers that this measure would show. So at this dose, forty small steps, the replay is an
+# insurance and no necessity: what an honest clicker says contradicts the old pairs only about courtesies. (The last
+# column is about the people's choices, their leaning included. Whoever mends the leaning departs from them, so a fall
+# there is no damage by itself.) One seed; the insurance costs half of each batch, and a clicker who errs may need it
+# more.
 #
 # ## The same run again
 #
@@ -471,10 +476,10 @@ alt = (
 plots.show(plots.panels(panels, "updates", {}), alt)
 
 # %% [markdown]
-# The first updates are alike. Then the old run's score climbs while gold falls below 0 and hardly an answer ends. The new
-# run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two reward models: compare their shapes,
-# not their heights. The KL says it as well: the same price, and a policy that stays far nearer to SFT, since there is no
-# hole to go to.
+# The first updates are alike. Then the old run's score climbs while gold falls below 0 and hardly an answer ends. The
+# new run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two
+# reward models: compare their shapes, not their heights. The KL says it as well: the same price, and a policy that
+# stays far nearer to SFT, since there is no hole to go to.
 #
 # On held-out prompts:
 
@@ -530,10 +535,10 @@ if not CLICK_YOURSELF:
     assert table["hacked"]["finished"] < 0.2 and table["cured"]["finished"] > 0.95
 
 # %% [markdown]
-# The cured policy is above SFT, and ends its answers. The hacked one had learnt facts, too, it had more right answers than SFT; the
-# cured one keeps that, and leaves out what ruined it. Nobody has told it a fact: the reward model knew them already, and the clicks have only
-# stopped the louder signal. What the table does not show: that no other hole is left. This was fifteen updates; a longer run
-# may find one, and then somebody has to click again.
+# The cured policy is above SFT, and ends its answers. The hacked one had learnt facts, too, it had more right answers
+# than SFT; the cured one keeps that, and leaves out what ruined it. Nobody has told it a fact: the reward model knew
+# them already, and the clicks have only stopped the louder signal. What the table does not show: that no other hole
+# is left. This was fifteen updates; a longer run may find one, and then somebody has to click again.
 #
 # ## Ten seeds, and other clickers
 #
@@ -566,8 +571,8 @@ for row in recorded("after.csv"):
     study.setdefault(row["row"], {})[int(row["seed"])] = row
 
 # %% [markdown]
-# Means over the seeds, and of gold the range; and on how many seeds gold is above SFT's, *up* is right answers at least ten points
-# up from SFT's, *kept* agreement with gold on SFT's own answers at most 0.05 lower than before:
+# Means over the seeds, and of gold the range; and on how many seeds gold is above SFT's, *up* is right answers at
+# least ten points up from SFT's, *kept* agreement with gold on SFT's own answers at most 0.05 lower than before:
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -623,34 +628,34 @@ means = ", ".join(f"{k} {sum(y for _, y in v) / len(v):.1f}" for k, v in groups.
 plots.show(fig, f"Gold against the number of clicks, a point a seed. Means: {means}.")
 
 # %% [markdown]
-# With sixty honest clicks gold ends above SFT's on every seed in the table, the share of right answers is at least ten points higher,
-# and nothing is lost on SFT's answers. For all other rows read *above* against *seeds*: that is how often it worked. What
-# to look for: how few clicks are enough (12, 24); whether sixty clicks on SFT's own pairs, which pull so much less, mend
-# anything; and what one wrong click in five, or a leaning, does to the cure. A row that is not in the table has not been recorded yet;
-# `python tools/record_clicks.py` goes on with it. The figure shows spread, not causes: seeds differ in policy,
-# prompts and samples at once.
+# With sixty honest clicks gold ends above SFT's on every seed in the table, the share of right answers is at least
+# ten points higher, and nothing is lost on SFT's answers. For all other rows read *above* against *seeds*: that is
+# how often it worked. What to look for: how few clicks are enough (12, 24); whether sixty clicks on SFT's own pairs,
+# which pull so much less, mend anything; and what one wrong click in five, or a leaning, does to the cure. A row that
+# is not in the table has not been recorded yet; `python tools/record_clicks.py` goes on with it. The figure shows
+# spread, not causes: seeds differ in policy, prompts and samples at once.
 #
 # ## Rounds
 #
-# The cure has moved the policy. It now says what neither SFT nor the hacked policy said, and the reward model has again
-# never been asked about *that*. So comparisons are collected on the newest policy, reward model and policy are trained
-# again, and so on: Bai et al. (2022, section 4.5) put new policies before the annotators week by week, Ouyang et
-# al. (2022) describe the same loop, and already Ziegler et al. (2019) collected labels while the policy was training. In the study a
-# round is the row `second-round-60`: sixty more clicks, on the cured policy, and PPO from SFT once more.
+# The cure has moved the policy. It now says what neither SFT nor the hacked policy said, and the reward model has
+# again never been asked about *that*. So comparisons are collected on the newest policy, reward model and policy are
+# trained again, and so on: Bai et al. (2022, section 4.5) put new policies before the annotators week by week, Ouyang
+# et al. (2022) describe the same loop, and already Ziegler et al. (2019) collected labels while the policy was
+# training. In the study a round is the row `second-round-60`: sixty more clicks, on the cured policy, and PPO from
+# SFT once more.
 #
 # ## Teach it a taste of your own
 #
-# So far the clicks followed gold, which is what a teacher wants. They need not. Say you want no courtesies at all, though the
-# rubric pays for one; or short answers; or whatever you like: forty clicks on answers of the cured policy and of SFT, the
-# mended reward model trained on, twelve updates from SFT. A rule clicks here; to click by your own taste, replace
-# `click_through` by `clicks_panel.show(wanted)` and stop after forty.
+# So far the clicks followed gold, which is what a teacher wants. They need not. Say you want no courtesies at all,
+# though the rubric pays for one; or short answers; or whatever you like: forty clicks on answers of the cured policy
+# and of SFT, the mended reward model trained on, twelve updates from SFT. A rule clicks here; to click by your own
+# taste, replace `click_through` by `clicks_panel.show(wanted)` and stop after forty.
 #
 # <details><summary><b>Predict before you run.</b> Will it drop the courtesies? What will that do to gold, and to the share
 # of right answers?</summary>
 #
-# Gold should fall by the 0.2 that one courtesy earns, wherever the policy had one. The facts are another matter: no click
-# asked for them, and none asked against them, but half of each batch is old pairs.
-# </details>
+# Gold should fall by the 0.2 that one courtesy earns, wherever the policy had one. The facts are another matter: no
+# click asked for them, and none asked against them, but half of each batch is old pairs. </details>
 
 # %%
 # Pocket only
@@ -700,13 +705,13 @@ for name, seen in ends.items():
 assert CLICK_YOURSELF or table["taste"]["courtesies"] < table["cured"]["courtesies"] / 2
 
 # %% [markdown]
-# Forty clicks, and the courtesies are mostly gone; the answers have become shorter with them. Gold has gone *down*, by about what
-# one courtesy earns: the policy now serves the clicker, not the rubric. That is the same mechanism as the cure, and as
-# the hole: a reward model learns what is clicked. Whose clicks, is not a technical question.
+# Forty clicks, and the courtesies are mostly gone; the answers have become shorter with them. Gold has gone *down*,
+# by about what one courtesy earns: the policy now serves the clicker, not the rubric. That is the same mechanism as
+# the cure, and as the hole: a reward model learns what is clicked. Whose clicks, is not a technical question.
 #
-# What forty clicks can teach is a trait on the surface, which most pairs show and which the model can already leave out. They cannot
-# teach a fact, or a rule with exceptions ("courtesies only for those who say please"), as no forty pairs show those; and what
-# they do beyond the trait, nobody has looked at but for the columns above. One seed.
+# What forty clicks can teach is a trait on the surface, which most pairs show and which the model can already leave
+# out. They cannot teach a fact, or a rule with exceptions ("courtesies only for those who say please"), as no forty
+# pairs show those; and what they do beyond the trait, nobody has looked at but for the columns above. One seed.
 #
 # ## The number to take along
 
@@ -724,13 +729,15 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 #
 # - Labels are worth most where the policy now is: there the reward model is wrong, and a click pulls.
 # - Train on from where the reward model was, mix in old pairs, normalise again, and measure what was forgotten.
-# - Ask some pairs twice: agreement with yourself bounds what anyone can learn from you. With sixty clicks all intervals are wide.
+# - Ask some pairs twice: agreement with yourself bounds what anyone can learn from you. With sixty clicks all
+#   intervals are wide.
 # - A reward model learns what is clicked, leaning and taste included.
 # - The cure holds where somebody has looked. So it goes in rounds.
 #
-# The hole is mended, because somebody read the answers. Lesson 07, the debugging clinic, is about runs in which nothing was
-# hacked and nothing crashes, and which are broken all the same: how does one see that?
+# The hole is mended, because somebody read the answers. Lesson 07, the debugging clinic, is about runs in which
+# nothing was hacked and nothing crashes, and which are broken all the same: how does one see that?
 #
 # **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
-# 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected while
-# the policy learns, and what lazy labels did. Stiennon et al. 2020 (arXiv 2009.01325), appendix C: how people agree.
+# 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected
+# while the policy learns, and what lazy labels did. Stiennon et al. 2020 (arXiv 2009.01325), appendix C: how people
+# agree.

@@ -3,10 +3,10 @@
 #
 # **Run time** under two minutes on two CPU cores · **Your time** about 60 minutes · **Before this** lesson 06
 #
-# Three questions that anybody who collects comparisons has to answer: how far does one person agree with himself beyond
-# chance; which pairs are worth a click; and how are old pairs kept among the new. The check below each function names
-# the likely mistake; the cells after it go on with a reference version, so that Run All works with nothing filled in, or
-# with a wrong answer; only an error in your code stops it.
+# Three questions that anybody who collects comparisons has to answer: how far does one person agree with himself
+# beyond chance; which pairs are worth a click; and how are old pairs kept among the new. The check below each
+# function names the likely mistake; the cells after it go on with a reference version, so that Run All works with
+# nothing filled in, or with a wrong answer; only an error in your code stops it.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -80,9 +80,9 @@ checks.check_self_agreement(self_agreement)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Turn the second pass round first, to the sides of the first time: whoever clicked right then has chosen the answer that
-# stood on the left before. Then agreement is equality, and chance has two terms: left both times, and right both times.
-# </details>
+# Turn the second pass round first, to the sides of the first time: whoever clicked right then has chosen the answer
+# that stood on the left before. Then agreement is equality, and chance has two terms: left both times, and right both
+# times. </details>
 
 # %% [markdown]
 # From here on with the reference version. Three people click through sixty pairs of made-up answers, of which
@@ -124,29 +124,31 @@ for name, clicker in people.items():
     )
 
 # %% [markdown]
-# The reader errs in one click of ten, and by that alone agrees with himself in about four of five pairs. Whoever always clicks left never
-# chooses the same answer twice, and chance would not either: κ is 0, as it should be. Whoever mostly clicks left has a κ near 0
-# although the share looks like something. Thirty repeats are few; the interval of a share of 30 is some 30 points wide.
+# The reader errs in one click of ten, and by that alone agrees with himself in about four of five pairs. Whoever
+# always clicks left never chooses the same answer twice, and chance would not either: κ is 0, as it should be.
+# Whoever mostly clicks left has a κ near 0 although the share looks like something. Thirty repeats are few; the
+# interval of a share of 30 is some 30 points wide.
 #
 # **In words.** Somebody labels sixty pairs "one of the old policy, one of the new" and takes as categories not left
 # and right, but *old* and *new*. The new one is nearly always better. What does κ say then, and is it to blame?
 
 # %% [markdown] tags=["solution"]
-# If both passes say *new* in 95% of the cases, chance alone agrees in 0.95² + 0.05² = 90.5%, and there is hardly anything
-# left to show: one pair decided differently makes κ jump. That is no fault of the arithmetic: on pairs that are all
-# easy for the same reason, agreement says little about how carefully one has read. With the sides as categories, drawn at
-# random, chance is near a half, whatever the answers are; and it catches the one who does not read.
+# If both passes say *new* in 95% of the cases, chance alone agrees in 0.95² + 0.05² = 90.5%, and there is hardly
+# anything left to show: one pair decided differently makes κ jump. That is no fault of the arithmetic: on pairs that
+# are all easy for the same reason, agreement says little about how carefully one has read. With the sides as
+# categories, drawn at random, chance is near a half, whatever the answers are; and it catches the one who does not
+# read.
 
 # %% [markdown]
 # ## 2 · Which pairs to ask about
 #
 # ●●○ · 20 minutes
 #
-# A click costs five seconds of a person's life. A pool of pairs is there; which should be asked about? One idea: where the
-# reward model is *unsure*. By Bradley and Terry its choice is a coin with probability $\sigma(\Delta)$, and the coin is
-# fairest where $|\Delta|$, the distance of the two scores, is least. By hand: scores $(1.0, 0.5, 2.0, -1.0)$ of the
-# first answers and $(0.75, 1.5, -1.0, -0.9)$ of the second are $(0.25, 1.0, 3.0, 0.1)$ apart. With two clicks to spend, ask
-# about row 3, then row 0.
+# A click costs five seconds of a person's life. A pool of pairs is there; which should be asked about? One idea:
+# where the reward model is *unsure*. By Bradley and Terry its choice is a coin with probability $\sigma(\Delta)$, and
+# the coin is fairest where $|\Delta|$, the distance of the two scores, is least. By hand: scores $(1.0, 0.5, 2.0,
+# -1.0)$ of the first answers and $(0.75, 1.5, -1.0, -0.9)$ of the second are $(0.25, 1.0, 3.0, 0.1)$ apart. With two
+# clicks to spend, ask about row 3, then row 0.
 
 
 # %% tags=["nbval-check-output"]
@@ -255,12 +257,12 @@ for name, rows in chosen.items():
 #
 # ●●○ · 20 minutes
 #
-# Whatever the clicks are, the reward model must not forget what it knew. So each batch has a fixed share of old pairs. Of
-# both lists the batch takes the next ones, from where the batch before ended, and from the beginning when all have been:
-# few new pairs come again often, many old ones hardly ever.
+# Whatever the clicks are, the reward model must not forget what it knew. So each batch has a fixed share of old
+# pairs. Of both lists the batch takes the next ones, from where the batch before ended, and from the beginning when
+# all have been: few new pairs come again often, many old ones hardly ever.
 #
-# By hand: new pairs 10, 11, 12, old ones 20 to 24, batches of four, half of them old. The first batch is 10, 11, 20, 21,
-# the second 12, 10, 22, 23.
+# By hand: new pairs 10, 11, 12, old ones 20 to 24, batches of four, half of them old. The first batch is 10, 11, 20,
+# 21, the second 12, 10, 22, 23.
 
 
 # %% tags=["nbval-check-output"]
@@ -290,15 +292,14 @@ checks.check_mixture(mixture)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Look at one of the lists alone: over all steps it gives steps · count pairs in a row, round and round. The remainder of
-# a division by its length brings a counter back to the beginning. Then cut that row into the steps, and put the two
-# side by side.
-# </details>
+# Look at one of the lists alone: over all steps it gives steps · count pairs in a row, round and round. The remainder
+# of a division by its length brings a counter back to the beginning. Then cut that row into the steps, and put the
+# two side by side. </details>
 
 # %% [markdown]
 # From here on with the reference version. Each way of choosing from part 2, with half of each batch old; and the
-# clicks at random with no old pairs, and with three in four. *Pool* is how the reward model ranks other pairs of the same
-# kind, *SFT* two answers of SFT: what it could do before.
+# clicks at random with no old pairs, and with three in four. *Pool* is how the reward model ranks other pairs of the
+# same kind, *SFT* two answers of SFT: what it could do before.
 
 # %%
 # Pocket only
@@ -386,20 +387,21 @@ assert there["at random, half old"] > there["unsure, half old"]
 assert min(here.values()) > here["before"] - 0.05
 
 # %% [markdown]
-# Clicks at random are worth more than clicks where the reward model is unsure, in this pool. There it is *sure and wrong*: it
-# would choose otherwise than gold in most pairs, and by a wide margin. Where it is unsure it is wrong in half of them, and such a
-# click pulls with one half only; and where it prefers the shorter answer it is right already. Uncertainty finds what a model knows that it does not know. A hole
-# is what it does not know that it does not know, and the policy finds that for us: its own answers, at random, are the
-# cheapest search. (One pool, one budget, one seed: do not carry it over unmeasured.)
+# Clicks at random are worth more than clicks where the reward model is unsure, in this pool. There it is *sure and
+# wrong*: it would choose otherwise than gold in most pairs, and by a wide margin. Where it is unsure it is wrong in
+# half of them, and such a click pulls with one half only; and where it prefers the shorter answer it is right
+# already. Uncertainty finds what a model knows that it does not know. A hole is what it does not know that it does
+# not know, and the policy finds that for us: its own answers, at random, are the cheapest search. (One pool, one
+# budget, one seed: do not carry it over unmeasured.)
 #
-# The replay slows the cure: no old pairs mends most in thirty steps, three in four old ones least. What it is for, to keep
-# what was known, shows little here: on two answers of SFT all stay within a few points of before.
+# The replay slows the cure: no old pairs mends most in thirty steps, three in four old ones least. What it is for, to
+# keep what was known, shows little here: on two answers of SFT all stay within a few points of before.
 #
-# **In words.** You have 1,000 new clicks, all by one person with a strong leaning. Which replay would you choose, and what
-# would you look at?
+# **In words.** You have 1,000 new clicks, all by one person with a strong leaning. Which replay would you choose, and
+# what would you look at?
 
 # %% [markdown] tags=["solution"]
-# A larger share of old pairs, and more people: the leaning is in every click, so that it will be learnt, and only other
-# labels speak against it. Look at a probe for the leaning you suspect (length, courtesies, the side), before and after; at
-# held-out pairs labelled by *others*; and at agreement with oneself, which a leaning does not lower: one can be wrong very
-# consistently.
+# A larger share of old pairs, and more people: the leaning is in every click, so that it will be learnt, and only
+# other labels speak against it. Look at a probe for the leaning you suspect (length, courtesies, the side), before
+# and after; at held-out pairs labelled by *others*; and at agreement with oneself, which a leaning does not lower:
+# one can be wrong very consistently.
