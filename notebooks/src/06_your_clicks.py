@@ -243,9 +243,9 @@ for name, of in {"longer": words, "politer": courtesies}.items():
 # %% [markdown]
 # Read the middle lines with care. To choose the shorter answer in seven of ten pairs is no leaning: gold does the
 # same, on the same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is
-# missing. The annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: so its labels made
-# the hole, and sixty more of them would not mend it. (That gold prefers some hacked answers is right, too: they are
-# right more often than SFT's. What ruins them is what stands around the facts.)
+# missing. The annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: labels such as its
+# have made the hole. (That gold prefers some hacked answers is right, too: they are right more often than SFT's. What
+# ruins them is what stands around the facts.)
 #
 # ## What a click tells the reward model
 #
@@ -446,10 +446,9 @@ for name in ("clicks and replay", "clicks alone"):
 # %% [markdown]
 # Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is
 # lost on SFT's own answers that this measure would show. So at this dose, forty small steps, the replay is an
-# insurance and no necessity: what an honest clicker says contradicts the old pairs only about courtesies. (The last
-# column is about the people's choices, their leaning included. Whoever mends the leaning departs from them, so a fall
-# there is no damage by itself.) One seed; the insurance costs half of each batch, and a clicker who errs may need it
-# more.
+# insurance and no necessity. (The last column is about the people's choices, their leaning included. Whoever mends
+# the leaning departs from them, so a fall there is no damage by itself.) One seed; the insurance costs half of each
+# batch, and a clicker who errs may need it more.
 #
 # ## The same run again
 #
@@ -476,7 +475,7 @@ alt = (
 plots.show(plots.panels(panels, "updates", {}), alt)
 
 # %% [markdown]
-# The first updates are alike. Then the old run's score climbs while gold falls below 0 and hardly an answer ends. The
+# In the old run the score climbs while gold falls below 0 and hardly an answer ends. The
 # new run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two
 # reward models: compare their shapes, not their heights. The KL says it as well: the same price, and a policy that
 # stays far nearer to SFT, since there is no hole to go to.
@@ -739,5 +738,5 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 #
 # **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
 # 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected
-# while the policy learns, and what lazy labels did. Stiennon et al. 2020 (arXiv 2009.01325), appendix C: how people
-# agree.
+# while the policy learns, and what labellers' shortcuts led to. Stiennon et al. 2020 (arXiv 2009.01325), appendix C:
+# how people agree.

@@ -126,8 +126,8 @@ for name, clicker in people.items():
 # %% [markdown]
 # The reader errs in one click of ten, and by that alone agrees with himself in about four of five pairs. Whoever
 # always clicks left never chooses the same answer twice, and chance would not either: κ is 0, as it should be.
-# Whoever mostly clicks left has a κ near 0 although the share looks like something. Thirty repeats are few; the
-# interval of a share of 30 is some 30 points wide.
+# Whoever mostly clicks left agrees more often than that, and κ says that hardly any of it is more than chance. Thirty
+# repeats are few; the interval of a share of 30 is some 30 points wide.
 #
 # **In words.** Somebody labels sixty pairs "one of the old policy, one of the new" and takes as categories not left
 # and right, but *old* and *new*. The new one is nearly always better. What does κ say then, and is it to blame?
@@ -388,7 +388,7 @@ assert min(here.values()) > here["before"] - 0.05
 
 # %% [markdown]
 # Clicks at random are worth more than clicks where the reward model is unsure, in this pool. There it is *sure and
-# wrong*: it would choose otherwise than gold in most pairs, and by a wide margin. Where it is unsure it is wrong in
+# wrong*: it would choose otherwise than gold in most pairs. Where it is unsure it is wrong in
 # half of them, and such a click pulls with one half only; and where it prefers the shorter answer it is right
 # already. Uncertainty finds what a model knows that it does not know. A hole is what it does not know that it does
 # not know, and the policy finds that for us: its own answers, at random, are the cheapest search. (One pool, one
