@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import record_clicks
 import record_ppo
 import train_assets
 
@@ -329,3 +330,44 @@ def test_every_recorded_ppo_run_is_whole_and_began_at_the_reference():
         )
         assert float(rows[0]["kl"]) == 0
         assert all(float(row["first_ratio"]) == 1 for row in rows)
+
+
+# --- the recorded clicks ------------------------------------------------------------------------
+
+
+def clicks_by_seed(row):
+    """SFT, the hacked policy and the one after these clicks, of each seed that is recorded."""
+    texts = ("policy", "row", "pairs", "clicker", "example")
+    tables = [
+        [{k: v if k in texts else float(v) for k, v in line.items()} for line in lines]
+        for lines in (
+            record_ppo.read_csv(ASSETS / "clicks" / f"{n}.csv") for n in ("before", "after")
+        )
+    ]
+    before = {(line["policy"], line["seed"]): line for line in tables[0]}
+    after = {line["seed"]: line for line in tables[1] if line["row"] == row}
+    return [(before["SFT", s], before["hacked", s], line) for s, line in after.items()]
+
+
+def test_sixty_honest_clicks_mend_the_hacked_model_on_every_recorded_seed():
+    seeds = clicks_by_seed("honest-60")
+    assert len(seeds) >= 8
+    for sft, hacked, cured in seeds:
+        assert hacked["gold"] < 0 < sft["gold"] < cured["gold"]
+        assert cured["correct"] >= sft["correct"] + 0.1
+        assert hacked["finished"] < 0.1 and cured["finished"] > 0.95
+        assert cured["agreement"] >= sft["agreement"] - 0.05
+        assert cured["agreement_hacked"] > sft["agreement_hacked"] + 0.3
+        assert cured["used"] == 60
+
+
+def test_every_row_of_clicks_is_one_that_the_recorder_makes_and_stands_once():
+    lines = record_ppo.read_csv(ASSETS / "clicks" / "after.csv")
+    keys = [(line["row"], int(line["seed"])) for line in lines]
+    assert len(set(keys)) == len(keys)
+    for line in lines:
+        row = record_clicks.ROWS[line["row"]]
+        assert int(line["seed"]) < row.seeds
+        assert (int(line["clicks"]), line["pairs"], line["clicker"], float(line["replay"])) == (
+            row.clicks, row.pairs, row.clicker, row.replay
+        )  # fmt: skip

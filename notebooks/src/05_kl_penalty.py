@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 05 · The KL penalty and reward hacking
 #
-# **Run time** about two minutes on two CPU cores · **Before this** lesson 04 · **Exercise**
-# `exercises/05_kl_penalty.ipynb`, the main one of the course
+# **Run time** about two minutes on two CPU cores · **Before this** lesson 04 · **Next** lesson 06, your
+# clicks · **Exercise** `exercises/05_kl_penalty.ipynb`, the main one of the course
 #
 # After this lesson you will be able to
 #
@@ -890,6 +890,8 @@ print(f"; SFT {sum(row['gold'] for row in start) / len(start):.2f}")
 # - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays, also what nobody
 #   thought of.
 # - The larger β, the nearer and the more varied. The best β is in between, and only gold, or people, can tell where.
+#
+# The reward model still has its hole. Who mends it? In lesson 06 you do, with sixty clicks.
 #
 # **Further reading.** Gao et al. 2023 (arXiv 2210.10760): gold against √KL. Ziegler et al. 2019 (arXiv 1909.08593),
 # section 2.2: the controller. Schulman 2020, http://joschu.net/blog/kl-approx.html: the estimators. Tang and Munos 2025

@@ -20,6 +20,7 @@ from rlhf_helpers.checks.lesson_05 import (
     check_final_reward,
     check_sampled_log_probs,
 )
+from rlhf_helpers.checks.lesson_06 import check_mixture, check_most_unsure, check_self_agreement
 
 __all__ = [
     "FAULTS",
@@ -32,12 +33,15 @@ __all__ = [
     "check_lora_forward",
     "check_lora_parameters",
     "check_mask_prompt",
+    "check_mixture",
+    "check_most_unsure",
     "check_nf4_bytes",
     "check_pair_accuracy",
     "check_pairwise_loss",
     "check_policy_loss",
     "check_predict_bytes",
     "check_sampled_log_probs",
+    "check_self_agreement",
     "check_shape_rewards",
     "check_token_logprobs",
     "check_train_step",

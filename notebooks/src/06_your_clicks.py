@@ -1,0 +1,742 @@
+# %% [markdown]
+# # 06 · Mend it with your own clicks
+#
+# **Run time** about four minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
+# 05 · **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
+#
+# After this lesson you will be able to
+#
+# - collect comparisons yourself, and say how far they can be trusted;
+# - train a reward model on from where it was, and look at what it forgets;
+# - mend a hacked reward, and say on which answers the labels have to be;
+# - say why RLHF is run in rounds.
+
+# %%
+PRESET = "pocket"  # every number below is from this preset
+CLICK_YOURSELF = False  # True: you are the annotator; False: a simulated one, so that Run All works
+
+import csv
+import json
+import random
+import time
+from itertools import cycle
+
+import torch
+from tqdm.auto import tqdm
+
+from rlhf_helpers import clicks_panel, notebook, plots, ppo, reward
+from rlhf_helpers.base import load_base
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.clicks import Clicks, simulated
+from rlhf_helpers.clicks_file import RowFile
+from rlhf_helpers.pocket import exam, rubric, world
+from rlhf_helpers.pocket.annotator import Annotator
+from rlhf_helpers.pocket.preferences import collect_preferences
+from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.sources import load_gold, preference_dataset, prompt_dataset
+from rlhf_helpers.stats import share_with_interval
+from rlhf_helpers.text import answer_text, load_tokenizer, readable
+
+# %%
+preset, begun = load_preset(PRESET), time.perf_counter()
+notebook.start(preset)
+tokenizer, gold = load_tokenizer(preset), load_gold(preset)
+folder = preset.runs / preset.name / "clicks"
+adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
+train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("train", "held_out"))
+lengths = preset.prompt_length + 8, 2 * preset.response_length  # of a prompt, an answer in a pair
+
+# %% [markdown]
+# ## A run that has gone wrong
+#
+# Lesson 05 has left a hole. At a price of β = 0.01 for a nat the policy finds what the reward model overpays: answers
+# full of courtesies that never end. The proxy rises, gold falls. A higher price keeps the policy away from the hole,
+# but the hole is still there. Who mends it? Nothing in the run can: the reward model is content. It takes somebody
+# who *reads the answers*.
+#
+# First we need the patient: twelve updates of PPO at β = 0.01, from SFT.
+
+
+# %%
+def four_roles(reward_folder):
+    roles = Roles(load_base(preset))
+    roles.load("reference", adapters["sft"])
+    roles.load("reward", reward_folder)
+    roles.add("policy", copy_of="reference")
+    roles.add("value", copy_of="reward")
+    return roles
+
+
+# %% [markdown]
+# What to draw of an update, and the run itself, always with the same prompts and seed:
+
+
+# %%
+def watched(stats):
+    """What to draw of an update."""
+    marks = gold(stats.experience.prompts, stats.experience.rollout).mean().item()
+    numbers = {"score (proxy)": stats.score, gold.name: marks, "KL, nats": stats.kl}
+    return numbers | {"share finished": stats.finished}
+
+
+def run_ppo(roles, updates, name):
+    """PPO at the low price, always with the same prompts and seed; what to draw of each update."""
+    settings = preset.ppo | {"updates": updates, "beta": 0.01, "seed": preset.seed}
+    run = ppo.train_ppo(roles, tokenizer, train, ppo.PPOConfig(**settings))
+    return [watched(stats) for stats in tqdm(run, total=updates, desc=name, leave=False)]
+
+
+# %% [markdown]
+# It is kept in `runs/`, its log too, so that a session of clicks can go on another day with the same answers.
+
+# %%
+roles, log = four_roles(adapters["reward"]), RowFile(folder / "hacking.jsonl")
+if (folder / "hacked" / "adapter_config.json").is_file():
+    print("the hacked policy is there from an earlier run of this lesson")
+else:
+    log.write(run_ppo(roles, 12, "hacking"))
+    roles.save("policy", folder / "hacked")
+roles.load("hacked", folder / "hacked")
+before = log.rows()
+print(", ".join(f"{name} {before[0][name]:.2f} to {before[-1][name]:.2f}" for name in before[0]))
+
+# %% [markdown]
+# What it says, below what SFT says, each with its score (the unit is a standard deviation of SFT's own scores):
+
+
+# %%
+def answers(role, prompts, seed, roles=roles):
+    length = preset.response_length
+    return sample_responses(roles.use(role), tokenizer, list(prompts), length, seed=seed).texts
+
+
+def scores(roles, prompts, texts):
+    return reward.score_responses(roles, "reward", tokenizer, prompts, texts, *lengths)
+
+
+# %% [markdown]
+# Three prompts, the same for both:
+
+# %%
+shown = held_out[:: max(1, len(held_out) // 3)][:3]
+texts = {role: answers(role, shown, seed=3) for role in ("reference", "hacked")}
+for i, prompt in enumerate(shown):
+    print(readable(prompt))
+    for said in texts.values():
+        print(f"   {scores(roles, [prompt], said[i : i + 1]).item():5.2f}  {said[i]}")
+
+# %% [markdown]
+# ## You are the annotator
+#
+# Sixty prompts; to each one answer of the hacked policy and one of SFT, sides at random. You say which is better,
+# with the mouse or the keys, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice
+# is saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` of lesson 02; close the notebook
+# and go on tomorrow. The pairs are in a file as well: a session belongs to *these* answers.
+
+# %%
+file = RowFile(folder / "pairs.jsonl")
+if not file.rows():
+    asked = random.Random(preset.seed).sample(train, min(80, len(train)))
+    sides = answers("reference", asked, seed=1), answers("hacked", asked, seed=2)
+    drawn = [row for row in zip(asked, *sides, strict=True) if row[1] != row[2] and all(row)]
+    file.write([{"prompt": p, "SFT": a, "hacked": b} for p, a, b in drawn[:60]])
+pairs = [tuple(row.values()) for row in file.rows()]
+print(f"{len(pairs)} pairs; the first: {readable(pairs[0][0])}")
+for text in sorted(pairs[0][1:]):
+    print(f"   {text}")
+
+# %% [markdown]
+# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one.
+# In the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not
+# seen. To click yourself, set `CLICK_YOURSELF = True` at the top and run the cells down to this panel; click to the
+# end, then run the cells below.
+
+
+# %%
+def points(prompt, answer):
+    """How good an answer is: gold, or what the judge says where there is none."""
+    if preset.name == "pocket":
+        return rubric.gold_reward(prompt, answer).total
+    one = [prompt], [answer]
+    return reward.score_responses(gold.roles, "judge", tokenizer, *one, *lengths).item()
+
+
+# %% [markdown]
+# And the session, one file for you and one for the simulated clicker:
+
+# %%
+honest = simulated(points)
+clicks = Clicks(pairs, folder / ("mine.jsonl" if CLICK_YOURSELF else "simulated.jsonl"))
+if CLICK_YOURSELF:
+    clicks_panel.show(clicks)
+else:
+    print("Nobody is asked: a simulated honest clicker answers, who knows how good each answer is.")
+    clicks.click_through(honest)
+    print(clicks.progress())
+
+# %% [markdown]
+# ## Whose labels are these?
+#
+# <details><summary><b>Predict before you run.</b> How often will you agree with yourself on the eight pairs that come
+# twice? Will you lean to the longer answer, to the politer one, to the left?</summary>
+#
+# The simulated clicker agrees with itself always and leans nowhere, by construction. People do not: in Stiennon et al.
+# (2020) labellers agreed with the researchers in 77% of comparisons, and the researchers with each other in 73%. So one
+# asks twice.
+# </details>
+
+
+# %%
+def told(what, hits):
+    """A share of trials with its 95% interval by Wilson."""
+    share, low, high = share_with_interval(hits) if hits else (float("nan"),) * 3
+    print(f"{what:36} {share:4.0%} of {len(hits):3}   [{low:4.0%}, {high:4.0%}]")
+
+
+labels = clicks.preferences()  # says so if there are too few
+same, twice = clicks.agreement()
+decided = [row for row in clicks.rows if row["side"] and not row["repeat"]]
+told("agreed with yourself", [True] * same + [False] * (twice - same))
+told("chose the answer on the left", [row["side"] == "first" for row in decided])
+print(f"cannot tell: {sum(row['side'] is None for row in clicks.rows)} of {len(clicks.rows)}")
+
+# %% [markdown]
+# Agreement with yourself is *your* ceiling: no reward model can predict your choices better than you repeat them. But
+# look at the interval: eight of eight only says that it is probably above two thirds. Whoever always clicks left
+# agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them;
+# what remains above chance is the first part of the exercise. Sixty clicks say little about a leaning to the left,
+# too: an interval that wide holds a half and much else.
+#
+# In this world we can ask what in life nobody can: are the labels right? And do they lean, to longer answers or to
+# politer ones? Beside the clicks stands what gold, and what the annotator of lesson 02 would choose on the same pairs.
+
+
+# %%
+# Pocket only
+def gap(row, worth):
+    """By how much the chosen answer is ahead."""
+    return worth(row["prompt"], row["chosen"]) - worth(row["prompt"], row["rejected"])
+
+
+def words(prompt, answer):
+    return len(answer.split())
+
+
+def courtesies(prompt, answer):
+    return rubric.count_phrases(answer, world.POLITE)
+
+
+# %% [markdown]
+# With intervals as above:
+
+# %%
+# Pocket only
+told("chose the answer with more gold", [gap(r, points) > 0 for r in decided if gap(r, points)])
+for name, of in {"longer": words, "politer": courtesies}.items():
+    differ = [row for row in decided if gap(row, of)]
+    told(f"chose the {name} one", [gap(row, of) > 0 for row in differ])
+    for who, worth in {"gold": points, "the annotator": Annotator().utility}.items():
+        told(f"   {who} would", [gap(row, of) * gap(row, worth) > 0 for row in differ])
+
+# %% [markdown]
+# Read the middle lines with care. To choose the shorter answer in seven of ten pairs is no leaning: gold does the
+# same, on the same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is
+# missing. The annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: labels such as its
+# have made the hole. (That gold prefers some hacked answers is right, too: they are right more often than SFT's. What
+# ruins them is what stands around the facts.)
+#
+# ## What a click tells the reward model
+#
+# A pair pulls at the reward model with $1 - \sigma(\Delta)$, the probability that it gives to the other choice
+# (lesson 02): by hand, 0.5 where it cannot tell, and $1 - \sigma(2) = 0.12$ where it is rather sure already and
+# right. So a click teaches most where the reward model is *wrong*. How hard do these clicks pull, and how hard would
+# clicks on two answers of SFT?
+
+# %%
+asked = [prompt for prompt, *_ in pairs]
+two = answers("reference", asked, seed=4), answers("reference", asked, seed=5)
+at_home = Clicks(list(zip(asked, *two, strict=True)), repeats=0)
+at_home.click_through(honest)
+
+
+def pulls(rows):
+    asked = [row["prompt"] for row in rows]
+    sides = [[answer_text(row[side]) for row in rows] for side in ("chosen", "rejected")]
+    chosen, rejected = (scores(roles, asked, texts) for texts in sides)
+    return 1 - (chosen - rejected).sigmoid()
+
+
+# %% [markdown]
+# The pull of each click, before anything is learnt from it:
+
+# %%
+pulled = {"policy and SFT": pulls(decided), "SFT twice": pulls(list(at_home.preferences()))}
+for name, pull in pulled.items():
+    print(f"{name:15} {len(pull):2} clicks, mean pull {pull.mean():.2f};", end=" ")
+    print(f"the reward model would choose otherwise in {(pull > 0.5).float().mean():.0%}")
+means = [pull.mean() for pull in pulled.values()]
+assert CLICK_YOURSELF or preset.name != "pocket" or means[0] > 1.5 * means[1]
+
+# %% [markdown]
+# On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many
+# cannot be decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often
+# than right: PPO has gone to where it errs, that is what hacking is. So the labels are worth most *where the policy
+# now is*.
+#
+# ## Training on, with a replay
+#
+# Sixty pairs are soon learnt by heart, and nothing in their loss asks for what the four thousand of lesson 02 have
+# taught. So half of each batch are old pairs, a **replay**. By hand, with three new pairs, five old ones, batches of
+# four:
+
+
+# %% tags=["nbval-check-output"]
+def batches(new, old, replay, steps, size):
+    """Pairs for all steps, with the same share of old ones in each batch."""
+    again = round(replay * size)
+    shares = (cycle(new), size - again), (cycle(old), again)
+    return [next(source) for _ in range(steps) for source, n in shares for _ in range(n)]
+
+
+by_hand = batches(["new 1", "new 2", "new 3"], ["a", "b", "c", "d", "e"], 0.5, steps=3, size=4)
+for step in range(3):
+    print(by_hand[4 * step : 4 * step + 4])
+
+# %% [markdown]
+# The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, to one in twelve of its
+# prompts. Those to other prompts are kept apart, to see what is forgotten.
+
+# %%
+people = []
+for first in (0, 6):
+    if preset.name == "pocket":
+        sft, those = roles.use("reference"), train[first::12]
+        rows = collect_preferences(
+            sft, tokenizer, those, Annotator(), seed=preset.seed, cache=folder
+        )
+    else:
+        rows = preference_dataset(preset)
+        rows = rows.select(range(first, min(first + 4800, len(rows)), 12))
+    people.append(reward.encode_pairs(tokenizer, rows, *lengths))
+
+# %% [markdown]
+# As tokens, with the clicks beside them:
+
+# %%
+old_pairs, unseen = people
+new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
+print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
+
+# %% [markdown]
+# Forty steps at 0.3 of the learning rate that the reward model was trained with: it is to be moved, not made anew.
+# Then its scores are normalised again on SFT's answers, so that β keeps its meaning.
+
+
+# %%
+def train_on(start, new, name, replay=0.5, steps=40, size=16):
+    """Train the reward model in a folder on with new pairs; returns the folder of the result."""
+    roles = Roles(load_base(preset))
+    roles.load("reward", start, trainable=True)
+    rate = 0.3 * reward.RewardConfig(**preset.reward).learning_rate
+    settings = {"steps": steps, "batch_size": size, "learning_rate": rate, "eval_every": steps}
+    config = reward.RewardConfig(**preset.reward | settings)
+    rows = batches(new, old_pairs, replay, steps, size)
+    run = reward.train_reward_model(roles, "reward", tokenizer, rows, new, config)
+    begin, *_, end = tqdm(run, total=steps + 1, desc=name, leave=False)
+    said = torch.cat(reward.pair_scores(roles, "reward", tokenizer, old_pairs))
+    reward.normalise(roles, "reward", said)
+    roles.save("reward", folder / name)
+    ranked = (
+        f"{begin.held_out['accuracy']:.0%} of the clicks before, {end.held_out['accuracy']:.0%}"
+    )
+    print(f"{name}: agrees with {ranked} after")
+    return folder / name
+
+
+# %% [markdown]
+# Once with the replay, and once with the clicks alone:
+
+# %%
+models = {"before": adapters["reward"]}
+models["clicks and replay"] = train_on(models["before"], new_pairs, "mended")
+models["clicks alone"] = train_on(models["before"], new_pairs, "alone", replay=0)
+
+# %% [markdown]
+# <details><summary><b>Predict before you run.</b> The probe of lesson 02: the same right answers with none to four
+# courtesies around them. The reward model paid for the first ones and took nothing off for more. What will it do
+# after the clicks?</summary>
+#
+# The hacked answers are full of courtesies, and the clicks mostly chose the others. So courtesies should cost something
+# now. It might also throw out the first one, which gold likes: a reward model has no rubric, only examples.
+# </details>
+
+# %%
+# Pocket only
+probe = exam.polite_probe()
+loaded = {name: four_roles(path) for name, path in models.items()}
+marks = [[points(*row) for row in zip(*texts, strict=True)] for texts in probe]
+
+# %% [markdown]
+# The mean of gold, and of each reward model's scores:
+
+# %%
+# Pocket only
+curves = {"gold": [sum(row) / len(row) for row in marks]}
+for name, its_roles in loaded.items():
+    curves[name] = [scores(its_roles, *texts).mean().item() for texts in probe]
+fig = plots.lines(curves, "courtesies in a right answer", "mean of 200 answers")
+ends = "; ".join(f"{name} {values[1]:.1f} to {values[4]:.1f}" for name, values in curves.items())
+plots.show(fig, f"Gold and three reward models, from one courtesy to four: {ends}.")
+for name, values in curves.items():
+    print(f"{name:18}", [round(value, 2) for value in values])
+falls = {name: values[1] - values[4] for name, values in curves.items()}
+assert CLICK_YOURSELF or falls["before"] < 0 < 0.2 < falls["clicks and replay"]
+
+# %% [markdown]
+# Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of
+# gold: one is worth something, and from then on each costs. Nobody wrote that rule down; it is in sixty choices.
+# (Compare shapes, not heights: gold is in points, a score in standard deviations of SFT's scores.) The probe shows
+# one hole. That there is no other it cannot show.
+#
+# And what has been forgotten? *SFT twice* is the share of pairs of SFT's answers to a held-out prompt, different in
+# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy,
+# which the clicks were for; *people* the share of the choices kept apart above that it would make as well.
+
+
+# %%
+# Pocket only
+def agreement(its_roles, first, second):
+    """Share of pairs of answers, different in gold, that are ranked as gold ranks them."""
+    rows = [(p, a, b) for p, a, b in zip(some, first, second, strict=True) if a and b]
+    gaps = torch.tensor([points(p, b) - points(p, a) for p, a, b in rows])
+    asked, *sides = map(list, zip(*rows, strict=True))
+    proxy = scores(its_roles, asked, sides[1]) - scores(its_roles, asked, sides[0])
+    return ((proxy > 0) == (gaps > 0))[gaps != 0].float().mean().item()
+
+
+# %% [markdown]
+# Each answer is sampled once, so that all three are asked about the same:
+
+# %%
+# Pocket only
+some = held_out[::2]
+said = {"SFT": answers("reference", some, 6), "hacked": answers("hacked", some, 8)}
+said["again"] = answers("reference", some, 7)
+
+# %% [markdown]
+# The three shares for each reward model:
+
+# %%
+# Pocket only
+agreed = {}
+for name, its_roles in loaded.items():
+    agreed[name] = [agreement(its_roles, said["SFT"], said[k]) for k in ("again", "hacked")]
+    chosen, rejected = reward.pair_scores(its_roles, "reward", tokenizer, unseen)
+    agreed[name].append(reward.pair_accuracy(chosen, rejected))
+    print(
+        f"{name:18} SFT twice {agreed[name][0]:.2f}, hacked and SFT {agreed[name][1]:.2f},", end=""
+    )
+    print(f" people {agreed[name][2]:.2f}")
+assert CLICK_YOURSELF or agreed["clicks and replay"][1] > agreed["before"][1] + 0.2
+for name in ("clicks and replay", "clicks alone"):
+    assert CLICK_YOURSELF or agreed[name][0] > agreed["before"][0] - 0.05
+
+# %% [markdown]
+# Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is
+# lost on SFT's own answers that this measure would show. So at this dose, forty small steps, the replay is an
+# insurance and no necessity. (The last column is about the people's choices, their leaning included. Whoever mends
+# the leaning departs from them, so a fall there is no damage by itself.) One seed; the insurance costs half of each
+# batch, and a clicker who errs may need it more.
+#
+# ## The same run again
+#
+# All as at the beginning: from SFT, the same prompts, the same seed, the same price of 0.01. Only the reward model is
+# another, and with it the critic, which starts as its copy.
+
+# %%
+mended = four_roles(models["clicks and replay"])
+after = run_ppo(mended, 15, "mending")
+print(f"from nothing to here {(time.perf_counter() - begun) / 60:.1f} minutes")
+
+# %% [markdown]
+# Both runs, each scored by the reward model that it was trained on:
+
+# %%
+logs = {"before the clicks": before, "after": after}
+panels = {title: {k: [row[title] for row in log] for k, log in logs.items()} for title in after[0]}
+last = {
+    name: f"{log[-1][gold.name]:.1f}, {log[-1]['share finished']:.0%}" for name, log in logs.items()
+}
+alt = (
+    f"Score, gold, KL, share finished over the updates. Gold and share finished in the end: {last}."
+)
+plots.show(plots.panels(panels, "updates", {}), alt)
+
+# %% [markdown]
+# In the old run the score climbs while gold falls below 0 and hardly an answer ends. The
+# new run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two
+# reward models: compare their shapes, not their heights. The KL says it as well: the same price, and a policy that
+# stays far nearer to SFT, since there is no hole to go to.
+#
+# On held-out prompts:
+
+# %%
+config = ppo.PPOConfig(**{"minibatch_size": 64} | preset.ppo)
+some = held_out[::3] if preset.name == "pocket" else held_out[:16]
+ends, table = {}, {}
+
+
+def measured(name, its_roles, role):
+    """Answers to held-out prompts, and what is to be said of them."""
+    options = {"seed": 9, "role": role}
+    seen = ends[name] = ppo.collect_experience(its_roles, tokenizer, some, config, 0.0, **options)
+    marks, finished = gold(some, seen.rollout), seen.rollout.finished.float()
+    numbers = {"proxy": seen.scores, gold.name: marks, "KL": seen.kl, "finished": finished}
+    table[name] = {k: v.mean().item() for k, v in numbers.items()}
+    print(f"{name:7}" + "".join(f"  {k} {v:5.2f}" for k, v in table[name].items()))
+
+
+# %% [markdown]
+# SFT, the hacked policy and the cured one:
+
+# %%
+measured("SFT", roles, "reference")
+measured("hacked", roles, "hacked")
+measured("cured", mended, "policy")
+
+# %% [markdown]
+# Read some of them:
+
+# %%
+for i in range(0, len(some), len(some) // 4):
+    print(readable(some[i]))
+    for name, seen in ends.items():
+        print(f"   {name:7} {seen.scores[i]:5.2f}  {seen.rollout.texts[i]}")
+
+# %% [markdown]
+# How many are right? (The rubric counts an answer as right if it states the fact and no wrong one.)
+
+
+# %%
+# Pocket only
+def right(seen):
+    return [
+        rubric.gold_reward(*row).correct > 0 for row in zip(some, seen.rollout.texts, strict=True)
+    ]
+
+
+for name, seen in ends.items():
+    told(f"{name}: right", right(seen))
+if not CLICK_YOURSELF:
+    assert table["hacked"]["gold"] < 0 < table["SFT"]["gold"] < table["cured"]["gold"]
+    assert table["hacked"]["finished"] < 0.2 and table["cured"]["finished"] > 0.95
+
+# %% [markdown]
+# The cured policy is above SFT, and ends its answers. The hacked one had learnt facts, too, it had more right answers
+# than SFT; the cured one keeps that, and leaves out what ruined it. Nobody has told it a fact: the reward model knew
+# them already, and the clicks have only stopped the louder signal. What the table does not show: that no other hole
+# is left. This was fifteen updates; a longer run may find one, and then somebody has to click again.
+#
+# ## Ten seeds, and other clickers
+#
+# One run is one run. So this was recorded with up to ten seeds; the hacked policy of each is made once, and then come
+# other clicks. Each row has as many *decided* clicks as its name says. *Careless*: one in five is wrong. *Biased*: with
+# the leaning of lesson 02's annotator. *SFT*: on two answers of SFT. The printed table has every row that is recorded.
+
+
+# %%
+# Pocket only
+def recorded(name):
+    with (ASSETS / "clicks" / name).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = ("row", "policy", "pairs", "clicker", "example")
+    return [{k: v if k in texts else float(v) for k, v in row.items()} for row in rows]
+
+
+about = json.loads((ASSETS / "clicks" / "about.json").read_text(encoding="utf-8"))
+print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
+
+# %% [markdown]
+# What was measured before the clicks, and after, by row and seed:
+
+# %%
+# Pocket only
+start, study = {"SFT": {}, "hacked": {}}, {}
+for row in recorded("before.csv"):
+    start[row["policy"]][int(row["seed"])] = row
+for row in recorded("after.csv"):
+    study.setdefault(row["row"], {})[int(row["seed"])] = row
+
+# %% [markdown]
+# Means over the seeds, and of gold the range; and on how many seeds gold is above SFT's, *up* is right answers at
+# least ten points up from SFT's, *kept* agreement with gold on SFT's own answers at most 0.05 lower than before:
+
+# %% tags=["nbval-check-output"]
+# Pocket only
+NAMES = ("gold", "correct", "finished", "kl", "agreement")
+print(
+    f"{'':16} seeds "
+    + "".join(f"{name:>10}" for name in NAMES)
+    + "   gold from, to   above, up, kept"
+)
+for name, rows in (start | study).items():
+    means = [sum(row[k] for row in rows.values()) / len(rows) for k in NAMES]
+    golds = [row["gold"] for row in rows.values()]
+    print(f"{name:16}{len(rows):5}  " + "".join(f"{mean:10.3f}" for mean in means), end="")
+    print(f"{min(golds):9.2f}{max(golds):6.2f}", end="")
+    sft = [(row, start["SFT"][seed]) for seed, row in rows.items()]
+    above = sum(row["gold"] > base["gold"] for row, base in sft)
+    up = sum(row["correct"] >= base["correct"] + 0.1 for row, base in sft)
+    kept = sum(row["agreement"] >= base["agreement"] - 0.05 for row, base in sft)
+    print(f"{above:9} {up:4} {kept:4}")
+
+# %% [markdown]
+# What is said of sixty honest clicks, asserted:
+
+# %%
+# Pocket only
+for seed, row in study["honest-60"].items():
+    base = start["SFT"][seed]
+    assert row["gold"] > base["gold"] > 0 > start["hacked"][seed]["gold"]
+    assert row["correct"] >= base["correct"] + 0.1 and row["finished"] > 0.95
+    assert row["agreement"] >= base["agreement"] - 0.05
+
+# %% [markdown]
+# And in one figure, a point for each seed (points of one number of clicks are moved apart a little):
+
+# %%
+# Pocket only
+KINDS = {"honest": 0, "careless": 2, "biased": 4, "sft": -3}
+groups = {name: [(0, row["gold"]) for row in rows.values()] for name, rows in start.items()}
+for name, rows in study.items():
+    kind = name.split("-")[0]
+    if kind in KINDS:
+        label = "SFT pairs" if kind == "sft" else kind
+        at = [(row["clicks"] + KINDS[kind], row["gold"]) for row in rows.values()]
+        groups.setdefault(label, []).extend(at)
+
+# %% [markdown]
+# The figure:
+
+# %%
+# Pocket only
+fig = plots.scatter(groups, "clicks", "gold, held-out prompts")
+means = ", ".join(f"{k} {sum(y for _, y in v) / len(v):.1f}" for k, v in groups.items())
+plots.show(fig, f"Gold against the number of clicks, a point a seed. Means: {means}.")
+
+# %% [markdown]
+# With sixty honest clicks gold ends above SFT's on every seed in the table, the share of right answers is at least
+# ten points higher, and nothing is lost on SFT's answers. For all other rows read *above* against *seeds*: that is
+# how often it worked. What to look for: how few clicks are enough (12, 24); whether sixty clicks on SFT's own pairs,
+# which pull so much less, mend anything; and what one wrong click in five, or a leaning, does to the cure. A row that
+# is not in the table has not been recorded yet; `python tools/record_clicks.py` goes on with it. The figure shows
+# spread, not causes: seeds differ in policy, prompts and samples at once.
+#
+# ## Rounds
+#
+# The cure has moved the policy. It now says what neither SFT nor the hacked policy said, and the reward model has
+# again never been asked about *that*. So comparisons are collected on the newest policy, reward model and policy are
+# trained again, and so on: Bai et al. (2022, section 4.5) put new policies before the annotators week by week, Ouyang
+# et al. (2022) describe the same loop, and already Ziegler et al. (2019) collected labels while the policy was
+# training. In the study a round is the row `second-round-60`: sixty more clicks, on the cured policy, and PPO from
+# SFT once more.
+#
+# ## Teach it a taste of your own
+#
+# So far the clicks followed gold, which is what a teacher wants. They need not. Say you want no courtesies at all,
+# though the rubric pays for one; or short answers; or whatever you like: forty clicks on answers of the cured policy
+# and of SFT, the mended reward model trained on, twelve updates from SFT. A rule clicks here; to click by your own
+# taste, replace `click_through` by `clicks_panel.show(wanted)` and stop after forty.
+#
+# <details><summary><b>Predict before you run.</b> Will it drop the courtesies? What will that do to gold, and to the share
+# of right answers?</summary>
+#
+# Gold should fall by the 0.2 that one courtesy earns, wherever the policy had one. The facts are another matter: no
+# click asked for them, and none asked against them, but half of each batch is old pairs. </details>
+
+# %%
+# Pocket only
+TASTES = {
+    "no courtesies": lambda prompt, answer: -courtesies(prompt, answer),
+    "short": lambda prompt, answer: -words(prompt, answer),
+}
+taste = "no courtesies"  # or "short", or a rule of your own
+
+# %% [markdown]
+# Pairs until forty are decided:
+
+# %%
+# Pocket only
+asked = random.Random(preset.seed + 1).sample(train, 120)
+now = answers("policy", asked, 1, mended), answers("reference", asked, 2)
+wanted = Clicks(list(zip(asked, *now, strict=True)), repeats=0)
+while sum(row["side"] is not None for row in wanted.rows) < 40 and wanted.show_next():
+    wanted.click_through(simulated(TASTES[taste]), limit=1)
+liked = wanted.preferences()
+print(f"{len(liked)} clicks for {taste!r}, of {len(wanted.rows)} pairs asked about")
+
+# %% [markdown]
+# Reward model, policy, and what came of it:
+
+# %%
+# Pocket only
+pairs_liked = reward.encode_pairs(tokenizer, liked, *lengths)
+tasteful = four_roles(train_on(models["clicks and replay"], pairs_liked, "taste"))
+run_ppo(tasteful, 12, "your taste")
+measured("taste", tasteful, "policy")
+
+# %% [markdown]
+# Words and courtesies in an answer, on average:
+
+# %%
+# Pocket only
+for name, seen in ends.items():
+    rows = list(zip(some, seen.rollout.texts, strict=True))
+    for what, of in {"words": words, "courtesies": courtesies}.items():
+        table[name][what] = sum(of(*row) for row in rows) / len(rows)
+    print(
+        f"{name:7} words {table[name]['words']:5.1f}, courtesies {table[name]['courtesies']:.2f};",
+        end=" ",
+    )
+    print(f"gold {table[name]['gold']:.2f}, right {sum(right(seen)) / len(rows):.0%}")
+assert CLICK_YOURSELF or table["taste"]["courtesies"] < table["cured"]["courtesies"] / 2
+
+# %% [markdown]
+# Forty clicks, and the courtesies are mostly gone; the answers have become shorter with them. Gold has gone *down*,
+# by about what one courtesy earns: the policy now serves the clicker, not the rubric. That is the same mechanism as
+# the cure, and as the hole: a reward model learns what is clicked. Whose clicks, is not a technical question.
+#
+# What forty clicks can teach is a trait on the surface, which most pairs show and which the model can already leave
+# out. They cannot teach a fact, or a rule with exceptions ("courtesies only for those who say please"), as no forty
+# pairs show those; and what they do beyond the trait, nobody has looked at but for the columns above. One seed.
+#
+# ## The number to take along
+
+# %% tags=["headline"]
+# Pocket only
+sixty = study["honest-60"].values()
+ahead = sum(row["gold"] > start["SFT"][int(row["seed"])]["gold"] for row in sixty)
+golds = {"hacked": start["hacked"].values(), "SFT": start["SFT"].values(), "cured": sixty}
+mean = {name: sum(row["gold"] for row in rows) / len(rows) for name, rows in golds.items()}
+print(f"60 honest clicks, {len(sixty)} seeds: gold {mean['hacked']:.2f} before,", end=" ")
+print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} of {len(sixty)}")
+
+# %% [markdown]
+# ## Recap
+#
+# - Labels are worth most where the policy now is: there the reward model is wrong, and a click pulls.
+# - Train on from where the reward model was, mix in old pairs, normalise again, and measure what was forgotten.
+# - Ask some pairs twice: agreement with yourself bounds what anyone can learn from you. With sixty clicks all
+#   intervals are wide.
+# - A reward model learns what is clicked, leaning and taste included.
+# - The cure holds where somebody has looked. So it goes in rounds.
+#
+# The hole is mended, because somebody read the answers. Lesson 07, the debugging clinic, is about runs in which
+# nothing was hacked and nothing crashes, and which are broken all the same: how does one see that?
+#
+# **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
+# 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected
+# while the policy learns, and what labellers' shortcuts led to. Stiennon et al. 2020 (arXiv 2009.01325), appendix C:
+# how people agree.
