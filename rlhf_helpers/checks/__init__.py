@@ -20,19 +20,30 @@ from rlhf_helpers.checks.lesson_05 import (
     check_final_reward,
     check_sampled_log_probs,
 )
+from rlhf_helpers.checks.lesson_08 import (
+    ORIGINS,
+    check_dpo_loss,
+    check_implicit_rewards,
+    check_origins,
+    dpo_log,
+)
 
 __all__ = [
     "FAULTS",
+    "ORIGINS",
     "check_diagnosis",
+    "check_dpo_loss",
     "check_estimate_kl",
     "check_exact_kl",
     "check_final_reward",
     "check_gae",
+    "check_implicit_rewards",
     "check_last_token_index",
     "check_lora_forward",
     "check_lora_parameters",
     "check_mask_prompt",
     "check_nf4_bytes",
+    "check_origins",
     "check_pair_accuracy",
     "check_pairwise_loss",
     "check_policy_loss",
@@ -41,5 +52,6 @@ __all__ = [
     "check_shape_rewards",
     "check_token_logprobs",
     "check_train_step",
+    "dpo_log",
     "training_log",
 ]
