@@ -208,10 +208,10 @@ def wrong(out: Path, seeds: int = 3) -> None:
 # --- a second round -------------------------------------------------------------------------------
 
 
-def rounds(out: Path, seeds: int = 3) -> None:
+def rounds(out: Path, judges, seeds: int = 3) -> None:
     """From the policy of the study on, with SFT as the reference still, on pairs of three kinds."""
     for seed in tqdm(range(seeds), desc="second rounds"):
-        for judge in JUDGES:
+        for judge in judges:
             run = {"run": f"second_{judge}", "beta": MAIN_BETA, "rate": RATE, "seed": seed}
             if not recorded(out, run):
                 second_round(out, run, judge)
@@ -286,7 +286,7 @@ KINDS = {
     "rates": lambda args: record_rates(args.out, args.betas),
     "study": lambda args: study(args.out, args.betas, args.seeds),
     "wrong": lambda args: wrong(args.out),
-    "rounds": lambda args: rounds(args.out),
+    "rounds": lambda args: rounds(args.out, args.judges),
     "timing": lambda args: timing(args.out),
     "logs": lambda args: record_logs(args.out, LOGS),
 }
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("what", choices=list(KINDS), nargs="+")
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--judges", choices=JUDGES, nargs="+", default=JUDGES)
     parser.add_argument("--out", type=Path, default=STUDY, help="the package's assets if not given")
     args = parser.parse_args()
     for what in args.what:
