@@ -1,7 +1,7 @@
 """Record the DPO runs that lesson 08 and its exercise show.
 
     python tools/record_dpo.py rates     # three learning rates at each β, on a seed of their own
-    python tools/record_dpo.py study     # ten seeds at each β, with the best rate
+    python tools/record_dpo.py study     # ten seeds at each β, with its best rate
     python tools/record_dpo.py wrong     # three seeds whose reference is the bare base
     python tools/record_dpo.py rounds    # three seeds of a second round, on old and on new pairs
     python tools/record_dpo.py timing    # DPO and PPO in turns on one machine
@@ -37,7 +37,6 @@ LOGS = ASSETS / "dpo_logs"
 WORK = Path(__file__).parents[1] / "runs" / "assets"
 BETAS = (0.1, 0.3, 0.03, 1.0)
 RATES = (1.5e-4, 3e-4, 5e-4, 1e-3)
-RATE = 1.5e-4  # of the highest mean gold in rates.csv; one for all β, as in PPO's study
 RATE_SEED = 100  # none of the ten
 MAIN_BETA = 0.1
 JUDGES = ("reward", "annotator", "nobody")
@@ -65,17 +64,21 @@ def encoded(rows) -> list[dict]:
 def config_of(beta: float, rate: float, pairs: list[dict]) -> DPOConfig:
     """Once through the pairs."""
     steps = len(pairs) // DPOConfig.batch_size
-    return DPOConfig(steps=steps, beta=beta, learning_rate=rate, eval_every=28)
+    return DPOConfig(steps=steps, beta=beta, learning_rate=rate, eval_every=37)
 
 
 @cache
 def reference_logprobs() -> dict[str, tuple[float, float]]:
-    """The reference's log-probabilities of all first pairs, which no run changes."""
-    pairs = [pair for part in first_pairs() for pair in part]
-    tokenizer, roles = load_tokenizer(load_preset("pocket")), fresh_roles()
-    logprobs = PAIR_LOGPROBS(roles, "reference", tokenizer, pairs)
-    values = zip(*(side.tolist() for side in logprobs), strict=True)
-    return dict(zip(map(str, pairs), values, strict=True))
+    """The reference's log-probabilities of all first pairs, which no run changes.
+
+    Those held out in batches of their own, as they are measured: else rounding would break ties.
+    """
+    known, tokenizer, roles = {}, load_tokenizer(load_preset("pocket")), fresh_roles()
+    for pairs in first_pairs():
+        sides = PAIR_LOGPROBS(roles, "reference", tokenizer, pairs)
+        values = zip(*(side.tolist() for side in sides), strict=True)
+        known |= zip(map(str, pairs), values, strict=True)
+    return known
 
 
 PAIR_LOGPROBS = dpo.pair_logprobs
@@ -183,6 +186,14 @@ def record_rates(out: Path, betas) -> None:
             one_run(out, "rate", beta, rate, RATE_SEED)
 
 
+def best_rate(out: Path, beta: float) -> float:
+    """The rate of the highest gold at this β, on the seed that is none of the ten."""
+    tried = [row for row in read_csv(out / "rates.csv") if float(row["beta"]) == beta]
+    if len(tried) < len(RATES):
+        raise ValueError(f"{len(tried)} of {len(RATES)} rates at beta {beta}: record rates first")
+    return float(max(tried, key=lambda row: float(row["gold"]))["rate"])
+
+
 def record_sft(out: Path, seeds: int) -> None:
     """What every run began from, in `reference.csv`."""
     if len(read_csv(out / "reference.csv")) < seeds:
@@ -195,14 +206,14 @@ def study(out: Path, betas, seeds: int) -> None:
     record_sft(out, seeds)
     wanted = [(beta, seed) for seed in range(seeds) for beta in betas]
     for beta, seed in tqdm(wanted, desc="runs"):
-        one_run(out, "dpo", beta, RATE, seed)
+        one_run(out, "dpo", beta, best_rate(out, beta), seed)
 
 
 def wrong(out: Path, seeds: int = 3) -> None:
     """The bare base as the reference: no role that the policy started from, so it must be asked."""
     options = {"reference": "base", "any_reference": True}
     for seed in tqdm(range(seeds), desc="wrong references"):
-        one_run(out, "wrong_reference", MAIN_BETA, RATE, seed, **options)
+        one_run(out, "wrong_reference", MAIN_BETA, best_rate(out, MAIN_BETA), seed, **options)
 
 
 # --- a second round -------------------------------------------------------------------------------
@@ -210,9 +221,10 @@ def wrong(out: Path, seeds: int = 3) -> None:
 
 def rounds(out: Path, judges, seeds: int = 3) -> None:
     """From the policy of the study on, with SFT as the reference still, on pairs of three kinds."""
+    rate = best_rate(out, MAIN_BETA)
     for seed in tqdm(range(seeds), desc="second rounds"):
         for judge in judges:
-            run = {"run": f"second_{judge}", "beta": MAIN_BETA, "rate": RATE, "seed": seed}
+            run = {"run": f"second_{judge}", "beta": MAIN_BETA, "rate": rate, "seed": seed}
             if not recorded(out, run):
                 second_round(out, run, judge)
 
