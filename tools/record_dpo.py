@@ -4,7 +4,7 @@
     python tools/record_dpo.py study     # ten seeds at each β, with its best rate
     python tools/record_dpo.py wrong     # three seeds whose reference is the bare base
     python tools/record_dpo.py rounds    # three seeds of a second round, on old and on new pairs
-    python tools/record_dpo.py timing    # DPO and PPO in turns on one machine
+    python tools/record_dpo.py timing    # DPO, reward model and PPO on one machine
     python tools/record_dpo.py logs      # three logs for the exercise, from the study
 
 The pairs are those that the shipped reward model was trained on (lesson 02, seed 0). A seed is the
@@ -29,6 +29,7 @@ from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.annotator import Annotator
 from rlhf_helpers.pocket.preferences import collect_preferences
 from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.reward import RewardConfig
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import load_tokenizer
 
@@ -261,24 +262,36 @@ def own_pairs(roles: Roles, judge: str, seed: int) -> list[dict]:
 # --- minutes, and the exercise --------------------------------------------------------------------
 
 
-def timing(out: Path, times: int = 3) -> None:
-    """DPO and PPO in turns, nothing measured on the way, in `timing.csv`."""
+def timing(out: Path, times: int = 1) -> None:
+    """DPO, the reward model and PPO in turns, nothing measured on the way, in `timing.csv`.
+
+    `cpu_seconds` are those of this process, whatever else the machine had to do.
+    """
     tokenizer, pairs = load_tokenizer(load_preset("pocket")), first_pairs()[0]
-    config = DPOConfig(steps=len(pairs) // DPOConfig.batch_size, eval_every=len(pairs))
+    few, steps = pairs[:1], len(pairs) // DPOConfig.batch_size
+    dpo_config = DPOConfig(steps=steps, eval_every=steps)
+    reward_config = RewardConfig(eval_every=RewardConfig.steps)
     rows = read_csv(out / "timing.csv")
-    for turn in range(len(rows) // 2, times):
+    for turn in range(len(rows) // 3, times):
+        roles = fresh_roles()
+        roles.add("judge", copy_of="reference")
+        roles.add_head("judge")
         runs = {
-            "dpo": dpo.train_dpo(
-                fresh_roles(), "policy", "reference", tokenizer, pairs, pairs[:1], config
+            "dpo": dpo.train_dpo(roles, "policy", "reference", tokenizer, pairs, few, dpo_config),
+            "reward": reward.train_reward_model(
+                roles, "judge", tokenizer, pairs, few, reward_config
             ),
             "ppo": ppo.train_ppo(fresh_roles(), tokenizer, world.prompts("train")),
         }
         for method, run in runs.items():
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             list(tqdm(run, desc=method))
-            seconds = round(time.perf_counter() - began, 1)
-            rows.append({"method": method, "turn": turn, "seconds": seconds})
-        write_csv(out / "timing.csv", rows)
+            taken = {
+                "seconds": round(time.perf_counter() - began, 1),
+                "cpu_seconds": round(time.process_time() - cpu, 1),
+            }
+            rows.append({"method": method, "turn": turn} | taken)
+    write_csv(out / "timing.csv", rows)
 
 
 def record_logs(study: Path, out: Path) -> None:
