@@ -80,7 +80,7 @@ print("best policy", [round(x, 3) for x in best.tolist()], f" Z = {Z:.3f}")
 # %% tags=["nbval-check-output"]
 implicit = β * (best / ref).log()
 print("implicit reward ", [round(x, 3) for x in implicit.tolist()])
-print("reward less that", [round(x, 3) for x in (r - implicit).tolist()], f" = β log Z")
+print("reward less that", [round(x, 3) for x in (r - implicit).tolist()], " = β log Z")
 print(f"gap of answers 3 and 1: {implicit[2] - implicit[0]:.3f}, by the reward {r[2] - r[0]:.3f}")
 assert torch.allclose(r - implicit, β * Z.log())
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
-from rlhf_helpers import checks, dpo, notebook, plots, reward
+from rlhf_helpers import checks, dpo, notebook, reward
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.logprobs import response_logprobs
@@ -27,7 +27,7 @@ from rlhf_helpers.pocket.preferences import collect_preferences
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.sources import preference_dataset, prompt_dataset
-from rlhf_helpers.text import load_tokenizer, pad_examples, readable
+from rlhf_helpers.text import load_tokenizer, pad_examples
 
 # %% [markdown]
 # Four roles: the policy begins as a copy of its reference, the SFT adapter. The reward model of lesson 02 is there
