@@ -412,6 +412,7 @@ assert answering["right"] < answering["left"] - 0.1
 # | log-probabilities, advantages, the clipped objective | 03 |
 # | four roles on one base, a whole PPO run | 04 |
 # | the KL penalty, reward hacking, diversity | 05 |
+# | DPO: preferences without a reward model | 08 |
 
 # %% [markdown]
 # ## The numbers to beat
