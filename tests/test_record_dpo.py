@@ -85,7 +85,8 @@ def test_a_run_goes_once_through_its_pairs(tmp_path, calls):
     assert record_dpo.config_of(0.3, 1e-4, ["pair"] * 650).steps == 20  # of 32, ten pairs left
     with_rates(tmp_path)
     record_dpo.wrong(tmp_path, seeds=1)
-    assert calls == [(0.1, RATES[1], 0, "base", {"any_reference": True})]
+    options = {"any_reference": True}
+    assert calls == [(0.1, RATES[1], 0, "base", options), (1.0, RATES[3], 0, "base", options)]
 
 
 def test_a_second_round_differs_in_its_pairs_alone(tmp_path, calls):

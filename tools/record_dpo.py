@@ -40,6 +40,7 @@ BETAS = (0.1, 0.3, 0.03, 1.0)
 RATES = (1.5e-4, 3e-4, 5e-4, 1e-3)
 RATE_SEED = 100  # none of the ten
 MAIN_BETA = 0.1
+WRONG_BETAS = (0.1, 1.0)
 JUDGES = ("reward", "annotator", "nobody")
 
 
@@ -210,11 +211,12 @@ def study(out: Path, betas, seeds: int) -> None:
         one_run(out, "dpo", beta, best_rate(out, beta), seed)
 
 
-def wrong(out: Path, seeds: int = 3) -> None:
+def wrong(out: Path, betas=WRONG_BETAS, seeds: int = 3) -> None:
     """The bare base as the reference: no role that the policy started from, so it must be asked."""
     options = {"reference": "base", "any_reference": True}
-    for seed in tqdm(range(seeds), desc="wrong references"):
-        one_run(out, "wrong_reference", MAIN_BETA, best_rate(out, MAIN_BETA), seed, **options)
+    wanted = [(beta, seed) for beta in betas for seed in range(seeds)]
+    for beta, seed in tqdm(wanted, desc="wrong references"):
+        one_run(out, "wrong_reference", beta, best_rate(out, beta), seed, **options)
 
 
 # --- a second round -------------------------------------------------------------------------------

@@ -537,15 +537,16 @@ print(f"by {sum(behind) / len(behind):.2f} ({min(behind):.2f} to {max(behind):.2
 # %%
 # Pocket only
 timed = {row["method"]: row["cpu_seconds"] for row in recorded("dpo/timing.csv")}
-print(
-    f"DPO, once through the pairs {timed['dpo']:.0f} s; PPO, 30 updates {timed['ppo']:.0f} s",
-    end="",
-)
-print(f" and {timed['reward']:.0f} s before for the reward model")
-update = max(0, round(30 * (timed["dpo"] - timed["reward"]) / timed["ppo"]))
-batches = [r for r in recorded("ppo/updates.csv") if r["beta"] == 0.1 and r["update"] == update]
-if batches:
-    print(f"in DPO's seconds PPO makes {update} updates: gold {mean(batches, 'gold'):.2f} there")
+both = timed["reward"] + timed["ppo"]
+print(f"DPO, once through the pairs: {timed['dpo']:.0f} s")
+print(f"PPO: {both:.0f} s, {timed['reward']:.0f} for the reward model and {timed['ppo']:.0f} for 30 updates")
+made = round(30 * max(0.0, timed["dpo"] - timed["reward"]) / timed["ppo"])
+batches = [row for row in recorded("ppo/updates.csv") if row["beta"] == 0.1]
+for update in (made, 5, 10, 20):
+    rows = [row for row in batches if row["update"] == update]
+    if rows:
+        golds = mean(rows, "gold")
+        print(f"PPO at β = 0.1, update {update:2}: gold of its batch {golds:.2f}, mean of {len(rows)}")
 
 # %% [markdown]
 # PLACEHOLDER.
@@ -557,7 +558,7 @@ if batches:
 # %%
 # Pocket only
 runs = {name: [r for r in finals if r["run"] == name] for name in {r["run"] for r in finals}}
-bad = sorted(runs["wrong_reference"], key=lambda row: row["seed"])
+bad = runs["wrong_reference"]
 good = [next(r for r in at[0.1] if r["seed"] == row["seed"]) for row in bad]
 for right, row in zip(good, bad, strict=True):
     print(f"seed {row['seed']:.0f}: gold {right['gold']:.2f} and {row['gold']:.2f},", end=" ")
