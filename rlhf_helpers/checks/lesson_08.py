@@ -443,7 +443,7 @@ ORIGINS = {
     "second round": "the policy had learnt before, and the reference is what it first began from",
     "sides swapped": "chosen and rejected have changed places",
     "roles swapped": "policy and reference have changed places in the loss",
-    "means": "log-probabilities are means over tokens, not sums",
+    "no reference": "the reference is left out: log-ratios are log-probabilities",
     "β outside": "β stands outside of the sigmoid",
 }
 _LOGS = {"A": "second round", "B": "bare base", "C": "copy"}
@@ -458,8 +458,9 @@ _EVIDENCE = {
         "in this log their log-ratios are {chosen_log_ratio} and {rejected_log_ratio}"
     ),
     "second round": (
-        "the implicit rewards would rank most pairs right before the first update, since the "
-        "policy has learnt such pairs; in this log the accuracy there is {accuracy}"
+        "the policy would have left the reference before the first update, and SFT's answers would "
+        "have become less likely, the rejected ones most; in this log the log-ratios there are "
+        "{chosen_log_ratio} and {rejected_log_ratio}"
     ),
     "sides swapped": (
         "the accuracy on held-out pairs would fall below one half; in this log it ends at "
@@ -469,13 +470,13 @@ _EVIDENCE = {
         "what is chosen would become the less likely of the two, and the accuracy would fall below "
         "one half; in this log it ends at {end_accuracy}"
     ),
-    "means": (
-        "log-ratios would be about a tenth of what they are for whole responses, and at β = 0.1 "
-        "margins hardly leave 0; in this log the margin ends at {end_margin}"
+    "no reference": (
+        "the log-ratios would begin at the log-probabilities of whole answers, about -5 nats; in "
+        "this log they begin at {chosen_log_ratio} and {rejected_log_ratio}"
     ),
     "β outside": (
-        "the loss of the first row would be a tenth of log 2 for a copy, and in the end β times a "
-        "surprise; in this log it begins at {loss} and ends at {end_loss}"
+        "the loss would be a tenth of a surprise, at first about 0.07; in this log it begins at "
+        "{loss} and ends at {end_loss}"
     ),
 }
 
