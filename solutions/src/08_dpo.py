@@ -318,7 +318,9 @@ if preset.name == "pocket":
 # %% [markdown] tags=["solution"]
 # DPO's objective is reward minus β KL to the *reference*. With the bare base there, the policy pays for having learnt
 # to be an assistant, and every pair is judged with an offset that has nothing to do with the annotator: how much more
-# likely SFT made the one answer than the other. The loss takes that offset for something to be learnt or unlearnt. In
+# likely SFT made the one answer than the other. That offset changes how
+# hard each pair pulls: a little at a small β, a lot at a large one. In a run as short as this the results hardly differ
+# (lesson 08), so that only the first row gives it away. In
 # practice the mistake is one line: with adapters, "the reference is the model with the adapter switched off" is
 # right if the policy's adapter is *new*, and wrong if the SFT model was an adapter and the policy goes on from it.
 # Libraries that copy the given adapter to one called "ref" avoid it; those that only switch adapters off do not.
