@@ -194,8 +194,8 @@ checks.check_implicit_rewards(implicit_rewards)
 # From here on with the reference version. The policy has to learn something first: thirty steps of DPO.
 
 # %%
-settings = {"steps": 30, "batch_size": 16, "warmup_steps": 3, "eval_every": 10} | preset.dpo
-config = dpo.DPOConfig(**settings)
+settings = {"steps": 30, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 3}
+config = dpo.DPOConfig(**settings | {"eval_every": 10} | preset.dpo)
 run = dpo.train_dpo(roles, "policy", "reference", tokenizer, train, held_out, config)
 for stats in tqdm(run, total=config.steps + 1):
     if stats.held_out:
@@ -230,6 +230,9 @@ rewards = implicit_rewards(curr, ref, mask, config.beta)
 print("implicit rewards:", [round(x, 2) for x in rewards.tolist()])
 
 # %% [markdown]
+# Most tokens are worth nothing: both models would have said them. The reward stands at the few where the policy has
+# learnt to decide otherwise.
+#
 # And now the whole judge: on which held-out pairs does it side with the annotator, and how often with the reward
 # model of lesson 02, which has seen more pairs, and some of these?
 
