@@ -316,6 +316,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch.utils.data import SequentialSampler
 from trl import DPOConfig, DPOTrainer
 
+warnings.filterwarnings("ignore", ".*gradient_checkpointing`", FutureWarning)  # of the libraries
+
 
 class InOrder(DPOTrainer):  # TRL would shuffle
     def _get_train_sampler(self, *args, **kwargs):
@@ -358,7 +360,6 @@ settings = DPOConfig(
 
 # %%
 # Pocket only
-warnings.filterwarnings("ignore", ".*gradient_checkpointing`", FutureWarning)  # of the libraries
 shared = train[: few.steps * few.batch_size]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -386,17 +387,18 @@ roles.add("twin", copy_of="reference")
 *_, ours = dpo.train_dpo(roles, "twin", "reference", tokenizer, shared, some, few)
 print(f"held-out loss: ours {ours.held_out['loss']:.4f}, TRL {theirs['eval_loss']:.4f}")
 print(f"margin: ours {ours.held_out['margin']:.4f}, TRL {theirs['eval_rewards/margins']:.4f}")
-assert abs(ours.held_out["loss"] - theirs["eval_loss"]) < 0.03 * theirs["eval_loss"]
+assert abs(ours.held_out["margin"] / theirs["eval_rewards/margins"] - 1) < 0.05
 
 # %% [markdown]
 # Two programs, one method. (`tests/test_dpo_parity.py` holds losses, rewards and gradients of single batches together
 # at 1e-6.)
 #
-# ## Ten seeds, four prices
+# ## More seeds, and the learning rate
 #
-# Recorded: all training pairs once, in an order of the seed's own, for each of the ten seeds at each β; judged on the
+# Recorded by `tools/record_dpo.py`: runs once through all training pairs, in an order of the seed's own, judged on the
 # same held-out prompts as the PPO runs of lesson 05. DPO has one knob that PPO did not need to have turned, the learning
-# rate: how far the policy gets in one pass. It was chosen for each β on a seed that is none of the ten, by gold.
+# rate: how far the policy gets in one pass. It is chosen for each β on a seed that is used for nothing else, by gold. Here is
+# that pilot, one run a row.
 
 
 # %%
@@ -434,7 +436,7 @@ print(f"the reward model's accuracy on the same held-out pairs: {judge['accuracy
 # policy which of two SFT answers is better, and say nothing of what it now says instead, such as answers of 17 tokens,
 # of which one in seven does not end.
 #
-# Now the seeds, each β at its best rate; and PPO's runs from lesson 05.
+# Now the seeds, each β at its best rate, as far as they are recorded (*runs*); and PPO's ten from lesson 05.
 
 # %%
 # Pocket only
@@ -465,9 +467,10 @@ for beta, rows in at.items():
     print(f"rejected {mean(rows, 'rejected_log_ratio'):.2f});", end=" ")
     print(f"answers of {mean(rows, 'tokens'):.1f} tokens, SFT's {mean(start, 'tokens'):.1f}")
     assert falls > len(rows) / 2
+    assert mean(rows, "chosen_log_ratio") > mean(rows, "rejected_log_ratio")
 
 # %% [markdown]
-# The chosen answers become less likely on most seeds, by little, as in the short run, the rejected ones by far more. And
+# The chosen answers become less likely, by little, as in the short run, the rejected ones by far more. And
 # **length**: answers grow by about three tokens, a courtesy. The loss has no wish for length. It sums over tokens, so a long answer
 # has more room for a log-ratio; and the annotators prefer longer answers.
 #
@@ -537,7 +540,7 @@ def points(rows):
 
 groups = {"best of n": best_of, "SFT": points(start)}
 groups |= {f"PPO β = {beta:g}": points(rows) for beta, rows in ppo_at.items() if beta > 0.03}
-groups["DPO, ten seeds"] = points([row for rows in at.values() for row in rows])
+groups["DPO, best rate"] = points([row for rows in at.values() for row in rows])
 groups["DPO, larger rates"] = points([row for row in rates if row["rate"] > 1.5e-4])
 fig = plots.scatter(groups, "√KL to SFT, √nats", "gold, held-out prompts", joined=("best of n",))
 plots.show(
@@ -577,8 +580,8 @@ print(f"{above} of {len(behind)} DPO runs reach the lowest of PPO's ten, {worst_
 assert mean(at[best_beta], "gold") < worst_ppo and min(behind) > 0
 
 # %% [markdown]
-# So here DPO loses to PPO, by more than the seeds' spread: with equal pairs, at its best β and rate, and at the same
-# distance from SFT. It also lies below best-of-n, which trains nothing. Yet it gains something, from one pass over the pairs. (Where it goes on, with larger
+# So here DPO loses to PPO, by more than the seeds' spread: with equal pairs, at the best β and rate that were tried, and
+# at the same distance from SFT. It also lies below best-of-n, which trains nothing. Yet it gains something, from one pass over the pairs. (Where it goes on, with larger
 # rates, its points turn down where PPO's turn up.) One base, one kind of task, one annotator with a leaning: with other
 # pairs it may come out otherwise, and reports from large models do go both ways. The way of comparing is what to take along:
 # equal pairs, equal distance, several seeds, and a truth that neither was trained on.
@@ -612,7 +615,7 @@ for way, seconds in ways.items():
 # %% [markdown]
 # ## What the wrong reference costs
 #
-# Recorded: runs with the bare base for a reference, all else equal.
+# Recorded: with the bare base for a reference, all else equal. In each pair of numbers the right reference stands first.
 
 # %%
 # Pocket only
@@ -652,9 +655,8 @@ for beta in (0.1, 1.0):
 #
 # PPO judges what the policy says *now*. DPO's pairs are answers of SFT: once the policy says other things, nobody has
 # compared those, and the loss knows nothing of them. The remedy keeps the loss and renews the pairs, **online DPO** (Guo et al. 2024): let the policy
-# answer, have its answers compared, train on. One such round is recorded, from the policies at β = 0.1 on, with SFT as the reference still:
-# pairs labelled by the reward model of lesson 02, or by the annotator; and for comparison a second pass over the old
-# pairs, in another order.
+# answer, have its answers compared, train on. Such rounds are recorded, from policies at β = 0.1 on, with SFT as the reference still:
+# pairs made as in lesson 02, but of the policy's own answers, labelled by the reward model of that lesson or by the annotator.
 
 # %%
 # Pocket only

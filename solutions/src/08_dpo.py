@@ -50,7 +50,7 @@ roles.add("base", trainable=False)
 
 # %%
 if preset.name == "pocket":
-    prompts = list(prompt_dataset(preset)["prompt"])[::5]
+    prompts = list(prompt_dataset(preset)["prompt"])[::3]
     pairs = collect_preferences(roles.use("reference"), tokenizer, prompts, Annotator(), seed=1)
 else:
     pairs = preference_dataset(preset)
@@ -194,8 +194,7 @@ checks.check_implicit_rewards(implicit_rewards)
 # From here on with the reference version. The policy has to learn something first: thirty steps of DPO.
 
 # %%
-settings = {"steps": 30, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 3}
-config = dpo.DPOConfig(**settings | {"eval_every": 10} | preset.dpo)
+config = dpo.DPOConfig(**{"steps": 30, "warmup_steps": 3, "eval_every": 10} | preset.dpo)
 run = dpo.train_dpo(roles, "policy", "reference", tokenizer, train, held_out, config)
 for stats in tqdm(run, total=config.steps + 1):
     if stats.held_out:
