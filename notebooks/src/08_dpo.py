@@ -278,7 +278,7 @@ print(f"the policy's answers, KL(policy‖SFT) {on_policy.mean():5.2f}")
 assert preset.name != "pocket" or (on_sft.mean() < 0 and abs(on_sft.mean() - middle) < 4 * error)
 
 # %% [markdown]
-# Both are below 0, and about as large as they should be (other prompts, and chance: ± is one standard error). So a
+# Both are below 0, and about as large as they should be (other prompts; pairs without equal answers; and chance: ± is one standard error). So a
 # falling line of chosen answers is no alarm by itself; it is a bad sign if it falls nearly as fast as the rejected
 # one, since then the probability goes neither here nor there. Where has it gone? To answers that stand in no pair:
 
@@ -298,8 +298,8 @@ for i in range(0, len(asked), len(asked) // 5):
     print(f"    SFT    {sft.texts[i]}\n    policy {learnt.texts[i]}")
 
 # %% [markdown]
-# Answers have grown longer, mostly by a courtesy: the annotators love them (lesson 02), and a phrase that fits every
-# question is quickly learnt.
+# Answers have grown longer, in most of these by a courtesy: the annotators love them (lesson 02), and a phrase that fits
+# every question is quickly learnt.
 #
 # ## The same with TRL
 #
@@ -506,8 +506,8 @@ for beta, rows in at.items():
 
 # %% [markdown]
 # Still nearly ½: at the end of these runs a pair pulls about as hard as at the start. So it was not β that ended the
-# journey but the last pair, and the learning rate decided how long it was. That is usual with DPO: one or a few passes, a
-# small rate, and β matters less than either. In PPO each nat is paid for in each update, from the second on; β is
+# journey but the last pair, and the learning rate decided how long it was. So here
+# β mattered less than the number of steps and their size. In PPO each nat is paid for in each update, from the second on; β is
 # felt at once (lesson 05).
 #
 # ## DPO, PPO and best-of-n
@@ -544,7 +544,7 @@ groups["DPO, best rate"] = points([row for rows in at.values() for row in rows])
 groups["DPO, larger rates"] = points([row for row in rates if row["rate"] > 1.5e-4])
 fig = plots.scatter(groups, "√KL to SFT, √nats", "gold, held-out prompts", joined=("best of n",))
 plots.show(
-    fig, "Gold against √KL: DPO lies below PPO at the same KL, and falls below SFT when it goes on."
+    fig, "Gold against √KL: DPO lies below PPO at the same KL, and rises no more when it goes on."
 )
 
 # %% [markdown]
@@ -577,13 +577,16 @@ print(f"by {sum(behind) / len(behind):.2f} ({min(behind):.2f} to {max(behind):.2
 worst_ppo = min(row["gold"] for row in ppo_at[best_ppo])
 above = sum(row["gold"] > worst_ppo for row in at[best_beta])
 print(f"{above} of {len(behind)} DPO runs reach the lowest of PPO's ten, {worst_ppo:.2f}")
+far = [row["gold"] for row in rates if row["rate"] > 1.5e-4]
+below = sum(x < mean(start, "gold") for x in far)
+print(f"of the {len(far)} runs at larger rates {below} end below SFT, the best at {max(far):.2f}")
 assert mean(at[best_beta], "gold") < worst_ppo and min(behind) > 0
 
 # %% [markdown]
 # So here DPO loses to PPO, by more than the seeds' spread: with equal pairs, at the best β and rate that were tried, and
-# at the same distance from SFT. It also lies below best-of-n, which trains nothing. Yet it gains something, from one pass over the pairs. (Where it goes on, with larger
-# rates, its points turn down where PPO's turn up.) One base, one kind of task, one annotator with a leaning: with other
-# pairs it may come out otherwise, and reports from large models do go both ways. The way of comparing is what to take along:
+# at the same distance from SFT. It also lies below best-of-n, which trains nothing. Yet it gains something, from one pass
+# over the pairs. Larger rates take it farther, and no higher. One base, one kind of task, one annotator with a leaning:
+# with other pairs it may come out otherwise. (Xu et al. 2024 find PPO ahead with large models too.) The way of comparing is what to take along:
 # equal pairs, equal distance, several seeds, and a truth that neither was trained on.
 #
 # **Equal minutes.** DPO does not sample, and no reward model has to be trained first. Here are the recorded seconds, one
@@ -608,9 +611,9 @@ for way, seconds in ways.items():
     print(f"gold {mean(near, 'gold'):.2f} in the batches there")
 
 # %% [markdown]
-# In the time of a DPO run PPO trains its reward model and makes nine updates, and has about the gold that DPO has. If the
-# reward model is there already it makes more than twenty, and is far ahead. So DPO is the quick way to the first tenth or two,
-# and simple to run; PPO's way goes on.
+# In the time of a DPO run PPO trains its reward model and makes nine updates; then it is level with DPO or a little
+# ahead. If the reward model is there already it makes more than twenty, and is far ahead. So DPO is a quick way to the
+# first tenth of a point, and simple to run; PPO's way goes on.
 
 # %% [markdown]
 # ## What the wrong reference costs
@@ -646,8 +649,8 @@ for beta in (0.1, 1.0):
     print(f"β = {beta}: weights from {weights.min():.2f} to {weights.max():.2f}")
 
 # %% [markdown]
-# With a small β the pairs still pull nearly alike, and a short run cannot tell the two references apart. With β = 1 some pairs hardly
-# pull from the start and others with full force, for reasons that have nothing to do with the annotator. And a run to convergence
+# With a small β no weight is far from ½, and a short run cannot tell the two references apart. With β = 1 some pairs
+# hardly pull from the start and others with four fifths of the force, for reasons that have nothing to do with the annotator. And a run to convergence
 # would go to $\pi_{\text{base}}\,e^{r/\beta}$, which has unlearnt SFT wherever the pairs do not hold it. So this bug shows in the first row of the log, and not in the
 # gold of a short run: which is why it lives so long. Do not test for it by results.
 #
@@ -677,10 +680,11 @@ for label, rows in rounds.items():
     print(f"{mean(rows, 'distinct_2'):12.2f}")
 
 # %% [markdown]
-# More answers are right, the proxy rises, and gold *falls*: the answers grow to seventeen tokens. It does so with the
-# annotator as the judge as well, so the reward model's own mistakes are not to blame; the leaning of the people is, of whom both have it.
-# The policy's own pairs are a stronger signal: it goes farther in one round than in the first, and past the point where the courtesy
-# pays. Online pairs are no cure for people who want something else than you do, and a second round is one more occasion to stop early.
+# More answers are right, the proxy rises, and gold *falls*: the answers grow to seventeen tokens. It falls with the
+# annotator as the judge as well, so the reward model's own mistakes are not to blame; the leaning of the people is, which
+# both have. The policy goes much farther in this round than in the first, past the point where a courtesy pays. (How far a second pass
+# over the old pairs would have taken it these runs do not say.) Own pairs are no cure for people who want something else
+# than you do, and a second round is one more occasion to stop early.
 #
 # ## IPO, in one line
 #
@@ -730,4 +734,4 @@ print(f"at equal KL DPO is {sum(behind) / len(behind):.2f} behind")
 # **Further reading.** Rafailov et al. 2023 (arXiv 2305.18290): equation 4, the best policy; 5, the reward in terms of it;
 # 7, the loss. Azar et al. 2023 (arXiv 2310.12036), equation 17: IPO. Guo et al. 2024 (arXiv 2402.04792): online DPO, from
 # the feedback of a language model. Razin et al. 2024 (arXiv 2410.08847): why chosen responses become less likely, and
-# when that ends badly.
+# when that ends badly. Xu et al. 2024 (arXiv 2404.10719): DPO and PPO compared.
