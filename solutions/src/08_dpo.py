@@ -232,8 +232,8 @@ print("implicit rewards:", [round(x, 2) for x in rewards.tolist()])
 # Most tokens are worth nothing: both models would have said them. The reward stands at the few where the policy has
 # learnt to decide otherwise.
 #
-# And now the whole judge: on which held-out pairs does it side with the annotator, and how often with the reward
-# model of lesson 02, which has seen more pairs, and some of these?
+# And now the whole judge: on how many held-out pairs does it side with the annotator, and on how many with the reward
+# model of lesson 02, which has seen more than three times as many pairs, of these prompts too?
 
 # %%
 examples = [pair[side] for side in dpo.SIDES for pair in held_out]
