@@ -208,7 +208,7 @@ from rlhf_helpers.checks.lesson_08 import implicit_rewards
 
 
 def token_logprobs(role, examples):
-    """Log-probabilities of all tokens but the first, under a role; and the mask of the response."""
+    """Log-probabilities of the tokens under a role, 0 at the prompt; and the response's mask."""
     ids, mask, P = pad_examples(tokenizer, examples)
     ids, mask = ids.to(roles.base.device), mask.to(roles.base.device)
     response_mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= P)
