@@ -431,7 +431,7 @@ print(f"the reward model's accuracy on the same held-out pairs: {judge['accuracy
 # (*Accuracy* is that of the implicit rewards on held-out pairs, *chosen* the log-ratio of the chosen answers there.) Look at
 # β = 0.1 and 0.3. With larger rates the policy goes farther, the share of right answers rises to about 70% and stays there, and
 # the proxy doubles. Gold does not follow: it is highest at the smallest rate, and at 5e-4, six nats away,
-# it is *below* SFT's 1.06. Yet the implicit rewards of just those runs rank 80% of the held-out pairs
+# it is *below* SFT's 1.05. Yet the implicit rewards of just those runs rank 80% of the held-out pairs
 # right, as many as the reward model of lesson 02 (82%). To judge well is one thing, to answer well another: the pairs teach the
 # policy which of two SFT answers is better, and say nothing of what it now says instead, such as answers of 17 tokens,
 # of which one in seven does not end.
