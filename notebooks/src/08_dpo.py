@@ -231,6 +231,11 @@ series = {
 fig = plots.lines(series, "steps", "log π − log π_ref, nats")
 ends = ", ".join(f"{name} {list(points.values())[-1]:.2f}" for name, points in series.items())
 plots.show(fig, f"Mean log-ratio of held-out pairs over the steps. In the end: {ends}.")
+
+# %% [markdown]
+# The numbers behind it, *margin* being β times the gap:
+
+# %%
 for step, row in measured.items():
     print(f"step {step:2}", {name: round(x, 3) for name, x in row.items()})
 if preset.name == "pocket":
@@ -268,6 +273,10 @@ def answers_of(role, asked=asked, seed=1):
     return rollout, ((curr - fixed) * mask).sum(-1)
 
 
+# %% [markdown]
+# Both models answer the same prompts.
+
+# %%
 sft, on_sft = answers_of("reference")
 learnt, on_policy = answers_of("policy")
 middle = (last["chosen_log_ratio"] + last["rejected_log_ratio"]) / 2
@@ -448,6 +457,12 @@ for row in finals:
 at = dict(sorted(at.items(), reverse=True))
 ppo_ends = recorded("ppo/held_out.csv")
 ppo_at = {beta: [r for r in ppo_ends if r["beta"] == beta] for beta in (1.0, 0.3, 0.1, 0.03)}
+
+# %% [markdown]
+# A row for each method and price, means over its runs:
+
+# %%
+# Pocket only
 shown = ("gold", "correct", "kl", "proxy", "length", "distinct_2", "self_bleu")
 print(f"{'':13}{'runs':>5}" + "".join(f"{name:>11}" for name in shown) + "   gold, range")
 groups = {"SFT": start}
@@ -539,6 +554,11 @@ def points(rows):
     return [(max(row["kl"], 0) ** 0.5, row["gold"]) for row in rows]
 
 
+# %% [markdown]
+# All ends together:
+
+# %%
+# Pocket only
 groups = {"best of n": best_of, "SFT": points(start)}
 groups |= {f"PPO β = {beta:g}": points(rows) for beta, rows in ppo_at.items() if beta > 0.03}
 groups["DPO, best rate"] = points([row for rows in at.values() for row in rows])
@@ -564,6 +584,11 @@ def ppo_gold(kl):
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
+# %% [markdown]
+# Then the comparison:
+
+# %%
+# Pocket only
 best_beta = max(at, key=lambda beta: mean(at[beta], "gold"))
 best_ppo = max(ppo_at, key=lambda beta: mean(ppo_at[beta], "gold"))
 behind = [ppo_gold(row["kl"]) - row["gold"] for row in at[best_beta]]
@@ -575,6 +600,12 @@ print(
     f"equal KL: DPO is behind PPO on {sum(x > 0 for x in behind)} of {len(behind)} seeds,", end=" "
 )
 print(f"by {sum(behind) / len(behind):.2f} ({min(behind):.2f} to {max(behind):.2f})")
+
+# %% [markdown]
+# And against the spread of the seeds:
+
+# %%
+# Pocket only
 worst_ppo = min(row["gold"] for row in ppo_at[best_ppo])
 above = sum(row["gold"] > worst_ppo for row in at[best_beta])
 print(f"{above} of {len(behind)} DPO runs reach the lowest of PPO's ten, {worst_ppo:.2f}")
@@ -669,6 +700,12 @@ names = {
     "second_reward": "own answers, reward model",
     "second_annotator": "own answers, annotator",
 }
+
+# %% [markdown]
+# Before and after:
+
+# %%
+# Pocket only
 print(
     f"{'':27}{'runs':>5}{'gold':>7}{'correct':>9}{'KL':>7}{'proxy':>8}{'tokens':>8}{'distinct-2':>12}"
 )
