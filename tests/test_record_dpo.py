@@ -89,8 +89,9 @@ def test_a_run_goes_once_through_its_pairs(tmp_path, calls):
     assert calls == [(0.1, RATES[1], 0, "base", options), (1.0, RATES[3], 0, "base", options)]
 
 
-def test_a_second_round_differs_in_its_pairs_alone(tmp_path, calls):
+def test_a_second_round_differs_in_its_pairs_alone(tmp_path, calls, monkeypatch):
     with_rates(tmp_path)
+    monkeypatch.setattr(record_dpo, "policy_folder", lambda beta, seed: tmp_path)
     record_dpo.rounds(tmp_path, record_dpo.JUDGES, seeds=2)
     record_dpo.rounds(tmp_path, record_dpo.JUDGES, seeds=2)
     assert len(calls) == 6 and {call[3] for call in calls} == {"reference"}
@@ -99,6 +100,14 @@ def test_a_second_round_differs_in_its_pairs_alone(tmp_path, calls):
         ("second_reward", "640"), ("second_annotator", "640"), ("second_nobody", "650")
     ]  # fmt: skip
     assert [call[2] for call in calls] == [0, 0, 1000, 1, 1, 1001]  # the old pairs in a new order
+
+
+def test_a_second_round_makes_a_first_one_that_is_not_there(tmp_path, calls, monkeypatch):
+    with_rates(tmp_path)
+    monkeypatch.setattr(record_dpo, "policy_folder", lambda beta, seed: tmp_path / "none")
+    record_dpo.rounds(tmp_path, ["reward"], seeds=1)
+    assert calls[0] == (0.1, RATES[1], 0, "reference", {})
+    assert calls[1] == (0.1, RATES[1], 0, "reference", {"any_reference": True})
 
 
 def test_the_reward_model_swaps_the_pairs_that_it_ranks_otherwise(monkeypatch):

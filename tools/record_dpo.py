@@ -234,7 +234,12 @@ def rounds(out: Path, judges, seeds: int = 3) -> None:
 
 def second_round(out: Path, run: dict, judge: str) -> None:
     seed, roles = run["seed"], fresh_roles()
-    roles.load("policy", policy_folder(run["beta"], seed), trainable=True)
+    first = policy_folder(run["beta"], seed)
+    if not first.is_dir():  # a study goes on elsewhere: the same run gives the same policy
+        pairs = first_pairs()[0]
+        trained(roles, pairs, seed, config_of(run["beta"], run["rate"], pairs))
+        roles.save("policy", first)
+    roles.load("policy", first, trainable=True)
     began = time.perf_counter()
     pairs = first_pairs()[0] if judge == "nobody" else own_pairs(roles, judge, seed)
     before = time.perf_counter() - began
