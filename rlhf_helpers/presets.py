@@ -34,8 +34,8 @@ class Preset:
         double_quant: whether the quantization constants are quantized too.
         prompt_length: the longest prompt, in tokens, chat template included.
         response_length: the longest response, in tokens.
-        sft, reward, ppo: settings of `SFTConfig`, `RewardConfig` and `PPOConfig` that differ from
-            their defaults, which are the pocket model's.
+        sft, reward, dpo, ppo: settings of `SFTConfig`, `RewardConfig`, `DPOConfig` and `PPOConfig`
+            that differ from their defaults, which are the pocket model's.
         drop_unfit: whether rows of outside data that cannot be used are left out and counted; False
             refuses the data for one such row.
         checkpointing: whether training computes activations twice to keep fewer of them.
@@ -58,6 +58,7 @@ class Preset:
     response_length: Whole[1] = 32
     sft: Mapping[str, object] = field(default_factory=dict)
     reward: Mapping[str, object] = field(default_factory=dict)
+    dpo: Mapping[str, object] = field(default_factory=dict)
     ppo: Mapping[str, object] = field(default_factory=dict)
     checkpointing: bool = False
     drop_unfit: bool = False
@@ -100,6 +101,7 @@ PRESETS = {
         rows=4000,
         sft={"batch_size": 16, "learning_rate": 2e-4},
         reward={"batch_size": 16, "learning_rate": 1e-4},
+        dpo={"batch_size": 16, "learning_rate": 2e-5},
         ppo={"minibatch_size": 16, "learning_rate": 5e-5, "response_length": 64},
     ),
 }

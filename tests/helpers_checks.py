@@ -5,7 +5,15 @@ the beginning of the message.
 """
 
 from rlhf_helpers import checks
-from rlhf_helpers.checks import lesson_01, lesson_02, lesson_03, lesson_04, lesson_05, lesson_06
+from rlhf_helpers.checks import (
+    lesson_01,
+    lesson_02,
+    lesson_03,
+    lesson_04,
+    lesson_05,
+    lesson_06,
+    lesson_08,
+)
 from rlhf_helpers.checks.exercise import name_mistake, same
 
 UNNAMED = "not in a way that this check has a name for"
@@ -103,7 +111,7 @@ def assert_mistakes_differ(exercise):
 
 def families():
     """Beginning and end of the messages that share a text, from the texts with a gap."""
-    lessons = (lesson_01, lesson_02, lesson_03, lesson_04, lesson_05, lesson_06)
+    lessons = (lesson_01, lesson_02, lesson_03, lesson_04, lesson_05, lesson_06, lesson_08)
     texts = {text for lesson in lessons for text in vars(lesson.SAY).values()}
     return {tuple(text.split("{}")) for text in texts if text.count("{}") == 1}
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import record_clicks
+import record_dpo
 import record_ppo
 import train_assets
 
@@ -371,3 +372,88 @@ def test_every_row_of_clicks_is_one_that_the_recorder_makes_and_stands_once():
         assert (int(line["clicks"]), line["pairs"], line["clicker"], float(line["replay"])) == (
             row.clicks, row.pairs, row.clicker, row.replay
         )  # fmt: skip
+
+
+# --- the recorded DPO runs ----------------------------------------------------------------------
+
+
+def dpo_rows(path):
+    rows = record_ppo.read_csv(ASSETS / "dpo" / path)
+    words = ("run", "example")
+    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
+
+
+def dpo_ends(run, beta=0.1):
+    ends = [row for row in dpo_rows("held_out.csv") if (row["run"], row["beta"]) == (run, beta)]
+    return {row["seed"]: row for row in ends}
+
+
+def test_each_dpo_run_has_the_best_rate_of_its_price_and_all_pairs():
+    for row in dpo_rows("held_out.csv"):
+        assert row["rate"] == record_dpo.best_rate(ASSETS / "dpo", row["beta"])
+        assert row["pairs"] == 3572 or row["run"].startswith("second_")
+    assert {row["seed"] for row in dpo_rows("rates.csv")} == {record_dpo.RATE_SEED}
+    assert len(dpo_ends("dpo")) >= 1
+
+
+def test_every_recorded_dpo_run_is_whole_and_began_where_it_should():
+    runs = {}
+    for row in dpo_rows("updates.csv"):
+        runs.setdefault((row["run"], row["beta"], row["seed"]), []).append(row)
+    ends = {(r["run"], r["beta"], r["seed"]): r for r in dpo_rows("held_out.csv")}
+    assert runs.keys() >= ends.keys()
+    for key, end in ends.items():
+        first, last = runs[key][0], runs[key][-1]
+        sides = first["chosen_log_ratio"], first["rejected_log_ratio"]
+        assert first["step"] == 0 and last["step"] == end["pairs"] // 32
+        assert last["loss"] == end["loss"] < first["loss"]
+        if key[0] == "dpo":
+            assert sides == (0, 0) and first["accuracy"] == 0.5
+        elif key[0] == "wrong_reference":
+            assert min(sides) > 1
+        else:
+            start = ends["dpo", *key[1:]]
+            assert sides == (start["chosen_log_ratio"], start["rejected_log_ratio"])
+
+
+def test_far_from_sft_dpo_judges_well_and_answers_badly():
+    far = [r for r in dpo_rows("rates.csv") if r["rate"] == 5e-4 and r["beta"] in (0.1, 0.3)]
+    near = [r for r in dpo_rows("rates.csv") if r["rate"] == 1.5e-4 and r["beta"] in (0.1, 0.3)]
+    sft = sum(row["gold"] for row in dpo_rows("reference.csv")) / len(dpo_rows("reference.csv"))
+    assert len(far) == len(near) == 2
+    assert max(row["gold"] for row in far) < sft < min(row["gold"] for row in near)
+    assert min(row["accuracy"] for row in far) > 0.79 > max(row["accuracy"] for row in near)
+    assert min(row["kl"] for row in far) > 5 > 1 > max(row["kl"] for row in near)
+
+
+def test_dpo_gains_and_stays_behind_ppo_on_every_recorded_seed():
+    ends = dpo_ends("dpo")
+    sft = {row["seed"]: row["gold"] for row in recorded("ppo/reference.csv")}
+    ppo = [row for row in recorded("ppo/held_out.csv") if row["beta"] == 1]
+    for seed, row in ends.items():
+        assert sft[seed] < row["gold"] < min(end["gold"] for end in ppo)
+        assert row["kl"] > 0.32  # where PPO at β = 1 stands in the mean
+        assert row["chosen_log_ratio"] < 0 and row["rejected_log_ratio"] < -0.4
+
+
+def test_the_wrong_reference_costs_next_to_nothing_in_a_short_run():
+    wrong, right = dpo_ends("wrong_reference"), dpo_ends("dpo")
+    assert wrong
+    for seed, row in wrong.items():
+        assert abs(row["gold"] - right[seed]["gold"]) < 0.05
+
+
+@pytest.mark.parametrize("judge", ["reward", "annotator"])
+def test_a_second_round_goes_far_and_loses_gold(judge):
+    later, first = dpo_ends(f"second_{judge}"), dpo_ends("dpo")
+    assert later
+    for seed, row in later.items():
+        assert row["gold"] < first[seed]["gold"] and row["kl"] > first[seed]["kl"] + 1
+        assert row["correct"] > first[seed]["correct"] and row["proxy"] > first[seed]["proxy"]
+
+
+def test_the_logs_of_exercise_08_are_those_of_the_study(tmp_path):
+    record_dpo.record_logs(ASSETS / "dpo", tmp_path)
+    for name in "ABC":
+        log = (ASSETS / "dpo_logs" / f"{name}.csv").read_bytes()
+        assert log == (tmp_path / f"{name}.csv").read_bytes()

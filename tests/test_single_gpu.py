@@ -775,7 +775,8 @@ sizes = {{"batch_size": 8, "minibatch_size": 4, "updates": 2, "response_length":
 steps = {{"batch_size": 4, "steps": 4, "warmup_steps": 1, "eval_every": 2}}
 presets.PRESETS["single_gpu"] = replace(
     presets.PRESETS["single_gpu"], model={model!r}, data={data!r}, data_dir=None, device="cpu",
-    prompt_length=64, response_length=8, sft=steps, reward=steps, ppo=sizes, runs=Path({runs!r})
+    prompt_length=64, response_length=8, sft=steps, reward=steps, dpo=steps, ppo=sizes,
+    runs=Path({runs!r}),
 )
 """
 
@@ -790,7 +791,8 @@ def test_the_lessons_run_on_a_real_architecture(folders, name, tmp_path, monkeyp
     words = {"model": str(folders[name]), "data": data, "runs": str(tmp_path)}
     lessons = [f"notebooks/src/{n}.py" for n in ("01_sft", "02_reward_model", "04_ppo_qlora")]
     if name == "qwen2":  # the others need nothing new
-        lessons += ["notebooks/src/05_kl_penalty.py", "solutions/src/05_kl_penalty.py"]
+        names = ("05_kl_penalty", "08_dpo")
+        lessons += [f"{place}/src/{n}.py" for n in names for place in ("notebooks", "solutions")]
     for lesson in lessons:
         nb = read_source(ROOT / lesson)
         nb.cells.insert(0, new_code_cell(SMALL.format(**words)))

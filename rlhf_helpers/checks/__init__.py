@@ -21,14 +21,24 @@ from rlhf_helpers.checks.lesson_05 import (
     check_sampled_log_probs,
 )
 from rlhf_helpers.checks.lesson_06 import check_mixture, check_most_unsure, check_self_agreement
+from rlhf_helpers.checks.lesson_08 import (
+    ORIGINS,
+    check_dpo_loss,
+    check_implicit_rewards,
+    check_origins,
+    dpo_log,
+)
 
 __all__ = [
     "FAULTS",
+    "ORIGINS",
     "check_diagnosis",
+    "check_dpo_loss",
     "check_estimate_kl",
     "check_exact_kl",
     "check_final_reward",
     "check_gae",
+    "check_implicit_rewards",
     "check_last_token_index",
     "check_lora_forward",
     "check_lora_parameters",
@@ -36,6 +46,7 @@ __all__ = [
     "check_mixture",
     "check_most_unsure",
     "check_nf4_bytes",
+    "check_origins",
     "check_pair_accuracy",
     "check_pairwise_loss",
     "check_policy_loss",
@@ -45,5 +56,6 @@ __all__ = [
     "check_shape_rewards",
     "check_token_logprobs",
     "check_train_step",
+    "dpo_log",
     "training_log",
 ]
