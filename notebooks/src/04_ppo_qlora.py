@@ -410,20 +410,24 @@ assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
 bound = {n: math.log(n) - (n - 1) / n for n in (2, 4, 8, 16, 32, 64)}
 n = max((n for n in bound if bound[n] <= after.kl.mean()), default=2)
 some = held_out[::5]
-asked = [prompt for prompt in some for _ in range(n)]
-drawn = sample_responses(roles.use("reference"), tokenizer, asked, preset.response_length, seed=2)
-with torch.no_grad():
-    parts = zip(drawn.input_ids.split(128), drawn.attention_mask.split(128), strict=True)
-    scores = torch.cat([score_tokens(roles, "reward", *part) for part in parts]).view(len(some), n)
-best = scores.argmax(-1, keepdim=True).cpu()
-gold_best = gold(asked, drawn).view(len(some), n).gather(1, best)
+scores, golds, texts = [], [], []
+for k in range(0, len(some), 20):  # 20 n answers at once: their keys and values must fit in memory
+    asked = [prompt for prompt in some[k : k + 20] for _ in range(n)]
+    drawn = sample_responses(
+        roles.use("reference"), tokenizer, asked, preset.response_length, seed=2 + k
+    )
+    with torch.no_grad():
+        drawn_scores = score_tokens(roles, "reward", drawn.input_ids, drawn.attention_mask)
+    best = drawn_scores.view(-1, n).argmax(-1).cpu() + n * torch.arange(len(asked) // n)
+    scores.append(drawn_scores.cpu()[best])
+    golds.append(gold(asked, drawn)[best])
+    texts += [drawn.texts[i] for i in best]
 ours, gold_ours = examine("policy", some)
-row(f"best of {n}", scores.max(-1).values.mean(), gold_best, bound[n])
+row(f"best of {n}", torch.cat(scores).mean(), torch.cat(golds), bound[n])
 row("PPO, same ones", ours.scores.mean(), gold_ours, ours.kl.mean())
 
 # %%
 # Pocket only
-texts = [drawn.texts[i * n + int(k)] for i, k in enumerate(best)]
 chosen = [rubric.gold_reward(*row) for row in zip(some, texts, strict=True)]
 for name, marks in (("best of n", chosen), ("PPO", marks_of(ours))):
     correct = sum(mark.correct > 0 for mark in marks) / len(marks)
