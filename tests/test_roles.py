@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_helpers import base as base_module
 from rlhf_helpers import roles
 from rlhf_helpers.base import load_base
 from rlhf_helpers.presets import load_preset
@@ -82,15 +81,13 @@ def test_a_forward_without_gradients_leaves_later_gradients_right(tmp_path, rows
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_guard_covers_every_4bit_layer(tmp_path):
+def test_the_guard_covers_every_4bit_layer(tmp_path, monkeypatch):
     """On any processor: what bitsandbytes would set on one with AVX512-BF16 is set back."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
     model = load_base(save_tiny(tmp_path))
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert layers
-    for layer in layers:
-        assert layer.support_avx512bf16_for_cpu is False
-        layer.support_avx512bf16_for_cpu = True
-    base_module._switch_off_repacking(model)
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
