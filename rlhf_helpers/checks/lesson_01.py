@@ -34,6 +34,7 @@ only_padding_ignored (kept): padding is ignored, the prompt is not
 both (kept): only padding among the prompts is ignored: it takes one reason, not both
 counted_from_first_token (kept): prompt_length is counted from the first real token of each row
 left_padding_subtracted (kept): the padding on the left is subtracted from prompt_length
+from_the_end (kept): prompt_length is taken for the length of the response, counted from the end
 end_by_count (kept): the end of a row is taken to be the number of its real tokens
 no_eos: the last token of a response, its EOS, is ignored. EOS is an action like every other token:
     a model that never gets a loss on it is never taught to stop. Look at what you leave out at the
@@ -65,11 +66,19 @@ sums_multiplied: all inputs are multiplied by all outputs. Count A and B apart, 
 times_layers: the sum over the layers is multiplied by their number as well. It has each of them.
 only_last_layer_counted: only the last layer is counted. Each adapted layer has an A and a B of its
     own; does your loop add, or overwrite?
+layer_left_out: the {} layer is left out. Each adapted layer has an A and a B of its own; where does
+    your loop begin, and where does it end?
 equal_shapes_once: layers of equal shape are counted once. They are different layers, each with an A
     and a B of its own.
 rounding: the total is right only where everything divides evenly. Codes left over still take a
     byte, weights left over a scale, and scales left over a constant: round up at each of these
     levels, before you multiply and add.
+nearest: a number of scales, constants or bytes is rounded to the nearest whole number. A scale is
+    needed for a single weight too, and a constant for a single scale: round up at each level.
+one_more: one is always added at a level, also where it divides evenly and nothing is left over. Up
+    is the next whole number only for what is no whole number itself.
+padded: the codes of whole blocks are counted. A block that is not full takes a scale of its own,
+    but only as many codes as it has weights, two to a byte.
 codes: the codes take too much. A code has 4 bits; how many fit in a byte?
 average: it is the average of a large tensor, in bits for each weight. Blocks that are not full
     still take a scale and a constant: count codes, scales and constants, each rounded up.
@@ -224,6 +233,9 @@ _MASK_MISTAKES = (
                 SAY.left_padding_subtracted,
             ),
             (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
+            (lambda ids, m, t, p: (m == 1) & (t >= t.shape[1] - p), SAY.from_the_end),
+            (lambda ids, m, t, p: (m == 1) & (m.flip(1).cumsum(1).flip(1) <= p), SAY.from_the_end),
+            (lambda ids, m, t, p: t >= t.shape[1] - p, SAY.from_the_end),
             (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
             (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
         )
@@ -456,6 +468,32 @@ ADAPTERS = (  # what a layer's adapter may be counted as, with the fn of out, in
 )
 
 
+_SIZES = ((11, 13), (17, 6), (10, 31))
+_ENTRIES = (  # of a layer, times a number that is a count of them
+    ("entries for each input and each unit of the rank", 1, "A is r × in"),
+    ("entries for each output and each unit of the rank", 1, "B is out × r"),
+    ("entries for each entry of W", 0, "W is frozen"),
+    ("entries for each input", 0, "there is no bias"),
+    ("entries for each output", 0, "there is no bias"),
+    ("entries for each entry of an r × r matrix", 0, "there is none between A and B"),
+    ("entries for each unit of the rank", 0, "there is no scale for it"),
+    ("entries for each layer", 0, "α is a setting"),
+)
+
+
+def _miscounted_entries(results: Sequence) -> str:
+    terms = [
+        [
+            sum(x)
+            for x in zip(
+                *((r * i, r * o, o * i, i, o, r * r, r, 1) for o, i in shapes), strict=True
+            )
+        ]
+        for shapes, r in LORA_PARAMETERS.cases
+    ]
+    return miscounted(_ENTRIES, terms, results)
+
+
 def _of_layers(of: Callable, shapes: Sequence[tuple[int, int]], rank: int) -> float:
     return sum(of(outputs, inputs, rank) for outputs, inputs in shapes)
 
@@ -468,6 +506,9 @@ LORA_PARAMETERS = Exercise(
         ([(3, 4), (5, 2)], 3),
         ([(8, 8), (8, 8), (20, 8), (8, 20)], 4),
         ([(7, 5)], 1),
+        ([(2, 6), (6, 9), (3, 3)], 4),
+        ([(9, 2)], 5),
+        *(([(o, i), (i + 1, 2 * o)][:n], r) for n, r in product((1, 2), (2, 7)) for o, i in _SIZES),
     ),
     mistakes=(
         *(
@@ -479,12 +520,33 @@ LORA_PARAMETERS = Exercise(
                 ("r(in + out) + out", lambda o, i, r: r * (o + i) + o),
                 ("r(in + out + r)", lambda o, i, r: r * (o + i + r)),
                 ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
+                *(
+                    (f"{how}(in + out)", lambda o, i, r, of=of: of(r, o, i) * (o + i))
+                    for how, of in (
+                        ("the smallest of r, in and out, times ", min),
+                        ("the smaller of r and in, times ", lambda r, o, i: min(r, i)),
+                        ("the smaller of r and out, times ", lambda r, o, i: min(r, o)),
+                        ("the largest of r, in and out, times ", max),
+                    )
+                ),
+                ("the product of both, r · in · r · out,", lambda o, i, r: r * r * o * i),
                 ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
                 ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
             )
         ),
         (lambda shapes, rank: rank * sum(shapes[0]), SAY.only_first_layer_counted),
         (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
+        *(
+            (
+                lambda shapes, r, of=of: _of_layers(lambda o, i, r: r * (o + i), of(shapes), r),
+                message,
+            )
+            for of, message in (
+                (lambda shapes: shapes[1:], SAY.layer_left_out.format("first")),
+                (lambda shapes: shapes[:-1], SAY.layer_left_out.format("last")),
+                (lambda shapes: shapes[1:-1], SAY.layer_left_out.format("first and the last")),
+            )
+        ),
         (lambda shapes, rank: rank * len(shapes) * sum(shapes[0]), SAY.layers_alike),
         (lambda shapes, rank: rank * len(shapes) * sum(map(sum, shapes)), SAY.times_layers),
         (
@@ -495,6 +557,7 @@ LORA_PARAMETERS = Exercise(
     ),
     tested="one layer, several, equal ones, rank 1",
     further=lambda fn: _not_whole(LORA_PARAMETERS, fn),
+    general=_miscounted_entries,
 )
 
 
@@ -544,6 +607,8 @@ _COUNTS = (
     ("bytes of a constant without double quantization", 0, "there is none"),
     ("bytes of a scale with double quantization", 1, "8 bits in place of a float32"),
     ("bytes of a constant with double quantization", 4, "a float32"),
+    ("further bytes without double quantization", 0, "codes and scales are all"),
+    ("further bytes with double quantization", 0, "codes, scales and constants are all"),
 )
 
 
@@ -551,7 +616,8 @@ def _miscounted_bytes(results: Sequence) -> str:
     terms = []
     for n, double in NF4_BYTES.cases:
         counts = [_scales(n), _constants(n)]
-        terms.append([_codes(n) / 4, *((0, 0, *counts) if double else (*counts, 0, 0))])
+        counts = (0, 0, *counts) if double else (*counts, 0, 0)
+        terms.append([_codes(n) / 4, *counts, not double, double])
     return miscounted(_COUNTS, terms, results)
 
 
@@ -564,6 +630,15 @@ def _nf4_fault(fn: Callable) -> str:
             f"not {nf4_bytes(128)}: double_quant must be True by default."
         )
     return ""
+
+
+_ONE_MORE = (lambda x: math.floor(x) + 1, lambda x: math.ceil(x) + 1)
+_NEAREST = (round, lambda x: max(1, round(x)), lambda x: math.floor(x + 0.5))
+
+
+def _padded(n: int, k: int) -> int:
+    """Bytes of the codes of whole blocks of k weights."""
+    return k * math.ceil(n / k) // 2
 
 
 def _exact_bytes(n: int, double_quant: bool) -> float:
@@ -582,7 +657,7 @@ NF4_BYTES = Exercise(
         (101, True),
         (50001, False),
         (50001, True),
-        *product((1, 63), (False, True)),
+        *product((1, 63, 12900, 40000, 3000, 20481), (False, True)),
     ),
     mistakes=(
         *(
@@ -605,6 +680,19 @@ NF4_BYTES = Exercise(
             (partial(_rounded, levels), SAY.rounding)
             for levels in product((math.ceil, math.floor, float), repeat=3)
             if levels != (math.ceil,) * 3
+        ),
+        *(
+            (partial(_rounded, levels), message)
+            for others, message in ((_ONE_MORE, SAY.one_more), (_NEAREST, SAY.nearest))
+            for levels in product((math.ceil, math.floor, *others), repeat=3)
+            if set(levels) & set(others)
+        ),
+        *(
+            (
+                lambda n, double, k=k: _bytes(_padded(n, k), _scales(n), _constants(n), double),
+                SAY.padded,
+            )
+            for k in (NF4_BLOCK, NF4_BLOCK * NF4_SUPERBLOCK, 16, 32, 128, 256)
         ),
         *(
             (partial(_other_blocks, sizes), SAY.other_blocks)

@@ -29,6 +29,8 @@ share: it is {}. Asked for is the share of all pairs, ties included, whose chose
     higher reward, however small the gap; a tie counts half.
 accuracy_count (share): a number of pairs, not a share
 dropped (share): the share among the pairs without a tie
+ties_above_only (share): points of all pairs divided by the number of pairs without a tie
+ties_together (share): a share in which ties count only if all pairs are ties
 nearly (share): a share with rewards that are nearly equal taken for ties
 accuracy_crossed (share): a share of all chosen with all rejected ones, across the pairs
 against_zero (share): a comparison with 0, which means nothing for a reward
@@ -368,6 +370,7 @@ PAIR_ACCURACY = Exercise(
         (torch.tensor([5.0, -1.0, 0.0, 2.0, 2.0]), torch.tensor([6.0, -1.0, 0.0, 2.0, -2.0])),
         (torch.tensor([1e-9]), torch.tensor([0.0])),  # close, and no tie
         (torch.tensor([30.0, -150.0, 5.0]), torch.tensor([20.0, -200.0, 6.0])),
+        (torch.arange(12.0) % 5 - 1.5, torch.arange(12.0) % 4 - 1.5),
     ),
     mistakes=(
         (lambda c, r: _share(c > r), SAY.ties_count_wrong),
@@ -399,6 +402,16 @@ PAIR_ACCURACY = Exercise(
             (partial(_without_ties, if_all_tie), SAY.dropped)
             for if_all_tie in (math.nan, 0, 0.5, 1)
         ),
+        *(
+            (
+                lambda c, r, k=k: (
+                    (_share(c > r) + k * _share(c == r)) * len(c) / max(sum(c != r), 1)
+                ),
+                SAY.ties_above_only,
+            )
+            for k in (0.5, 1)
+        ),
+        *((lambda c, r, k=k: _share(c > r) + k * c.equal(r), SAY.ties_together) for k in (0.5, 1)),
         (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),
         (lambda c, r: (c - r).sigmoid().mean().item(), SAY.mean_probability),
         (lambda c, r: float(c.mean() > r.mean()), SAY.two_means_compared),

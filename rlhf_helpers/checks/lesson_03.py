@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import logprobs, losses
+from rlhf_helpers.checks.changes import OF_ROWS
 from rlhf_helpers.checks.exercise import (
     EPSILONS,
     NO_MEAN,
@@ -57,6 +58,8 @@ probabilities (score): the probability, without the logarithm
 raw_logits (score): the raw logit, not normalised
 no_log_sum (score): the logit less a mean or the largest one, or with that not put back
 log_of_logits (score): the logarithm of the logit, which is one already
+over_the_tokens (score): a softmax over the chosen logits, of the row or of the batch
+over_positions_too (score): a softmax over the vocabulary and all positions at once
 two_softmaxes (score): a softmax on top of another
 shift: a token is looked up {}. The logits at t have read the token at t and predict the one at
     t + 1; the response stands at the end: both windows have T columns, one apart.
@@ -85,6 +88,8 @@ advantage_added (gain): a sum of ρ and A
 one_sided (gain): a minimum with a clip that has one end only
 uneven (gain): a minimum with a clip of other ends
 not_round_one (gain): a minimum with a clip round 0
+moved: the tokens are looked up in the logits used {}. Row b of the tokens belongs to row b of the
+    logits, and position by position: look at every flatten, view, transpose and index.
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
     the last dimension of the logits; positions and rows of the batch do not compete.
 too_long: it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a
@@ -125,6 +130,10 @@ gain: the gain of a token is taken as {}. It is the smaller of ρ A and clip(ρ)
     between 1 - ε and 1 + ε: no credit beyond the clip, and full blame for what went the wrong way.
 loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
     the whole batch before the first step; the loss takes them as they are.
+left_out: a token is left out of {} where the ratio is beyond the clip. The mean is over all real
+    tokens: a clipped one has no slope, but counts with clip(ρ) A, and one that moved the wrong way
+    counts in full.
+log_probability (gain): π's own log-probability times A, weighed with the ratio or not
 one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
     go of a token depends on how far this token has moved, not on its neighbours.
 padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
@@ -296,6 +305,10 @@ TOKEN_FURTHER = (
 NAIVE = (_naive, _naive_difference, _naive_share)
 LOOKUPS = (  # of logits and tokens that are aligned
     *(
+        (lambda z, tokens, dim=dim: pick(z, tokens).log_softmax(dim), SAY.over_the_tokens)
+        for dim in (-1, 0)
+    ),
+    *(
         (of, message)
         for f in (torch.log_softmax, *NAIVE)
         for of, message in (
@@ -319,6 +332,9 @@ LOOKUPS = (  # of logits and tokens that are aligned
     *(
         (lambda z, tokens, of=of: pick(of(z), tokens), message)
         for of, message in (
+            (lambda z: z - z.logsumexp((-2, -1), True), SAY.over_positions_too),
+            (lambda z: z - z.logsumexp((-3, -2, -1), True), SAY.over_positions_too),
+            *((lambda z, f=f: f(z).log_softmax(-1), SAY.moved.format(how)) for how, f in OF_ROWS),
             (lambda z: z.softmax(-1), SAY.probabilities),
             (lambda z: z, SAY.raw_logits),
             (lambda z: z.log(), SAY.log_of_logits),
@@ -740,6 +756,36 @@ def _other_mean(of: Callable, new, old, a, mask, clip) -> Tensor:
     return -of(_clipped_objective((new - old).exp(), a, clip), mask)
 
 
+def _beyond(p: Tensor, a: Tensor, e: float) -> Tensor:
+    return (p - 1).abs() > e
+
+
+def _let_go(p: Tensor, a: Tensor, e: float) -> Tensor:
+    """Where the clip takes the slope."""
+    return (p - 1) * a.sign() > e
+
+
+def _without(which: Callable, of_sum: bool, new, old, a, mask, clip) -> Tensor:
+    """The loss without the tokens of which `which` is true."""
+    ratio = (new - old).exp()
+    kept = mask * ~which(ratio, a, clip)
+    return -(ratio * a * kept).sum() / (mask if of_sum else kept).sum().clamp(min=1)
+
+
+_LOG_OBJECTIVES = (  # of log π, the ratio, the advantage and ε
+    lambda z, p, a, e: p * z * a,
+    lambda z, p, a, e: torch.minimum(p * z * a, p.clamp(1 - e, 1 + e) * z * a),
+    lambda z, p, a, e: p.clamp(1 - e, 1 + e) * z * a,
+    lambda z, p, a, e: torch.where(_let_go(p, a, e), p.clamp(1 - e, 1 + e) * a, p * z * a),
+    lambda z, p, a, e: torch.where(_let_go(p, a, e), 0, p * z * a),
+    lambda z, p, a, e: torch.where(_let_go(p, a, e), 0, z * a),
+)
+
+
+def _of_log(of: Callable, new, old, a, mask, clip) -> Tensor:
+    return -token_mean(of(new, (new - old).exp(), a, clip), mask)
+
+
 def _one_ratio(count: Callable, new, old, a, mask, clip) -> Tensor:
     """The loss with one ratio for each response; `count` of the mask divides its logarithm."""
     ratio = (((new - old) * mask).sum(1, True) / count(mask)).exp()
@@ -764,8 +810,11 @@ OTHER_MEANS = (  # of what stands at each token, and the mask
     (lambda x, mask: x.sum(1).mean(), SAY.per_response),
     (lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean(), SAY.mean_of_means),
     *(
-        (lambda x, mask, of=of: of((x * mask).sum(0) / mask.sum(0).clamp(min=1)), SAY.of_columns)
-        for of in (torch.mean, torch.nanmean)
+        (
+            lambda x, mask, of=of, k=k: of((x * mask).sum(0) / mask.sum(0).clamp(min=k)),
+            SAY.of_columns,
+        )
+        for of, k in ((torch.mean, 1), (torch.nanmean, 0))
     ),
     *((lambda x, mask, of=of: of(x[mask.bool()]), NO_MEAN) for of in NO_MEANS),
     (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
@@ -858,6 +907,12 @@ _POLICY_MISTAKES = (
     (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), SAY.one_sided),
     (partial(_other_clip, lambda e: -e, lambda e: e), SAY.not_round_one),
     (lambda new, old, a, mask, clip: -token_mean(new * a, mask), SAY.plain_policy_gradient),
+    *(
+        (partial(_without, which, of_sum), SAY.left_out.format(where))
+        for which in (_beyond, _let_go)
+        for of_sum, where in ((True, "the sum"), (False, "sum and number"))
+    ),
+    *((partial(_of_log, of), SAY.log_probability) for of in _LOG_OBJECTIVES),
     (
         lambda new, old, a, mask, clip: (
             -torch.minimum(

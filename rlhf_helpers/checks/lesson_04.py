@@ -61,6 +61,9 @@ no_adapters (roles): the adapters are left out
 one_adapter (roles): all roles have one adapter, or all trained ones, or all frozen ones
 trains_ignored (roles): there are always two trained roles and two frozen ones
 one_block (roles): base or adapters are counted for one block
+own_parts (roles): every role, or every trained or frozen one, has its own part of the base
+by_name (roles): its name says whether a role is trained
+by_place (roles): its place among the others says whether a role is trained
 other_in_blocks (roles): what lies outside of the blocks is counted for each of them
 equal_shapes_once (roles): layers of equal shape are counted once
 term: the log-ratio is taken {}. Plain and with both signs it is log π - log π_ref, whose mean over
@@ -821,6 +824,15 @@ def _a_and_b(shapes, rank: int) -> float:
     return rank * sum(outputs + inputs for outputs, inputs in shapes)
 
 
+def _once(trains: Mapping) -> int:
+    return 1
+
+
+def _told(told: Callable, trains: Mapping) -> int:
+    """16 for each role that `told` says is trained, by number, name and how many, and else 4."""
+    return sum(16 if told(i, name, len(trains)) else 4 for i, name in enumerate(trains))
+
+
 def _other_count(
     shapes,
     layers,
@@ -829,17 +841,17 @@ def _other_count(
     trains,
     *,
     of_adapter: Callable = _a_and_b,
-    base_times: Callable = lambda trains: 1,
+    base_times: tuple[Callable, Callable] = (_once, _once),
     of_roles: Callable = lambda trains: sum(16 if on else 4 for on in trains.values()),
     blocks: tuple[bool, bool] = (True, True),
-    once: tuple[bool, bool] = (False, False),
+    picks: tuple[Callable, Callable] = (list, list),
 ) -> float:
     """The prediction with one thing counted otherwise."""
     in_base, in_adapters = (layers if counted else 1 for counted in blocks)
-    of_base, of_adapters = (set(shapes) if equal else shapes for equal in once)
+    of_base, of_adapters = (pick(shapes) for pick in picks)
     base = _NF4_BITS / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
     adapters = of_roles(trains) * in_adapters * of_adapter(of_adapters, rank)
-    return base_times(trains) * (base + 2 * other) + adapters
+    return base_times[0](trains) * base + base_times[1](trains) * 2 * other + adapters
 
 
 _COUNTS = (
@@ -874,7 +886,23 @@ _BYTES_MISTAKES = (
         lambda shapes, layers, other, *rest: predict_bytes(shapes, layers, layers * other, *rest),
         SAY.other_in_blocks,
     ),
-    (partial(_other_count, base_times=len), SAY.own_bases),
+    (partial(_other_count, base_times=(len, len)), SAY.own_bases),
+    *(
+        (partial(_other_count, base_times=times), SAY.own_parts)
+        for of in (len, lambda trains: sum(trains.values()), lambda t: len(t) - sum(t.values()))
+        for times in ((of, _once), (_once, of), (of, of))
+        if times != (len, len)
+    ),
+    *(
+        (partial(_other_count, of_roles=partial(_told, told)), message)
+        for told, message in (
+            *((lambda i, name, n, k=k: name in k, SAY.by_name) for k in (_TRAINED, _TRAINED[:1])),
+            (lambda i, name, n: name not in _FROZEN, SAY.by_name),
+            *((lambda i, name, n, k=k: i < k, SAY.by_place) for k in (1, 2)),
+            *((lambda i, name, n, k=k: i >= n - k, SAY.by_place) for k in (1, 2)),
+            (lambda i, name, n: i in (0, n - 1), SAY.by_place),
+        )
+    ),
     (partial(_other_count, of_roles=lambda trains: 0), SAY.no_adapters),
     *(
         (partial(_other_count, of_roles=of), SAY.one_adapter)
@@ -893,8 +921,13 @@ _BYTES_MISTAKES = (
         for how, of in ADAPTERS
     ),
     *(
-        (partial(_other_count, once=once), SAY.equal_shapes_once)
-        for once in ((True, True), (True, False), (False, True))
+        (partial(_other_count, picks=picks), message)
+        for pick, message in (
+            (set, SAY.equal_shapes_once),
+            (lambda shapes: shapes[1:], SAY_01.layer_left_out.format("first")),
+            (lambda shapes: shapes[:-1], SAY_01.layer_left_out.format("last")),
+        )
+        for picks in ((pick, pick), (pick, list), (list, pick))
     ),
     *(
         (partial(_other_count, blocks=blocks), SAY.one_block)

@@ -44,6 +44,10 @@ shifted: the tokens are looked up one position off. These logits are aligned alr
     position t predict the token at t, so there is no shift left to make.
 logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
     argument. They may be negative and do not sum to 1; give them by their name, logits.
+other_sum: the logits of {} less the log-sum-exp of {}. Each policy has a normaliser of its own, as
+    it has logits of its own; what is copied from one line to the next keeps its names.
+across: the softmax runs over the two policies, as where their logits are stacked. One distribution
+    is over the vocabulary, for each policy by itself.
 one_policy: both results come from the same logits. The tokens are the same, but the second result
     is what the reference thinks of them.
 pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_ref. Whatever is made
@@ -123,6 +127,16 @@ def _other_lookup(which: tuple[bool, bool], of: Callable, curr, ref, tokens) -> 
     )
 
 
+def _normalised_by(which: tuple[int, int], *case) -> Tensor:
+    """The pair with the logarithms of the sums of those policies, by number."""
+    sums = [z.logsumexp(-1, keepdim=True) for z in case[:2]]
+    return torch.stack([pick(z - sums[k], case[2]) for z, k in zip(case[:2], which, strict=True)])
+
+
+def _across(curr: Tensor, ref: Tensor, tokens: Tensor) -> Tensor:
+    return torch.stack([pick(z, tokens) for z in torch.stack([curr, ref]).log_softmax(0)])
+
+
 def _shifted(normalise: Callable, step: int, filled: bool, logits: Tensor, tokens: Tensor):
     """Each token looked up `step` positions on; what has no position is 0, or rolled round."""
     result = pick(normalise(logits, -1).roll(-step, 1), tokens)
@@ -178,6 +192,15 @@ _SAMPLED_MISTAKES = (
             *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
         )
     ),
+    *(
+        (partial(_normalised_by, which), SAY.other_sum.format(*names))
+        for which, names in (
+            ((0, 0), ("the reference", "the policy")),
+            ((1, 1), ("the policy", "the reference")),
+            ((1, 0), ("each policy", "the other")),
+        )
+    ),
+    (lambda curr, ref, tokens: _across(curr, ref, tokens), SAY.across),
     (lambda curr, ref, tokens: _sampled_log_probs(curr, curr, tokens), SAY.one_policy),
     (lambda curr, ref, tokens: _sampled_log_probs(ref, ref, tokens), SAY.one_policy),
     *(
@@ -224,6 +247,10 @@ def _exact_kl(curr_logits: Tensor, ref_logits: Tensor) -> Tensor:
 def _of_log_softmax(of: Callable, curr: Tensor, ref: Tensor) -> Tensor:
     """What `of` makes of log p and log q, `[B, T, V]`."""
     return of(curr.log_softmax(-1), ref.log_softmax(-1))
+
+
+def _exact_by(logs: Tensor) -> Tensor:
+    return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
 
 def _with_epsilon(p: Tensor, q: Tensor, epsilon: float) -> Tensor:
@@ -317,6 +344,7 @@ _EXACT_MISTAKES = (
         )
         for d in (0, 1)
     ),
+    (lambda curr, ref: _exact_by(torch.stack([curr, ref]).log_softmax(0)), SAY.across),
 )
 EXACT_KL = Exercise(
     "exact_kl",
@@ -385,12 +413,15 @@ _HAND_PAIR = (
     torch.tensor([[0.25, 1 / 3, 0.3]]).log(),
     torch.tensor([[1, 1, 0]]),
 )
+_ENDS = torch.tensor([[2], [5], [1]])
 _ESTIMATE_CASES = (
     _HAND_PAIR,
     _pair_of_odds([[3.0, 2.5, 1.5, 0.2], [0.4, 2.0, 4.0, 0.8]], [[1, 1, 0, 0], [1, 1, 1, 1]]),
     _pair_of_odds(
         [[0.5, 0.8, 2.0], [0.3, 1.5, 4.0], [1.0, 3.0, 2.0]], [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
     ),  # an estimate below 0, and a token on which both agree
+    (-drawn(3, 5, seed=20).abs(), -drawn(3, 5, seed=21).abs(), (torch.arange(5) < _ENDS).long()),
+    (-drawn(2, 3, seed=22).abs(), -drawn(2, 3, seed=23).abs(), torch.ones(2, 3).long()),
 )
 
 _ESTIMATE_MISTAKES = (
