@@ -81,6 +81,21 @@ def texts(block: str) -> SimpleNamespace:
     return SimpleNamespace(**plain | whole)
 
 
+def each(message: str, wrong: Callable, *values: Any) -> list[tuple[Callable, str]]:
+    """Mistakes of one message: `wrong`, with each value as its first argument."""
+    return [(partial(wrong, value), message) for value in values]
+
+
+def table(wrong: Callable, *rows: tuple[Any, str]) -> list[tuple[Callable, str]]:
+    """Mistakes in rows of a value, the first argument of `wrong`, and its message."""
+    return [(partial(wrong, value), message) for value, message in rows]
+
+
+def family(text: str, wrong: Callable, *rows: tuple[str, Any]) -> list[tuple[Callable, str]]:
+    """Mistakes in rows of what fills the text and a value, the first argument of `wrong`."""
+    return table(wrong, *((value, text.format(how)) for how, value in rows))
+
+
 def check(exercise: Exercise, fn: Callable) -> None:
     print(wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
 

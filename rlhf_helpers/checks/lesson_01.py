@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers.checks.changes import miscounted
-from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
+from rlhf_helpers.checks.exercise import Exercise, call, check, each, family, same, table, texts
 from rlhf_helpers.memory import FLOAT32, NF4_BLOCK, NF4_SUPERBLOCK, lora_parameters, nf4_bytes
 from rlhf_helpers.sft import IGNORE, mask_prompt
 
@@ -187,10 +187,7 @@ _MASK_CASES = (
 
 _MASK_MISTAKES = (
     (lambda ids, mask, p: torch.full_like(ids, IGNORE), SAY.everything_ignored),
-    *(
-        (partial(_whole_rows, rows), SAY.integer_index)
-        for rows in (slice(-2, None), slice(None, 2))
-    ),
+    *each(SAY.integer_index, _whole_rows, slice(-2, None), slice(None, 2)),
     (
         lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(_last_real(mask), IGNORE),
         SAY.no_eos,
@@ -214,31 +211,29 @@ _MASK_MISTAKES = (
     (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), SAY.shifted),
     *((partial(_next_tokens, how), SAY.shifted) for how in product((0, 1), (False, True))),
     (lambda ids, mask, p: ids, SAY.nothing_ignored),
-    *(
-        (lambda ids, mask, p, of=of: _keep(ids, of(ids, mask, _columns(ids), p)), message)
-        for of, message in (
-            (lambda ids, m, t, p: (m == 1) & (t > p), SAY.first_response_token_ignored),
-            (lambda ids, m, t, p: (m == 1) & (t >= p - 1), SAY.prompt_token_labelled),
-            (lambda ids, m, t, p: (t >= p) & (ids != 0), SAY.token_0_as_padding),
-            (lambda ids, m, t, p: (t >= p) & (ids * m != 0), SAY.real_token_0_ignored),
-            (lambda ids, m, t, p: t >= p, SAY.padding_counts),
-            (lambda ids, m, t, p: (t >= p) & (t < m.sum(1, True)), SAY.end_by_count),
-            (lambda ids, m, t, p: (t >= p) & (m == 0), SAY.only_padding_has_labels),
-            (lambda ids, m, t, p: (t < p) & (m == 1), SAY.inverted),
-            (lambda ids, m, t, p: t < p, SAY.inverted),
-            (lambda ids, m, t, p: m == 1, SAY.only_padding_ignored),
-            (lambda ids, m, t, p: (m == 1) & (m.cumsum(1) > p), SAY.counted_from_first_token),
-            (
-                lambda ids, m, t, p: (m == 1) & (t >= p - m.argmax(1, True)),
-                SAY.left_padding_subtracted,
-            ),
-            (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
-            (lambda ids, m, t, p: (m == 1) & (t >= t.shape[1] - p), SAY.from_the_end),
-            (lambda ids, m, t, p: (m == 1) & (m.flip(1).cumsum(1).flip(1) <= p), SAY.from_the_end),
-            (lambda ids, m, t, p: t >= t.shape[1] - p, SAY.from_the_end),
-            (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
-            (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
-        )
+    *table(
+        lambda of, ids, mask, p: _keep(ids, of(ids, mask, _columns(ids), p)),
+        (lambda ids, m, t, p: (m == 1) & (t > p), SAY.first_response_token_ignored),
+        (lambda ids, m, t, p: (m == 1) & (t >= p - 1), SAY.prompt_token_labelled),
+        (lambda ids, m, t, p: (t >= p) & (ids != 0), SAY.token_0_as_padding),
+        (lambda ids, m, t, p: (t >= p) & (ids * m != 0), SAY.real_token_0_ignored),
+        (lambda ids, m, t, p: t >= p, SAY.padding_counts),
+        (lambda ids, m, t, p: (t >= p) & (t < m.sum(1, True)), SAY.end_by_count),
+        (lambda ids, m, t, p: (t >= p) & (m == 0), SAY.only_padding_has_labels),
+        (lambda ids, m, t, p: (t < p) & (m == 1), SAY.inverted),
+        (lambda ids, m, t, p: t < p, SAY.inverted),
+        (lambda ids, m, t, p: m == 1, SAY.only_padding_ignored),
+        (lambda ids, m, t, p: (m == 1) & (m.cumsum(1) > p), SAY.counted_from_first_token),
+        (
+            lambda ids, m, t, p: (m == 1) & (t >= p - m.argmax(1, True)),
+            SAY.left_padding_subtracted,
+        ),
+        (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
+        (lambda ids, m, t, p: (m == 1) & (t >= t.shape[1] - p), SAY.from_the_end),
+        (lambda ids, m, t, p: (m == 1) & (m.flip(1).cumsum(1).flip(1) <= p), SAY.from_the_end),
+        (lambda ids, m, t, p: t >= t.shape[1] - p, SAY.from_the_end),
+        (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
+        (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
     ),
 )
 MASK_PROMPT = Exercise(
@@ -391,21 +386,15 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     ),
 )
 _LORA_MISTAKES = (
-    *(
-        (
-            lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, b, alpha)),
-            SAY.scale.format(how),
-        )
-        for how, of in _SCALES
+    *family(
+        SAY.scale, lambda of, x, w, a, b, alpha: _scaled(x, w, a, b, of(a, b, alpha)), *_SCALES
     ),
-    *(
-        (
-            lambda x, w, a, b, alpha, of=of: _scaled(
-                x, alpha / len(a) * w, a, b, of(alpha / len(a))
-            ),
-            SAY.whole_sum_scaled,
-        )
-        for of in (lambda scale: scale, lambda scale: 1, lambda scale: scale**2)
+    *each(
+        SAY.whole_sum_scaled,
+        lambda of, x, w, a, b, alpha: _scaled(x, alpha / len(a) * w, a, b, of(alpha / len(a))),
+        lambda scale: scale,
+        lambda scale: 1,
+        lambda scale: scale**2,
     ),
     *(
         (partial(_misread, which), SAY.reshaped)
@@ -511,41 +500,35 @@ LORA_PARAMETERS = Exercise(
         *(([(o, i), (i + 1, 2 * o)][:n], r) for n, r in product((1, 2), (2, 7)) for o, i in _SIZES),
     ),
     mistakes=(
-        *(
-            (partial(_of_layers, of), SAY.of_a_layer.format(how))
-            for how, of in (
-                *ADAPTERS,
-                ("in · out + r(in + out)", lambda o, i, r: o * i + r * (o + i)),
-                ("r(in + out) + r + out", lambda o, i, r: r * (o + i) + r + o),
-                ("r(in + out) + out", lambda o, i, r: r * (o + i) + o),
-                ("r(in + out + r)", lambda o, i, r: r * (o + i + r)),
-                ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
-                *(
-                    (f"{how}(in + out)", lambda o, i, r, of=of: of(r, o, i) * (o + i))
-                    for how, of in (
-                        ("the smallest of r, in and out, times ", min),
-                        ("the smaller of r and in, times ", lambda r, o, i: min(r, i)),
-                        ("the smaller of r and out, times ", lambda r, o, i: min(r, o)),
-                        ("the largest of r, in and out, times ", max),
-                    )
-                ),
-                ("the product of both, r · in · r · out,", lambda o, i, r: r * r * o * i),
-                ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
-                ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
-            )
+        *family(
+            SAY.of_a_layer,
+            _of_layers,
+            *ADAPTERS,
+            ("in · out + r(in + out)", lambda o, i, r: o * i + r * (o + i)),
+            ("r(in + out) + r + out", lambda o, i, r: r * (o + i) + r + o),
+            ("r(in + out) + out", lambda o, i, r: r * (o + i) + o),
+            ("r(in + out + r)", lambda o, i, r: r * (o + i + r)),
+            ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
+            *(
+                (f"{how}(in + out)", lambda o, i, r, of=of: of(r, o, i) * (o + i))
+                for how, of in (
+                    ("the smallest of r, in and out, times ", min),
+                    ("the smaller of r and in, times ", lambda r, o, i: min(r, i)),
+                    ("the smaller of r and out, times ", lambda r, o, i: min(r, o)),
+                    ("the largest of r, in and out, times ", max),
+                )
+            ),
+            ("the product of both, r · in · r · out,", lambda o, i, r: r * r * o * i),
+            ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
+            ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
         ),
         (lambda shapes, rank: rank * sum(shapes[0]), SAY.only_first_layer_counted),
         (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
-        *(
-            (
-                lambda shapes, r, of=of: _of_layers(lambda o, i, r: r * (o + i), of(shapes), r),
-                message,
-            )
-            for of, message in (
-                (lambda shapes: shapes[1:], SAY.layer_left_out.format("first")),
-                (lambda shapes: shapes[:-1], SAY.layer_left_out.format("last")),
-                (lambda shapes: shapes[1:-1], SAY.layer_left_out.format("first and the last")),
-            )
+        *table(
+            lambda of, shapes, r: _of_layers(lambda o, i, r: r * (o + i), of(shapes), r),
+            (lambda shapes: shapes[1:], SAY.layer_left_out.format("first")),
+            (lambda shapes: shapes[:-1], SAY.layer_left_out.format("last")),
+            (lambda shapes: shapes[1:-1], SAY.layer_left_out.format("first and the last")),
         ),
         (lambda shapes, rank: rank * len(shapes) * sum(shapes[0]), SAY.layers_alike),
         (lambda shapes, rank: rank * len(shapes) * sum(map(sum, shapes)), SAY.times_layers),
@@ -660,21 +643,30 @@ NF4_BYTES = Exercise(
         *product((1, 63, 12900, 40000, 3000, 20481), (False, True)),
     ),
     mistakes=(
-        *(
-            (lambda n, double, of=of: _bytes(of(n), _scales(n), _constants(n), double), SAY.codes)
-            for of in (lambda n: n, lambda n: 2 * n, lambda n: 4 * n)
+        *each(
+            SAY.codes,
+            lambda of, n, double: _bytes(of(n), _scales(n), _constants(n), double),
+            lambda n: n,
+            lambda n: 2 * n,
+            lambda n: 4 * n,
         ),
         (
             lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
             "8 times too many: these are bits, not bytes.",
         ),
-        *(
-            (lambda n, double, of=of: _bytes(_codes(n), _scales(n), of(n), double), SAY.constants)
-            for of in (lambda n: math.ceil(n / NF4_SUPERBLOCK), lambda n: 1)
+        *each(
+            SAY.constants,
+            lambda of, n, double: _bytes(_codes(n), _scales(n), of(n), double),
+            lambda n: math.ceil(n / NF4_SUPERBLOCK),
+            lambda n: 1,
         ),
-        *(
-            (lambda n, double, of=of: of(n * (4.127 if double else 4.5) / 8), SAY.average)
-            for of in (math.ceil, math.floor, round, float)
+        *each(
+            SAY.average,
+            lambda of, n, double: of(n * (4.127 if double else 4.5) / 8),
+            math.ceil,
+            math.floor,
+            round,
+            float,
         ),
         *(
             (partial(_rounded, levels), SAY.rounding)
@@ -687,12 +679,15 @@ NF4_BYTES = Exercise(
             for levels in product((math.ceil, math.floor, *others), repeat=3)
             if set(levels) & set(others)
         ),
-        *(
-            (
-                lambda n, double, k=k: _bytes(_padded(n, k), _scales(n), _constants(n), double),
-                SAY.padded,
-            )
-            for k in (NF4_BLOCK, NF4_BLOCK * NF4_SUPERBLOCK, 16, 32, 128, 256)
+        *each(
+            SAY.padded,
+            lambda k, n, double: _bytes(_padded(n, k), _scales(n), _constants(n), double),
+            NF4_BLOCK,
+            NF4_BLOCK * NF4_SUPERBLOCK,
+            16,
+            32,
+            128,
+            256,
         ),
         *(
             (partial(_other_blocks, sizes), SAY.other_blocks)

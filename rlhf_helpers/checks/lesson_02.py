@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_helpers.checks.changes import miscounted
-from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, check, same, texts
+from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, check, each, same, texts
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
@@ -284,14 +284,13 @@ _LAST_TOKEN_MISTAKES = (
     (lambda mask: (mask * torch.arange(mask.shape[1])).sum(-1) // mask.sum(-1), SAY.added_up),
     (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
     (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
-    *(
-        (lambda mask, t=t: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1), SAY.few_bits)
-        for t in (torch.float16, torch.bfloat16)
+    *each(
+        SAY.few_bits,
+        lambda t, mask: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1),
+        torch.float16,
+        torch.bfloat16,
     ),
-    *(
-        (lambda mask, t=t: last_token_index(mask).to(t), SAY.few_bits)
-        for t in (torch.int8, torch.uint8)
-    ),
+    *each(SAY.few_bits, lambda t, mask: last_token_index(mask).to(t), torch.int8, torch.uint8),
     (lambda mask: last_token_index(mask) + 1, SAY.too_far),
     (lambda mask: last_token_index(mask) - 1, SAY.too_early),
     (
@@ -383,9 +382,12 @@ PAIR_ACCURACY = Exercise(
                 lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
             )
         ),
-        *(
-            (lambda c, r, f=f: pair_accuracy(f(c), f(r)), SAY.saturated)
-            for f in (torch.sigmoid, torch.exp, torch.tanh)
+        *each(
+            SAY.saturated,
+            lambda f, c, r: pair_accuracy(f(c), f(r)),
+            torch.sigmoid,
+            torch.exp,
+            torch.tanh,
         ),
         (
             lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)),
@@ -398,18 +400,12 @@ PAIR_ACCURACY = Exercise(
         (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),
-        *(
-            (partial(_without_ties, if_all_tie), SAY.dropped)
-            for if_all_tie in (math.nan, 0, 0.5, 1)
-        ),
-        *(
-            (
-                lambda c, r, k=k: (
-                    (_share(c > r) + k * _share(c == r)) * len(c) / max(sum(c != r), 1)
-                ),
-                SAY.ties_above_only,
-            )
-            for k in (0.5, 1)
+        *each(SAY.dropped, _without_ties, math.nan, 0, 0.5, 1),
+        *each(
+            SAY.ties_above_only,
+            lambda k, c, r: (_share(c > r) + k * _share(c == r)) * len(c) / max(sum(c != r), 1),
+            0.5,
+            1,
         ),
         *((lambda c, r, k=k: _share(c > r) + k * c.equal(r), SAY.ties_together) for k in (0.5, 1)),
         (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),

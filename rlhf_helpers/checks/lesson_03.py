@@ -19,8 +19,11 @@ from rlhf_helpers.checks.exercise import (
     call,
     check,
     check_pair,
+    each,
+    family,
     same,
     show,
+    table,
     texts,
 )
 
@@ -304,10 +307,7 @@ TOKEN_FURTHER = (
 
 NAIVE = (_naive, _naive_difference, _naive_share)
 LOOKUPS = (  # of logits and tokens that are aligned
-    *(
-        (lambda z, tokens, dim=dim: pick(z, tokens).log_softmax(dim), SAY.over_the_tokens)
-        for dim in (-1, 0)
-    ),
+    *each(SAY.over_the_tokens, lambda dim, z, tokens: pick(z, tokens).log_softmax(dim), -1, 0),
     *(
         (of, message)
         for f in (torch.log_softmax, *NAIVE)
@@ -318,32 +318,38 @@ LOOKUPS = (  # of logits and tokens that are aligned
             (lambda z, tokens, f=f: f(z, -1).amax(-1), SAY.greedy),
             (lambda z, tokens, f=f: f(z, -1).sum(-1), SAY.whole_vocabulary),
             (lambda z, tokens, f=f: f(z, -1).mean(-1), SAY.whole_vocabulary),
-            *(
-                (lambda z, tokens, f=f, k=k: k * (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens)
-                for k in (1, -1)
+            *each(
+                SAY.no_tokens,
+                lambda k, z, tokens, f=f: k * (f(z, -1).exp() * f(z, -1)).sum(-1),
+                1,
+                -1,
             ),
         )
     ),
     *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.not_finite) for f in NAIVE),
-    *(
-        (lambda z, tokens, low=low: logprobs.token_logprobs(z, tokens).clamp(min=low), SAY.cut_off)
-        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
+    *each(
+        SAY.cut_off,
+        lambda low, z, tokens: logprobs.token_logprobs(z, tokens).clamp(min=low),
+        *map(math.log, EPSILONS),
+        -10,
+        -20,
+        -30,
+        -50,
+        -100,
     ),
-    *(
-        (lambda z, tokens, of=of: pick(of(z), tokens), message)
-        for of, message in (
-            (lambda z: z - z.logsumexp((-2, -1), True), SAY.over_positions_too),
-            (lambda z: z - z.logsumexp((-3, -2, -1), True), SAY.over_positions_too),
-            *((lambda z, f=f: f(z).log_softmax(-1), SAY.moved.format(how)) for how, f in OF_ROWS),
-            (lambda z: z.softmax(-1), SAY.probabilities),
-            (lambda z: z, SAY.raw_logits),
-            (lambda z: z.log(), SAY.log_of_logits),
-            (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
-            (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
-            (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
-            (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
-            (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
-        )
+    *table(
+        lambda of, z, tokens: pick(of(z), tokens),
+        (lambda z: z - z.logsumexp((-2, -1), True), SAY.over_positions_too),
+        (lambda z: z - z.logsumexp((-3, -2, -1), True), SAY.over_positions_too),
+        *((lambda z, f=f: f(z).log_softmax(-1), SAY.moved.format(how)) for how, f in OF_ROWS),
+        (lambda z: z.softmax(-1), SAY.probabilities),
+        (lambda z: z, SAY.raw_logits),
+        (lambda z: z.log(), SAY.log_of_logits),
+        (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
+        (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
+        (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
+        (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
+        (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
     ),
 )
 _TOKEN_MISTAKES = (
@@ -368,14 +374,13 @@ _TOKEN_MISTAKES = (
                 ),
                 SAY.other_way,
             ),
-            *(
-                (
-                    lambda z, ids, length, f=normalise, t=t: pick(
-                        f(z[:, :length], -1), ids[:, t : length + t]
-                    ),
-                    SAY.from_the_start,
-                )
-                for t in (0, 1)
+            *each(
+                SAY.from_the_start,
+                lambda t, z, ids, length, f=normalise: pick(
+                    f(z[:, :length], -1), ids[:, t : length + t]
+                ),
+                0,
+                1,
             ),
             (
                 lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, -length:]),
@@ -684,17 +689,16 @@ _GAE_MISTAKES = (
         )
         for correction, everywhere in product((0, 1), (False, True))
     ),
-    *(
-        (partial(_other_returns, of), SAY.returns.format(how))
-        for how, of in (
-            ("A", lambda r, v, a, gamma: a),
-            ("A + r", lambda r, v, a, gamma: a + r),
-            ("A - V", lambda r, v, a, gamma: a - v),
-            ("A + V'", lambda r, v, a, gamma: a + _next(v)),
-            ("r + γV'", lambda r, v, a, gamma: r + gamma * _next(v)),
-            ("the sums of rewards", lambda r, v, a, gamma: _sum_up(r, gamma)),
-            ("V", lambda r, v, a, gamma: v),
-        )
+    *family(
+        SAY.returns,
+        _other_returns,
+        ("A", lambda r, v, a, gamma: a),
+        ("A + r", lambda r, v, a, gamma: a + r),
+        ("A - V", lambda r, v, a, gamma: a - v),
+        ("A + V'", lambda r, v, a, gamma: a + _next(v)),
+        ("r + γV'", lambda r, v, a, gamma: r + gamma * _next(v)),
+        ("the sums of rewards", lambda r, v, a, gamma: _sum_up(r, gamma)),
+        ("V", lambda r, v, a, gamma: v),
     ),
 )
 GAE = Exercise(
@@ -889,18 +893,17 @@ _POLICY_MISTAKES = (
         ),
         SAY.maximum_of_losses,
     ),
-    *(
-        (partial(_other_ratio, of), SAY.ratio.format(how))
-        for how, of in (
-            ("log π - log π_old", lambda new, old: new - old),
-            ("1 + log π - log π_old", lambda new, old: 1 + new - old),
-            ("π_old/π", lambda new, old: (old - new).exp()),
-            ("log π/log π_old", lambda new, old: new / old),
-            ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
-            ("1", lambda new, old: torch.ones_like(new)),
-            ("π", lambda new, old: new.exp()),
-            ("π - π_old", lambda new, old: new.exp() - old.exp()),
-        )
+    *family(
+        SAY.ratio,
+        _other_ratio,
+        ("log π - log π_old", lambda new, old: new - old),
+        ("1 + log π - log π_old", lambda new, old: 1 + new - old),
+        ("π_old/π", lambda new, old: (old - new).exp()),
+        ("log π/log π_old", lambda new, old: new / old),
+        ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
+        ("1", lambda new, old: torch.ones_like(new)),
+        ("π", lambda new, old: new.exp()),
+        ("π - π_old", lambda new, old: new.exp() - old.exp()),
     ),
     (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
     (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), SAY.one_sided),
@@ -922,36 +925,29 @@ _POLICY_MISTAKES = (
         ),
         SAY.minimum_after_mean,
     ),
-    *(
-        (
-            lambda new, old, a, mask, clip, how=how: _policy_loss(
-                new, old, _white(a, mask, *how), mask, clip
-            ),
-            SAY.loss_whitened,
-        )
-        for how in product((0, 1), (False, True))
+    *each(
+        SAY.loss_whitened,
+        lambda how, new, old, a, mask, clip: _policy_loss(
+            new, old, _white(a, mask, *how), mask, clip
+        ),
+        *product((0, 1), (False, True)),
     ),
-    *(
-        (partial(_one_ratio, count), SAY.one_ratio)
-        for count in (lambda mask: 1, lambda mask: mask.sum(1, True))
-    ),
+    *each(SAY.one_ratio, _one_ratio, lambda mask: 1, lambda mask: mask.sum(1, True)),
     *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
     *((partial(_other_mean, of), message) for of, message in OTHER_MEANS),
-    *(
-        (partial(_other_objective, of), message)
-        for of, message in (
-            (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
-            (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
-            (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
-            (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
-            (lambda p, a, e: p * a, SAY.nothing_clipped),
-            (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
-            (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),
-            (
-                lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
-                SAY.product,
-            ),
-        )
+    *table(
+        _other_objective,
+        (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
+        (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
+        (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
+        (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
+        (lambda p, a, e: p * a, SAY.nothing_clipped),
+        (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
+        (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),
+        (
+            lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
+            SAY.product,
+        ),
     ),
 )
 POLICY_LOSS = Exercise(

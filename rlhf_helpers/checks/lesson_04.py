@@ -20,6 +20,7 @@ from rlhf_helpers.checks.exercise import (
     Exercise,
     call,
     check,
+    each,
     same,
     texts,
     unattempted,
@@ -723,12 +724,11 @@ _REWARD_MISTAKES = (
     (lambda s, new, ref, m, b: _shape_rewards(b * s, new, ref, m, 1.0), SAY.score_only_scaled),
     (partial(_in_place_of_penalty, last_token), SAY.replaced),
     (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), SAY.last_column),
-    *(
-        (partial(_other_penalty, of), SAY.half_masked)
-        for of in (
-            lambda new, ref, m, b: b * (new - ref * m),
-            lambda new, ref, m, b: b * (new * m - ref),
-        )
+    *each(
+        SAY.half_masked,
+        _other_penalty,
+        lambda new, ref, m, b: b * (new - ref * m),
+        lambda new, ref, m, b: b * (new * m - ref),
     ),
     (partial(_other_place, lambda mask: last_token(mask) * (1 - mask[:, -1:])), SAY.cut_off),
     (partial(_other_place, lambda mask: _column(0, mask)), SAY.first),

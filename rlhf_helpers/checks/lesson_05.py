@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl, logprobs
-from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, check, check_pair, texts
+from rlhf_helpers.checks.exercise import (
+    NO_MEAN,
+    NO_MEANS,
+    Exercise,
+    check,
+    check_pair,
+    each,
+    table,
+    texts,
+)
 from rlhf_helpers.checks.lesson_03 import (
     LOOKUPS,
     NAIVE,
@@ -185,12 +194,10 @@ _LOOKUPS = (
     *LOOKUPS,
 )
 _SAMPLED_MISTAKES = (
-    *(
-        (lambda curr, ref, tokens, f=f: _other_lookup((True, True), f, ref, curr, tokens), message)
-        for f, message in (
-            (logprobs.token_logprobs, SAY.pair_swapped),
-            *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
-        )
+    *table(
+        lambda f, curr, ref, tokens: _other_lookup((True, True), f, ref, curr, tokens),
+        (logprobs.token_logprobs, SAY.pair_swapped),
+        *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
     ),
     *(
         (partial(_normalised_by, which), SAY.other_sum.format(*names))
@@ -316,33 +323,24 @@ _EXACT_MISTAKES = (
     (lambda curr, ref: kl_divergence(_probs(ref), _probs(curr)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(_probs(curr), Categorical(logits=ref)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(Categorical(logits=curr), _probs(ref)), SAY.logits_as_probs),
-    *(
-        (partial(_of_log_softmax, of), message)
-        for of, message in (
-            (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
-            *(
-                (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), SAY.far_apart)
-                for e in (1e-3, 1e-4, 1e-5)
-            ),
-            *((of, SAY.terms.format(how)) for how, of in _SUMS),
-        )
+    *table(
+        _of_log_softmax,
+        (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
+        *each(SAY.far_apart, lambda e, p, q: _with_epsilon(p.exp(), q.exp(), e), 1e-3, 1e-4, 1e-5),
+        *((of, SAY.terms.format(how)) for how, of in _SUMS),
     ),
-    *(
-        (lambda curr, ref, of=of: (curr.softmax(-1) * of(curr, ref)).sum(-1), SAY.not_normalised)
-        for of in (
-            lambda curr, ref: curr - ref,
-            lambda curr, ref: curr.log_softmax(-1) - ref,
-            lambda curr, ref: curr - ref.log_softmax(-1),
-        )
+    *each(
+        SAY.not_normalised,
+        lambda of, curr, ref: (curr.softmax(-1) * of(curr, ref)).sum(-1),
+        lambda curr, ref: curr - ref,
+        lambda curr, ref: curr.log_softmax(-1) - ref,
+        lambda curr, ref: curr - ref.log_softmax(-1),
     ),
-    *(
-        (
-            lambda curr, ref, d=d: (
-                curr.softmax(d) * (curr.log_softmax(d) - ref.log_softmax(d))
-            ).sum(-1),
-            SAY_03.wrong_dimension,
-        )
-        for d in (0, 1)
+    *each(
+        SAY_03.wrong_dimension,
+        lambda d, curr, ref: (curr.softmax(d) * (curr.log_softmax(d) - ref.log_softmax(d))).sum(-1),
+        0,
+        1,
     ),
     (lambda curr, ref: _exact_by(torch.stack([curr, ref]).log_softmax(0)), SAY.across),
 )
@@ -426,14 +424,12 @@ _ESTIMATE_CASES = (
 
 _ESTIMATE_MISTAKES = (
     (lambda curr, ref, mask: estimate_kl(ref, curr, mask), SAY.estimate_swapped),
-    *(
-        (partial(_other_mean, of), message)
-        for of, message in (
-            (lambda x, mask: -x.mean(), SAY.estimate_swapped),
-            *OTHER_MEANS,
-            (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
-            *((lambda x, mask, f=f: f(token_mean(x, mask)), says) for f, says in OF_LOG_RATIO),
-        )
+    *table(
+        _other_mean,
+        (lambda x, mask: -x.mean(), SAY.estimate_swapped),
+        *OTHER_MEANS,
+        (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
+        *((lambda x, mask, f=f: f(token_mean(x, mask)), says) for f, says in OF_LOG_RATIO),
     ),
     *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
     (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
@@ -535,52 +531,37 @@ _FINAL_CASES = (
 )
 
 _FINAL_MISTAKES = (
-    *(
-        (partial(_other_kl, of), message)
-        for of, message in (
-            (lambda curr, ref, mask: _row_sum(ref - curr, mask), SAY.paid_out),
-            (lambda curr, ref, mask: (ref - curr).sum(1), SAY.paid_out),
-            (lambda curr, ref, mask: (curr - ref).sum(1), SAY.padding_charged),
-            (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], SAY.mean),
-            (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), SAY.mean),
-            (lambda curr, ref, mask: (curr - ref).mean(1), SAY.mean),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), SAY.same_for_all),
-            (lambda curr, ref, mask: token_mean(curr - ref, mask), SAY.same_for_all),
-            (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
-            (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
-            (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
-            *(
-                (lambda curr, ref, mask, of=of: _row_sum(of(curr, ref), mask), message)
-                for of, message in OTHER_LOG_RATIOS
-            ),
-            *(
-                (lambda curr, ref, mask, of=of: of(_row_sum(curr - ref, mask)), message)
-                for of, message in OF_LOG_RATIO
-            ),
-            (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
-            (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
-            (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
-            (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
-            *(
-                (lambda curr, ref, mask, of=of: _by_row(of, curr - ref, mask), NO_MEAN)
-                for of in NO_MEANS
-            ),
-        )
+    *table(
+        _other_kl,
+        (lambda curr, ref, mask: _row_sum(ref - curr, mask), SAY.paid_out),
+        (lambda curr, ref, mask: (ref - curr).sum(1), SAY.paid_out),
+        (lambda curr, ref, mask: (curr - ref).sum(1), SAY.padding_charged),
+        (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], SAY.mean),
+        (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), SAY.mean),
+        (lambda curr, ref, mask: (curr - ref).mean(1), SAY.mean),
+        (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), SAY.same_for_all),
+        (lambda curr, ref, mask: token_mean(curr - ref, mask), SAY.same_for_all),
+        (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
+        (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
+        (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
+        *table(lambda of, curr, ref, mask: _row_sum(of(curr, ref), mask), *OTHER_LOG_RATIOS),
+        *table(lambda of, curr, ref, mask: of(_row_sum(curr - ref, mask)), *OF_LOG_RATIO),
+        (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
+        (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
+        (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
+        (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
+        *each(NO_MEAN, lambda of, curr, ref, mask: _by_row(of, curr - ref, mask), *NO_MEANS),
     ),
-    *(
-        (partial(_other_price, of), message)
-        for of, message in (
-            (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
-            (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
-            (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
-        )
+    *table(
+        _other_price,
+        (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
+        (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
+        (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
     ),
-    *(
-        (lambda r, curr, ref, mask, beta, of=of: r - _row_sum(of(curr, ref, beta), mask), message)
-        for of, message in (
-            (lambda curr, ref, beta: beta * curr - ref, SAY.one_of_two),
-            (lambda curr, ref, beta: curr - beta * ref, SAY.one_of_two),
-        )
+    *table(
+        lambda of, r, curr, ref, mask, beta: r - _row_sum(of(curr, ref, beta), mask),
+        (lambda curr, ref, beta: beta * curr - ref, SAY.one_of_two),
+        (lambda curr, ref, beta: curr - beta * ref, SAY.one_of_two),
     ),
     *(
         (lambda r, *case, of=of: (of(case[2]) - 1) * r + final_reward(r, *case), SAY.reward_at_each)
