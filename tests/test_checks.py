@@ -254,6 +254,9 @@ def padding_is_0(input_ids, attention_mask, prompt_length):
 
 
 MASK_MISTAKES = {
+    lambda ids, mask, p: ids.masked_fill(
+        (mask == 0) | (torch.arange(ids.shape[1]) < ids.shape[1] - p), -100
+    ): "prompt_length is taken for the length of the response",
     until_the_number_of_real_tokens: "the end of a row is taken to be the number",
     padding_is_0: "ignored positions hold 0",
     lambda input_ids, mask, prompt_length: torch.full(
@@ -570,6 +573,11 @@ def last_only(shapes, rank):
 
 SQUARE = "2r ·"
 PARAMETER_MISTAKES = [
+    ("the last layer is left out", lambda s, r: sum(r * (o + i) for o, i in s[:-1])),
+    ("the first layer is left out", lambda s, r: sum(r * (o + i) for o, i in s[1:])),
+    ("the smallest of r, in", lambda s, r: sum(min(r, o, i) * (o + i) for o, i in s)),
+    ("the product of both", lambda s, r: sum(r * i * o * r for o, i in s)),
+    ("it counts otherwise", lambda s, r: sum(r * (o + i) + 3 * r for o, i in s)),
     (
         "r²(in + out) stands for the entries of a layer's A and B",
         lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes),
@@ -678,7 +686,27 @@ def up(a, b):
 
 
 ROUNDING = "the total is right only where everything divides evenly."
+
+
+def bytes_of(codes, scales, constants, double):
+    return codes + (scales + 4 * constants if double else 4 * scales)
+
+
 BYTE_MISTAKES = [
+    (
+        "one is always added",
+        lambda n, double: bytes_of(-(-n // 2), n // 64 + 1, -(-(n // 64 + 1) // 256), double),
+    ),
+    (
+        "a number of scales, constants",
+        lambda n, double: bytes_of(
+            -(-n // 2), max(1, round(n / 64)), max(1, round(max(1, round(n / 64)) / 256)), double
+        ),
+    ),
+    (
+        "the codes of whole blocks",
+        lambda n, double: bytes_of(32 * -(-n // 64), -(-n // 64), -(-(-(-n // 64)) // 256), double),
+    ),
     (
         "the blocks have other sizes than here, or theirs have changed places",
         lambda n, double: (
@@ -1171,6 +1199,18 @@ PERCENTAGE = "it counts otherwise than the exercise: a win: 100, not 1"
 SWAPPED_PAIRS = "the two rewards are swapped: this is the share"
 DROPPED_TIES = "it is the share among the pairs without a tie"
 ACCURACY_MISTAKES = [
+    (
+        "it is points of all pairs",
+        lambda c, r: (((c > r).sum() + 0.5 * (c == r).sum()) / (c != r).sum().clamp(min=1)).item(),
+    ),
+    (
+        "it is a share in which ties count only if",
+        lambda c, r: (c > r).float().mean().item() + 0.5 * torch.equal(c, r),
+    ),
+    (
+        "all is right up to one thing: chosen and rejected are used without its fraction",
+        lambda c, r: ((c.int() > r.int()) + 0.5 * (c.int() == r.int())).mean().item(),
+    ),
     ("ties count as wrong.", lambda c, r: (c > r).float().mean()),
     ("ties count as right.", lambda c, r: (c - r >= 0).float().mean().item()),
     (

@@ -160,6 +160,34 @@ DIMENSION = "the softmax runs over the wrong dimension."
 FAR_APART = "it does not hold where two logits differ by 800"
 GREEDY = "it is the log-probability of the likeliest token"
 TOKEN_MISTAKES = [
+    (
+        "it is a softmax over the chosen logits",
+        lambda z, ids, n: z[:, -n - 1 : -1].gather(2, ids[:, -n:, None]).squeeze(2).log_softmax(-1),
+    ),
+    (
+        "the tokens are looked up in the logits used with rows and positions mixed",
+        lambda z, ids, n: (
+            z[:, -n - 1 : -1]
+            .log_softmax(2)
+            .transpose(0, 1)
+            .reshape(len(ids), n, -1)
+            .gather(2, ids[:, -n:, None])
+            .squeeze(2)
+        ),
+    ),
+    (
+        "it is right but where input_ids is 0; there it gives 0",
+        lambda z, ids, n: (
+            z[:, -n - 1 : -1].log_softmax(2).gather(2, ids[:, -n:, None]).squeeze(2)
+            * (ids[:, -n:] != 0)
+        ),
+    ),
+    (
+        "all is right up to one thing: logits is used with the row before in place of its own",
+        lambda z, ids, n: (
+            z.roll(1, 0)[:, -n:].log_softmax(2).gather(2, ids[:, -n:, None]).squeeze(2)
+        ),
+    ),
     (UNSHIFTED, looked_up(0)),
     (UNSHIFTED, unshifted_by_cross_entropy),
     (UNSHIFTED, looked_up(0, drop=1)),
@@ -866,7 +894,22 @@ def ratio_masked(of_ratio, of_mean):
 
 
 AFTER_RATIO = "the log-ratio or the ratio is masked, and padding counts"
+
+
+def dropped_beyond_the_clip(new, old, advantages, mask, clip):
+    ratio = (new - old).exp()
+    kept = (mask == 1) & ((ratio - 1).abs() <= clip)
+    return -(ratio * advantages)[kept].sum() / kept.sum().clamp(min=1)
+
+
+def of_log_probability(new, old, advantages, mask, clip):
+    ratio = (new - old).exp().detach()
+    return -(ratio * new * advantages * mask).sum() / mask.sum()
+
+
 LOSS_MISTAKES = [
+    ("a token is left out of sum and number", dropped_beyond_the_clip),
+    ("the gain of a token is taken as π's own log-probability", of_log_probability),
     (AFTER_RATIO, ratio_masked(lambda x, m: (x * m).exp(), lambda x, m: x.mean())),
     (AFTER_RATIO, ratio_masked(lambda x, m: (x * m).exp(), lambda x, m: x.sum() / m.sum())),
     (AFTER_RATIO, ratio_masked(lambda x, m: x.exp() * m, lambda x, m: x.sum() / m.sum())),

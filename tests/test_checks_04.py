@@ -599,6 +599,13 @@ def cumsum_alone(scores, logprobs, ref_logprobs, response_mask, beta):
 
 
 REWARD_MISTAKES = [
+    (
+        "all is right up to one thing: logprobs and ref_logprobs are used divided by the number",
+        lambda scores, new, ref, mask, beta: (
+            scores[:, None] * lesson_04.last_token(mask)
+            - beta * (new - ref) * mask / mask.sum(1, keepdim=True)
+        ),
+    ),
     ("the penalty is paid out.", tokenwise(lambda new, ref: ref - new)),
     ("the penalty is paid out.", tokenwise(price=lambda beta: -beta)),
     ("the penalty is paid out.", swapped_and_unmasked),
@@ -799,6 +806,29 @@ def roles_miscounted(number):
 FROZEN_TRAINED = "it counts otherwise than the exercise: bytes of a frozen role's parameter:"
 HALF = "it counts otherwise than the exercise: bytes of a"
 BYTES_MISTAKES = [
+    (
+        "it is counted as if its name",
+        lambda shapes, layers, other, rank, trains: lesson_04.predict_bytes(
+            shapes, layers, other, rank, {name: name in ("policy", "value") for name in trains}
+        ),
+    ),
+    (
+        "it is counted as if its place",
+        lambda shapes, layers, other, rank, trains: lesson_04.predict_bytes(
+            shapes, layers, other, rank, {name: i < 2 for i, name in enumerate(trains)}
+        ),
+    ),
+    (
+        "it is counted as if every role, or every",
+        lambda shapes, layers, other, rank, trains: (
+            lesson_04.predict_bytes(shapes, layers, other, rank, trains)
+            + (len(trains) - 1) * layers * sum(o * i for o, i in shapes) / 2
+        ),
+    ),
+    (
+        "the last layer is left out",
+        lambda shapes, *rest: lesson_04.predict_bytes(shapes[:-1], *rest),
+    ),
     ("r · in + out", counted(adapter=lambda o, i, rank: rank * i + o)),
     ("r · out + in", counted(adapter=lambda o, i, rank: rank * o + i)),
     (

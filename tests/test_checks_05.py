@@ -84,6 +84,32 @@ NOT_FINITE = "it is not finite where two logits differ by 150."
 AS_PROBABILITIES = "logits are handed over as probabilities"
 CUT_OFF = "it is right for moderate logits, but cut off"
 SAMPLED_MISTAKES = [
+    (
+        "the logits of the reference less the log-sum-exp of the policy",
+        lambda curr, ref, tokens: tuple(
+            from_table(lambda z: z - curr.logsumexp(-1, keepdim=True))(z, tokens)
+            for z in (curr, ref)
+        ),
+    ),
+    (
+        "the softmax runs over the two policies",
+        lambda curr, ref, tokens: tuple(
+            from_table(lambda z: z)(z, tokens)
+            for z in torch.stack([curr, ref]).log_softmax(0).unbind()
+        ),
+    ),
+    (
+        "it is a softmax over the chosen logits",
+        both(lambda z, tokens: from_table(lambda z: z)(z, tokens).log_softmax(-1)),
+    ),
+    (
+        "the tokens are looked up in the logits used with the row before",
+        both(lambda z, tokens: from_table(lambda z: z.roll(1, 0).log_softmax(2))(z, tokens)),
+    ),
+    (
+        "all is right up to one thing: tokens is used with the next position",
+        lambda curr, ref, tokens: right_pair(curr, ref, tokens.roll(-1, 1)),
+    ),
     ("the pair is swapped", lambda curr, ref, tokens: right_pair(ref, curr, tokens)),
     (
         "the pair is swapped",
@@ -197,6 +223,12 @@ UNWEIGHTED = "it is Σ (log p - log q)"
 ENTROPIES = "it is a difference of entropies, not Σ p (log p - log q)"
 FAR_APART = "it is right for moderate logits, but not where two of them differ by 40"
 EXACT_MISTAKES = [
+    (
+        "the softmax runs over the two policies",
+        lambda curr, ref: (
+            (logs := torch.stack([curr, ref]).log_softmax(0))[0].exp() * (logs[0] - logs[1])
+        ).sum(-1),
+    ),
     (FAR_APART, of_both(lambda p, q: (p * (p.log() - q.log())).sum(2))),
     (FAR_APART, of_both(lambda p, q: (p * (p / q).log()).sum(2))),
     (FAR_APART, of_both(lambda p, q: kl_divergence(Categorical(probs=p), Categorical(probs=q)))),
@@ -325,6 +357,10 @@ OF_PROBABILITIES = "the log-ratio is taken as a difference of probabilities"
 WEIGHTED = "the log-ratio is taken weighed with a probability, which the sampling has done already"
 NO_REFERENCE = "the log-ratio is taken without the reference"
 ESTIMATE_MISTAKES = [
+    (
+        "all is right up to one thing: the sum is divided by the number of real tokens less 1",
+        lambda curr, ref, mask: ((curr - ref) * mask).sum() / (mask.sum() - 1).clamp(min=1),
+    ),
     (
         "a real token on which both policies agree",
         lambda c, r, m: ((c - r) * m)[((c - r) * m) != 0].mean(),

@@ -676,8 +676,8 @@ NF4_BYTES = Exercise(
         *(
             (partial(_rounded, levels), message)
             for others, message in ((_ONE_MORE, SAY.one_more), (_NEAREST, SAY.nearest))
-            for levels in product((math.ceil, math.floor, *others), repeat=3)
-            if set(levels) & set(others)
+            for levels in product((math.ceil, *others), repeat=3)
+            if set(levels) & set(others) and levels[0] not in _NEAREST
         ),
         *each(
             SAY.padded,
