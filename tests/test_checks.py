@@ -705,7 +705,7 @@ BYTE_MISTAKES = [
     ),
     (
         "the codes of whole blocks",
-        lambda n, double: bytes_of(32 * -(-n // 64), -(-n // 64), -(-(-(-n // 64)) // 256), double),
+        lambda n, double: lesson_01.nf4_bytes(n, double) + 32 * -(-n // 64) - -(-n // 2),
     ),
     (
         "the blocks have other sizes than here, or theirs have changed places",
