@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_helpers.checks.changes import miscounted
-from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, check, each, same, texts
+from rlhf_helpers.checks.exercise import (
+    NO_MEAN,
+    NO_MEANS,
+    Exercise,
+    call,
+    check,
+    each,
+    gradient_fault,
+    gradients,
+    same,
+    texts,
+)
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
@@ -50,8 +61,6 @@ before_padding (column): the column before the first padding
 before_padding_wrapped (column): the column before the first padding, -1 made the last one
 from_the_right (column): the amount of padding behind the last real token
 negative (column): counted from the end, as a negative number
-too_far (column): one column too far
-too_early (column): one column too early
 through_the_batch (column): counted through the whole batch
 first_padding (column): the first column of padding, 0 where there is none
 no_fall (column): where the mask falls from 1 to 0, and 0 where it never does
@@ -83,8 +92,6 @@ column: it is {}. Asked for is the last column whose mask is 1, counted from 0 i
     may stand on either side, on both or nowhere.
 few_bits: it is right in short rows only: in 16 bits a number such as 2605 is rounded to another.
     Leave columns as the integers that they are.
-accuracy_swapped: the two rewards are swapped: this is the share of pairs whose rejected response
-    wins, so a model that ranks everything rightly would get 0.
 ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
     0, as if it were worse than guessing; a tie counts half.
 ties_count_right: ties count as right. A model that gives every response the same reward would get 1
@@ -115,20 +122,11 @@ def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 def _pairwise_gradient_fault(fn: Callable) -> str:
     """Whether the gradients with respect to both rewards are those of the reference."""
     for case in reversed(_PAIRWISE_CASES):
-        got, want = (_gradients(function, case) for function in (fn, pairwise_loss))
-        if any(gradient.isnan().any() for gradient in got):
-            return SAY.nan_gradient
-        names = ("chosen", "rejected")
-        lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
-        if lost and case is _PAIRWISE_CASES[0]:
-            return SAY.slope_at_tie
-        if lost:
-            return (
-                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
-                " differs, so that training would not move these rewards, or move them wrongly. "
-                "Look for anything that takes a tensor out of the graph: detach, no_grad, data, "
-                "item, or a new tensor made from numbers."
-            )
+        if fault := gradient_fault(PAIRWISE_LOSS, fn, (case,), (0, 1), "these rewards"):
+            got = gradients(PAIRWISE_LOSS, fn, case, (0, 1)) or ()
+            if any(gradient.isnan().any() for gradient in got):
+                return SAY.nan_gradient
+            return SAY.slope_at_tie if case is _PAIRWISE_CASES[0] else fault
     return _nan_fault(fn)
 
 
@@ -142,14 +140,6 @@ def _nan_fault(fn: Callable) -> str:
         return "" if loss.isnan() else SAY.nan_hidden
     except Exception:  # NaN may be refused, as by the package's function
         return ""
-
-
-def _gradients(fn: Callable, case: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    rewards = tuple(tensor.clone().requires_grad_() for tensor in case)
-    with torch.enable_grad():
-        loss = call(PAIRWISE_LOSS, fn, rewards)
-        total = loss + 0 * sum(r.sum() for r in rewards)  # so that the loss may lack a graph
-    return torch.autograd.grad(total, rewards)
 
 
 def _naive(gap: Tensor) -> Tensor:
@@ -291,8 +281,6 @@ _LAST_TOKEN_MISTAKES = (
         torch.bfloat16,
     ),
     *each(SAY.few_bits, lambda t, mask: last_token_index(mask).to(t), torch.int8, torch.uint8),
-    (lambda mask: last_token_index(mask) + 1, SAY.too_far),
-    (lambda mask: last_token_index(mask) - 1, SAY.too_early),
     (
         lambda mask: last_token_index(mask) + mask.shape[1] * torch.arange(len(mask)),
         SAY.through_the_batch,
@@ -393,9 +381,6 @@ PAIR_ACCURACY = Exercise(
             SAY.accuracy_crossed,
         ),
         (lambda c, r: _share(c[:, None] > r), SAY.accuracy_crossed),
-        (lambda c, r: pair_accuracy(r, c), SAY.accuracy_swapped),
-        (lambda c, r: _share(r > c), SAY.accuracy_swapped),
-        (lambda c, r: _share(r >= c), SAY.accuracy_swapped),
         (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),

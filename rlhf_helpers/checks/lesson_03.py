@@ -21,6 +21,8 @@ from rlhf_helpers.checks.exercise import (
     check_pair,
     each,
     family,
+    gradient_fault,
+    gradients,
     same,
     show,
     table,
@@ -63,7 +65,6 @@ no_log_sum (score): the logit less a mean or the largest one, or with that not p
 log_of_logits (score): the logarithm of the logit, which is one already
 over_the_tokens (score): a softmax over the chosen logits, of the row or of the batch
 over_positions_too (score): a softmax over the vocabulary and all positions at once
-two_softmaxes (score): a softmax on top of another
 shift: a token is looked up {}. The logits at t have read the token at t and predict the one at
     t + 1; the response stands at the end: both windows have T columns, one apart.
 unshifted (shift): at its own position
@@ -73,7 +74,6 @@ too_early (shift): well, but in a window that begins with the last prompt token
 from_the_start (shift): at the beginning of the sequence
 mean: it is {}. Asked for is the mean over all real tokens of the batch at once: padding counts
     neither above nor below, and each real token as much as any other.
-padding_counts (mean): a mean in which padding counts
 wrong_denominator (mean): a mean whose denominator counts padding
 summed (mean): the sum over all tokens
 per_response (mean): the mean over the responses of the sum over their tokens
@@ -114,8 +114,6 @@ returns: the returns are {}, not A + V. An advantage is a return less the value 
 pair_swapped: the pair is swapped: the advantages come first, then the returns.
 time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
     responses, and time runs along a row: step over columns, and keep all rows.
-unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
-    actions become less likely.
 exponentials_divided: it is a ratio of two exponentials: below -103 nats both are 0 in float32, and
     an ε in the denominator outweighs them long before. Subtract the logarithms first.
 ratio_cut_off: it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000
@@ -131,14 +129,10 @@ ratio: the ratio is taken as {}, not as π/π_old. The probabilities are there a
     a token that has become likelier.
 gain: the gain of a token is taken as {}. It is the smaller of ρ A and clip(ρ) A, with ρ held
     between 1 - ε and 1 + ε: no credit beyond the clip, and full blame for what went the wrong way.
-loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
-    the whole batch before the first step; the loss takes them as they are.
 left_out: a token is left out of {} where the ratio is beyond the clip. The mean is over all real
     tokens: a clipped one has no slope, but counts with clip(ρ) A, and one that moved the wrong way
     counts in full.
 log_probability (gain): π's own log-probability times A, weighed with the ratio or not
-one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
-    go of a token depends on how far this token has moved, not on its neighbours.
 padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
     is 1, and a ratio of 0 is clipped to 1 - ε, so that padding keeps a part in the loss. Mask what
     the mean is taken of.
@@ -169,44 +163,6 @@ def _token_logprobs(logits: Tensor, input_ids: Tensor, response_length: int) -> 
     return logprobs.token_logprobs(logits[:, -response_length - 1 : -1], tokens)
 
 
-def _gradient_fault(exercise: Exercise, name: str, fn: Callable) -> str:
-    """Whether the gradient with respect to the first argument, `name`, is the reference's."""
-    for case in exercise.cases:
-        got = _gradient(exercise, fn, case)
-        if got is None:
-            return (
-                "the values are right, but the backward pass fails: an operation in place has "
-                "overwritten numbers that it needs. Use operations that make a new tensor."
-            )
-        if not same(got, _gradient(exercise, exercise.reference, case)):
-            return (
-                f"the values are right, but not the gradient: that with respect to {name} differs, "
-                "so that training would not move the policy, or move it wrongly. Look for anything "
-                "that takes a tensor out of the graph: detach, no_grad, data, item, or a new "
-                "tensor made from numbers."
-            )
-    return ""
-
-
-def _gradient(exercise: Exercise, fn: Callable, case: tuple) -> Tensor | None:
-    """The gradient of a weighted sum of the result, so that no two entries can be mistaken.
-
-    None if an operation in place has overwritten what the backward pass needs.
-    """
-    first, *others = copy.deepcopy(case)
-    first.requires_grad_()
-    with torch.enable_grad():
-        result = call(exercise, fn, (first, *others))
-        weights = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
-        total = (weights * result).sum() + 0 * first.sum()  # so that the result may lack a graph
-    try:
-        return torch.autograd.grad(total, first)[0]
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        return None
-
-
 def further_fault(
     exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True, dtype: bool = True
 ) -> str:
@@ -220,8 +176,9 @@ def further_fault(
         fault = f"{message}\n{show(exercise, case, result)}"
         if not same(result, expected):
             return fault
-        if gradient and not same(*(slopes := [_gradient(exercise, f, case) for f in both])):
-            return f"{fault}\n  your gradient: {slopes[0]}"
+        if gradient and gradient_fault(exercise, fn, (case,), (0,), "the policy"):
+            slope = gradients(exercise, fn, case, (0,))
+            return f"{fault}\n  your gradient: {slope and slope[0]}"
     if dtype and result.dtype != expected.dtype:
         return (
             f"the values are right, but the dtype is {result.dtype}; return {expected.dtype}, that "
@@ -349,7 +306,6 @@ LOOKUPS = (  # of logits and tokens that are aligned
         (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
         (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
         (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
-        (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
     ),
 )
 _TOKEN_MISTAKES = (
@@ -401,7 +357,7 @@ TOKEN_LOGPROBS = Exercise(
     shape_hint="It is one number for each token of the response, response_length columns: none for "
     "the prompt, none lost to the shift, and no mean or sum over them.",
     further=lambda fn: (
-        _gradient_fault(TOKEN_LOGPROBS, "logits", fn)
+        gradient_fault(TOKEN_LOGPROBS, fn, _TOKEN_CASES, (0,), "the policy")
         or further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
     ),
 )
@@ -671,8 +627,6 @@ _GAE_MISTAKES = (
         (_other_decay(of), SAY.weights.format(how))
         for how, of in (
             ("λ to the power l", lambda gamma, lam: lam),
-            ("γ to the power l", lambda gamma, lam: gamma),
-            ("0, so that it is left out", lambda gamma, lam: 0),
             ("1", lambda gamma, lam: 1),
         )
     ),
@@ -790,12 +744,6 @@ def _of_log(of: Callable, new, old, a, mask, clip) -> Tensor:
     return -token_mean(of(new, (new - old).exp(), a, clip), mask)
 
 
-def _one_ratio(count: Callable, new, old, a, mask, clip) -> Tensor:
-    """The loss with one ratio for each response; `count` of the mask divides its logarithm."""
-    ratio = (((new - old) * mask).sum(1, True) / count(mask)).exp()
-    return -token_mean(_clipped_objective(ratio, a, clip), mask)
-
-
 def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tensor:
     """The log-ratio or the ratio masked, and nothing else, with a mean over the row or the mask."""
     ratio = ((new - old) * mask).exp() if log else (new - old).exp() * mask
@@ -804,7 +752,6 @@ def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tenso
 
 
 OTHER_MEANS = (  # of what stands at each token, and the mask
-    (lambda x, mask: x.mean(), SAY.padding_counts),
     (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
     (lambda x, mask: ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean(), SAY.grid),
     (lambda x, mask: x.gather(1, mask).mean(), SAY.integer_mask),
@@ -886,23 +833,13 @@ POLICY_FURTHER = (
 )
 
 _POLICY_MISTAKES = (
-    (lambda *case: -_policy_loss(*case), SAY.unsigned),
-    (
-        lambda new, old, a, mask, clip: token_mean(
-            torch.maximum((r := (new - old).exp()) * a, r.clamp(1 - clip, 1 + clip) * a), mask
-        ),
-        SAY.maximum_of_losses,
-    ),
     *family(
         SAY.ratio,
         _other_ratio,
         ("log π - log π_old", lambda new, old: new - old),
         ("1 + log π - log π_old", lambda new, old: 1 + new - old),
-        ("π_old/π", lambda new, old: (old - new).exp()),
         ("log π/log π_old", lambda new, old: new / old),
         ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
-        ("1", lambda new, old: torch.ones_like(new)),
-        ("π", lambda new, old: new.exp()),
         ("π - π_old", lambda new, old: new.exp() - old.exp()),
     ),
     (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
@@ -925,19 +862,12 @@ _POLICY_MISTAKES = (
         ),
         SAY.minimum_after_mean,
     ),
-    *each(
-        SAY.loss_whitened,
-        lambda how, new, old, a, mask, clip: _policy_loss(
-            new, old, _white(a, mask, *how), mask, clip
-        ),
-        *product((0, 1), (False, True)),
-    ),
-    *each(SAY.one_ratio, _one_ratio, lambda mask: 1, lambda mask: mask.sum(1, True)),
     *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
     *((partial(_other_mean, of), message) for of, message in OTHER_MEANS),
     *table(
         _other_objective,
         (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
+        (lambda p, a, e: -torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum_of_losses),
         (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
         (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
         (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
@@ -958,7 +888,7 @@ POLICY_LOSS = Exercise(
     tested="small and large ratios, both signs, padding, clip, gradients",
     shape_hint="Training differentiates one number, the mean over all real tokens.",
     further=lambda fn: (
-        _gradient_fault(POLICY_LOSS, "logprobs", fn)
+        gradient_fault(POLICY_LOSS, fn, _LOSS_CASES, (0,), "the policy")
         or further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
     ),
 )

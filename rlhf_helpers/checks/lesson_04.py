@@ -38,7 +38,6 @@ amount: the score is {}. It is paid once and in full; β is the price of a nat o
     which every token pays, the last one too.
 scaled_score (amount): multiplied by β
 score_only_scaled (amount): multiplied by β, and the penalty is not
-by_length (amount): divided by the number of tokens
 shared_out (amount): divided among the tokens
 replaced (amount): put in place of the penalty at the last token, not added to it
 order: {}. A backward pass adds to what is there, left over or not. For each role clear its
@@ -78,15 +77,12 @@ probabilities (term): as a difference of probabilities, not of logarithms
 weighted (term): weighed with a probability, which the sampling has done already
 no_reference (term): without the reference
 quotient (term): as a quotient of logarithms, not as their difference
-mean (share): the mean of its response
 mean_of_batch (share): a mean over other responses or padding as well
-sum (share): the sum over its response
 everywhere (place): at every token
 last_column (place): in the last column, be it padding or not
 late (place): one column too late, behind the last real token
 early (place): one token too early
 first (place): at the first token
-and_padding (place): at the last token and at all padding behind it
 every_row (place): for every row at the last token of each
 summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
     switched requires_grad off for the role used first; autograd looks at that flag when it goes
@@ -131,10 +127,6 @@ wrong_sign: the penalty is paid out. A token that the policy likes better than t
 place: the score stands {}. It is paid once for a response, at its own last real token, where the
     mask is 1 for the last time: of n tokens that one has the index n - 1.
 share: every token pays {}. A token that left the reference has to pay for itself, and for no other.
-padding: padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so
-    that their reward is 0.
-no_mask: the mask is not used: padding is charged, and the score stands in the last column, whether
-    that is a token or not. The mask says where each response ends.
 at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
     what it cost; each pays its own part, where it arises.
 half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
@@ -699,8 +691,6 @@ _REWARD_MISTAKES = (
         for stays in (True, False)
     ),
     (partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)), SAY.early),
-    (partial(_unmasked, last_token, 1), SAY.padding),
-    (partial(_unmasked, lambda mask: _column(-1, mask), 1), SAY.no_mask),
     (partial(_unmasked, torch.ones_like, 1), SAY.everywhere),
     (partial(_unmasked, last_token, -1), SAY.wrong_sign),
     (partial(_unmasked, lambda mask: _column(-1, mask), -1), SAY.wrong_sign),
@@ -708,12 +698,7 @@ _REWARD_MISTAKES = (
         (partial(_other_penalty, lambda *x, of=of: x[3] * of(*x[:3]) * x[2]), message)
         for of, message in (
             *((lambda new, ref, m, f=f: f(new, ref), message) for f, message in OTHER_LOG_RATIOS),
-            (lambda new, ref, m: mean_of_row(new - ref, m), SAY.mean),
-            (lambda new, ref, m: (new - ref).mean(1, keepdim=True), SAY.mean_of_batch),
-            (lambda new, ref, m: (new - ref).mean(), SAY.mean_of_batch),
             (lambda new, ref, m: ((new - ref) * m).mean(), SAY.mean_of_batch),
-            (lambda new, ref, m: ((new - ref) * m).sum() / m.sum(), SAY.mean_of_batch),
-            (lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True), SAY.sum),
             (
                 lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True) * last_token(m),
                 SAY.at_the_end,
@@ -735,11 +720,6 @@ _REWARD_MISTAKES = (
     (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), SAY.shared_out),
     (partial(_other_place, lambda mask: _column(mask.sum(1) - 1, mask)), SAY.every_row),
     (lambda s, new, ref, m, b: s @ last_token(m).float() - b * (new - ref) * m, SAY.every_row),
-    (
-        partial(_other_place, lambda mask: mask.cumsum(1) == mask.sum(1, keepdim=True)),
-        SAY.and_padding,
-    ),
-    (lambda s, new, ref, m, b: _shape_rewards(s / m.sum(1), new, ref, m, b), SAY.by_length),
 )
 SHAPE_REWARDS = Exercise(
     "shape_rewards",
