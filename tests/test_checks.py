@@ -1153,7 +1153,10 @@ TOKEN_MISTAKES = [
         "it is counted from the end, as a negative number",
         lambda mask: -1 - mask.flip(-1).argmax(-1),
     ),
-    ("all is right up to one thing: the result comes out with 1 added", lambda mask: mask.argmax(-1) + mask.sum(-1)),
+    (
+        "all is right up to one thing: the result comes out with 1 added",
+        lambda mask: mask.argmax(-1) + mask.sum(-1),
+    ),
     ("all is right up to one thing: the result comes out with -1 added", last_but_one),
     ("it is counted through the whole batch", through_the_batch),
     (FLOAT_COLUMN, lambda mask: torch.stack([row.nonzero().max() for row in mask]).double()),

@@ -161,7 +161,7 @@ SAMPLED_MISTAKES = [
     ),
     (AS_PROBABILITIES, both(lambda z, t: Categorical(z, validate_args=False).log_prob(t))),
     (
-        "it is a softmax on top of another",
+        "all is right up to one thing: curr_logits and ref_logits are used through a softmax",
         both(from_table(lambda z: z.softmax(-1).log_softmax(-1))),
     ),
     (NOT_FINITE, both(from_table(lambda z: z.softmax(-1).log()))),
@@ -345,9 +345,14 @@ def reduced(of):
 
 
 right_estimate = averaged()
-PADDING = "it is a mean in which padding counts"
+PADDING = "all is right up to one thing: response_mask is used as if it were 1 everywhere"
 SUMMED = "it is the sum over all tokens"
 PER_RESPONSE = "it is the mean over the responses of the sum over their tokens"
+DIFFERENCE = (
+    "all is right up to one thing: the difference of log_probs_curr and log_probs_ref is used "
+)
+RESULT = "all is right up to one thing: the result comes out "
+REFERENCE_0 = "all is right up to one thing: log_probs_ref is used as 0"
 ABSOLUTE = "the log-ratio is taken without its sign"
 CUT = "the log-ratio is taken cut off at 0 where it is negative"
 SQUARED = "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05"
@@ -362,7 +367,7 @@ ESTIMATE_MISTAKES = [
         lambda curr, ref, mask: ((curr - ref) * mask).sum() / (mask.sum() - 1).clamp(min=1),
     ),
     (
-        "a real token on which both policies agree",
+        "all is right up to one thing: a token whose difference of log_probs_curr and log_probs_ref is 0",
         lambda c, r, m: ((c - r) * m)[((c - r) * m) != 0].mean(),
     ),
     ("one of the two log-probabilities is masked", lambda c, r, m: (c - r * m).sum() / m.sum()),
@@ -392,14 +397,14 @@ ESTIMATE_MISTAKES = [
         "it is the mean of the responses' means.",
         reduced(lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
     ),
-    (ABSOLUTE, averaged(lambda curr, ref: (curr - ref).abs())),
-    (ABSOLUTE, lambda *arguments: abs(right_estimate(*arguments))),
-    (CUT, averaged(lambda curr, ref: F.relu(curr - ref))),
-    (CUT, lambda *arguments: right_estimate(*arguments).clamp(min=0)),
-    (SQUARED, averaged(lambda curr, ref: (curr - ref) ** 2)),
-    (SQUARED, averaged(lambda curr, ref: 0.5 * (curr - ref) ** 2)),
+    (DIFFERENCE + "without its sign", averaged(lambda curr, ref: (curr - ref).abs())),
+    (RESULT + "without its sign", lambda *arguments: abs(right_estimate(*arguments))),
+    (DIFFERENCE + "cut off at 0", averaged(lambda curr, ref: F.relu(curr - ref))),
+    (RESULT + "cut off at 0", lambda *arguments: right_estimate(*arguments).clamp(min=0)),
+    (DIFFERENCE + "squared", averaged(lambda curr, ref: (curr - ref) ** 2)),
+    (DIFFERENCE + "squared and halved", averaged(lambda curr, ref: 0.5 * (curr - ref) ** 2)),
     (THIRD, averaged(lambda curr, ref: torch.expm1(ref - curr) + curr - ref)),
-    (RATIO, averaged(lambda curr, ref: curr.exp() / ref.exp())),
+    (DIFFERENCE + "exponentiated", averaged(lambda curr, ref: curr.exp() / ref.exp())),
     (OF_PROBABILITIES, averaged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, averaged(lambda curr, ref: curr.exp() * (curr - ref))),
     (
@@ -412,7 +417,7 @@ ESTIMATE_MISTAKES = [
             (curr.exp() * (curr - ref) * mask).sum() / (curr.exp() * mask).sum()
         ),
     ),
-    (NO_REFERENCE, averaged(lambda curr, ref: curr)),
+    (REFERENCE_0, averaged(lambda curr, ref: curr)),
     (NO_REFERENCE, averaged(lambda curr, ref: -curr)),
     ("the log-ratio is taken as a quotient of logarithms", averaged(lambda curr, ref: curr / ref)),
 ]
@@ -483,8 +488,8 @@ FINAL_MISTAKES = [
     (PAID_OUT, charged(lambda curr, ref: ref - curr)),
     (PAID_OUT, charged(price=lambda reward, kl_div, beta: reward + beta * kl_div)),
     (PAID_OUT, in_one(lambda x, mask: -x.sum(1))),
-    ("a response pays for its padding too", charged(padding=True)),
-    ("a response pays for its padding too", in_one(lambda x, mask: x.sum(-1))),
+    (PADDING, charged(padding=True)),
+    (PADDING, in_one(lambda x, mask: x.sum(-1))),
     (MEAN, charged(total=torch.mean)),
     (MEAN, charged(padding=True, total=torch.mean)),
     (MEAN, in_one(lambda x, mask: (x * mask).mean(1))),
@@ -523,14 +528,14 @@ FINAL_MISTAKES = [
     ),
     (OF_PROBABILITIES, charged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, charged(lambda curr, ref: curr.exp() * (curr - ref))),
-    (RATIO, charged(lambda curr, ref: curr.exp() / ref.exp())),
+    (DIFFERENCE + "exponentiated", charged(lambda curr, ref: curr.exp() / ref.exp())),
     (RATIO, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.exp())),
-    (ABSOLUTE, charged(lambda curr, ref: (curr - ref).abs())),
+    (DIFFERENCE + "without its sign", charged(lambda curr, ref: (curr - ref).abs())),
     (ABSOLUTE, charged(price=lambda reward, kl_div, beta: reward - beta * abs(kl_div))),
-    (CUT, charged(lambda curr, ref: (curr - ref).clamp(min=0))),
+    (DIFFERENCE + "cut off at 0", charged(lambda curr, ref: (curr - ref).clamp(min=0))),
     (CUT, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.relu())),
-    (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2)),
-    (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2 / 2)),
+    (DIFFERENCE + "squared", charged(lambda curr, ref: (curr - ref) ** 2)),
+    (DIFFERENCE + "squared and halved", charged(lambda curr, ref: (curr - ref) ** 2 / 2)),
     (SQUARED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div**2)),
     (THIRD, charged(lambda curr, ref: torch.expm1(ref - curr) - (ref - curr))),
     (
@@ -544,10 +549,10 @@ FINAL_MISTAKES = [
         ).sum(1),
     ),
     (
-        "a response pays for the log-ratio of its last token",
+        "all is right up to one thing: log_probs_curr and log_probs_ref are used as 0 but at the last",
         charged(lambda curr, ref: (curr - ref)[-1:]),
     ),
-    (NO_REFERENCE, charged(lambda curr, ref: curr)),
+    (REFERENCE_0, charged(lambda curr, ref: curr)),
 ]
 
 

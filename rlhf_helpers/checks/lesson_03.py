@@ -197,10 +197,11 @@ def _window(x: Tensor, length: int, back: int) -> Tensor:
     return x[:, end - length : end]
 
 
-def _misaligned(
-    normalise: Callable, logits_back: int, ids_back: int, logits: Tensor, ids: Tensor, length: int
-) -> Tensor:
-    return pick(normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back))
+def _misaligned(normalise: Callable, begin: Callable, logits: Tensor, ids: Tensor, length: int):
+    """Windows of logits and tokens that begin at other columns."""
+    size, columns = ids.shape[1], torch.arange(length)
+    at, of = begin(size, length)
+    return pick(normalise(logits[:, (at + columns) % size], -1), ids[:, of + columns])
 
 
 def _aligned(of: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
@@ -308,43 +309,26 @@ LOOKUPS = (  # of logits and tokens that are aligned
         (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
     ),
 )
+_WINDOWS = (  # where the windows of logits and tokens begin, by all columns and the response's
+    (lambda size, n: (size - n, size - n), SAY.unshifted),
+    (lambda size, n: (size - n - 1, size - n - 1), SAY.unshifted),
+    (lambda size, n: (size - n, size - n - 1), SAY.other_way),
+    (lambda size, n: (size - n + 1, size - n), SAY.other_way),
+    (lambda size, n: (size - n - 2, size - n), SAY.shifted_twice),
+    (lambda size, n: (size - n - 2, size - n - 1), SAY.too_early),
+    (lambda size, n: (0, 0), SAY.from_the_start),
+    (lambda size, n: (0, 1), SAY.from_the_start),
+    (lambda size, n: (0, size - n), SAY.from_the_start),
+)
 _TOKEN_MISTAKES = (
     *(
-        (partial(_misaligned, normalise, *back), message)
+        (partial(_misaligned, normalise, begin), message)
         for normalise in (torch.log_softmax, *NAIVE)
-        for back, message in (
-            ((0, 0), SAY.unshifted),
-            ((1, 1), SAY.unshifted),
-            ((0, 1), SAY.other_way),
-            ((2, 0), SAY.shifted_twice),
-            ((2, 1), SAY.too_early),
-        )
+        for begin, message in _WINDOWS
     ),
     *(
-        (wrong, message)
-        for normalise in (torch.log_softmax, *NAIVE)
-        for wrong, message in (
-            (
-                lambda z, ids, length, f=normalise: _misaligned(
-                    f, 0, 0, z.roll(-1, 1), ids, length
-                ),
-                SAY.other_way,
-            ),
-            *each(
-                SAY.from_the_start,
-                lambda t, z, ids, length, f=normalise: pick(
-                    f(z[:, :length], -1), ids[:, t : length + t]
-                ),
-                0,
-                1,
-            ),
-            (
-                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, -length:]),
-                SAY.from_the_start,
-            ),
-            (partial(_normalised_before, normalise, 0), SAY.wrong_dimension),
-            (partial(_normalised_before, normalise, 1), SAY.wrong_dimension),
-        )
+        (partial(_normalised_before, normalise, dim), SAY.wrong_dimension)
+        for normalise, dim in product((torch.log_softmax, *NAIVE), (0, 1))
     ),
     *((partial(_aligned, of), message) for of, message in LOOKUPS),
 )
@@ -406,21 +390,27 @@ def _td_error(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
     return r + gamma * _next(v) - v
 
 
-def _of_deltas(
-    delta: Callable, decay: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam
-) -> Tensor:
-    """gae with another TD error, or another decay; the mask is respected."""
+def _other_delta(of: Callable, rewards, values, mask, gamma, lam) -> Tensor:
+    """gae with another TD error; the mask is respected."""
     v = values * mask
-    deltas = delta(rewards * mask, v, gamma, lam) * mask
-    return _with_values(_sum_up(deltas, decay(gamma, lam)), v) * mask
+    deltas = of(rewards * mask, v, gamma, lam) * mask
+    return _with_values(_sum_up(deltas, gamma * lam), v) * mask
 
 
-def _other_delta(delta: Callable) -> Callable:
-    return partial(_of_deltas, delta, lambda gamma, lam: gamma * lam)
+def _other_sum(of: Callable, rewards, values, mask, gamma, lam) -> Tensor:
+    """gae with another sum of TD errors, of these, γ and λ."""
+    v = values * mask
+    return _with_values(of(_td_error(rewards * mask, v, gamma, lam), gamma, lam), v) * mask
 
 
-def _other_decay(decay: Callable) -> Callable:
-    return partial(_of_deltas, _td_error, decay)
+def _from_the_start(deltas: Tensor, gamma: float, lam: float) -> Tensor:
+    weighted = deltas * (gamma * lam) ** torch.arange(deltas.shape[1])
+    return weighted.flip(1).cumsum(1).flip(1)
+
+
+def _divided(deltas: Tensor, gamma: float, lam: float) -> Tensor:
+    """A sum of TD errors times powers, divided by a power: 0/0 where γλ is 0."""
+    return _from_the_start(deltas, gamma, lam) / (gamma * lam) ** torch.arange(deltas.shape[1])
 
 
 def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam):
@@ -430,15 +420,7 @@ def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, 
     return torch.stack([advantages, returns * mask])
 
 
-def _carelessly_masked(
-    end: Callable,
-    which: tuple[bool, bool, bool, bool, bool],
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-) -> Tensor:
+def _carelessly_masked(end: Callable, which: tuple, rewards, values, mask, gamma, lam) -> Tensor:
     """gae where only what is marked in `which` is masked; `end(values)` follows the last column.
 
     Rewards, values, TD errors, both results, the values that are added to the advantages.
@@ -476,11 +458,6 @@ def _cut(masks: Callable, masked: tuple[bool, bool], rewards, values, mask, gamm
     return _with_values(advantages, values) * results
 
 
-def _forward(rewards, values, mask, gamma, lam) -> Tensor:
-    deltas = _td_error(rewards * mask, values * mask, gamma, lam)
-    return _with_values(_sum_up(deltas.flip(1), gamma * lam).flip(1), values) * mask
-
-
 def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
     """The advantages, or both results, from the last token to the first."""
     advantages, v = losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
@@ -488,45 +465,11 @@ def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) 
     return result * mask if masked else result
 
 
-def _without_last_column(rewards, values, mask, gamma, lam) -> Tensor:
-    deltas = _td_error(rewards * mask, values * mask, gamma, lam)
-    deltas[:, -1] = 0
-    return _with_values(_sum_up(deltas, gamma * lam), values) * mask
-
-
 def _without_eos(keeps_return: bool, rewards, values, mask, gamma, lam) -> Tensor:
     """gae with the last real token taken for padding."""
     kept = _next(mask)
     deltas = _td_error(rewards * mask, values * mask, gamma, lam) * kept
     return _with_values(_sum_up(deltas, gamma * lam), values) * (mask if keeps_return else kept)
-
-
-def _one_power_more(rewards, values, mask, gamma, lam) -> Tensor:
-    return _with_values(
-        gamma * lam * losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
-    )
-
-
-def _one_step_further(rewards, values, mask, gamma, lam) -> Tensor:
-    v = values * mask
-    deltas = _td_error(rewards * mask, v, gamma, lam)
-    return _with_values(deltas + gamma * lam * _next(deltas), v) * mask
-
-
-def _from_the_start(rewards, values, mask, gamma, lam) -> Tensor:
-    v = values * mask
-    deltas = _td_error(rewards * mask, v, gamma, lam)
-    weighted = deltas * (gamma * lam) ** torch.arange(v.shape[1])
-    return _with_values(weighted.flip(1).cumsum(1).flip(1), v) * mask
-
-
-def _divided(filled: bool, rewards, values, mask, gamma, lam) -> Tensor:
-    """A sum of TD errors times powers, divided by a power: 0/0 where γλ is 0."""
-    v = values * mask
-    powers = (gamma * lam) ** torch.arange(v.shape[1])
-    weighted = _td_error(rewards * mask, v, gamma, lam) * powers
-    result = _with_values(weighted.flip(1).cumsum(1).flip(1) / powers, v)
-    return result.masked_fill(mask == 0, 0) if filled else result * mask
 
 
 def _white(x: Tensor, mask: Tensor, correction: int, everywhere: bool) -> Tensor:
@@ -593,46 +536,50 @@ _GAE_MISTAKES = (
         )
         for masked in product((True, False), repeat=2)
     ),
-    (_forward, SAY.time_runs_forward),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
     *(
         (partial(_left_reversed, both, masked), SAY.reversed)
         for both, masked in product((True, False), repeat=2)
     ),
-    (_without_last_column, SAY.last_column_never_computed),
     (partial(_without_eos, True), SAY.last_left_out),
     (partial(_without_eos, False), SAY.last_left_out),
-    (partial(_divided, True), SAY.zero_by_zero),
-    (partial(_divided, False), SAY.zero_by_zero),
-    *(
-        (_other_delta(of), SAY.td_error.format(how))
-        for how, of in (
-            ("r + γλV' - V", lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
-            ("r + λV' - V", lambda r, v, gamma, lam: r + lam * _next(v) - v),
-            ("r + V' - V", lambda r, v, gamma, lam: r + _next(v) - v),
-            ("V - r - γV'", lambda r, v, gamma, lam: v - r - gamma * _next(v)),
-            ("r + γV - V", lambda r, v, gamma, lam: r + gamma * v - v),
-            (
-                "r + γV' - V, with V' of the token before",
-                lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v,
-            ),
-            ("r + γV'", lambda r, v, gamma, lam: r + gamma * _next(v)),
-            ("r + γV' + V", lambda r, v, gamma, lam: r + gamma * _next(v) + v),
-            ("r - γV' - V", lambda r, v, gamma, lam: r - gamma * _next(v) - v),
-            ("r - V", lambda r, v, gamma, lam: r - v),
-            ("r", lambda r, v, gamma, lam: r),
-        )
+    *table(
+        _other_sum,
+        (lambda d, g, lam: _sum_up(d.flip(1), g * lam).flip(1), SAY.time_runs_forward),
+        (
+            lambda d, g, lam: _sum_up(d * (torch.arange(n := d.shape[1]) < n - 1), g * lam),
+            SAY.last_column_never_computed,
+        ),
+        (_divided, SAY.zero_by_zero),
     ),
-    *(
-        (_other_decay(of), SAY.weights.format(how))
-        for how, of in (
-            ("λ to the power l", lambda gamma, lam: lam),
-            ("1", lambda gamma, lam: 1),
-        )
+    (lambda *x: _other_sum(_divided, *x).masked_fill(x[2] == 0, 0), SAY.zero_by_zero),
+    *family(
+        SAY.weights,
+        _other_sum,
+        ("λ to the power l", lambda d, g, lam: _sum_up(d, lam)),
+        ("1", lambda d, g, lam: _sum_up(d, 1)),
+        ("γλ if l is 1, and 0 beyond", lambda d, g, lam: d + g * lam * _next(d)),
+        ("γλ to the power l + 1", lambda d, g, lam: g * lam * _sum_up(d, g * lam)),
+        ("γλ to the power of its place in the row", _from_the_start),
     ),
-    (_one_step_further, SAY.weights.format("γλ if l is 1, and 0 beyond")),
-    (_one_power_more, SAY.weights.format("γλ to the power l + 1")),
-    (_from_the_start, SAY.weights.format("γλ to the power of its place in the row")),
+    *family(
+        SAY.td_error,
+        _other_delta,
+        ("r + γλV' - V", lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
+        ("r + λV' - V", lambda r, v, gamma, lam: r + lam * _next(v) - v),
+        ("r + V' - V", lambda r, v, gamma, lam: r + _next(v) - v),
+        ("V - r - γV'", lambda r, v, gamma, lam: v - r - gamma * _next(v)),
+        ("r + γV - V", lambda r, v, gamma, lam: r + gamma * v - v),
+        (
+            "r + γV' - V, with V' of the token before",
+            lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v,
+        ),
+        ("r + γV'", lambda r, v, gamma, lam: r + gamma * _next(v)),
+        ("r + γV' + V", lambda r, v, gamma, lam: r + gamma * _next(v) + v),
+        ("r - γV' - V", lambda r, v, gamma, lam: r - gamma * _next(v) - v),
+        ("r - V", lambda r, v, gamma, lam: r - v),
+        ("r", lambda r, v, gamma, lam: r),
+    ),
     (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0), SAY.pair_swapped),
     *(
         (partial(_whitened, where, correction, everywhere), message)

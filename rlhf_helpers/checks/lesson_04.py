@@ -84,14 +84,11 @@ late (place): one column too late, behind the last real token
 early (place): one token too early
 first (place): at the first token
 every_row (place): for every row at the last token of each
-summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
-    switched requires_grad off for the role used first; autograd looks at that flag when it goes
-    backward and drops its gradients without a word, and Roles raises an error. Each role needs a
-    backward pass of its own, before the next is used.
-forwards_first: both forward passes come before the first backward pass. By then PEFT has switched
-    requires_grad off for the role used first; autograd looks at that flag when it goes backward and
-    drops its gradients without a word, and Roles raises an error. Be done with one role's backward
-    pass before you use the next.
+dropped: {} before the first backward pass. By then PEFT has switched requires_grad off for the role
+    used first; autograd looks at that flag when it goes backward and drops its gradients without a
+    word, and Roles raises an error. Be done with one role's backward pass before you use the next.
+summed (dropped): the losses are added up, and one backward pass runs through both roles, both used
+forwards_first (dropped): both forward passes come
 not_used: the loss of {role} is computed as {active}. Whichever role was used last acts, whatever
     the loss is called; roles.use has to come before the loss, and it returns the model.
 carried: the second backward pass runs through the first role's graph again, which is freed already.
@@ -578,19 +575,11 @@ def last_token(mask: Tensor) -> Tensor:
     return mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 
-def _at(mask: Tensor, step: int, stays: bool) -> Tensor:
-    """1 `step` columns behind the last real token; at a row's end it stays or is dropped."""
-    places = mask.sum(1) - 1 + step
+def _at(mask: Tensor, step: int, at_end: Callable) -> Tensor:
+    """1 `step` columns behind the last real token; `at_end` of place and length says where else."""
     length = mask.shape[1]
-    kept = torch.ones_like(places) if stays else ((places >= 0) & (places < length)).long()
-    one = torch.zeros_like(mask)
-    one[torch.arange(len(mask)), places.clamp(0, length - 1)] = kept
-    return one
-
-
-def _no_room_before(mask: Tensor) -> Tensor:
-    """1 in the last column of responses of EOS alone: where the index -1 leads."""
-    return _column(-1, mask) * (mask.sum(1, keepdim=True) == 1)
+    places = at_end(mask.sum(1, keepdim=True) - 1 + step, length)
+    return (torch.arange(length) == places).long()
 
 
 def _column(number: int | Tensor, mask: Tensor) -> Tensor:
@@ -618,10 +607,6 @@ def _in_place_of_penalty(place: Callable, scores, new, ref, mask, beta) -> Tenso
     """The score instead of the penalty at its token."""
     one = place(mask)
     return torch.where(one.bool(), scores[:, None], -beta * (new - ref) * mask)
-
-
-def mean_of_row(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
 
 
 def case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
@@ -670,11 +655,9 @@ OF_LOG_RATIO = (
     (torch.exp, SAY.ratio),
 )
 OTHER_LOG_RATIOS = (
-    *((lambda new, ref, of=of: of(new - ref), message) for of, message in OF_LOG_RATIO),
     (lambda new, ref: (ref - new).exp() - 1 - (ref - new), SAY.third),
     (lambda new, ref: new.exp() - ref.exp(), SAY.probabilities),
     (lambda new, ref: new.exp() * (new - ref), SAY.weighted),
-    (lambda new, ref: new, SAY.no_reference),
     (lambda new, ref: -new, SAY.no_reference),
     (lambda new, ref: new / ref, SAY.quotient),
 )
@@ -685,12 +668,11 @@ _REWARD_MISTAKES = (
     (partial(_other_place, lambda mask: _column(-1, mask)), SAY.last_column),
     (partial(_other_place, lambda mask: _column(-1, mask) * mask), SAY.last_column),
     *(
-        (partial(other, lambda mask, step=step, stays=stays: _at(mask, step, stays)), message)
+        (partial(other, lambda mask, step=step, end=end: _at(mask, step, end)), message)
         for other in (_other_place, _in_place_of_penalty)
         for step, message in ((1, SAY.late), (-1, SAY.early))
-        for stays in (True, False)
+        for end in (lambda x, n: x.clamp(0, n - 1), lambda x, n: x, lambda x, n: x % n)
     ),
-    (partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)), SAY.early),
     (partial(_unmasked, torch.ones_like, 1), SAY.everywhere),
     (partial(_unmasked, last_token, -1), SAY.wrong_sign),
     (partial(_unmasked, lambda mask: _column(-1, mask), -1), SAY.wrong_sign),
@@ -847,13 +829,7 @@ _BYTES_CASES = (
     ([(64, 64)], 1, 100, 1, {"policy": True, "reference": False}),
     ([*_ATTENTION, *_MLP], 28, 233_518_592, 16, _FOUR),
     ([(4096, 4096), (11008, 4096)], 32, 1_000_000, 1, _FOUR),  # nearly all of it is the base
-    (
-        [(1024, 512), (2048, 512)],
-        4,
-        10_000,
-        256,
-        {"policy": True, "value": True, "reward": True, "reference": False},
-    ),
+    ([(1024, 512), (2048, 512)], 4, 10_000, 256, _FOUR | {"reward": True}),
     ([(512, 1024)], 2, 10_000, 128, {"policy": True, "reference": False, "reward": False}),
     ([(256, 256), (256, 1024)], 2, 50_000_000, 8, _FOUR),  # nearly all of it is embeddings
     ([(512, 512)] * 3, 2, 10_000, 256, dict.fromkeys((*_FOUR, "sft"), False) | {"policy": True}),

@@ -33,13 +33,10 @@ from rlhf_helpers.checks.lesson_04 import (
     OF_LOG_RATIO,
     OTHER_LOG_RATIOS,
     case_of_odds,
-    last_token,
-    mean_of_row,
 )
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
 
 SAY = texts("""
-padding_charged (kl_of): its padding too
 reward_scaled (price): β (R - KL)
 reward_only (price): β R - KL
 one_of_two (price): R less a difference of which β multiplies one half
@@ -48,7 +45,6 @@ reward_at_each (price): a sum in which R stands once for each token
 mean (kl_of): the mean over its tokens
 same_for_all (kl_of): a mean over the batch
 batch_sum (kl_of): the sum over the batch
-last_only (kl_of): the log-ratio of its last token
 shifted: the tokens are looked up one position off. These logits are aligned already: those at
     position t predict the token at t, so there is no shift left to make.
 logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
@@ -80,8 +76,6 @@ kl_of: a response pays for {}. The KL of a response is the sum of the log-ratio 
 price: the final reward is {}. It is R - β KL: R as it is, and β as the price of each nat.
 paid_out: the penalty is paid out. A response that the policy likes better than the reference does
     must lose by it: check the minus, and which of the two is subtracted from which.
-agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
-    it is one of the tokens that the mean is over: only the mask says what padding is.
 """)
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
@@ -428,8 +422,6 @@ _ESTIMATE_MISTAKES = (
         _other_mean,
         (lambda x, mask: -x.mean(), SAY.estimate_swapped),
         *OTHER_MEANS,
-        (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
-        *((lambda x, mask, f=f: f(token_mean(x, mask)), says) for f, says in OF_LOG_RATIO),
     ),
     *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
     (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
@@ -535,8 +527,7 @@ _FINAL_MISTAKES = (
         _other_kl,
         (lambda curr, ref, mask: _row_sum(ref - curr, mask), SAY.paid_out),
         (lambda curr, ref, mask: (ref - curr).sum(1), SAY.paid_out),
-        (lambda curr, ref, mask: (curr - ref).sum(1), SAY.padding_charged),
-        (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], SAY.mean),
+        (lambda curr, ref, mask: _row_sum(curr - ref, mask) / mask.sum(1), SAY.mean),
         (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), SAY.mean),
         (lambda curr, ref, mask: (curr - ref).mean(1), SAY.mean),
         (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), SAY.same_for_all),
@@ -546,7 +537,6 @@ _FINAL_MISTAKES = (
         (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
         *table(lambda of, curr, ref, mask: _row_sum(of(curr, ref), mask), *OTHER_LOG_RATIOS),
         *table(lambda of, curr, ref, mask: of(_row_sum(curr - ref, mask)), *OF_LOG_RATIO),
-        (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
         (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
         (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
         (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
