@@ -946,7 +946,7 @@ LOSS_MISTAKES = [
         token_by_token(smaller, lambda new, old: new - old),
     ),
     (
-        "all is right up to one thing: the difference of logprobs and old_logprobs is used with the opposite sign",
+        "all is right up to one thing: the difference of logprobs and old_logprobs is used with",
         token_by_token(smaller, lambda new, old: old.exp() / new.exp()),
     ),
     ("the ratio is taken as log π/log π_old", token_by_token(smaller, lambda new, old: new / old)),

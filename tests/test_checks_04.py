@@ -654,11 +654,11 @@ REWARD_MISTAKES = [
         tokenwise(lambda new, ref: new.exp() / ref.exp()),
     ),
     (
-        "all is right up to one thing: logprobs and ref_logprobs are used with its row's mean over real tokens",
+        "all is right up to one thing: logprobs and ref_logprobs are used with its row's mean over",
         charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None]),
     ),
     (
-        "all is right up to one thing: logprobs and ref_logprobs are used with its mean over real tokens",
+        "all is right up to one thing: logprobs and ref_logprobs are used with its mean over",
         charged(lambda x, mask: x.sum() / mask.sum()),
     ),
     ("every token pays a mean over", charged(lambda x, mask: x.mean())),
@@ -730,7 +730,7 @@ REWARD_MISTAKES = [
         tokenwise(lambda new, ref: max(new - ref, 0)),
     ),
     (
-        "all is right up to one thing: scores is used divided by the number of its row's real tokens",
+        "all is right up to one thing: scores is used divided by the number of its row's",
         lambda scores, new, ref, mask, beta: right_rewards(
             scores / mask.sum(1), new, ref, mask, beta
         ),

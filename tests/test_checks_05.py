@@ -367,7 +367,7 @@ ESTIMATE_MISTAKES = [
         lambda curr, ref, mask: ((curr - ref) * mask).sum() / (mask.sum() - 1).clamp(min=1),
     ),
     (
-        "all is right up to one thing: a token whose difference of log_probs_curr and log_probs_ref is 0",
+        "all is right up to one thing: a token whose difference of log_probs_curr",
         lambda c, r, m: ((c - r) * m)[((c - r) * m) != 0].mean(),
     ),
     ("one of the two log-probabilities is masked", lambda c, r, m: (c - r * m).sum() / m.sum()),
@@ -549,7 +549,7 @@ FINAL_MISTAKES = [
         ).sum(1),
     ),
     (
-        "all is right up to one thing: log_probs_curr and log_probs_ref are used as 0 but at the last",
+        "all is right up to one thing: log_probs_curr and log_probs_ref are used as 0 but at the",
         charged(lambda curr, ref: (curr - ref)[-1:]),
     ),
     (REFERENCE_0, charged(lambda curr, ref: curr)),

@@ -43,8 +43,8 @@ OVERWRITTEN = (
 )
 WRONG_GRADIENT = (
     "the values are right, but not the gradient: that with respect to {} differs, so that training "
-    "would not move {}, or not rightly. Look for anything that takes a tensor out of the graph: "
-    "detach, no_grad, data, item, or a new tensor made from numbers."
+    "would not move what it should, or not rightly{}. Look for anything that takes a tensor out of "
+    "the graph: detach, no_grad, data, item, or a new tensor made from numbers."
 )
 SQUEEZED = (
     "A squeeze without a dimension drops every dimension of size 1, and so also a batch of one row "
@@ -346,9 +346,9 @@ def gradients(
 
 
 def gradient_fault(
-    exercise: Exercise, fn: Callable, cases: Sequence[tuple], numbers: Sequence[int], moved: str
+    exercise: Exercise, fn: Callable, cases: Sequence[tuple], numbers: Sequence[int], also: str = ""
 ) -> str:
-    """Whether gradients are the reference's; `moved` is what training moves by them."""
+    """Whether gradients are the reference's; `also` says more about what they are for."""
     for case in cases:
         got, want = (gradients(exercise, f, case, numbers) for f in (fn, exercise.reference))
         if got is None:
@@ -356,7 +356,7 @@ def gradient_fault(
         names = [_argument_names(exercise)[i] for i in numbers]
         lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
         if lost:
-            return WRONG_GRADIENT.format(" and ".join(lost), moved)
+            return WRONG_GRADIENT.format(" and ".join(lost), also)
     return ""
 
 

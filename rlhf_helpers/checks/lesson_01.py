@@ -181,27 +181,18 @@ _MASK_CASES = (
 _MASK_MISTAKES = (
     (lambda ids, mask, p: torch.full_like(ids, IGNORE), SAY.everything_ignored),
     *each(SAY.integer_index, _whole_rows, slice(-2, None), slice(None, 2)),
-    (
-        lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(_last_real(mask), IGNORE),
-        SAY.no_eos,
-    ),
-    (lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(ids == 1, IGNORE), SAY.no_eos),
-    (
-        lambda ids, mask, p: _keep(mask_prompt(ids, mask, p), _columns(ids) < ids.shape[1] - 1),
-        SAY.no_eos,
-    ),
     (_until_eos, SAY.eos_looked_for),
-    (
-        lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, 0, ids),
-        SAY.ignored_hold_0,
+    *table(
+        lambda of, ids, mask, p: of(mask_prompt(ids, mask, p), ids, mask),
+        (lambda y, ids, m: y.masked_fill(_last_real(m), IGNORE), SAY.no_eos),
+        (lambda y, ids, m: y.masked_fill(ids == 1, IGNORE), SAY.no_eos),
+        (lambda y, ids, m: _keep(y, _columns(ids) < ids.shape[1] - 1), SAY.no_eos),
+        (lambda y, ids, m: y.masked_fill(y == IGNORE, 0), SAY.ignored_hold_0),
+        (lambda y, ids, m: y.masked_fill(y == IGNORE, -1), SAY.ignored_hold_minus_1),
+        (lambda y, ids, m: m * y, SAY.ignored_hold_0),
+        (lambda y, ids, m: y != IGNORE, SAY.mask_returned),
+        (lambda y, ids, m: y.roll(-1, 1), SAY.shifted),
     ),
-    (
-        lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, -1, ids),
-        SAY.ignored_hold_minus_1,
-    ),
-    (lambda ids, mask, p: mask * mask_prompt(ids, mask, p), SAY.ignored_hold_0),
-    (lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE, SAY.mask_returned),
-    (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), SAY.shifted),
     *((partial(_next_tokens, how), SAY.shifted) for how in product((0, 1), (False, True))),
     (lambda ids, mask, p: ids, SAY.nothing_ignored),
     *table(
@@ -280,10 +271,10 @@ def _misread(which: tuple[bool, ...], x, weight, lora_A, lora_B, alpha) -> Tenso
 
 def _lora_gradient_fault(fn: Callable) -> str:
     """Whether the gradients of A, B and x are those of the reference, also at B = 0."""
-    moved = "A and B, and by way of x the layers below"
-    if fault := gradient_fault(LORA_FORWARD, fn, _LORA_CASES[1:2], (2, 3, 0), moved):
+    also = "; by way of x, training reaches the layers below"
+    if fault := gradient_fault(LORA_FORWARD, fn, _LORA_CASES[1:2], (2, 3, 0), also):
         return fault
-    return gradient_fault(LORA_FORWARD, fn, _LORA_CASES[4:5], (2, 3, 0), moved) and SAY.dead_at_0
+    return gradient_fault(LORA_FORWARD, fn, _LORA_CASES[4:5], (2, 3, 0)) and SAY.dead_at_0
 
 
 def _small(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -356,15 +347,9 @@ _LORA_MISTAKES = (
     *each(
         SAY.whole_sum_scaled,
         lambda of, x, w, a, b, alpha: _scaled(x, alpha / len(a) * w, a, b, of(alpha / len(a))),
-        lambda scale: scale,
-        lambda scale: 1,
-        lambda scale: scale**2,
+        *(lambda scale: scale, lambda scale: 1, lambda scale: scale**2),
     ),
-    *(
-        (partial(_misread, which), SAY.reshaped)
-        for which in product((False, True), repeat=3)
-        if any(which)
-    ),
+    *each(SAY.reshaped, _misread, *[*product((False, True), repeat=3)][1:]),
     (lambda x, w, a, b, alpha: x @ w.T + alpha / a.shape[0] * x @ _reshaped(b @ a), SAY.reshaped),
 )
 LORA_FORWARD = Exercise(
@@ -606,9 +591,7 @@ NF4_BYTES = Exercise(
         *each(
             SAY.codes,
             lambda of, n, double: _bytes(of(n), _scales(n), _constants(n), double),
-            lambda n: n,
-            lambda n: 2 * n,
-            lambda n: 4 * n,
+            *(lambda n: n, lambda n: 2 * n, lambda n: 4 * n),
         ),
         (
             lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
@@ -622,10 +605,7 @@ NF4_BYTES = Exercise(
         *each(
             SAY.average,
             lambda of, n, double: of(n * (4.127 if double else 4.5) / 8),
-            math.ceil,
-            math.floor,
-            round,
-            float,
+            *(math.ceil, math.floor, round, float),
         ),
         *(
             (partial(_rounded, levels), SAY.rounding)
@@ -641,12 +621,7 @@ NF4_BYTES = Exercise(
         *each(
             SAY.padded,
             lambda k, n, double: _bytes(_padded(n, k), _scales(n), _constants(n), double),
-            NF4_BLOCK,
-            NF4_BLOCK * NF4_SUPERBLOCK,
-            16,
-            32,
-            128,
-            256,
+            *(NF4_BLOCK, NF4_BLOCK * NF4_SUPERBLOCK, 16, 32, 128, 256),
         ),
         *(
             (partial(_other_blocks, sizes), SAY.other_blocks)

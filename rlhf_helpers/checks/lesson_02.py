@@ -122,7 +122,7 @@ def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 def _pairwise_gradient_fault(fn: Callable) -> str:
     """Whether the gradients with respect to both rewards are those of the reference."""
     for case in reversed(_PAIRWISE_CASES):
-        if fault := gradient_fault(PAIRWISE_LOSS, fn, (case,), (0, 1), "these rewards"):
+        if fault := gradient_fault(PAIRWISE_LOSS, fn, (case,), (0, 1)):
             got = gradients(PAIRWISE_LOSS, fn, case, (0, 1)) or ()
             if any(gradient.isnan().any() for gradient in got):
                 return SAY.nan_gradient
@@ -277,8 +277,7 @@ _LAST_TOKEN_MISTAKES = (
     *each(
         SAY.few_bits,
         lambda t, mask: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1),
-        torch.float16,
-        torch.bfloat16,
+        *(torch.float16, torch.bfloat16),
     ),
     *each(SAY.few_bits, lambda t, mask: last_token_index(mask).to(t), torch.int8, torch.uint8),
     (
@@ -362,19 +361,12 @@ PAIR_ACCURACY = Exercise(
         (lambda c, r: _share(c > r), SAY.ties_count_wrong),
         (lambda c, r: _share(c >= r), SAY.ties_count_right),
         *((lambda c, r, of=of: of((c - r).sign() / 2 + 0.5).item(), NO_MEAN) for of in NO_MEANS),
-        *(
-            (wrong, SAY.nearly)
-            for wrong in (
-                lambda c, r: _share(c > r) + 0.5 * _share(torch.isclose(c, r)),
-                lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
-            )
-        ),
+        (lambda c, r: _share(c > r) + 0.5 * _share(c.isclose(r)), SAY.nearly),
+        (lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)), SAY.nearly),
         *each(
             SAY.saturated,
             lambda f, c, r: pair_accuracy(f(c), f(r)),
-            torch.sigmoid,
-            torch.exp,
-            torch.tanh,
+            *(torch.sigmoid, torch.exp, torch.tanh),
         ),
         (
             lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)),
@@ -387,11 +379,8 @@ PAIR_ACCURACY = Exercise(
         *each(SAY.dropped, _without_ties, math.nan, 0, 0.5, 1),
         *each(
             SAY.ties_above_only,
-            lambda k, c, r: (
-                (_share(c > r) + k * _share(c == r)) * len(c) / max(float((c != r).sum()), 1)
-            ),
-            0.5,
-            1,
+            lambda k, c, r: (_share(c > r) + k * _share(c == r)) / max(_share(c != r), 1 / len(c)),
+            *(0.5, 1),
         ),
         *((lambda c, r, k=k: _share(c > r) + k * c.equal(r), SAY.ties_together) for k in (0.5, 1)),
         (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),

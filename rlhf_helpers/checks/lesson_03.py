@@ -176,7 +176,7 @@ def further_fault(
         fault = f"{message}\n{show(exercise, case, result)}"
         if not same(result, expected):
             return fault
-        if gradient and gradient_fault(exercise, fn, (case,), (0,), "the policy"):
+        if gradient and gradient_fault(exercise, fn, (case,), (0,)):
             slope = gradients(exercise, fn, case, (0,))
             return f"{fault}\n  your gradient: {slope and slope[0]}"
     if dtype and result.dtype != expected.dtype:
@@ -209,10 +209,9 @@ def _aligned(of: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
     return of(_window(logits, length, 1), _window(ids, length, 0))
 
 
-def _normalised_before(
-    normalise: Callable, dim: int, logits: Tensor, ids: Tensor, length: int
-) -> Tensor:
-    """The right window and shift, of the whole logits normalised over `dim`."""
+def _normalised_before(how: tuple[Callable, int], logits: Tensor, ids: Tensor, length: int):
+    """The right window and shift, of the whole logits normalised over a dimension."""
+    normalise, dim = how
     return _aligned(pick, normalise(logits, dim), ids, length)
 
 
@@ -276,24 +275,15 @@ LOOKUPS = (  # of logits and tokens that are aligned
             (lambda z, tokens, f=f: f(z, -1).amax(-1), SAY.greedy),
             (lambda z, tokens, f=f: f(z, -1).sum(-1), SAY.whole_vocabulary),
             (lambda z, tokens, f=f: f(z, -1).mean(-1), SAY.whole_vocabulary),
-            *each(
-                SAY.no_tokens,
-                lambda k, z, tokens, f=f: k * (f(z, -1).exp() * f(z, -1)).sum(-1),
-                1,
-                -1,
-            ),
+            (lambda z, tokens, f=f: (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens),
+            (lambda z, tokens, f=f: -(f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens),
         )
     ),
     *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.not_finite) for f in NAIVE),
     *each(
         SAY.cut_off,
         lambda low, z, tokens: logprobs.token_logprobs(z, tokens).clamp(min=low),
-        *map(math.log, EPSILONS),
-        -10,
-        -20,
-        -30,
-        -50,
-        -100,
+        *(*map(math.log, EPSILONS), -10, -20, -30, -50, -100),
     ),
     *table(
         lambda of, z, tokens: pick(of(z), tokens),
@@ -326,10 +316,7 @@ _TOKEN_MISTAKES = (
         for normalise in (torch.log_softmax, *NAIVE)
         for begin, message in _WINDOWS
     ),
-    *(
-        (partial(_normalised_before, normalise, dim), SAY.wrong_dimension)
-        for normalise, dim in product((torch.log_softmax, *NAIVE), (0, 1))
-    ),
+    *each(SAY.wrong_dimension, _normalised_before, *product((torch.log_softmax, *NAIVE), (0, 1))),
     *((partial(_aligned, of), message) for of, message in LOOKUPS),
 )
 TOKEN_LOGPROBS = Exercise(
@@ -341,7 +328,7 @@ TOKEN_LOGPROBS = Exercise(
     shape_hint="It is one number for each token of the response, response_length columns: none for "
     "the prompt, none lost to the shift, and no mean or sum over them.",
     further=lambda fn: (
-        gradient_fault(TOKEN_LOGPROBS, fn, _TOKEN_CASES, (0,), "the policy")
+        gradient_fault(TOKEN_LOGPROBS, fn, _TOKEN_CASES, (0,))
         or further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
     ),
 )
@@ -537,12 +524,8 @@ _GAE_MISTAKES = (
         for masked in product((True, False), repeat=2)
     ),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
-    *(
-        (partial(_left_reversed, both, masked), SAY.reversed)
-        for both, masked in product((True, False), repeat=2)
-    ),
-    (partial(_without_eos, True), SAY.last_left_out),
-    (partial(_without_eos, False), SAY.last_left_out),
+    *((partial(_left_reversed, *how), SAY.reversed) for how in product((True, False), repeat=2)),
+    *each(SAY.last_left_out, _without_eos, True, False),
     *table(
         _other_sum,
         (lambda d, g, lam: _sum_up(d.flip(1), g * lam).flip(1), SAY.time_runs_forward),
@@ -835,7 +818,7 @@ POLICY_LOSS = Exercise(
     tested="small and large ratios, both signs, padding, clip, gradients",
     shape_hint="Training differentiates one number, the mean over all real tokens.",
     further=lambda fn: (
-        gradient_fault(POLICY_LOSS, fn, _LOSS_CASES, (0,), "the policy")
+        gradient_fault(POLICY_LOSS, fn, _LOSS_CASES, (0,))
         or further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
     ),
 )
