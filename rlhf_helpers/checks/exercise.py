@@ -323,6 +323,12 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
+def int64_fault(exercise: Exercise, fn: Callable, message: str) -> str:
+    """The message with the dtype in its gap, if results have another one than int64."""
+    dtype = call(exercise, fn, copy.deepcopy(exercise.cases[0])).dtype
+    return "" if dtype == torch.int64 else message.format(dtype)
+
+
 def gradients(
     exercise: Exercise, fn: Callable, arguments: tuple, numbers: Sequence[int]
 ) -> tuple[Tensor, ...] | None:

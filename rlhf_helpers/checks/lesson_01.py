@@ -18,6 +18,7 @@ from rlhf_helpers.checks.exercise import (
     each,
     family,
     gradient_fault,
+    int64_fault,
     table,
     texts,
 )
@@ -57,6 +58,8 @@ ignored_hold_0: ignored positions hold 0, which is a token like any other: the l
     PyTorch's cross-entropy leaves out one value only, its ignore_index.
 ignored_hold_minus_1: ignored positions hold -1. PyTorch's cross-entropy leaves out one value only,
     its ignore_index, which is -100; at any other negative label it raises an error.
+label_type: the values are right, but their type is {}. Labels are token ids: keep int64, the type
+    of input_ids. A float -100. or a mask of floats makes them float; where does another type enter?
 mask_returned: it returns a mask of zeros and ones. The right positions are marked, but labels are
     the tokens themselves there, and the ignored value elsewhere.
 reshaped: a matrix has the shape of its transpose, but not its entries. reshape and view keep the
@@ -115,17 +118,6 @@ def check_mask_prompt(fn: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         mask_prompt: correct. Tested: padding on both sides, EOS alone, no EOS, P = 1, int64.
     """
     check(MASK_PROMPT, fn)
-
-
-def _label_fault(fn: Callable) -> str:
-    dtype = call(MASK_PROMPT, fn, copy.deepcopy(_MASK_CASES[0])).dtype
-    if dtype == torch.int64:
-        return ""
-    return (
-        f"the values are right, but their type is {dtype}. Labels are token ids: keep int64, the "
-        "type of input_ids. A float -100. or a mask of floats makes them float; where does "
-        "another type enter?"
-    )
 
 
 def _keep(input_ids: Tensor, kept: Tensor) -> Tensor:
@@ -224,7 +216,7 @@ MASK_PROMPT = Exercise(
     tested="padding on both sides, EOS alone, no EOS, P = 1, int64",
     shape_hint="Every token needs an entry, also one that is ignored, and the shift by one is "
     "left to the loss: the labels have the shape of input_ids.",
-    further=_label_fault,
+    further=lambda fn: int64_fault(MASK_PROMPT, fn, SAY.label_type),
 )
 
 

@@ -1,6 +1,5 @@
 """The checks of lesson 02: the pairwise loss, the last real token, accuracy with ties."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,11 +14,11 @@ from rlhf_helpers.checks.exercise import (
     NO_MEAN,
     NO_MEANS,
     Exercise,
-    call,
     check,
     each,
     gradient_fault,
     gradients,
+    int64_fault,
     same,
     texts,
 )
@@ -90,6 +89,8 @@ slope_at_tie: the values are right, but not the slope at a tie, which is -½ for
     nearly equal when training begins. Take one smooth expression for all gaps.
 column: it is {}. Asked for is the last column whose mask is 1, counted from 0 in each row; padding
     may stand on either side, on both or nowhere.
+column_type: the values are right, but the result is {}; a column number is used as an index, in
+    gather as well, which takes int64 only.
 few_bits: it is right in short rows only: in 16 bits a number such as 2605 is rounded to another.
     Leave columns as the integers that they are.
 ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
@@ -241,16 +242,6 @@ def check_last_token_index(fn: Callable[[Tensor], Tensor]) -> None:
     check(LAST_TOKEN, fn)
 
 
-def _column_fault(fn: Callable) -> str:
-    dtype = call(LAST_TOKEN, fn, copy.deepcopy(LAST_TOKEN.cases[0])).dtype
-    if dtype == torch.int64:
-        return ""
-    return (
-        f"the values are right, but the result is {dtype}; a column number is used as an index, "
-        "in gather as well, which takes int64 only."
-    )
-
-
 def _first(mask: Tensor) -> Tensor:
     """The first real column of each row."""
     return mask.argmax(-1)
@@ -298,7 +289,7 @@ LAST_TOKEN = Exercise(
     mistakes=_LAST_TOKEN_MISTAKES,
     tested="padding on the left, on the right, on both sides, none; single tokens, long rows",
     shape_hint="It is one column number for each row of the batch, with no further dimension.",
-    further=_column_fault,
+    further=lambda fn: int64_fault(LAST_TOKEN, fn, SAY.column_type),
 )
 
 

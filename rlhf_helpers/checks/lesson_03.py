@@ -674,6 +674,12 @@ def _of_log(of: Callable, new, old, a, mask, clip) -> Tensor:
     return -token_mean(of(new, (new - old).exp(), a, clip), mask)
 
 
+def _minimum_after_mean(new, old, a, mask, clip) -> Tensor:
+    ratio = (new - old).exp()
+    terms = ratio * a, ratio.clamp(1 - clip, 1 + clip) * a
+    return -torch.minimum(*(token_mean(x, mask) for x in terms))
+
+
 def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tensor:
     """The log-ratio or the ratio masked, and nothing else, with a mean over the row or the mask."""
     ratio = ((new - old) * mask).exp() if log else (new - old).exp() * mask
@@ -690,13 +696,8 @@ OTHER_MEANS = (  # of what stands at each token, and the mask
     (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
     (lambda x, mask: x.sum(1).mean(), SAY.per_response),
     (lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean(), SAY.mean_of_means),
-    *(
-        (
-            lambda x, mask, of=of, k=k: of((x * mask).sum(0) / mask.sum(0).clamp(min=k)),
-            SAY.of_columns,
-        )
-        for of, k in ((torch.mean, 1), (torch.nanmean, 0))
-    ),
+    (lambda x, mask: ((x * mask).sum(0) / mask.sum(0).clamp(min=1)).mean(), SAY.of_columns),
+    (lambda x, mask: ((x * mask).sum(0) / mask.sum(0)).nanmean(), SAY.of_columns),
     *((lambda x, mask, of=of: of(x[mask.bool()]), NO_MEAN) for of in NO_MEANS),
     (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
 )
@@ -783,15 +784,7 @@ _POLICY_MISTAKES = (
         for of_sum, where in ((True, "the sum"), (False, "sum and number"))
     ),
     *((partial(_of_log, of), SAY.log_probability) for of in _LOG_OBJECTIVES),
-    (
-        lambda new, old, a, mask, clip: (
-            -torch.minimum(
-                token_mean((r := (new - old).exp()) * a, mask),
-                token_mean(r.clamp(1 - clip, 1 + clip) * a, mask),
-            )
-        ),
-        SAY.minimum_after_mean,
-    ),
+    (_minimum_after_mean, SAY.minimum_after_mean),
     *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
     *((partial(_other_mean, of), message) for of, message in OTHER_MEANS),
     *table(

@@ -193,17 +193,14 @@ _SAMPLED_MISTAKES = (
         (logprobs.token_logprobs, SAY.pair_swapped),
         *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
     ),
-    *(
-        (partial(_normalised_by, which), SAY.other_sum.format(*names))
-        for which, names in (
-            ((0, 0), ("the reference", "the policy")),
-            ((1, 1), ("the policy", "the reference")),
-            ((1, 0), ("each policy", "the other")),
-        )
+    *table(
+        _normalised_by,
+        ((0, 0), SAY.other_sum.format("the reference", "the policy")),
+        ((1, 1), SAY.other_sum.format("the policy", "the reference")),
+        ((1, 0), SAY.other_sum.format("each policy", "the other")),
     ),
-    (lambda curr, ref, tokens: _across(curr, ref, tokens), SAY.across),
-    (lambda curr, ref, tokens: _sampled_log_probs(curr, curr, tokens), SAY.one_policy),
-    (lambda curr, ref, tokens: _sampled_log_probs(ref, ref, tokens), SAY.one_policy),
+    (_across, SAY.across),
+    *each(SAY.one_policy, lambda k, *case: _sampled_log_probs(case[k], case[k], case[2]), 0, 1),
     *(
         (partial(_other_lookup, which, of), message)
         for of, message in _LOOKUPS
