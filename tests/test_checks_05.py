@@ -353,11 +353,11 @@ DIFFERENCE = (
 )
 RESULT = "all is right up to one thing: the result comes out "
 REFERENCE_0 = "all is right up to one thing: log_probs_ref is used as 0"
-ABSOLUTE = "the log-ratio is taken without its sign"
-CUT = "the log-ratio is taken cut off at 0 where it is negative"
-SQUARED = "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05"
+ABSOLUTE = "a response pays for its KL without its sign"
+CUT = "a response pays for its KL cut off at 0"
+SQUARED = "a response pays for its KL squared"
 THIRD = "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3"
-RATIO = "the log-ratio is taken as the ratio of the probabilities, without a logarithm"
+EXPONENTIATED = "a response pays for its KL exponentiated"
 OF_PROBABILITIES = "the log-ratio is taken as a difference of probabilities"
 WEIGHTED = "the log-ratio is taken weighed with a probability, which the sampling has done already"
 NO_REFERENCE = "the log-ratio is taken without the reference"
@@ -529,7 +529,7 @@ FINAL_MISTAKES = [
     (OF_PROBABILITIES, charged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, charged(lambda curr, ref: curr.exp() * (curr - ref))),
     (DIFFERENCE + "exponentiated", charged(lambda curr, ref: curr.exp() / ref.exp())),
-    (RATIO, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.exp())),
+    (EXPONENTIATED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.exp())),
     (DIFFERENCE + "without its sign", charged(lambda curr, ref: (curr - ref).abs())),
     (ABSOLUTE, charged(price=lambda reward, kl_div, beta: reward - beta * abs(kl_div))),
     (DIFFERENCE + "cut off at 0", charged(lambda curr, ref: (curr - ref).clamp(min=0))),

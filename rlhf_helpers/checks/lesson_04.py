@@ -68,11 +68,7 @@ other_in_blocks (roles): what lies outside of the blocks is counted for each of 
 equal_shapes_once (roles): layers of equal shape are counted once
 term: the log-ratio is taken {}. Plain and with both signs it is log π - log π_ref, whose mean over
     what the policy samples is the KL.
-absolute (term): without its sign
-clamped (term): cut off at 0 where it is negative
-squared (term): squared, halved or not, as in the estimate k2 of lesson 05
 third (term): as ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03
-ratio (term): as the ratio of the probabilities, without a logarithm
 probabilities (term): as a difference of probabilities, not of logarithms
 weighted (term): weighed with a probability, which the sampling has done already
 no_reference (term): without the reference
@@ -647,13 +643,6 @@ _REWARD_CASES = (
     ),
 )
 
-OF_LOG_RATIO = (
-    (torch.abs, SAY.absolute),
-    (lambda x: x.clamp(min=0), SAY.clamped),
-    (torch.square, SAY.squared),
-    (lambda x: x.square() / 2, SAY.squared),
-    (torch.exp, SAY.ratio),
-)
 OTHER_LOG_RATIOS = (
     (lambda new, ref: (ref - new).exp() - 1 - (ref - new), SAY.third),
     (lambda new, ref: new.exp() - ref.exp(), SAY.probabilities),

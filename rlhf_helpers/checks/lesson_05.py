@@ -30,7 +30,6 @@ from rlhf_helpers.checks.lesson_03 import (
 )
 from rlhf_helpers.checks.lesson_03 import SAY as SAY_03
 from rlhf_helpers.checks.lesson_04 import (
-    OF_LOG_RATIO,
     OTHER_LOG_RATIOS,
     case_of_odds,
 )
@@ -42,6 +41,10 @@ reward_only (price): β R - KL
 one_of_two (price): R less a difference of which β multiplies one half
 shared_out (price): (1 - β) R - β KL
 reward_at_each (price): a sum in which R stands once for each token
+absolute (kl_of): its KL without its sign
+clamped (kl_of): its KL cut off at 0 where it is negative
+squared (kl_of): its KL squared, halved or not
+exponentiated (kl_of): its KL exponentiated
 mean (kl_of): the mean over its tokens
 same_for_all (kl_of): a mean over the batch
 batch_sum (kl_of): the sum over the batch
@@ -533,7 +536,14 @@ _FINAL_MISTAKES = (
         (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
         (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
         *table(lambda of, curr, ref, mask: _row_sum(of(curr, ref), mask), *OTHER_LOG_RATIOS),
-        *table(lambda of, curr, ref, mask: of(_row_sum(curr - ref, mask)), *OF_LOG_RATIO),
+        *table(
+            lambda of, curr, ref, mask: of(_row_sum(curr - ref, mask)),
+            (torch.abs, SAY.absolute),
+            (lambda x: x.clamp(min=0), SAY.clamped),
+            (torch.square, SAY.squared),
+            (lambda x: x.square() / 2, SAY.squared),
+            (torch.exp, SAY.exponentiated),
+        ),
         (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
         (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
         (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
