@@ -25,28 +25,8 @@ ROWS_MIX = (
 )
 Change = tuple[str, Callable]
 _DIVISORS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.5, 2, 3, 4, 5, 10)
-_CONSTANTS = (
-    0,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.9,
-    0.95,
-    0.97,
-    0.99,
-    1,
-    2,
-    4,
-    6,
-    8,
-    16,
-    32,
-    64,
-)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.95, 0.97, 0.99)
+_CONSTANTS = (0, *_SHARES, 1, 2, 4, 6, 8, 16, 32, 64)
 _KNOWN = {
     -1: "the sign is turned round",
     1 / math.log(2): "the logarithm is to the base 2, not the natural one",
