@@ -113,7 +113,7 @@ def families():
     """Beginning and end of the messages that share a text, from the texts with a gap."""
     lessons = (lesson_01, lesson_02, lesson_03, lesson_04, lesson_05, lesson_06, lesson_08)
     texts = {text for lesson in lessons for text in vars(lesson.SAY).values()}
-    return {tuple(text.split("{}")) for text in texts if text.count("{}") == 1}
+    return {(parts[0], parts[-1]) for text in texts if len(parts := text.split("{}")) > 1}
 
 
 def family_of(message):

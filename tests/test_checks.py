@@ -27,6 +27,7 @@ from rlhf_helpers.checks import (
 from rlhf_helpers.checks.exercise import UNKNOWN, same
 
 RIGHT_AT_0 = "it is right where lora_A is 0 throughout"
+GRADIENT = "the values are right, but not the gradient: that with respect to "
 FEW_BITS = "it is right in short rows only"
 
 EXERCISES = (
@@ -254,6 +255,9 @@ def padding_is_0(input_ids, attention_mask, prompt_length):
 
 
 MASK_MISTAKES = {
+    lambda ids, mask, p: ids.masked_fill(
+        (mask == 0) | (torch.arange(ids.shape[1]) < ids.shape[1] - p), -100
+    ): "prompt_length is taken for the length of the response",
     until_the_number_of_real_tokens: "the end of a row is taken to be the number",
     padding_is_0: "ignored positions hold 0",
     lambda input_ids, mask, prompt_length: torch.full(
@@ -264,7 +268,7 @@ MASK_MISTAKES = {
     no_eos: "the last token of a response, its EOS, is ignored.",
     no_last_token: "the last token of a response, its EOS, is ignored.",
     no_last_column: "the last token of a response, its EOS, is ignored.",
-    padding_counts: "padding counts",
+    padding_counts: "all is right up to one thing: attention_mask is used as if it were 1",
     pad_is_zero: "it takes token 0 for padding.",
     only_padding: "only padding has labels.",
     inverted: "the prompt has the labels and the response is ignored",
@@ -473,7 +477,7 @@ def b_detached(x, weight, lora_A, lora_B, alpha):
 LORA_MISTAKES = {
     partial(scaled_by, lambda r, alpha: 3): "the update is scaled by",
     partial(scaled_by, lambda r, alpha: alpha / 2): "the update is scaled by",
-    partial(scaled_by, lambda r, alpha: 6 / r): "the update is scaled by",
+    partial(scaled_by, lambda r, alpha: 6 / r): "all is right up to one thing: alpha is used as 6",
     lambda x, weight, lora_A, lora_B, alpha: lora(
         x, weight, lora_A, lora_B, alpha // len(lora_A)
     ): ("the update is scaled by α//r"),
@@ -481,7 +485,7 @@ LORA_MISTAKES = {
     alpha_alone: "the update is scaled by α, not by α/r.",
     upside_down: "the update is scaled by r/α",
     by_root_of_rank: "the update is scaled by α/√r",
-    no_alpha: "the update is scaled by 1/r",
+    no_alpha: "all is right up to one thing: alpha is used as 1, whatever",
     times_rank: "the update is scaled by α·r",
     rank_is_in: "the update is scaled by α",
     rank_is_out: "the update is scaled by α",
@@ -493,13 +497,13 @@ LORA_MISTAKES = {
     weight_reshaped: "a matrix has the shape of its transpose, but not its entries.",
     all_reshaped: "a matrix has the shape of its transpose, but not its entries.",
     product_reshaped: "a matrix has the shape of its transpose, but not its entries.",
-    detached: "the values are right, but not the gradients: that of lora_A and that of lora_B",
-    without_grad: "the values are right, but not the gradients: that of lora_A and that of lora_B",
-    b_detached: "the values are right, but not the gradients: that of lora_B",
+    detached: GRADIENT + "lora_A and lora_B",
+    without_grad: GRADIENT + "lora_A and lora_B",
+    b_detached: GRADIENT + "lora_B differs",
     skipped_at_zero: "the values are right, but with B = 0 nothing reaches B",
-    x_detached: "the values are right, but not the gradients: that of x",
-    x_detached_before: "the values are right, but not the gradients: that of x",
-    frozen_without_grad: "the values are right, but not the gradients: that of x",
+    x_detached: GRADIENT + "x differs",
+    x_detached_before: GRADIENT + "x differs",
+    frozen_without_grad: GRADIENT + "x differs",
     rank_is_smaller_size: "the update is scaled by α",
     rank_of_a: "the update is scaled by α over the rank that A has as a matrix",
     scale_rounded: "the update is scaled by α/r rounded to a few digits",
@@ -570,6 +574,11 @@ def last_only(shapes, rank):
 
 SQUARE = "2r ·"
 PARAMETER_MISTAKES = [
+    ("the last layer is left out", lambda s, r: sum(r * (o + i) for o, i in s[:-1])),
+    ("the first layer is left out", lambda s, r: sum(r * (o + i) for o, i in s[1:])),
+    ("the smallest of r, in", lambda s, r: sum(min(r, o, i) * (o + i) for o, i in s)),
+    ("the product of both", lambda s, r: sum(r * i * o * r for o, i in s)),
+    ("it counts otherwise", lambda s, r: sum(r * (o + i) + 3 * r for o, i in s)),
     (
         "r²(in + out) stands for the entries of a layer's A and B",
         lambda shapes, rank: rank**2 * sum(o + i for o, i in shapes),
@@ -593,7 +602,7 @@ PARAMETER_MISTAKES = [
         lambda shapes, rank: sum(map(math.prod, shapes)),
     ),
     (
-        "in · out + r(in + out)",
+        "it counts otherwise than the exercise: entries for each entry of W: 1",
         lambda shapes, rank: sum(math.prod(s) + rank * sum(s) for s in shapes),
     ),
     ("only the first layer is counted.", first_only),
@@ -603,11 +612,11 @@ PARAMETER_MISTAKES = [
         lambda shapes, rank: sum(rank * sum(s) for s in dict.fromkeys(shapes)),
     ),
     (
-        "r(in + out) + r + out",
+        "it counts otherwise than the exercise: entries for each output: 1",
         lambda shapes, rank: sum(rank * (i + 1) + o * (rank + 1) for o, i in shapes),
     ),
     (
-        "r(in + out) + out stands for the entries of a layer's A and B",
+        "it counts otherwise than the exercise: entries for each output: 1",
         lambda shapes, rank: sum(rank * i + o * (rank + 1) for o, i in shapes),
     ),
     (
@@ -678,7 +687,27 @@ def up(a, b):
 
 
 ROUNDING = "the total is right only where everything divides evenly."
+
+
+def bytes_of(codes, scales, constants, double):
+    return codes + (scales + 4 * constants if double else 4 * scales)
+
+
 BYTE_MISTAKES = [
+    (
+        "one is always added",
+        lambda n, double: bytes_of(-(-n // 2), n // 64 + 1, -(-(n // 64 + 1) // 256), double),
+    ),
+    (
+        "a number of scales, constants",
+        lambda n, double: bytes_of(
+            -(-n // 2), max(1, round(n / 64)), max(1, round(max(1, round(n / 64)) / 256)), double
+        ),
+    ),
+    (
+        "the codes of whole blocks",
+        lambda n, double: lesson_01.nf4_bytes(n, double) + 32 * -(-n // 64) - -(-n // 2),
+    ),
     (
         "the blocks have other sizes than here, or theirs have changed places",
         lambda n, double: (
@@ -985,11 +1014,11 @@ LOSS_MISTAKES = [
     ("the values are right, but the gradient is NaN", two_branches),
     ("the values are right, but the gradient is NaN", masked_afterwards),
     (
-        "the values are right, but not the gradients: that of chosen and that of rejected",
+        GRADIENT + "chosen and rejected differs",
         loss_without_grad,
     ),
     (
-        "the values are right, but not the gradients: that of rejected",
+        GRADIENT + "rejected differs",
         lambda c, r: F.softplus(r.detach() - c).mean(),
     ),
 ]
@@ -1124,8 +1153,11 @@ TOKEN_MISTAKES = [
         "it is counted from the end, as a negative number",
         lambda mask: -1 - mask.flip(-1).argmax(-1),
     ),
-    ("it is one column too far", lambda mask: mask.argmax(-1) + mask.sum(-1)),
-    ("it is one column too early", last_but_one),
+    (
+        "all is right up to one thing: the result comes out with 1 added",
+        lambda mask: mask.argmax(-1) + mask.sum(-1),
+    ),
+    ("all is right up to one thing: the result comes out with -1 added", last_but_one),
     ("it is counted through the whole batch", through_the_batch),
     (FLOAT_COLUMN, lambda mask: torch.stack([row.nonzero().max() for row in mask]).double()),
     (FLOAT_COLUMN, lambda mask: (mask * torch.arange(float(mask.shape[1]))).max(1).values),
@@ -1168,9 +1200,21 @@ NEARLY = "it is a share with rewards that are nearly equal taken for ties"
 AGAINST_ZERO = "it is a comparison with 0, which means nothing for a reward"
 NO_SHARE = "it is a number of pairs"
 PERCENTAGE = "it counts otherwise than the exercise: a win: 100, not 1"
-SWAPPED_PAIRS = "the two rewards are swapped: this is the share"
+SWAPPED_PAIRS = "it counts otherwise than the exercise: a win: 0, not 1"
 DROPPED_TIES = "it is the share among the pairs without a tie"
 ACCURACY_MISTAKES = [
+    (
+        "it is points of all pairs",
+        lambda c, r: (((c > r).sum() + 0.5 * (c == r).sum()) / (c != r).sum().clamp(min=1)).item(),
+    ),
+    (
+        "it is a share in which ties count only if",
+        lambda c, r: (c > r).float().mean().item() + 0.5 * torch.equal(c, r),
+    ),
+    (
+        "all is right up to one thing: chosen and rejected are used without its fraction",
+        lambda c, r: ((c.int() > r.int()) + 0.5 * (c.int() == r.int())).mean().item(),
+    ),
     ("ties count as wrong.", lambda c, r: (c > r).float().mean()),
     ("ties count as right.", lambda c, r: (c - r >= 0).float().mean().item()),
     (
@@ -1265,7 +1309,7 @@ MISTAKES = [
     ("pairwise_loss", lambda c, r: F.softplus((r - c) / 10).mean(), "all is right up to one thing"),
     ("pair_accuracy", lambda c, r: (0.5 + (c - r).sign() / 2).median(), NO_MEAN),
     ("pair_accuracy", seeded_coin, "some ties count 1 and the others 0"),
-    ("lora_forward", default_alpha, "the update is scaled by 16/r"),
+    ("lora_forward", default_alpha, "all is right up to one thing: alpha is used as 16"),
     *(("mask_prompt", answer, message) for answer, message in MASK_MISTAKES.items()),
     *(("lora_forward", answer, message) for answer, message in LORA_MISTAKES.items()),
     *(("lora_parameters", answer, message) for message, answer in PARAMETER_MISTAKES),

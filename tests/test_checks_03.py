@@ -160,6 +160,34 @@ DIMENSION = "the softmax runs over the wrong dimension."
 FAR_APART = "it does not hold where two logits differ by 800"
 GREEDY = "it is the log-probability of the likeliest token"
 TOKEN_MISTAKES = [
+    (
+        "it is a softmax over the chosen logits",
+        lambda z, ids, n: z[:, -n - 1 : -1].gather(2, ids[:, -n:, None]).squeeze(2).log_softmax(-1),
+    ),
+    (
+        "the tokens are looked up in the logits used with rows and positions mixed",
+        lambda z, ids, n: (
+            z[:, -n - 1 : -1]
+            .log_softmax(2)
+            .transpose(0, 1)
+            .reshape(len(ids), n, -1)
+            .gather(2, ids[:, -n:, None])
+            .squeeze(2)
+        ),
+    ),
+    (
+        "it is right but where input_ids is 0; there it gives 0",
+        lambda z, ids, n: (
+            z[:, -n - 1 : -1].log_softmax(2).gather(2, ids[:, -n:, None]).squeeze(2)
+            * (ids[:, -n:] != 0)
+        ),
+    ),
+    (
+        "all is right up to one thing: logits is used with the row before in place of its own",
+        lambda z, ids, n: (
+            z.roll(1, 0)[:, -n:].log_softmax(2).gather(2, ids[:, -n:, None]).squeeze(2)
+        ),
+    ),
     (UNSHIFTED, looked_up(0)),
     (UNSHIFTED, unshifted_by_cross_entropy),
     (UNSHIFTED, looked_up(0, drop=1)),
@@ -212,7 +240,7 @@ TOKEN_MISTAKES = [
         by_loops(lambda z, token: torch.log(z[token])),
     ),
     (
-        "it is a softmax on top of another",
+        "all is right up to one thing: logits is used through a softmax",
         by_loops(lambda z, token: z.softmax(0).log_softmax(0)[token]),
     ),
     (OVERWRITTEN, overwritten),
@@ -589,15 +617,15 @@ GAE_MISTAKES = [
         loop(carry=lambda d, a, gamma, lam: d + lam * a),
     ),
     (
-        "a TD error l steps ahead is weighed with γ to the power l",
+        "all is right up to one thing: lam is used as 1, whatever it is",
         loop(carry=lambda d, a, gamma, lam: d + gamma * a),
     ),
     (
-        "a TD error l steps ahead is weighed with γ to the power l",
+        "all is right up to one thing: lam is used as 1, whatever it is",
         lambda r, v, m, gamma, lam: right_loop(r, v, m, gamma, 1),
     ),
     (
-        "a TD error l steps ahead is weighed with 0, so that it is left out",
+        "all is right up to one thing: lam is used as 0, whatever it is",
         loop(carry=lambda d, a, gamma, lam: d),
     ),
     ("a TD error l steps ahead is weighed with 1", loop(carry=lambda d, a, gamma, lam: d + a)),
@@ -866,7 +894,22 @@ def ratio_masked(of_ratio, of_mean):
 
 
 AFTER_RATIO = "the log-ratio or the ratio is masked, and padding counts"
+
+
+def dropped_beyond_the_clip(new, old, advantages, mask, clip):
+    ratio = (new - old).exp()
+    kept = (mask == 1) & ((ratio - 1).abs() <= clip)
+    return -(ratio * advantages)[kept].sum() / kept.sum().clamp(min=1)
+
+
+def of_log_probability(new, old, advantages, mask, clip):
+    ratio = (new - old).exp().detach()
+    return -(ratio * new * advantages * mask).sum() / mask.sum()
+
+
 LOSS_MISTAKES = [
+    ("a token is left out of sum and number", dropped_beyond_the_clip),
+    ("the gain of a token is taken as π's own log-probability", of_log_probability),
     (AFTER_RATIO, ratio_masked(lambda x, m: (x * m).exp(), lambda x, m: x.mean())),
     (AFTER_RATIO, ratio_masked(lambda x, m: (x * m).exp(), lambda x, m: x.sum() / m.sum())),
     (AFTER_RATIO, ratio_masked(lambda x, m: x.exp() * m, lambda x, m: x.sum() / m.sum())),
@@ -890,7 +933,10 @@ LOSS_MISTAKES = [
             -a * (new - old).exp(), -a * (new - old).exp().clamp(1 - clip, 1 + clip)
         )[mask == 1].mean(),
     ),
-    ("the minus sign is missing.", plus(right_loss)),
+    (
+        "all is right up to one thing: the result comes out times -1 everywhere: the sign",
+        plus(right_loss),
+    ),
     (
         "the gain of a token is taken as the larger of the two terms",
         plus(token_by_token(larger)),
@@ -900,16 +946,22 @@ LOSS_MISTAKES = [
         token_by_token(smaller, lambda new, old: new - old),
     ),
     (
-        "the ratio is taken as π_old/π",
+        "all is right up to one thing: the difference of logprobs and old_logprobs is used with",
         token_by_token(smaller, lambda new, old: old.exp() / new.exp()),
     ),
     ("the ratio is taken as log π/log π_old", token_by_token(smaller, lambda new, old: new / old)),
-    ("the ratio is taken as 1", token_by_token(smaller, lambda new, old: (new - new).exp())),
     (
-        "the ratio is taken as 1",
+        "all is right up to one thing: logprobs and old_logprobs are used as 0",
+        token_by_token(smaller, lambda new, old: (new - new).exp()),
+    ),
+    (
+        "all is right up to one thing: logprobs and old_logprobs are used as 0",
         token_by_token(smaller, lambda new, old: (new - new.detach()).exp()),
     ),
-    ("the ratio is taken as π", token_by_token(smaller, lambda new, old: new.exp())),
+    (
+        "all is right up to one thing: old_logprobs is used as 0",
+        token_by_token(smaller, lambda new, old: new.exp()),
+    ),
     *(
         (EXPONENTIALS, token_by_token(smaller, ratio))
         for ratio in (
@@ -929,11 +981,17 @@ LOSS_MISTAKES = [
     ("a real token whose advantage is 0", without_zero_advantages),
     *((FAR_PADDING, answer) for answer in (*MASKED_LATE, where_after_the_exp)),
     (DTYPE, in_float64(right_loss)),
-    ("the advantages are whitened inside the loss.", whitened_inside(False)),
-    ("the advantages are whitened inside the loss.", whitened_inside(True)),
-    ("there is one ratio for each response.", one_ratio_per_response(lambda mask: 1)),
     (
-        "there is one ratio for each response.",
+        "all is right up to one thing: advantages is used whitened over all real",
+        whitened_inside(False),
+    ),
+    ("all is right up to one thing: advantages is used whitened", whitened_inside(True)),
+    (
+        "all is right up to one thing: logprobs and old_logprobs are used with its row's sum over",
+        one_ratio_per_response(lambda mask: 1),
+    ),
+    (
+        "all is right up to one thing: logprobs and old_logprobs are used with its row's mean over",
         one_ratio_per_response(lambda mask: mask.sum(1, keepdim=True)),
     ),
     (
@@ -982,7 +1040,10 @@ LOSS_MISTAKES = [
         "the gain of a token is taken as a term whose minimum is taken after the mean",
         minimum_of_means,
     ),
-    ("it is a mean in which padding counts", reduced(lambda x, mask: x.mean())),
+    (
+        "all is right up to one thing: response_mask is used as if it were 1 everywhere",
+        reduced(lambda x, mask: x.mean()),
+    ),
     (
         "it is a mean whose denominator counts padding",
         reduced(lambda x, mask: (x * mask).sum() / x.numel()),

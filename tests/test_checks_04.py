@@ -598,7 +598,15 @@ def cumsum_alone(scores, logprobs, ref_logprobs, response_mask, beta):
     return last * scores[:, None] - beta * (logprobs - ref_logprobs) * response_mask
 
 
+DIFFERENCE = "all is right up to one thing: the difference of logprobs and ref_logprobs is used "
 REWARD_MISTAKES = [
+    (
+        "all is right up to one thing: logprobs and ref_logprobs are used divided by the number",
+        lambda scores, new, ref, mask, beta: (
+            scores[:, None] * lesson_04.last_token(mask)
+            - beta * (new - ref) * mask / mask.sum(1, keepdim=True)
+        ),
+    ),
     ("the penalty is paid out.", tokenwise(lambda new, ref: ref - new)),
     ("the penalty is paid out.", tokenwise(price=lambda beta: -beta)),
     ("the penalty is paid out.", swapped_and_unmasked),
@@ -621,8 +629,14 @@ REWARD_MISTAKES = [
     ("the score stands one token too early.", by_index_too_early),
     ("the score stands one token too early.", tokenwise(place=lambda n, L: [max(n - 2, 0)])),
     ("the score stands one token too early.", tokenwise(place=lambda n, L: [n - 2])),
-    ("padding is charged.", tokenwise(real=lambda n, length: length)),
-    ("the mask is not used", all_unmasked),
+    (
+        "it is right at every real token, but not at padding",
+        tokenwise(real=lambda n, length: length),
+    ),
+    (
+        "all is right up to one thing: response_mask is used as if it were 1 everywhere",
+        all_unmasked,
+    ),
     (
         "all is right up to one thing: beta is used as 1, whatever it is",
         tokenwise(price=lambda beta: 1),
@@ -636,11 +650,17 @@ REWARD_MISTAKES = [
         tokenwise(lambda new, ref: new.exp() * (new - ref)),
     ),
     (
-        "the log-ratio is taken as the ratio of the probabilities, without a logarithm",
+        DIFFERENCE + "exponentiated",
         tokenwise(lambda new, ref: new.exp() / ref.exp()),
     ),
-    ("every token pays the mean", charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None])),
-    ("every token pays a mean over", charged(lambda x, mask: x.sum() / mask.sum())),
+    (
+        "all is right up to one thing: logprobs and ref_logprobs are used with its row's mean over",
+        charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None]),
+    ),
+    (
+        "all is right up to one thing: logprobs and ref_logprobs are used with its mean over",
+        charged(lambda x, mask: x.sum() / mask.sum()),
+    ),
     ("every token pays a mean over", charged(lambda x, mask: x.mean())),
     *(
         (
@@ -659,7 +679,10 @@ REWARD_MISTAKES = [
         "the score stands nowhere where a response fills its row, as if it had no end",
         tokenwise(place=lambda n, length: [n - 1] if n < length else []),
     ),
-    ("every token pays the sum", charged(lambda x, mask: x.sum(1, keepdim=True))),
+    (
+        "all is right up to one thing: logprobs and ref_logprobs are used with its row's sum",
+        charged(lambda x, mask: x.sum(1, keepdim=True)),
+    ),
     (
         "the whole penalty is charged at the last token.",
         charged(lambda x, mask: x.sum(1, keepdim=True) * (mask.cumsum(1) == mask.sum(1)[:, None])),
@@ -670,13 +693,13 @@ REWARD_MISTAKES = [
         "the score is multiplied by β, and the penalty is not",
         tokenwise(price=lambda beta: 1, paid=lambda score, beta: beta * score),
     ),
-    ("the log-ratio is taken without its sign", tokenwise(lambda new, ref: abs(new - ref))),
+    (DIFFERENCE + "without its sign", tokenwise(lambda new, ref: abs(new - ref))),
     (
-        "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05",
+        DIFFERENCE + "squared",
         tokenwise(lambda new, ref: (new - ref) ** 2 / 2),
     ),
     (
-        "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05",
+        DIFFERENCE + "squared",
         tokenwise(lambda new, ref: (new - ref) ** 2),
     ),
     (
@@ -701,13 +724,13 @@ REWARD_MISTAKES = [
     ),
     ("the score stands for every row at the last token of each", every_row),
     ("the score stands for every row at the last token of each", every_row_all_scores),
-    ("the score stands at the last token and at all padding", cumsum_alone),
+    ("it is right at every real token, but not at padding", cumsum_alone),
     (
-        "the log-ratio is taken cut off at 0 where it is negative",
+        DIFFERENCE + "cut off at 0",
         tokenwise(lambda new, ref: max(new - ref, 0)),
     ),
     (
-        "the score is divided by the number of tokens.",
+        "all is right up to one thing: scores is used divided by the number of its row's",
         lambda scores, new, ref, mask, beta: right_rewards(
             scores / mask.sum(1), new, ref, mask, beta
         ),
@@ -799,6 +822,29 @@ def roles_miscounted(number):
 FROZEN_TRAINED = "it counts otherwise than the exercise: bytes of a frozen role's parameter:"
 HALF = "it counts otherwise than the exercise: bytes of a"
 BYTES_MISTAKES = [
+    (
+        "it is counted as if its name",
+        lambda shapes, layers, other, rank, trains: lesson_04.predict_bytes(
+            shapes, layers, other, rank, {name: name in ("policy", "value") for name in trains}
+        ),
+    ),
+    (
+        "it is counted as if its place",
+        lambda shapes, layers, other, rank, trains: lesson_04.predict_bytes(
+            shapes, layers, other, rank, {name: i < 2 for i, name in enumerate(trains)}
+        ),
+    ),
+    (
+        "it is counted as if every role, or every",
+        lambda shapes, layers, other, rank, trains: (
+            lesson_04.predict_bytes(shapes, layers, other, rank, trains)
+            + (len(trains) - 1) * layers * sum(o * i for o, i in shapes) / 2
+        ),
+    ),
+    (
+        "the last layer is left out",
+        lambda shapes, *rest: lesson_04.predict_bytes(shapes[:-1], *rest),
+    ),
     ("r · in + out", counted(adapter=lambda o, i, rank: rank * i + o)),
     ("r · out + in", counted(adapter=lambda o, i, rank: rank * o + i)),
     (

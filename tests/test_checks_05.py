@@ -84,6 +84,32 @@ NOT_FINITE = "it is not finite where two logits differ by 150."
 AS_PROBABILITIES = "logits are handed over as probabilities"
 CUT_OFF = "it is right for moderate logits, but cut off"
 SAMPLED_MISTAKES = [
+    (
+        "the logits of the reference less the log-sum-exp of the policy",
+        lambda curr, ref, tokens: tuple(
+            from_table(lambda z: z - curr.logsumexp(-1, keepdim=True))(z, tokens)
+            for z in (curr, ref)
+        ),
+    ),
+    (
+        "the softmax runs over the two policies",
+        lambda curr, ref, tokens: tuple(
+            from_table(lambda z: z)(z, tokens)
+            for z in torch.stack([curr, ref]).log_softmax(0).unbind()
+        ),
+    ),
+    (
+        "it is a softmax over the chosen logits",
+        both(lambda z, tokens: from_table(lambda z: z)(z, tokens).log_softmax(-1)),
+    ),
+    (
+        "the tokens are looked up in the logits used with the row before",
+        both(lambda z, tokens: from_table(lambda z: z.roll(1, 0).log_softmax(2))(z, tokens)),
+    ),
+    (
+        "all is right up to one thing: tokens is used with the next position",
+        lambda curr, ref, tokens: right_pair(curr, ref, tokens.roll(-1, 1)),
+    ),
     ("the pair is swapped", lambda curr, ref, tokens: right_pair(ref, curr, tokens)),
     (
         "the pair is swapped",
@@ -135,7 +161,7 @@ SAMPLED_MISTAKES = [
     ),
     (AS_PROBABILITIES, both(lambda z, t: Categorical(z, validate_args=False).log_prob(t))),
     (
-        "it is a softmax on top of another",
+        "all is right up to one thing: curr_logits and ref_logits are used through a softmax",
         both(from_table(lambda z: z.softmax(-1).log_softmax(-1))),
     ),
     (NOT_FINITE, both(from_table(lambda z: z.softmax(-1).log()))),
@@ -197,6 +223,12 @@ UNWEIGHTED = "it is Σ (log p - log q)"
 ENTROPIES = "it is a difference of entropies, not Σ p (log p - log q)"
 FAR_APART = "it is right for moderate logits, but not where two of them differ by 40"
 EXACT_MISTAKES = [
+    (
+        "the softmax runs over the two policies",
+        lambda curr, ref: (
+            (logs := torch.stack([curr, ref]).log_softmax(0))[0].exp() * (logs[0] - logs[1])
+        ).sum(-1),
+    ),
     (FAR_APART, of_both(lambda p, q: (p * (p.log() - q.log())).sum(2))),
     (FAR_APART, of_both(lambda p, q: (p * (p / q).log()).sum(2))),
     (FAR_APART, of_both(lambda p, q: kl_divergence(Categorical(probs=p), Categorical(probs=q)))),
@@ -313,20 +345,29 @@ def reduced(of):
 
 
 right_estimate = averaged()
-PADDING = "it is a mean in which padding counts"
+PADDING = "all is right up to one thing: response_mask is used as if it were 1 everywhere"
 SUMMED = "it is the sum over all tokens"
 PER_RESPONSE = "it is the mean over the responses of the sum over their tokens"
-ABSOLUTE = "the log-ratio is taken without its sign"
-CUT = "the log-ratio is taken cut off at 0 where it is negative"
-SQUARED = "the log-ratio is taken squared, halved or not, as in the estimate k2 of lesson 05"
+DIFFERENCE = (
+    "all is right up to one thing: the difference of log_probs_curr and log_probs_ref is used "
+)
+RESULT = "all is right up to one thing: the result comes out "
+REFERENCE_0 = "all is right up to one thing: log_probs_ref is used as 0"
+ABSOLUTE = "a response pays for its KL without its sign"
+CUT = "a response pays for its KL cut off at 0"
+SQUARED = "a response pays for its KL squared"
 THIRD = "the log-ratio is taken as ρ - 1 - log ρ, the estimate k3"
-RATIO = "the log-ratio is taken as the ratio of the probabilities, without a logarithm"
+EXPONENTIATED = "a response pays for its KL exponentiated"
 OF_PROBABILITIES = "the log-ratio is taken as a difference of probabilities"
 WEIGHTED = "the log-ratio is taken weighed with a probability, which the sampling has done already"
 NO_REFERENCE = "the log-ratio is taken without the reference"
 ESTIMATE_MISTAKES = [
     (
-        "a real token on which both policies agree",
+        "all is right up to one thing: the sum is divided by the number of real tokens less 1",
+        lambda curr, ref, mask: ((curr - ref) * mask).sum() / (mask.sum() - 1).clamp(min=1),
+    ),
+    (
+        "all is right up to one thing: a token whose difference of log_probs_curr",
         lambda c, r, m: ((c - r) * m)[((c - r) * m) != 0].mean(),
     ),
     ("one of the two log-probabilities is masked", lambda c, r, m: (c - r * m).sum() / m.sum()),
@@ -356,14 +397,14 @@ ESTIMATE_MISTAKES = [
         "it is the mean of the responses' means.",
         reduced(lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
     ),
-    (ABSOLUTE, averaged(lambda curr, ref: (curr - ref).abs())),
-    (ABSOLUTE, lambda *arguments: abs(right_estimate(*arguments))),
-    (CUT, averaged(lambda curr, ref: F.relu(curr - ref))),
-    (CUT, lambda *arguments: right_estimate(*arguments).clamp(min=0)),
-    (SQUARED, averaged(lambda curr, ref: (curr - ref) ** 2)),
-    (SQUARED, averaged(lambda curr, ref: 0.5 * (curr - ref) ** 2)),
+    (DIFFERENCE + "without its sign", averaged(lambda curr, ref: (curr - ref).abs())),
+    (RESULT + "without its sign", lambda *arguments: abs(right_estimate(*arguments))),
+    (DIFFERENCE + "cut off at 0", averaged(lambda curr, ref: F.relu(curr - ref))),
+    (RESULT + "cut off at 0", lambda *arguments: right_estimate(*arguments).clamp(min=0)),
+    (DIFFERENCE + "squared", averaged(lambda curr, ref: (curr - ref) ** 2)),
+    (DIFFERENCE + "squared and halved", averaged(lambda curr, ref: 0.5 * (curr - ref) ** 2)),
     (THIRD, averaged(lambda curr, ref: torch.expm1(ref - curr) + curr - ref)),
-    (RATIO, averaged(lambda curr, ref: curr.exp() / ref.exp())),
+    (DIFFERENCE + "exponentiated", averaged(lambda curr, ref: curr.exp() / ref.exp())),
     (OF_PROBABILITIES, averaged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, averaged(lambda curr, ref: curr.exp() * (curr - ref))),
     (
@@ -376,7 +417,7 @@ ESTIMATE_MISTAKES = [
             (curr.exp() * (curr - ref) * mask).sum() / (curr.exp() * mask).sum()
         ),
     ),
-    (NO_REFERENCE, averaged(lambda curr, ref: curr)),
+    (REFERENCE_0, averaged(lambda curr, ref: curr)),
     (NO_REFERENCE, averaged(lambda curr, ref: -curr)),
     ("the log-ratio is taken as a quotient of logarithms", averaged(lambda curr, ref: curr / ref)),
 ]
@@ -447,8 +488,8 @@ FINAL_MISTAKES = [
     (PAID_OUT, charged(lambda curr, ref: ref - curr)),
     (PAID_OUT, charged(price=lambda reward, kl_div, beta: reward + beta * kl_div)),
     (PAID_OUT, in_one(lambda x, mask: -x.sum(1))),
-    ("a response pays for its padding too", charged(padding=True)),
-    ("a response pays for its padding too", in_one(lambda x, mask: x.sum(-1))),
+    (PADDING, charged(padding=True)),
+    (PADDING, in_one(lambda x, mask: x.sum(-1))),
     (MEAN, charged(total=torch.mean)),
     (MEAN, charged(padding=True, total=torch.mean)),
     (MEAN, in_one(lambda x, mask: (x * mask).mean(1))),
@@ -487,14 +528,14 @@ FINAL_MISTAKES = [
     ),
     (OF_PROBABILITIES, charged(lambda curr, ref: curr.exp() - ref.exp())),
     (WEIGHTED, charged(lambda curr, ref: curr.exp() * (curr - ref))),
-    (RATIO, charged(lambda curr, ref: curr.exp() / ref.exp())),
-    (RATIO, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.exp())),
-    (ABSOLUTE, charged(lambda curr, ref: (curr - ref).abs())),
+    (DIFFERENCE + "exponentiated", charged(lambda curr, ref: curr.exp() / ref.exp())),
+    (EXPONENTIATED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.exp())),
+    (DIFFERENCE + "without its sign", charged(lambda curr, ref: (curr - ref).abs())),
     (ABSOLUTE, charged(price=lambda reward, kl_div, beta: reward - beta * abs(kl_div))),
-    (CUT, charged(lambda curr, ref: (curr - ref).clamp(min=0))),
+    (DIFFERENCE + "cut off at 0", charged(lambda curr, ref: (curr - ref).clamp(min=0))),
     (CUT, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div.relu())),
-    (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2)),
-    (SQUARED, charged(lambda curr, ref: (curr - ref) ** 2 / 2)),
+    (DIFFERENCE + "squared", charged(lambda curr, ref: (curr - ref) ** 2)),
+    (DIFFERENCE + "squared and halved", charged(lambda curr, ref: (curr - ref) ** 2 / 2)),
     (SQUARED, charged(price=lambda reward, kl_div, beta: reward - beta * kl_div**2)),
     (THIRD, charged(lambda curr, ref: torch.expm1(ref - curr) - (ref - curr))),
     (
@@ -508,10 +549,10 @@ FINAL_MISTAKES = [
         ).sum(1),
     ),
     (
-        "a response pays for the log-ratio of its last token",
+        "all is right up to one thing: log_probs_curr and log_probs_ref are used as 0 but at the",
         charged(lambda curr, ref: (curr - ref)[-1:]),
     ),
-    (NO_REFERENCE, charged(lambda curr, ref: curr)),
+    (REFERENCE_0, charged(lambda curr, ref: curr)),
 ]
 
 

@@ -37,6 +37,15 @@ INTEGERS = (
     "it is made of whole numbers, and what is written there loses its fraction. A tensor made like "
     "a mask or like token ids has their type; make it like one of the float arguments."
 )
+OVERWRITTEN = (
+    "the values are right, but the backward pass fails: an operation in place has overwritten "
+    "numbers that it needs. Use operations that make a new tensor."
+)
+WRONG_GRADIENT = (
+    "the values are right, but not the gradient: that with respect to {} differs, so that training "
+    "would not move what it should, or not rightly{}. Look for anything that takes a tensor out of "
+    "the graph: detach, no_grad, data, item, or a new tensor made from numbers."
+)
 SQUEEZED = (
     "A squeeze without a dimension drops every dimension of size 1, and so also a batch of one row "
     "or a response of one token: name the one that is to go."
@@ -79,6 +88,21 @@ def texts(block: str) -> SimpleNamespace:
     plain = {name: " ".join(message.split()) for name, _, message in found}
     whole = {name: plain[of].format(plain[name]) for name, of, _ in found if of}
     return SimpleNamespace(**plain | whole)
+
+
+def each(message: str, wrong: Callable, *values: Any) -> list[tuple[Callable, str]]:
+    """Mistakes of one message: `wrong`, with each value as its first argument."""
+    return [(partial(wrong, value), message) for value in values]
+
+
+def table(wrong: Callable, *rows: tuple[Any, str]) -> list[tuple[Callable, str]]:
+    """Mistakes in rows of a value, the first argument of `wrong`, and its message."""
+    return [(partial(wrong, value), message) for value, message in rows]
+
+
+def family(text: str, wrong: Callable, *rows: tuple[str, Any]) -> list[tuple[Callable, str]]:
+    """Mistakes in rows of what fills the text and a value, the first argument of `wrong`."""
+    return table(wrong, *((value, text.format(how)) for how, value in rows))
 
 
 def check(exercise: Exercise, fn: Callable) -> None:
@@ -297,6 +321,49 @@ def same(result: Any, expected: Any) -> bool:
 
 def _values(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
+
+
+def int64_fault(exercise: Exercise, fn: Callable, message: str) -> str:
+    """The message with the dtype in its gap, if results have another one than int64."""
+    dtype = call(exercise, fn, copy.deepcopy(exercise.cases[0])).dtype
+    return "" if dtype == torch.int64 else message.format(dtype)
+
+
+def gradients(
+    exercise: Exercise, fn: Callable, arguments: tuple, numbers: Sequence[int]
+) -> tuple[Tensor, ...] | None:
+    """The gradients of a weighted sum of the result, so that no two entries can be mistaken.
+
+    They are those with respect to the arguments of these numbers; None if an operation in place
+    has overwritten what the backward pass needs.
+    """
+    case = copy.deepcopy(arguments)
+    leaves = [case[i].requires_grad_() for i in numbers]
+    with torch.enable_grad():
+        result = call(exercise, fn, case)
+        weights = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
+        total = (weights * result).sum() + 0 * sum(leaf.sum() for leaf in leaves)  # a graph at all
+    try:
+        return torch.autograd.grad(total, leaves)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        return None
+
+
+def gradient_fault(
+    exercise: Exercise, fn: Callable, cases: Sequence[tuple], numbers: Sequence[int], also: str = ""
+) -> str:
+    """Whether gradients are the reference's; `also` says more about what they are for."""
+    for case in cases:
+        got, want = (gradients(exercise, f, case, numbers) for f in (fn, exercise.reference))
+        if got is None:
+            return OVERWRITTEN
+        names = [_argument_names(exercise)[i] for i in numbers]
+        lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
+        if lost:
+            return WRONG_GRADIENT.format(" and ".join(lost), also)
+    return ""
 
 
 def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = None) -> str:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers.checks.changes import miscounted
-from rlhf_helpers.checks.exercise import Exercise, call, check, same, texts
+from rlhf_helpers.checks.exercise import (
+    Exercise,
+    call,
+    check,
+    each,
+    family,
+    gradient_fault,
+    int64_fault,
+    table,
+    texts,
+)
 from rlhf_helpers.memory import FLOAT32, NF4_BLOCK, NF4_SUPERBLOCK, lora_parameters, nf4_bytes
 from rlhf_helpers.sft import IGNORE, mask_prompt
 
@@ -24,7 +34,6 @@ rows (kept): the first prompt_length rows are treated, not the first prompt_leng
 everything_ignored (kept): everything is ignored
 first_response_token_ignored (kept): the first response token is ignored
 prompt_token_labelled (kept): the last prompt token has a label
-padding_counts (kept): padding counts: its labels are the padding token
 token_0_as_padding (kept): it takes token 0 for padding
 real_token_0_ignored (kept): a real token 0 is ignored
 eos_looked_for (kept): the end of a response is looked for by its EOS, token 1
@@ -34,6 +43,7 @@ only_padding_ignored (kept): padding is ignored, the prompt is not
 both (kept): only padding among the prompts is ignored: it takes one reason, not both
 counted_from_first_token (kept): prompt_length is counted from the first real token of each row
 left_padding_subtracted (kept): the padding on the left is subtracted from prompt_length
+from_the_end (kept): prompt_length is taken for the length of the response, counted from the end
 end_by_count (kept): the end of a row is taken to be the number of its real tokens
 no_eos: the last token of a response, its EOS, is ignored. EOS is an action like every other token:
     a model that never gets a loss on it is never taught to stop. Look at what you leave out at the
@@ -48,12 +58,16 @@ ignored_hold_0: ignored positions hold 0, which is a token like any other: the l
     PyTorch's cross-entropy leaves out one value only, its ignore_index.
 ignored_hold_minus_1: ignored positions hold -1. PyTorch's cross-entropy leaves out one value only,
     its ignore_index, which is -100; at any other negative label it raises an error.
+label_type: the values are right, but their type is {}. Labels are token ids: keep int64, the type
+    of input_ids. A float -100. or a mask of floats makes them float; where does another type enter?
 mask_returned: it returns a mask of zeros and ones. The right positions are marked, but labels are
     the tokens themselves there, and the ignored value elsewhere.
 reshaped: a matrix has the shape of its transpose, but not its entries. reshape and view keep the
     order in memory and only cut it into other rows; a transpose swaps rows and columns.
 scale: the update is scaled by {}, not by α/r. α is the argument, and r the inner size, the one that
     A and B have in common; divided by it an update does not grow with the rank.
+dead_at_0: the values are right, but with B = 0 nothing reaches B, so that it stays 0 for ever: the
+    value is the layer's own, but the graph must still contain the update.
 whole_sum_scaled: the frozen layer is scaled, too or alone. With B = 0 the result must be the
     layer's own; look at what your factor multiplies.
 of_a_layer: {} stands for the entries of a layer's A and B. A has r × in of them and B out × r,
@@ -65,11 +79,19 @@ sums_multiplied: all inputs are multiplied by all outputs. Count A and B apart, 
 times_layers: the sum over the layers is multiplied by their number as well. It has each of them.
 only_last_layer_counted: only the last layer is counted. Each adapted layer has an A and a B of its
     own; does your loop add, or overwrite?
+layer_left_out: the {} layer is left out. Each adapted layer has an A and a B of its own; where does
+    your loop begin, and where does it end?
 equal_shapes_once: layers of equal shape are counted once. They are different layers, each with an A
     and a B of its own.
 rounding: the total is right only where everything divides evenly. Codes left over still take a
     byte, weights left over a scale, and scales left over a constant: round up at each of these
     levels, before you multiply and add.
+nearest: a number of scales, constants or bytes is rounded to the nearest whole number. A scale is
+    needed for a single weight too, and a constant for a single scale: round up at each level.
+one_more: one is always added at a level, also where it divides evenly and nothing is left over. Up
+    is the next whole number only for what is no whole number itself.
+padded: the codes of whole blocks are counted. A block that is not full takes a scale of its own,
+    but only as many codes as it has weights, two to a byte.
 codes: the codes take too much. A code has 4 bits; how many fit in a byte?
 average: it is the average of a large tensor, in bits for each weight. Blocks that are not full
     still take a scale and a constant: count codes, scales and constants, each rounded up.
@@ -96,17 +118,6 @@ def check_mask_prompt(fn: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         mask_prompt: correct. Tested: padding on both sides, EOS alone, no EOS, P = 1, int64.
     """
     check(MASK_PROMPT, fn)
-
-
-def _label_fault(fn: Callable) -> str:
-    dtype = call(MASK_PROMPT, fn, copy.deepcopy(_MASK_CASES[0])).dtype
-    if dtype == torch.int64:
-        return ""
-    return (
-        f"the values are right, but their type is {dtype}. Labels are token ids: keep int64, the "
-        "type of input_ids. A float -100. or a mask of floats makes them float; where does "
-        "another type enter?"
-    )
 
 
 def _keep(input_ids: Tensor, kept: Tensor) -> Tensor:
@@ -144,89 +155,57 @@ def _last_real(mask: Tensor) -> Tensor:
     return (mask == 1) & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 
+def _mask_case(rows: str, real: str, prompt_length: int) -> tuple[Tensor, Tensor, int]:
+    """A case from rows of one digit for each token, and for each entry of the mask."""
+    ids, mask = (torch.tensor([[*map(int, row)] for row in x.split()]) for x in (rows, real))
+    return ids, mask, prompt_length
+
+
 # EOS is token 1, at last 3. Padding is 0, then 2, then EOS: the mask tells, and no token does.
 _MASK_CASES = (
-    (
-        torch.tensor([[5, 6, 7, 1, 0], [0, 6, 8, 9, 1]]),
-        torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
-        2,
-    ),
-    (
-        torch.tensor([[4, 1, 0, 0], [5, 7, 8, 1]]),  # a response of EOS alone
-        torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
-        1,
-    ),
-    (
-        torch.tensor(
-            [
-                [2, 2, 6, 1, 7, 0, 1, 2],  # prompts that end with EOS themselves
-                [6, 3, 5, 1, 1, 2, 2, 2],
-                [2, 4, 9, 1, 7, 9, 0, 8],  # a response cut off before its EOS
-            ]
-        ),
-        torch.tensor(
-            [[0, 0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]
-        ),
-        4,
-    ),
-    (
-        torch.tensor([[3, 4, 1, 6, 3, 3], [5, 9, 8, 7, 3, 3]]),  # cut off, and padded all the same
-        torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]),
-        2,
-    ),
+    _mask_case("56710 06891", "11110 01111", 2),
+    _mask_case("4100 5781", "1100 1111", 1),  # a response of EOS alone
+    # prompts that end with EOS themselves; a response cut off before its EOS
+    _mask_case("22617012 63511222 24917908", "00111110 11111000 01111111", 4),
+    _mask_case("341633 598733", "011110 111100", 2),  # cut off, and padded all the same
 )
 
 _MASK_MISTAKES = (
     (lambda ids, mask, p: torch.full_like(ids, IGNORE), SAY.everything_ignored),
-    *(
-        (partial(_whole_rows, rows), SAY.integer_index)
-        for rows in (slice(-2, None), slice(None, 2))
-    ),
-    (
-        lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(_last_real(mask), IGNORE),
-        SAY.no_eos,
-    ),
-    (lambda ids, mask, p: mask_prompt(ids, mask, p).masked_fill(ids == 1, IGNORE), SAY.no_eos),
-    (
-        lambda ids, mask, p: _keep(mask_prompt(ids, mask, p), _columns(ids) < ids.shape[1] - 1),
-        SAY.no_eos,
-    ),
+    *each(SAY.integer_index, _whole_rows, slice(-2, None), slice(None, 2)),
     (_until_eos, SAY.eos_looked_for),
-    (
-        lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, 0, ids),
-        SAY.ignored_hold_0,
+    *table(
+        lambda of, ids, mask, p: of(mask_prompt(ids, mask, p), ids, mask),
+        (lambda y, ids, m: y.masked_fill(_last_real(m), IGNORE), SAY.no_eos),
+        (lambda y, ids, m: y.masked_fill(ids == 1, IGNORE), SAY.no_eos),
+        (lambda y, ids, m: _keep(y, _columns(ids) < ids.shape[1] - 1), SAY.no_eos),
+        (lambda y, ids, m: y.masked_fill(y == IGNORE, 0), SAY.ignored_hold_0),
+        (lambda y, ids, m: y.masked_fill(y == IGNORE, -1), SAY.ignored_hold_minus_1),
+        (lambda y, ids, m: m * y, SAY.ignored_hold_0),
+        (lambda y, ids, m: y != IGNORE, SAY.mask_returned),
+        (lambda y, ids, m: y.roll(-1, 1), SAY.shifted),
     ),
-    (
-        lambda ids, mask, p: torch.where(mask_prompt(ids, mask, p) == IGNORE, -1, ids),
-        SAY.ignored_hold_minus_1,
-    ),
-    (lambda ids, mask, p: mask * mask_prompt(ids, mask, p), SAY.ignored_hold_0),
-    (lambda ids, mask, p: mask_prompt(ids, mask, p) != IGNORE, SAY.mask_returned),
-    (lambda ids, mask, p: mask_prompt(ids, mask, p).roll(-1, 1), SAY.shifted),
     *((partial(_next_tokens, how), SAY.shifted) for how in product((0, 1), (False, True))),
     (lambda ids, mask, p: ids, SAY.nothing_ignored),
-    *(
-        (lambda ids, mask, p, of=of: _keep(ids, of(ids, mask, _columns(ids), p)), message)
-        for of, message in (
-            (lambda ids, m, t, p: (m == 1) & (t > p), SAY.first_response_token_ignored),
-            (lambda ids, m, t, p: (m == 1) & (t >= p - 1), SAY.prompt_token_labelled),
-            (lambda ids, m, t, p: (t >= p) & (ids != 0), SAY.token_0_as_padding),
-            (lambda ids, m, t, p: (t >= p) & (ids * m != 0), SAY.real_token_0_ignored),
-            (lambda ids, m, t, p: t >= p, SAY.padding_counts),
-            (lambda ids, m, t, p: (t >= p) & (t < m.sum(1, True)), SAY.end_by_count),
-            (lambda ids, m, t, p: (t >= p) & (m == 0), SAY.only_padding_has_labels),
-            (lambda ids, m, t, p: (t < p) & (m == 1), SAY.inverted),
-            (lambda ids, m, t, p: t < p, SAY.inverted),
-            (lambda ids, m, t, p: m == 1, SAY.only_padding_ignored),
-            (lambda ids, m, t, p: (m == 1) & (m.cumsum(1) > p), SAY.counted_from_first_token),
-            (
-                lambda ids, m, t, p: (m == 1) & (t >= p - m.argmax(1, True)),
-                SAY.left_padding_subtracted,
-            ),
-            (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
-            (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
-            (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
-        )
+    *table(
+        lambda of, ids, mask, p: _keep(ids, of(ids, mask, _columns(ids), p)),
+        (lambda ids, m, t, p: (m == 1) & (t > p), SAY.first_response_token_ignored),
+        (lambda ids, m, t, p: (m == 1) & (t >= p - 1), SAY.prompt_token_labelled),
+        (lambda ids, m, t, p: (t >= p) & (ids != 0), SAY.token_0_as_padding),
+        (lambda ids, m, t, p: (t >= p) & (ids * m != 0), SAY.real_token_0_ignored),
+        (lambda ids, m, t, p: (t >= p) & (t < m.sum(1, True)), SAY.end_by_count),
+        (lambda ids, m, t, p: (t >= p) & (m == 0), SAY.only_padding_has_labels),
+        (lambda ids, m, t, p: (t < p) & (m == 1), SAY.inverted),
+        (lambda ids, m, t, p: t < p, SAY.inverted),
+        (lambda ids, m, t, p: m == 1, SAY.only_padding_ignored),
+        (lambda ids, m, t, p: (m == 1) & (m.cumsum(1) > p), SAY.counted_from_first_token),
+        (lambda ids, m, t, p: (m == 1) & (t >= p - m.argmax(1, True)), SAY.left_padding_subtracted),
+        (lambda ids, m, t, p: (m == 1) | (t >= p), SAY.both),
+        (lambda ids, m, t, p: (m == 1) & (t >= t.shape[1] - p), SAY.from_the_end),
+        (lambda ids, m, t, p: (m == 1) & (m.flip(1).cumsum(1).flip(1) <= p), SAY.from_the_end),
+        (lambda ids, m, t, p: t >= t.shape[1] - p, SAY.from_the_end),
+        (lambda ids, m, t, p: (m == 1) & (_rows(ids) >= p), SAY.rows),
+        (lambda ids, m, t, p: _rows(ids) >= p, SAY.rows),
     ),
 )
 MASK_PROMPT = Exercise(
@@ -237,7 +216,7 @@ MASK_PROMPT = Exercise(
     tested="padding on both sides, EOS alone, no EOS, P = 1, int64",
     shape_hint="Every token needs an entry, also one that is ignored, and the shift by one is "
     "left to the loss: the labels have the shape of input_ids.",
-    further=_label_fault,
+    further=lambda fn: int64_fault(MASK_PROMPT, fn, SAY.label_type),
 )
 
 
@@ -284,32 +263,10 @@ def _misread(which: tuple[bool, ...], x, weight, lora_A, lora_B, alpha) -> Tenso
 
 def _lora_gradient_fault(fn: Callable) -> str:
     """Whether the gradients of A, B and x are those of the reference, also at B = 0."""
-    names = ("lora_A", "lora_B", "x")
-    for case in (_LORA_CASES[1], _LORA_CASES[4]):
-        gradients = (_lora_gradients(function, case) for function in (fn, _lora_forward))
-        lost = [n for n, got, want in zip(names, *gradients, strict=True) if not same(got, want)]
-        if lost and not case[3].any():
-            return (
-                "the values are right, but with B = 0 nothing reaches B, so that it stays 0 for "
-                "ever: the value is the layer's own, but the graph must still contain the update."
-            )
-        if lost:
-            return (
-                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
-                " differs, so that training would not move it, or move it wrongly; by way of x, "
-                "training reaches the layers below. Look for anything that takes a tensor out of "
-                "the graph: detach, no_grad, data, item, or a new tensor made from numbers."
-            )
-    return ""
-
-
-def _lora_gradients(fn: Callable, case: tuple) -> tuple[Tensor, ...]:
-    x, weight, lora_A, lora_B, alpha = copy.deepcopy(case)
-    leaves = [tensor.requires_grad_() for tensor in (lora_A, lora_B, x)]
-    with torch.enable_grad():
-        y = call(LORA_FORWARD, fn, (x, weight, lora_A, lora_B, alpha))
-        total = y.sum() + 0 * sum(leaf.sum() for leaf in leaves)  # so that y may lack a graph
-    return torch.autograd.grad(total, leaves)
+    also = "; by way of x, training reaches the layers below"
+    if fault := gradient_fault(LORA_FORWARD, fn, _LORA_CASES[1:2], (2, 3, 0), also):
+        return fault
+    return gradient_fault(LORA_FORWARD, fn, _LORA_CASES[4:5], (2, 3, 0)) and SAY.dead_at_0
 
 
 def _small(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -358,8 +315,6 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     ("r/α", lambda a, b, alpha: len(a) / alpha),
     ("α/√r", lambda a, b, alpha: alpha / math.sqrt(len(a))),
     ("(α/r)²", lambda a, b, alpha: (alpha / len(a)) ** 2),
-    ("-α/r", lambda a, b, alpha: -alpha / len(a)),
-    ("1/r", lambda a, b, alpha: 1 / len(a)),
     ("α·r", lambda a, b, alpha: alpha * len(a)),
     ("α/(r + 1)", lambda a, b, alpha: alpha / (len(a) + 1)),
     ("α//r", lambda a, b, alpha: alpha // len(a)),
@@ -371,7 +326,6 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     ("α/in", lambda a, b, alpha: alpha / a.shape[1]),
     ("α/out", lambda a, b, alpha: alpha / len(b)),
     *((f"α/{n}", lambda a, b, alpha, n=n: alpha / n) for n in (2, 4, 8, 16, 32)),
-    *((f"{n}/r", lambda a, b, alpha, n=n: n / len(a)) for n in (6, 8, 16, 32, 64)),
     *((f"{n}", lambda a, b, alpha, n=n: n) for n in (0.5, 2, 3, 4, 8, 16)),
     *(
         ("α/r rounded to a few digits", lambda a, b, alpha, n=n: round(alpha / len(a), n))
@@ -379,27 +333,15 @@ _SCALES = (  # what a scale is, and the scale of A, B and α
     ),
 )
 _LORA_MISTAKES = (
-    *(
-        (
-            lambda x, w, a, b, alpha, of=of: _scaled(x, w, a, b, of(a, b, alpha)),
-            SAY.scale.format(how),
-        )
-        for how, of in _SCALES
+    *family(
+        SAY.scale, lambda of, x, w, a, b, alpha: _scaled(x, w, a, b, of(a, b, alpha)), *_SCALES
     ),
-    *(
-        (
-            lambda x, w, a, b, alpha, of=of: _scaled(
-                x, alpha / len(a) * w, a, b, of(alpha / len(a))
-            ),
-            SAY.whole_sum_scaled,
-        )
-        for of in (lambda scale: scale, lambda scale: 1, lambda scale: scale**2)
+    *each(
+        SAY.whole_sum_scaled,
+        lambda of, x, w, a, b, alpha: _scaled(x, alpha / len(a) * w, a, b, of(alpha / len(a))),
+        *(lambda scale: scale, lambda scale: 1, lambda scale: scale**2),
     ),
-    *(
-        (partial(_misread, which), SAY.reshaped)
-        for which in product((False, True), repeat=3)
-        if any(which)
-    ),
+    *each(SAY.reshaped, _misread, *[*product((False, True), repeat=3)][1:]),
     (lambda x, w, a, b, alpha: x @ w.T + alpha / a.shape[0] * x @ _reshaped(b @ a), SAY.reshaped),
 )
 LORA_FORWARD = Exercise(
@@ -456,6 +398,32 @@ ADAPTERS = (  # what a layer's adapter may be counted as, with the fn of out, in
 )
 
 
+_SIZES = ((11, 13), (17, 6), (10, 31))
+_ENTRIES = (  # of a layer, times a number that is a count of them
+    ("entries for each input and each unit of the rank", 1, "A is r × in"),
+    ("entries for each output and each unit of the rank", 1, "B is out × r"),
+    ("entries for each entry of W", 0, "W is frozen"),
+    ("entries for each input", 0, "there is no bias"),
+    ("entries for each output", 0, "there is no bias"),
+    ("entries for each entry of an r × r matrix", 0, "there is none between A and B"),
+    ("entries for each unit of the rank", 0, "there is no scale for it"),
+    ("entries for each layer", 0, "α is a setting"),
+)
+
+
+def _miscounted_entries(results: Sequence) -> str:
+    terms = [
+        [
+            sum(x)
+            for x in zip(
+                *((r * i, r * o, o * i, i, o, r * r, r, 1) for o, i in shapes), strict=True
+            )
+        ]
+        for shapes, r in LORA_PARAMETERS.cases
+    ]
+    return miscounted(_ENTRIES, terms, results)
+
+
 def _of_layers(of: Callable, shapes: Sequence[tuple[int, int]], rank: int) -> float:
     return sum(of(outputs, inputs, rank) for outputs, inputs in shapes)
 
@@ -468,23 +436,37 @@ LORA_PARAMETERS = Exercise(
         ([(3, 4), (5, 2)], 3),
         ([(8, 8), (8, 8), (20, 8), (8, 20)], 4),
         ([(7, 5)], 1),
+        ([(2, 6), (6, 9), (3, 3)], 4),
+        ([(9, 2)], 5),
+        *(([(o, i), (i + 1, 2 * o)][:n], r) for n, r in product((1, 2), (2, 7)) for o, i in _SIZES),
     ),
     mistakes=(
-        *(
-            (partial(_of_layers, of), SAY.of_a_layer.format(how))
-            for how, of in (
-                *ADAPTERS,
-                ("in · out + r(in + out)", lambda o, i, r: o * i + r * (o + i)),
-                ("r(in + out) + r + out", lambda o, i, r: r * (o + i) + r + o),
-                ("r(in + out) + out", lambda o, i, r: r * (o + i) + o),
-                ("r(in + out + r)", lambda o, i, r: r * (o + i + r)),
-                ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
-                ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
-                ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
-            )
+        *family(
+            SAY.of_a_layer,
+            _of_layers,
+            *ADAPTERS,
+            ("r(in + out)/2", lambda o, i, r: r * (o + i) // 2),
+            *(
+                (f"{how}(in + out)", lambda o, i, r, of=of: of(r, o, i) * (o + i))
+                for how, of in (
+                    ("the smallest of r, in and out, times ", min),
+                    ("the smaller of r and in, times ", lambda r, o, i: min(r, i)),
+                    ("the smaller of r and out, times ", lambda r, o, i: min(r, o)),
+                    ("the largest of r, in and out, times ", max),
+                )
+            ),
+            ("the product of both, r · in · r · out,", lambda o, i, r: r * r * o * i),
+            ("r times the larger width, twice,", lambda o, i, r: 2 * r * max(o, i)),
+            ("r times the smaller width, twice,", lambda o, i, r: 2 * r * min(o, i)),
         ),
         (lambda shapes, rank: rank * sum(shapes[0]), SAY.only_first_layer_counted),
         (lambda shapes, rank: rank * sum(shapes[-1]), SAY.only_last_layer_counted),
+        *table(
+            lambda of, shapes, r: _of_layers(lambda o, i, r: r * (o + i), of(shapes), r),
+            (lambda shapes: shapes[1:], SAY.layer_left_out.format("first")),
+            (lambda shapes: shapes[:-1], SAY.layer_left_out.format("last")),
+            (lambda shapes: shapes[1:-1], SAY.layer_left_out.format("first and the last")),
+        ),
         (lambda shapes, rank: rank * len(shapes) * sum(shapes[0]), SAY.layers_alike),
         (lambda shapes, rank: rank * len(shapes) * sum(map(sum, shapes)), SAY.times_layers),
         (
@@ -495,6 +477,7 @@ LORA_PARAMETERS = Exercise(
     ),
     tested="one layer, several, equal ones, rank 1",
     further=lambda fn: _not_whole(LORA_PARAMETERS, fn),
+    general=_miscounted_entries,
 )
 
 
@@ -544,6 +527,8 @@ _COUNTS = (
     ("bytes of a constant without double quantization", 0, "there is none"),
     ("bytes of a scale with double quantization", 1, "8 bits in place of a float32"),
     ("bytes of a constant with double quantization", 4, "a float32"),
+    ("further bytes without double quantization", 0, "codes and scales are all"),
+    ("further bytes with double quantization", 0, "codes, scales and constants are all"),
 )
 
 
@@ -551,7 +536,8 @@ def _miscounted_bytes(results: Sequence) -> str:
     terms = []
     for n, double in NF4_BYTES.cases:
         counts = [_scales(n), _constants(n)]
-        terms.append([_codes(n) / 4, *((0, 0, *counts) if double else (*counts, 0, 0))])
+        counts = (0, 0, *counts) if double else (*counts, 0, 0)
+        terms.append([_codes(n) / 4, *counts, not double, double])
     return miscounted(_COUNTS, terms, results)
 
 
@@ -564,6 +550,15 @@ def _nf4_fault(fn: Callable) -> str:
             f"not {nf4_bytes(128)}: double_quant must be True by default."
         )
     return ""
+
+
+_ONE_MORE = (lambda x: math.floor(x) + 1, lambda x: math.ceil(x) + 1)
+_NEAREST = (round, lambda x: max(1, round(x)), lambda x: math.floor(x + 0.5))
+
+
+def _padded(n: int, k: int) -> int:
+    """Bytes of the codes of whole blocks of k weights."""
+    return k * math.ceil(n / k) // 2
 
 
 def _exact_bytes(n: int, double_quant: bool) -> float:
@@ -582,29 +577,43 @@ NF4_BYTES = Exercise(
         (101, True),
         (50001, False),
         (50001, True),
-        *product((1, 63), (False, True)),
+        *product((1, 63, 12900, 40000, 3000, 20481), (False, True)),
     ),
     mistakes=(
-        *(
-            (lambda n, double, of=of: _bytes(of(n), _scales(n), _constants(n), double), SAY.codes)
-            for of in (lambda n: n, lambda n: 2 * n, lambda n: 4 * n)
+        *each(
+            SAY.codes,
+            lambda of, n, double: _bytes(of(n), _scales(n), _constants(n), double),
+            *(lambda n: n, lambda n: 2 * n, lambda n: 4 * n),
         ),
         (
             lambda n, double: 4 * n + 8 * _bytes(0, _scales(n), _constants(n), double),
             "8 times too many: these are bits, not bytes.",
         ),
-        *(
-            (lambda n, double, of=of: _bytes(_codes(n), _scales(n), of(n), double), SAY.constants)
-            for of in (lambda n: math.ceil(n / NF4_SUPERBLOCK), lambda n: 1)
+        *each(
+            SAY.constants,
+            lambda of, n, double: _bytes(_codes(n), _scales(n), of(n), double),
+            lambda n: math.ceil(n / NF4_SUPERBLOCK),
         ),
-        *(
-            (lambda n, double, of=of: of(n * (4.127 if double else 4.5) / 8), SAY.average)
-            for of in (math.ceil, math.floor, round, float)
+        *each(
+            SAY.average,
+            lambda of, n, double: of(n * (4.127 if double else 4.5) / 8),
+            *(math.ceil, math.floor, round, float),
         ),
         *(
             (partial(_rounded, levels), SAY.rounding)
             for levels in product((math.ceil, math.floor, float), repeat=3)
             if levels != (math.ceil,) * 3
+        ),
+        *(
+            (partial(_rounded, levels), message)
+            for others, message in ((_ONE_MORE, SAY.one_more), (_NEAREST, SAY.nearest))
+            for levels in product((math.ceil, *others), repeat=3)
+            if set(levels) & set(others) and levels[0] not in _NEAREST
+        ),
+        *each(
+            SAY.padded,
+            lambda k, n, double: _bytes(_padded(n, k), _scales(n), _constants(n), double),
+            *(NF4_BLOCK, NF4_BLOCK * NF4_SUPERBLOCK, 16, 32, 128, 256),
         ),
         *(
             (partial(_other_blocks, sizes), SAY.other_blocks)

@@ -1,6 +1,5 @@
 """The checks of lesson 02: the pairwise loss, the last real token, accuracy with ties."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +10,18 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_helpers.checks.changes import miscounted
-from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, call, check, same, texts
+from rlhf_helpers.checks.exercise import (
+    NO_MEAN,
+    NO_MEANS,
+    Exercise,
+    check,
+    each,
+    gradient_fault,
+    gradients,
+    int64_fault,
+    same,
+    texts,
+)
 from rlhf_helpers.reward import last_token_index, pair_accuracy, pairwise_loss
 
 SAY = texts("""
@@ -29,6 +39,8 @@ share: it is {}. Asked for is the share of all pairs, ties included, whose chose
     higher reward, however small the gap; a tie counts half.
 accuracy_count (share): a number of pairs, not a share
 dropped (share): the share among the pairs without a tie
+ties_above_only (share): points of all pairs divided by the number of pairs without a tie
+ties_together (share): a share in which ties count only if all pairs are ties
 nearly (share): a share with rewards that are nearly equal taken for ties
 accuracy_crossed (share): a share of all chosen with all rejected ones, across the pairs
 against_zero (share): a comparison with 0, which means nothing for a reward
@@ -48,8 +60,6 @@ before_padding (column): the column before the first padding
 before_padding_wrapped (column): the column before the first padding, -1 made the last one
 from_the_right (column): the amount of padding behind the last real token
 negative (column): counted from the end, as a negative number
-too_far (column): one column too far
-too_early (column): one column too early
 through_the_batch (column): counted through the whole batch
 first_padding (column): the first column of padding, 0 where there is none
 no_fall (column): where the mask falls from 1 to 0, and 0 where it never does
@@ -79,10 +89,10 @@ slope_at_tie: the values are right, but not the slope at a tie, which is -½ for
     nearly equal when training begins. Take one smooth expression for all gaps.
 column: it is {}. Asked for is the last column whose mask is 1, counted from 0 in each row; padding
     may stand on either side, on both or nowhere.
+column_type: the values are right, but the result is {}; a column number is used as an index, in
+    gather as well, which takes int64 only.
 few_bits: it is right in short rows only: in 16 bits a number such as 2605 is rounded to another.
     Leave columns as the integers that they are.
-accuracy_swapped: the two rewards are swapped: this is the share of pairs whose rejected response
-    wins, so a model that ranks everything rightly would get 0.
 ties_count_wrong: ties count as wrong. A model that gives every response the same reward would get
     0, as if it were worse than guessing; a tie counts half.
 ties_count_right: ties count as right. A model that gives every response the same reward would get 1
@@ -113,20 +123,11 @@ def check_pairwise_loss(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 def _pairwise_gradient_fault(fn: Callable) -> str:
     """Whether the gradients with respect to both rewards are those of the reference."""
     for case in reversed(_PAIRWISE_CASES):
-        got, want = (_gradients(function, case) for function in (fn, pairwise_loss))
-        if any(gradient.isnan().any() for gradient in got):
-            return SAY.nan_gradient
-        names = ("chosen", "rejected")
-        lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
-        if lost and case is _PAIRWISE_CASES[0]:
-            return SAY.slope_at_tie
-        if lost:
-            return (
-                f"the values are right, but not the gradients: that of {' and that of '.join(lost)}"
-                " differs, so that training would not move these rewards, or move them wrongly. "
-                "Look for anything that takes a tensor out of the graph: detach, no_grad, data, "
-                "item, or a new tensor made from numbers."
-            )
+        if fault := gradient_fault(PAIRWISE_LOSS, fn, (case,), (0, 1)):
+            got = gradients(PAIRWISE_LOSS, fn, case, (0, 1)) or ()
+            if any(gradient.isnan().any() for gradient in got):
+                return SAY.nan_gradient
+            return SAY.slope_at_tie if case is _PAIRWISE_CASES[0] else fault
     return _nan_fault(fn)
 
 
@@ -140,14 +141,6 @@ def _nan_fault(fn: Callable) -> str:
         return "" if loss.isnan() else SAY.nan_hidden
     except Exception:  # NaN may be refused, as by the package's function
         return ""
-
-
-def _gradients(fn: Callable, case: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    rewards = tuple(tensor.clone().requires_grad_() for tensor in case)
-    with torch.enable_grad():
-        loss = call(PAIRWISE_LOSS, fn, rewards)
-        total = loss + 0 * sum(r.sum() for r in rewards)  # so that the loss may lack a graph
-    return torch.autograd.grad(total, rewards)
 
 
 def _naive(gap: Tensor) -> Tensor:
@@ -249,16 +242,6 @@ def check_last_token_index(fn: Callable[[Tensor], Tensor]) -> None:
     check(LAST_TOKEN, fn)
 
 
-def _column_fault(fn: Callable) -> str:
-    dtype = call(LAST_TOKEN, fn, copy.deepcopy(LAST_TOKEN.cases[0])).dtype
-    if dtype == torch.int64:
-        return ""
-    return (
-        f"the values are right, but the result is {dtype}; a column number is used as an index, "
-        "in gather as well, which takes int64 only."
-    )
-
-
 def _first(mask: Tensor) -> Tensor:
     """The first real column of each row."""
     return mask.argmax(-1)
@@ -282,16 +265,12 @@ _LAST_TOKEN_MISTAKES = (
     (lambda mask: (mask * torch.arange(mask.shape[1])).sum(-1) // mask.sum(-1), SAY.added_up),
     (lambda mask: mask.flip(-1).argmax(-1), SAY.from_the_right),
     (lambda mask: last_token_index(mask) - mask.shape[1], SAY.negative),
-    *(
-        (lambda mask, t=t: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1), SAY.few_bits)
-        for t in (torch.float16, torch.bfloat16)
+    *each(
+        SAY.few_bits,
+        lambda t, mask: (mask * torch.arange(mask.shape[1]).to(t)).argmax(-1),
+        *(torch.float16, torch.bfloat16),
     ),
-    *(
-        (lambda mask, t=t: last_token_index(mask).to(t), SAY.few_bits)
-        for t in (torch.int8, torch.uint8)
-    ),
-    (lambda mask: last_token_index(mask) + 1, SAY.too_far),
-    (lambda mask: last_token_index(mask) - 1, SAY.too_early),
+    *each(SAY.few_bits, lambda t, mask: last_token_index(mask).to(t), torch.int8, torch.uint8),
     (
         lambda mask: last_token_index(mask) + mask.shape[1] * torch.arange(len(mask)),
         SAY.through_the_batch,
@@ -310,7 +289,7 @@ LAST_TOKEN = Exercise(
     mistakes=_LAST_TOKEN_MISTAKES,
     tested="padding on the left, on the right, on both sides, none; single tokens, long rows",
     shape_hint="It is one column number for each row of the batch, with no further dimension.",
-    further=_column_fault,
+    further=lambda fn: int64_fault(LAST_TOKEN, fn, SAY.column_type),
 )
 
 
@@ -373,32 +352,28 @@ PAIR_ACCURACY = Exercise(
         (lambda c, r: _share(c > r), SAY.ties_count_wrong),
         (lambda c, r: _share(c >= r), SAY.ties_count_right),
         *((lambda c, r, of=of: of((c - r).sign() / 2 + 0.5).item(), NO_MEAN) for of in NO_MEANS),
-        *(
-            (wrong, SAY.nearly)
-            for wrong in (
-                lambda c, r: _share(c > r) + 0.5 * _share(torch.isclose(c, r)),
-                lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)),
-            )
-        ),
-        *(
-            (lambda c, r, f=f: pair_accuracy(f(c), f(r)), SAY.saturated)
-            for f in (torch.sigmoid, torch.exp, torch.tanh)
+        (lambda c, r: _share(c > r) + 0.5 * _share(c.isclose(r)), SAY.nearly),
+        (lambda c, r: _share((c > r) & ~c.isclose(r)) + 0.5 * _share(c.isclose(r)), SAY.nearly),
+        *each(
+            SAY.saturated,
+            lambda f, c, r: pair_accuracy(f(c), f(r)),
+            *(torch.sigmoid, torch.exp, torch.tanh),
         ),
         (
             lambda c, r: pair_accuracy(c[:, None].expand(-1, len(r)), r.expand(len(c), -1)),
             SAY.accuracy_crossed,
         ),
         (lambda c, r: _share(c[:, None] > r), SAY.accuracy_crossed),
-        (lambda c, r: pair_accuracy(r, c), SAY.accuracy_swapped),
-        (lambda c, r: _share(r > c), SAY.accuracy_swapped),
-        (lambda c, r: _share(r >= c), SAY.accuracy_swapped),
         (lambda c, r: len(c) * pair_accuracy(c, r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c > r), SAY.accuracy_count),
         (lambda c, r: len(c) * _share(c >= r), SAY.accuracy_count),
-        *(
-            (partial(_without_ties, if_all_tie), SAY.dropped)
-            for if_all_tie in (math.nan, 0, 0.5, 1)
+        *each(SAY.dropped, _without_ties, math.nan, 0, 0.5, 1),
+        *each(
+            SAY.ties_above_only,
+            lambda k, c, r: (_share(c > r) + k * _share(c == r)) / max(_share(c != r), 1 / len(c)),
+            *(0.5, 1),
         ),
+        *((lambda c, r, k=k: _share(c > r) + k * c.equal(r), SAY.ties_together) for k in (0.5, 1)),
         (lambda c, r: (c - r).mean().item(), SAY.accuracy_mean_gap),
         (lambda c, r: (c - r).sigmoid().mean().item(), SAY.mean_probability),
         (lambda c, r: float(c.mean() > r.mean()), SAY.two_means_compared),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import logprobs, losses
+from rlhf_helpers.checks.changes import OF_ROWS
 from rlhf_helpers.checks.exercise import (
     EPSILONS,
     NO_MEAN,
@@ -18,8 +19,13 @@ from rlhf_helpers.checks.exercise import (
     call,
     check,
     check_pair,
+    each,
+    family,
+    gradient_fault,
+    gradients,
     same,
     show,
+    table,
     texts,
 )
 
@@ -57,7 +63,8 @@ probabilities (score): the probability, without the logarithm
 raw_logits (score): the raw logit, not normalised
 no_log_sum (score): the logit less a mean or the largest one, or with that not put back
 log_of_logits (score): the logarithm of the logit, which is one already
-two_softmaxes (score): a softmax on top of another
+over_the_tokens (score): a softmax over the chosen logits, of the row or of the batch
+over_positions_too (score): a softmax over the vocabulary and all positions at once
 shift: a token is looked up {}. The logits at t have read the token at t and predict the one at
     t + 1; the response stands at the end: both windows have T columns, one apart.
 unshifted (shift): at its own position
@@ -67,7 +74,6 @@ too_early (shift): well, but in a window that begins with the last prompt token
 from_the_start (shift): at the beginning of the sequence
 mean: it is {}. Asked for is the mean over all real tokens of the batch at once: padding counts
     neither above nor below, and each real token as much as any other.
-padding_counts (mean): a mean in which padding counts
 wrong_denominator (mean): a mean whose denominator counts padding
 summed (mean): the sum over all tokens
 per_response (mean): the mean over the responses of the sum over their tokens
@@ -85,6 +91,8 @@ advantage_added (gain): a sum of ρ and A
 one_sided (gain): a minimum with a clip that has one end only
 uneven (gain): a minimum with a clip of other ends
 not_round_one (gain): a minimum with a clip round 0
+moved: the tokens are looked up in the logits used {}. Row b of the tokens belongs to row b of the
+    logits, and position by position: look at every flatten, view, transpose and index.
 wrong_dimension: the softmax runs over the wrong dimension. One distribution is over the vocabulary,
     the last dimension of the logits; positions and rows of the batch do not compete.
 too_long: it is right for short responses, but not for 200 tokens. A division by a power of γλ, or a
@@ -106,8 +114,6 @@ returns: the returns are {}, not A + V. An advantage is a return less the value 
 pair_swapped: the pair is swapped: the advantages come first, then the returns.
 time_first: time is taken for the first dimension, as in code for tensors [T, B]. Here rows are
     responses, and time runs along a row: step over columns, and keep all rows.
-unsigned: the minus sign is missing. An optimizer makes a loss small, and this one falls when good
-    actions become less likely.
 exponentials_divided: it is a ratio of two exponentials: below -103 nats both are 0 in float32, and
     an ε in the denominator outweighs them long before. Subtract the logarithms first.
 ratio_cut_off: it is cut off where the ratio is far from 1. A bad token that has become 30 or 8000
@@ -123,10 +129,10 @@ ratio: the ratio is taken as {}, not as π/π_old. The probabilities are there a
     a token that has become likelier.
 gain: the gain of a token is taken as {}. It is the smaller of ρ A and clip(ρ) A, with ρ held
     between 1 - ε and 1 + ε: no credit beyond the clip, and full blame for what went the wrong way.
-loss_whitened: the advantages are whitened inside the loss. That is a step of its own, made once for
-    the whole batch before the first step; the loss takes them as they are.
-one_ratio: there is one ratio for each response. Here each token has its own: whether the clip lets
-    go of a token depends on how far this token has moved, not on its neighbours.
+left_out: a token is left out of {} where the ratio is beyond the clip. The mean is over all real
+    tokens: a clipped one has no slope, but counts with clip(ρ) A, and one that moved the wrong way
+    counts in full.
+log_probability (gain): π's own log-probability times A, weighed with the ratio or not
 padding_after_ratio: the log-ratio or the ratio is masked, and padding counts all the same: exp(0)
     is 1, and a ratio of 0 is clipped to 1 - ε, so that padding keeps a part in the loss. Mask what
     the mean is taken of.
@@ -157,44 +163,6 @@ def _token_logprobs(logits: Tensor, input_ids: Tensor, response_length: int) -> 
     return logprobs.token_logprobs(logits[:, -response_length - 1 : -1], tokens)
 
 
-def _gradient_fault(exercise: Exercise, name: str, fn: Callable) -> str:
-    """Whether the gradient with respect to the first argument, `name`, is the reference's."""
-    for case in exercise.cases:
-        got = _gradient(exercise, fn, case)
-        if got is None:
-            return (
-                "the values are right, but the backward pass fails: an operation in place has "
-                "overwritten numbers that it needs. Use operations that make a new tensor."
-            )
-        if not same(got, _gradient(exercise, exercise.reference, case)):
-            return (
-                f"the values are right, but not the gradient: that with respect to {name} differs, "
-                "so that training would not move the policy, or move it wrongly. Look for anything "
-                "that takes a tensor out of the graph: detach, no_grad, data, item, or a new "
-                "tensor made from numbers."
-            )
-    return ""
-
-
-def _gradient(exercise: Exercise, fn: Callable, case: tuple) -> Tensor | None:
-    """The gradient of a weighted sum of the result, so that no two entries can be mistaken.
-
-    None if an operation in place has overwritten what the backward pass needs.
-    """
-    first, *others = copy.deepcopy(case)
-    first.requires_grad_()
-    with torch.enable_grad():
-        result = call(exercise, fn, (first, *others))
-        weights = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
-        total = (weights * result).sum() + 0 * first.sum()  # so that the result may lack a graph
-    try:
-        return torch.autograd.grad(total, first)[0]
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        return None
-
-
 def further_fault(
     exercise: Exercise, further: tuple, fn: Callable, gradient: bool = True, dtype: bool = True
 ) -> str:
@@ -208,8 +176,9 @@ def further_fault(
         fault = f"{message}\n{show(exercise, case, result)}"
         if not same(result, expected):
             return fault
-        if gradient and not same(*(slopes := [_gradient(exercise, f, case) for f in both])):
-            return f"{fault}\n  your gradient: {slopes[0]}"
+        if gradient and gradient_fault(exercise, fn, (case,), (0,)):
+            slope = gradients(exercise, fn, case, (0,))
+            return f"{fault}\n  your gradient: {slope and slope[0]}"
     if dtype and result.dtype != expected.dtype:
         return (
             f"the values are right, but the dtype is {result.dtype}; return {expected.dtype}, that "
@@ -228,10 +197,11 @@ def _window(x: Tensor, length: int, back: int) -> Tensor:
     return x[:, end - length : end]
 
 
-def _misaligned(
-    normalise: Callable, logits_back: int, ids_back: int, logits: Tensor, ids: Tensor, length: int
-) -> Tensor:
-    return pick(normalise(_window(logits, length, logits_back), -1), _window(ids, length, ids_back))
+def _misaligned(normalise: Callable, begin: Callable, logits: Tensor, ids: Tensor, length: int):
+    """Windows of logits and tokens that begin at other columns."""
+    size, columns = ids.shape[1], torch.arange(length)
+    at, of = begin(size, length)
+    return pick(normalise(logits[:, (at + columns) % size], -1), ids[:, of + columns])
 
 
 def _aligned(of: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
@@ -239,10 +209,9 @@ def _aligned(of: Callable, logits: Tensor, ids: Tensor, length: int) -> Tensor:
     return of(_window(logits, length, 1), _window(ids, length, 0))
 
 
-def _normalised_before(
-    normalise: Callable, dim: int, logits: Tensor, ids: Tensor, length: int
-) -> Tensor:
-    """The right window and shift, of the whole logits normalised over `dim`."""
+def _normalised_before(how: tuple[Callable, int], logits: Tensor, ids: Tensor, length: int):
+    """The right window and shift, of the whole logits normalised over a dimension."""
+    normalise, dim = how
     return _aligned(pick, normalise(logits, dim), ids, length)
 
 
@@ -295,6 +264,7 @@ TOKEN_FURTHER = (
 
 NAIVE = (_naive, _naive_difference, _naive_share)
 LOOKUPS = (  # of logits and tokens that are aligned
+    *each(SAY.over_the_tokens, lambda dim, z, tokens: pick(z, tokens).log_softmax(dim), -1, 0),
     *(
         (of, message)
         for f in (torch.log_softmax, *NAIVE)
@@ -305,70 +275,48 @@ LOOKUPS = (  # of logits and tokens that are aligned
             (lambda z, tokens, f=f: f(z, -1).amax(-1), SAY.greedy),
             (lambda z, tokens, f=f: f(z, -1).sum(-1), SAY.whole_vocabulary),
             (lambda z, tokens, f=f: f(z, -1).mean(-1), SAY.whole_vocabulary),
-            *(
-                (lambda z, tokens, f=f, k=k: k * (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens)
-                for k in (1, -1)
-            ),
+            (lambda z, tokens, f=f: (f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens),
+            (lambda z, tokens, f=f: -(f(z, -1).exp() * f(z, -1)).sum(-1), SAY.no_tokens),
         )
     ),
     *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.not_finite) for f in NAIVE),
-    *(
-        (lambda z, tokens, low=low: logprobs.token_logprobs(z, tokens).clamp(min=low), SAY.cut_off)
-        for low in (*map(math.log, EPSILONS), -10, -20, -30, -50, -100)
+    *each(
+        SAY.cut_off,
+        lambda low, z, tokens: logprobs.token_logprobs(z, tokens).clamp(min=low),
+        *(*map(math.log, EPSILONS), -10, -20, -30, -50, -100),
     ),
-    *(
-        (lambda z, tokens, of=of: pick(of(z), tokens), message)
-        for of, message in (
-            (lambda z: z.softmax(-1), SAY.probabilities),
-            (lambda z: z, SAY.raw_logits),
-            (lambda z: z.log(), SAY.log_of_logits),
-            (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
-            (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
-            (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
-            (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
-            (lambda z: z.softmax(-1).log_softmax(-1), SAY.two_softmaxes),
-        )
+    *table(
+        lambda of, z, tokens: pick(of(z), tokens),
+        (lambda z: z - z.logsumexp((-2, -1), True), SAY.over_positions_too),
+        (lambda z: z - z.logsumexp((-3, -2, -1), True), SAY.over_positions_too),
+        *((lambda z, f=f: f(z).log_softmax(-1), SAY.moved.format(how)) for how, f in OF_ROWS),
+        (lambda z: z.softmax(-1), SAY.probabilities),
+        (lambda z: z, SAY.raw_logits),
+        (lambda z: z.log(), SAY.log_of_logits),
+        (lambda z: z - z.mean(-1, keepdim=True), SAY.no_log_sum),
+        (lambda z: z - z.amax(-1, keepdim=True), SAY.no_log_sum),
+        (lambda z: z - (z - z.amax(-1, keepdim=True)).logsumexp(-1, True), SAY.no_log_sum),
+        (lambda z: z - z.exp().mean(-1, keepdim=True).log(), SAY.no_log_sum),
     ),
+)
+_WINDOWS = (  # where the windows of logits and tokens begin, by all columns and the response's
+    (lambda size, n: (size - n, size - n), SAY.unshifted),
+    (lambda size, n: (size - n - 1, size - n - 1), SAY.unshifted),
+    (lambda size, n: (size - n, size - n - 1), SAY.other_way),
+    (lambda size, n: (size - n + 1, size - n), SAY.other_way),
+    (lambda size, n: (size - n - 2, size - n), SAY.shifted_twice),
+    (lambda size, n: (size - n - 2, size - n - 1), SAY.too_early),
+    (lambda size, n: (0, 0), SAY.from_the_start),
+    (lambda size, n: (0, 1), SAY.from_the_start),
+    (lambda size, n: (0, size - n), SAY.from_the_start),
 )
 _TOKEN_MISTAKES = (
     *(
-        (partial(_misaligned, normalise, *back), message)
+        (partial(_misaligned, normalise, begin), message)
         for normalise in (torch.log_softmax, *NAIVE)
-        for back, message in (
-            ((0, 0), SAY.unshifted),
-            ((1, 1), SAY.unshifted),
-            ((0, 1), SAY.other_way),
-            ((2, 0), SAY.shifted_twice),
-            ((2, 1), SAY.too_early),
-        )
+        for begin, message in _WINDOWS
     ),
-    *(
-        (wrong, message)
-        for normalise in (torch.log_softmax, *NAIVE)
-        for wrong, message in (
-            (
-                lambda z, ids, length, f=normalise: _misaligned(
-                    f, 0, 0, z.roll(-1, 1), ids, length
-                ),
-                SAY.other_way,
-            ),
-            *(
-                (
-                    lambda z, ids, length, f=normalise, t=t: pick(
-                        f(z[:, :length], -1), ids[:, t : length + t]
-                    ),
-                    SAY.from_the_start,
-                )
-                for t in (0, 1)
-            ),
-            (
-                lambda z, ids, length, f=normalise: pick(f(z[:, :length], -1), ids[:, -length:]),
-                SAY.from_the_start,
-            ),
-            (partial(_normalised_before, normalise, 0), SAY.wrong_dimension),
-            (partial(_normalised_before, normalise, 1), SAY.wrong_dimension),
-        )
-    ),
+    *each(SAY.wrong_dimension, _normalised_before, *product((torch.log_softmax, *NAIVE), (0, 1))),
     *((partial(_aligned, of), message) for of, message in LOOKUPS),
 )
 TOKEN_LOGPROBS = Exercise(
@@ -380,7 +328,7 @@ TOKEN_LOGPROBS = Exercise(
     shape_hint="It is one number for each token of the response, response_length columns: none for "
     "the prompt, none lost to the shift, and no mean or sum over them.",
     further=lambda fn: (
-        _gradient_fault(TOKEN_LOGPROBS, "logits", fn)
+        gradient_fault(TOKEN_LOGPROBS, fn, _TOKEN_CASES, (0,))
         or further_fault(TOKEN_LOGPROBS, TOKEN_FURTHER, fn)
     ),
 )
@@ -429,21 +377,27 @@ def _td_error(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
     return r + gamma * _next(v) - v
 
 
-def _of_deltas(
-    delta: Callable, decay: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam
-) -> Tensor:
-    """gae with another TD error, or another decay; the mask is respected."""
+def _other_delta(of: Callable, rewards, values, mask, gamma, lam) -> Tensor:
+    """gae with another TD error; the mask is respected."""
     v = values * mask
-    deltas = delta(rewards * mask, v, gamma, lam) * mask
-    return _with_values(_sum_up(deltas, decay(gamma, lam)), v) * mask
+    deltas = of(rewards * mask, v, gamma, lam) * mask
+    return _with_values(_sum_up(deltas, gamma * lam), v) * mask
 
 
-def _other_delta(delta: Callable) -> Callable:
-    return partial(_of_deltas, delta, lambda gamma, lam: gamma * lam)
+def _other_sum(of: Callable, rewards, values, mask, gamma, lam) -> Tensor:
+    """gae with another sum of TD errors, of these, γ and λ."""
+    v = values * mask
+    return _with_values(of(_td_error(rewards * mask, v, gamma, lam), gamma, lam), v) * mask
 
 
-def _other_decay(decay: Callable) -> Callable:
-    return partial(_of_deltas, _td_error, decay)
+def _from_the_start(deltas: Tensor, gamma: float, lam: float) -> Tensor:
+    weighted = deltas * (gamma * lam) ** torch.arange(deltas.shape[1])
+    return weighted.flip(1).cumsum(1).flip(1)
+
+
+def _divided(deltas: Tensor, gamma: float, lam: float) -> Tensor:
+    """A sum of TD errors times powers, divided by a power: 0/0 where γλ is 0."""
+    return _from_the_start(deltas, gamma, lam) / (gamma * lam) ** torch.arange(deltas.shape[1])
 
 
 def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, gamma, lam):
@@ -453,15 +407,7 @@ def _other_returns(of: Callable, rewards: Tensor, values: Tensor, mask: Tensor, 
     return torch.stack([advantages, returns * mask])
 
 
-def _carelessly_masked(
-    end: Callable,
-    which: tuple[bool, bool, bool, bool, bool],
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-) -> Tensor:
+def _carelessly_masked(end: Callable, which: tuple, rewards, values, mask, gamma, lam) -> Tensor:
     """gae where only what is marked in `which` is masked; `end(values)` follows the last column.
 
     Rewards, values, TD errors, both results, the values that are added to the advantages.
@@ -499,11 +445,6 @@ def _cut(masks: Callable, masked: tuple[bool, bool], rewards, values, mask, gamm
     return _with_values(advantages, values) * results
 
 
-def _forward(rewards, values, mask, gamma, lam) -> Tensor:
-    deltas = _td_error(rewards * mask, values * mask, gamma, lam)
-    return _with_values(_sum_up(deltas.flip(1), gamma * lam).flip(1), values) * mask
-
-
 def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) -> Tensor:
     """The advantages, or both results, from the last token to the first."""
     advantages, v = losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
@@ -511,45 +452,11 @@ def _left_reversed(both: bool, masked: bool, rewards, values, mask, gamma, lam) 
     return result * mask if masked else result
 
 
-def _without_last_column(rewards, values, mask, gamma, lam) -> Tensor:
-    deltas = _td_error(rewards * mask, values * mask, gamma, lam)
-    deltas[:, -1] = 0
-    return _with_values(_sum_up(deltas, gamma * lam), values) * mask
-
-
 def _without_eos(keeps_return: bool, rewards, values, mask, gamma, lam) -> Tensor:
     """gae with the last real token taken for padding."""
     kept = _next(mask)
     deltas = _td_error(rewards * mask, values * mask, gamma, lam) * kept
     return _with_values(_sum_up(deltas, gamma * lam), values) * (mask if keeps_return else kept)
-
-
-def _one_power_more(rewards, values, mask, gamma, lam) -> Tensor:
-    return _with_values(
-        gamma * lam * losses.gae(rewards, values, mask, gamma, lam)[0], values * mask
-    )
-
-
-def _one_step_further(rewards, values, mask, gamma, lam) -> Tensor:
-    v = values * mask
-    deltas = _td_error(rewards * mask, v, gamma, lam)
-    return _with_values(deltas + gamma * lam * _next(deltas), v) * mask
-
-
-def _from_the_start(rewards, values, mask, gamma, lam) -> Tensor:
-    v = values * mask
-    deltas = _td_error(rewards * mask, v, gamma, lam)
-    weighted = deltas * (gamma * lam) ** torch.arange(v.shape[1])
-    return _with_values(weighted.flip(1).cumsum(1).flip(1), v) * mask
-
-
-def _divided(filled: bool, rewards, values, mask, gamma, lam) -> Tensor:
-    """A sum of TD errors times powers, divided by a power: 0/0 where γλ is 0."""
-    v = values * mask
-    powers = (gamma * lam) ** torch.arange(v.shape[1])
-    weighted = _td_error(rewards * mask, v, gamma, lam) * powers
-    result = _with_values(weighted.flip(1).cumsum(1).flip(1) / powers, v)
-    return result.masked_fill(mask == 0, 0) if filled else result * mask
 
 
 def _white(x: Tensor, mask: Tensor, correction: int, everywhere: bool) -> Tensor:
@@ -616,48 +523,46 @@ _GAE_MISTAKES = (
         )
         for masked in product((True, False), repeat=2)
     ),
-    (_forward, SAY.time_runs_forward),
     *((partial(_time_first, which), SAY.time_first) for which in product((1, 0), repeat=5)),
-    *(
-        (partial(_left_reversed, both, masked), SAY.reversed)
-        for both, masked in product((True, False), repeat=2)
+    *((partial(_left_reversed, *how), SAY.reversed) for how in product((True, False), repeat=2)),
+    *each(SAY.last_left_out, _without_eos, True, False),
+    *table(
+        _other_sum,
+        (lambda d, g, lam: _sum_up(d.flip(1), g * lam).flip(1), SAY.time_runs_forward),
+        (
+            lambda d, g, lam: _sum_up(d * (torch.arange(n := d.shape[1]) < n - 1), g * lam),
+            SAY.last_column_never_computed,
+        ),
+        (_divided, SAY.zero_by_zero),
     ),
-    (_without_last_column, SAY.last_column_never_computed),
-    (partial(_without_eos, True), SAY.last_left_out),
-    (partial(_without_eos, False), SAY.last_left_out),
-    (partial(_divided, True), SAY.zero_by_zero),
-    (partial(_divided, False), SAY.zero_by_zero),
-    *(
-        (_other_delta(of), SAY.td_error.format(how))
-        for how, of in (
-            ("r + γλV' - V", lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
-            ("r + λV' - V", lambda r, v, gamma, lam: r + lam * _next(v) - v),
-            ("r + V' - V", lambda r, v, gamma, lam: r + _next(v) - v),
-            ("V - r - γV'", lambda r, v, gamma, lam: v - r - gamma * _next(v)),
-            ("r + γV - V", lambda r, v, gamma, lam: r + gamma * v - v),
-            (
-                "r + γV' - V, with V' of the token before",
-                lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v,
-            ),
-            ("r + γV'", lambda r, v, gamma, lam: r + gamma * _next(v)),
-            ("r + γV' + V", lambda r, v, gamma, lam: r + gamma * _next(v) + v),
-            ("r - γV' - V", lambda r, v, gamma, lam: r - gamma * _next(v) - v),
-            ("r - V", lambda r, v, gamma, lam: r - v),
-            ("r", lambda r, v, gamma, lam: r),
-        )
+    (lambda *x: _other_sum(_divided, *x).masked_fill(x[2] == 0, 0), SAY.zero_by_zero),
+    *family(
+        SAY.weights,
+        _other_sum,
+        ("λ to the power l", lambda d, g, lam: _sum_up(d, lam)),
+        ("1", lambda d, g, lam: _sum_up(d, 1)),
+        ("γλ if l is 1, and 0 beyond", lambda d, g, lam: d + g * lam * _next(d)),
+        ("γλ to the power l + 1", lambda d, g, lam: g * lam * _sum_up(d, g * lam)),
+        ("γλ to the power of its place in the row", _from_the_start),
     ),
-    *(
-        (_other_decay(of), SAY.weights.format(how))
-        for how, of in (
-            ("λ to the power l", lambda gamma, lam: lam),
-            ("γ to the power l", lambda gamma, lam: gamma),
-            ("0, so that it is left out", lambda gamma, lam: 0),
-            ("1", lambda gamma, lam: 1),
-        )
+    *family(
+        SAY.td_error,
+        _other_delta,
+        ("r + γλV' - V", lambda r, v, gamma, lam: r + gamma * lam * _next(v) - v),
+        ("r + λV' - V", lambda r, v, gamma, lam: r + lam * _next(v) - v),
+        ("r + V' - V", lambda r, v, gamma, lam: r + _next(v) - v),
+        ("V - r - γV'", lambda r, v, gamma, lam: v - r - gamma * _next(v)),
+        ("r + γV - V", lambda r, v, gamma, lam: r + gamma * v - v),
+        (
+            "r + γV' - V, with V' of the token before",
+            lambda r, v, gamma, lam: r + gamma * _next(v.flip(1)).flip(1) - v,
+        ),
+        ("r + γV'", lambda r, v, gamma, lam: r + gamma * _next(v)),
+        ("r + γV' + V", lambda r, v, gamma, lam: r + gamma * _next(v) + v),
+        ("r - γV' - V", lambda r, v, gamma, lam: r - gamma * _next(v) - v),
+        ("r - V", lambda r, v, gamma, lam: r - v),
+        ("r", lambda r, v, gamma, lam: r),
     ),
-    (_one_step_further, SAY.weights.format("γλ if l is 1, and 0 beyond")),
-    (_one_power_more, SAY.weights.format("γλ to the power l + 1")),
-    (_from_the_start, SAY.weights.format("γλ to the power of its place in the row")),
     (lambda r, v, mask, gamma, lam: _gae(r, v, mask, gamma, lam).flip(0), SAY.pair_swapped),
     *(
         (partial(_whitened, where, correction, everywhere), message)
@@ -668,17 +573,16 @@ _GAE_MISTAKES = (
         )
         for correction, everywhere in product((0, 1), (False, True))
     ),
-    *(
-        (partial(_other_returns, of), SAY.returns.format(how))
-        for how, of in (
-            ("A", lambda r, v, a, gamma: a),
-            ("A + r", lambda r, v, a, gamma: a + r),
-            ("A - V", lambda r, v, a, gamma: a - v),
-            ("A + V'", lambda r, v, a, gamma: a + _next(v)),
-            ("r + γV'", lambda r, v, a, gamma: r + gamma * _next(v)),
-            ("the sums of rewards", lambda r, v, a, gamma: _sum_up(r, gamma)),
-            ("V", lambda r, v, a, gamma: v),
-        )
+    *family(
+        SAY.returns,
+        _other_returns,
+        ("A", lambda r, v, a, gamma: a),
+        ("A + r", lambda r, v, a, gamma: a + r),
+        ("A - V", lambda r, v, a, gamma: a - v),
+        ("A + V'", lambda r, v, a, gamma: a + _next(v)),
+        ("r + γV'", lambda r, v, a, gamma: r + gamma * _next(v)),
+        ("the sums of rewards", lambda r, v, a, gamma: _sum_up(r, gamma)),
+        ("V", lambda r, v, a, gamma: v),
     ),
 )
 GAE = Exercise(
@@ -740,10 +644,40 @@ def _other_mean(of: Callable, new, old, a, mask, clip) -> Tensor:
     return -of(_clipped_objective((new - old).exp(), a, clip), mask)
 
 
-def _one_ratio(count: Callable, new, old, a, mask, clip) -> Tensor:
-    """The loss with one ratio for each response; `count` of the mask divides its logarithm."""
-    ratio = (((new - old) * mask).sum(1, True) / count(mask)).exp()
-    return -token_mean(_clipped_objective(ratio, a, clip), mask)
+def _beyond(p: Tensor, a: Tensor, e: float) -> Tensor:
+    return (p - 1).abs() > e
+
+
+def _let_go(p: Tensor, a: Tensor, e: float) -> Tensor:
+    """Where the clip takes the slope."""
+    return (p - 1) * a.sign() > e
+
+
+def _without(which: Callable, of_sum: bool, new, old, a, mask, clip) -> Tensor:
+    """The loss without the tokens of which `which` is true."""
+    ratio = (new - old).exp()
+    kept = mask * ~which(ratio, a, clip)
+    return -(ratio * a * kept).sum() / (mask if of_sum else kept).sum().clamp(min=1)
+
+
+_LOG_OBJECTIVES = (  # of log π, the ratio, the advantage and ε
+    lambda z, p, a, e: p * z * a,
+    lambda z, p, a, e: torch.minimum(p * z * a, p.clamp(1 - e, 1 + e) * z * a),
+    lambda z, p, a, e: p.clamp(1 - e, 1 + e) * z * a,
+    lambda z, p, a, e: torch.where(_let_go(p, a, e), p.clamp(1 - e, 1 + e) * a, p * z * a),
+    lambda z, p, a, e: torch.where(_let_go(p, a, e), 0, p * z * a),
+    lambda z, p, a, e: torch.where(_let_go(p, a, e), 0, z * a),
+)
+
+
+def _of_log(of: Callable, new, old, a, mask, clip) -> Tensor:
+    return -token_mean(of(new, (new - old).exp(), a, clip), mask)
+
+
+def _minimum_after_mean(new, old, a, mask, clip) -> Tensor:
+    ratio = (new - old).exp()
+    terms = ratio * a, ratio.clamp(1 - clip, 1 + clip) * a
+    return -torch.minimum(*(token_mean(x, mask) for x in terms))
 
 
 def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tensor:
@@ -754,7 +688,6 @@ def _ratio_masked(log: bool, everywhere: bool, new, old, a, mask, clip) -> Tenso
 
 
 OTHER_MEANS = (  # of what stands at each token, and the mask
-    (lambda x, mask: x.mean(), SAY.padding_counts),
     (lambda x, mask: (x * mask).mean(), SAY.wrong_denominator),
     (lambda x, mask: ((x * mask).sum(1) / mask.sum(1, keepdim=True)).mean(), SAY.grid),
     (lambda x, mask: x.gather(1, mask).mean(), SAY.integer_mask),
@@ -763,10 +696,8 @@ OTHER_MEANS = (  # of what stands at each token, and the mask
     (lambda x, mask: (x * mask).sum(1).mean(), SAY.per_response),
     (lambda x, mask: x.sum(1).mean(), SAY.per_response),
     (lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean(), SAY.mean_of_means),
-    *(
-        (lambda x, mask, of=of: of((x * mask).sum(0) / mask.sum(0).clamp(min=1)), SAY.of_columns)
-        for of in (torch.mean, torch.nanmean)
-    ),
+    (lambda x, mask: ((x * mask).sum(0) / mask.sum(0).clamp(min=1)).mean(), SAY.of_columns),
+    (lambda x, mask: ((x * mask).sum(0) / mask.sum(0)).nanmean(), SAY.of_columns),
     *((lambda x, mask, of=of: of(x[mask.bool()]), NO_MEAN) for of in NO_MEANS),
     (lambda x, mask: x.mean() * mask.float().mean(), SAY.two_means),
 )
@@ -833,70 +764,43 @@ POLICY_FURTHER = (
 )
 
 _POLICY_MISTAKES = (
-    (lambda *case: -_policy_loss(*case), SAY.unsigned),
-    (
-        lambda new, old, a, mask, clip: token_mean(
-            torch.maximum((r := (new - old).exp()) * a, r.clamp(1 - clip, 1 + clip) * a), mask
-        ),
-        SAY.maximum_of_losses,
-    ),
-    *(
-        (partial(_other_ratio, of), SAY.ratio.format(how))
-        for how, of in (
-            ("log π - log π_old", lambda new, old: new - old),
-            ("1 + log π - log π_old", lambda new, old: 1 + new - old),
-            ("π_old/π", lambda new, old: (old - new).exp()),
-            ("log π/log π_old", lambda new, old: new / old),
-            ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
-            ("1", lambda new, old: torch.ones_like(new)),
-            ("π", lambda new, old: new.exp()),
-            ("π - π_old", lambda new, old: new.exp() - old.exp()),
-        )
+    *family(
+        SAY.ratio,
+        _other_ratio,
+        ("log π - log π_old", lambda new, old: new - old),
+        ("1 + log π - log π_old", lambda new, old: 1 + new - old),
+        ("log π/log π_old", lambda new, old: new / old),
+        ("the exponential of log π/log π_old", lambda new, old: (new / old).exp()),
+        ("π - π_old", lambda new, old: new.exp() - old.exp()),
     ),
     (partial(_other_clip, lambda e: 1 / (1 + e), lambda e: 1 + e), SAY.uneven),
     (partial(_other_clip, lambda e: 1 - e, lambda e: math.inf), SAY.one_sided),
     (partial(_other_clip, lambda e: -math.inf, lambda e: 1 + e), SAY.one_sided),
     (partial(_other_clip, lambda e: -e, lambda e: e), SAY.not_round_one),
     (lambda new, old, a, mask, clip: -token_mean(new * a, mask), SAY.plain_policy_gradient),
-    (
-        lambda new, old, a, mask, clip: (
-            -torch.minimum(
-                token_mean((r := (new - old).exp()) * a, mask),
-                token_mean(r.clamp(1 - clip, 1 + clip) * a, mask),
-            )
-        ),
-        SAY.minimum_after_mean,
-    ),
     *(
-        (
-            lambda new, old, a, mask, clip, how=how: _policy_loss(
-                new, old, _white(a, mask, *how), mask, clip
-            ),
-            SAY.loss_whitened,
-        )
-        for how in product((0, 1), (False, True))
+        (partial(_without, which, of_sum), SAY.left_out.format(where))
+        for which in (_beyond, _let_go)
+        for of_sum, where in ((True, "the sum"), (False, "sum and number"))
     ),
-    *(
-        (partial(_one_ratio, count), SAY.one_ratio)
-        for count in (lambda mask: 1, lambda mask: mask.sum(1, True))
-    ),
+    *((partial(_of_log, of), SAY.log_probability) for of in _LOG_OBJECTIVES),
+    (_minimum_after_mean, SAY.minimum_after_mean),
     *((partial(_ratio_masked, *how), SAY.padding_after_ratio) for how in product((1, 0), (1, 0))),
     *((partial(_other_mean, of), message) for of, message in OTHER_MEANS),
-    *(
-        (partial(_other_objective, of), message)
-        for of, message in (
-            (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
-            (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
-            (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
-            (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
-            (lambda p, a, e: p * a, SAY.nothing_clipped),
-            (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
-            (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),
-            (
-                lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
-                SAY.product,
-            ),
-        )
+    *table(
+        _other_objective,
+        (lambda p, a, e: torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum),
+        (lambda p, a, e: -torch.maximum(p * a, p.clamp(1 - e, 1 + e) * a), SAY.maximum_of_losses),
+        (lambda p, a, e: torch.minimum(p, p.clamp(1 - e, 1 + e)) * a, SAY.minimum_of_ratios),
+        (lambda p, a, e: p.clamp(1 - e, 1 + e) * a, SAY.only_clipped_term),
+        (lambda p, a, e: torch.minimum(p + a, p.clamp(1 - e, 1 + e) + a), SAY.advantage_added),
+        (lambda p, a, e: p * a, SAY.nothing_clipped),
+        (lambda p, a, e: torch.minimum(p * a, p.log().clamp(-e, e).exp() * a), SAY.uneven),
+        (lambda p, a, e: torch.minimum(p * a, (p * a).clamp(1 - e, 1 + e)), SAY.product),
+        (
+            lambda p, a, e: torch.minimum(p * a, (p * a).clamp((1 - e) * a, (1 + e) * a)),
+            SAY.product,
+        ),
     ),
 )
 POLICY_LOSS = Exercise(
@@ -907,7 +811,7 @@ POLICY_LOSS = Exercise(
     tested="small and large ratios, both signs, padding, clip, gradients",
     shape_hint="Training differentiates one number, the mean over all real tokens.",
     further=lambda fn: (
-        _gradient_fault(POLICY_LOSS, "logprobs", fn)
+        gradient_fault(POLICY_LOSS, fn, _LOSS_CASES, (0,))
         or further_fault(POLICY_LOSS, POLICY_FURTHER, fn)
     ),
 )

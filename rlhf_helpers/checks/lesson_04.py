@@ -20,6 +20,7 @@ from rlhf_helpers.checks.exercise import (
     Exercise,
     call,
     check,
+    each,
     same,
     texts,
     unattempted,
@@ -37,7 +38,6 @@ amount: the score is {}. It is paid once and in full; β is the price of a nat o
     which every token pays, the last one too.
 scaled_score (amount): multiplied by β
 score_only_scaled (amount): multiplied by β, and the penalty is not
-by_length (amount): divided by the number of tokens
 shared_out (amount): divided among the tokens
 replaced (amount): put in place of the penalty at the last token, not added to it
 order: {}. A backward pass adds to what is there, left over or not. For each role clear its
@@ -61,37 +61,30 @@ no_adapters (roles): the adapters are left out
 one_adapter (roles): all roles have one adapter, or all trained ones, or all frozen ones
 trains_ignored (roles): there are always two trained roles and two frozen ones
 one_block (roles): base or adapters are counted for one block
+own_parts (roles): every role, or every trained or frozen one, has its own part of the base
+by_name (roles): its name says whether a role is trained
+by_place (roles): its place among the others says whether a role is trained
 other_in_blocks (roles): what lies outside of the blocks is counted for each of them
 equal_shapes_once (roles): layers of equal shape are counted once
 term: the log-ratio is taken {}. Plain and with both signs it is log π - log π_ref, whose mean over
     what the policy samples is the KL.
-absolute (term): without its sign
-clamped (term): cut off at 0 where it is negative
-squared (term): squared, halved or not, as in the estimate k2 of lesson 05
 third (term): as ρ - 1 - log ρ, the estimate k3 of lesson 05 and approx_kl in lesson 03
-ratio (term): as the ratio of the probabilities, without a logarithm
 probabilities (term): as a difference of probabilities, not of logarithms
 weighted (term): weighed with a probability, which the sampling has done already
 no_reference (term): without the reference
 quotient (term): as a quotient of logarithms, not as their difference
-mean (share): the mean of its response
 mean_of_batch (share): a mean over other responses or padding as well
-sum (share): the sum over its response
 everywhere (place): at every token
 last_column (place): in the last column, be it padding or not
 late (place): one column too late, behind the last real token
 early (place): one token too early
 first (place): at the first token
-and_padding (place): at the last token and at all padding behind it
 every_row (place): for every row at the last token of each
-summed: the losses are added up, and one backward pass runs through both roles. By then PEFT has
-    switched requires_grad off for the role used first; autograd looks at that flag when it goes
-    backward and drops its gradients without a word, and Roles raises an error. Each role needs a
-    backward pass of its own, before the next is used.
-forwards_first: both forward passes come before the first backward pass. By then PEFT has switched
-    requires_grad off for the role used first; autograd looks at that flag when it goes backward and
-    drops its gradients without a word, and Roles raises an error. Be done with one role's backward
-    pass before you use the next.
+dropped: {} before the first backward pass. By then PEFT has switched requires_grad off for the role
+    used first; autograd looks at that flag when it goes backward and drops its gradients without a
+    word, and Roles raises an error. Be done with one role's backward pass before you use the next.
+summed (dropped): the losses are added up, and one backward pass runs through both roles, both used
+forwards_first (dropped): both forward passes come
 not_used: the loss of {role} is computed as {active}. Whichever role was used last acts, whatever
     the loss is called; roles.use has to come before the loss, and it returns the model.
 carried: the second backward pass runs through the first role's graph again, which is freed already.
@@ -127,10 +120,6 @@ wrong_sign: the penalty is paid out. A token that the policy likes better than t
 place: the score stands {}. It is paid once for a response, at its own last real token, where the
     mask is 1 for the last time: of n tokens that one has the index n - 1.
 share: every token pays {}. A token that left the reference has to pay for itself, and for no other.
-padding: padding is charged. Nobody chose those tokens and their log-probabilities mean nothing, so
-    that their reward is 0.
-no_mask: the mask is not used: padding is charged, and the score stands in the last column, whether
-    that is a token or not. The mask says where each response ends.
 at_the_end: the whole penalty is charged at the last token. The sum is right, but no token can see
     what it cost; each pays its own part, where it arises.
 half_masked: one of the two log-probabilities is masked, the other is not; look at the brackets. At
@@ -582,19 +571,11 @@ def last_token(mask: Tensor) -> Tensor:
     return mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 
-def _at(mask: Tensor, step: int, stays: bool) -> Tensor:
-    """1 `step` columns behind the last real token; at a row's end it stays or is dropped."""
-    places = mask.sum(1) - 1 + step
+def _at(mask: Tensor, step: int, at_end: Callable) -> Tensor:
+    """1 `step` columns behind the last real token; `at_end` of place and length says where else."""
     length = mask.shape[1]
-    kept = torch.ones_like(places) if stays else ((places >= 0) & (places < length)).long()
-    one = torch.zeros_like(mask)
-    one[torch.arange(len(mask)), places.clamp(0, length - 1)] = kept
-    return one
-
-
-def _no_room_before(mask: Tensor) -> Tensor:
-    """1 in the last column of responses of EOS alone: where the index -1 leads."""
-    return _column(-1, mask) * (mask.sum(1, keepdim=True) == 1)
+    places = at_end(mask.sum(1, keepdim=True) - 1 + step, length)
+    return (torch.arange(length) == places).long()
 
 
 def _column(number: int | Tensor, mask: Tensor) -> Tensor:
@@ -622,10 +603,6 @@ def _in_place_of_penalty(place: Callable, scores, new, ref, mask, beta) -> Tenso
     """The score instead of the penalty at its token."""
     one = place(mask)
     return torch.where(one.bool(), scores[:, None], -beta * (new - ref) * mask)
-
-
-def mean_of_row(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
 
 
 def case_of_odds(scores: list, ratios: list, mask: list, beta: float) -> tuple:
@@ -666,19 +643,10 @@ _REWARD_CASES = (
     ),
 )
 
-OF_LOG_RATIO = (
-    (torch.abs, SAY.absolute),
-    (lambda x: x.clamp(min=0), SAY.clamped),
-    (torch.square, SAY.squared),
-    (lambda x: x.square() / 2, SAY.squared),
-    (torch.exp, SAY.ratio),
-)
 OTHER_LOG_RATIOS = (
-    *((lambda new, ref, of=of: of(new - ref), message) for of, message in OF_LOG_RATIO),
     (lambda new, ref: (ref - new).exp() - 1 - (ref - new), SAY.third),
     (lambda new, ref: new.exp() - ref.exp(), SAY.probabilities),
     (lambda new, ref: new.exp() * (new - ref), SAY.weighted),
-    (lambda new, ref: new, SAY.no_reference),
     (lambda new, ref: -new, SAY.no_reference),
     (lambda new, ref: new / ref, SAY.quotient),
 )
@@ -689,14 +657,11 @@ _REWARD_MISTAKES = (
     (partial(_other_place, lambda mask: _column(-1, mask)), SAY.last_column),
     (partial(_other_place, lambda mask: _column(-1, mask) * mask), SAY.last_column),
     *(
-        (partial(other, lambda mask, step=step, stays=stays: _at(mask, step, stays)), message)
+        (partial(other, lambda mask, step=step, end=end: _at(mask, step, end)), message)
         for other in (_other_place, _in_place_of_penalty)
         for step, message in ((1, SAY.late), (-1, SAY.early))
-        for stays in (True, False)
+        for end in (lambda x, n: x.clamp(0, n - 1), lambda x, n: x, lambda x, n: x % n)
     ),
-    (partial(_other_place, lambda mask: _at(mask, -1, False) + _no_room_before(mask)), SAY.early),
-    (partial(_unmasked, last_token, 1), SAY.padding),
-    (partial(_unmasked, lambda mask: _column(-1, mask), 1), SAY.no_mask),
     (partial(_unmasked, torch.ones_like, 1), SAY.everywhere),
     (partial(_unmasked, last_token, -1), SAY.wrong_sign),
     (partial(_unmasked, lambda mask: _column(-1, mask), -1), SAY.wrong_sign),
@@ -704,12 +669,7 @@ _REWARD_MISTAKES = (
         (partial(_other_penalty, lambda *x, of=of: x[3] * of(*x[:3]) * x[2]), message)
         for of, message in (
             *((lambda new, ref, m, f=f: f(new, ref), message) for f, message in OTHER_LOG_RATIOS),
-            (lambda new, ref, m: mean_of_row(new - ref, m), SAY.mean),
-            (lambda new, ref, m: (new - ref).mean(1, keepdim=True), SAY.mean_of_batch),
-            (lambda new, ref, m: (new - ref).mean(), SAY.mean_of_batch),
             (lambda new, ref, m: ((new - ref) * m).mean(), SAY.mean_of_batch),
-            (lambda new, ref, m: ((new - ref) * m).sum() / m.sum(), SAY.mean_of_batch),
-            (lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True), SAY.sum),
             (
                 lambda new, ref, m: ((new - ref) * m).sum(1, keepdim=True) * last_token(m),
                 SAY.at_the_end,
@@ -720,23 +680,17 @@ _REWARD_MISTAKES = (
     (lambda s, new, ref, m, b: _shape_rewards(b * s, new, ref, m, 1.0), SAY.score_only_scaled),
     (partial(_in_place_of_penalty, last_token), SAY.replaced),
     (partial(_in_place_of_penalty, lambda mask: _column(-1, mask)), SAY.last_column),
-    *(
-        (partial(_other_penalty, of), SAY.half_masked)
-        for of in (
-            lambda new, ref, m, b: b * (new - ref * m),
-            lambda new, ref, m, b: b * (new * m - ref),
-        )
+    *each(
+        SAY.half_masked,
+        _other_penalty,
+        lambda new, ref, m, b: b * (new - ref * m),
+        lambda new, ref, m, b: b * (new * m - ref),
     ),
     (partial(_other_place, lambda mask: last_token(mask) * (1 - mask[:, -1:])), SAY.cut_off),
     (partial(_other_place, lambda mask: _column(0, mask)), SAY.first),
     (partial(_other_place, lambda mask: mask / mask.sum(1, keepdim=True)), SAY.shared_out),
     (partial(_other_place, lambda mask: _column(mask.sum(1) - 1, mask)), SAY.every_row),
     (lambda s, new, ref, m, b: s @ last_token(m).float() - b * (new - ref) * m, SAY.every_row),
-    (
-        partial(_other_place, lambda mask: mask.cumsum(1) == mask.sum(1, keepdim=True)),
-        SAY.and_padding,
-    ),
-    (lambda s, new, ref, m, b: _shape_rewards(s / m.sum(1), new, ref, m, b), SAY.by_length),
 )
 SHAPE_REWARDS = Exercise(
     "shape_rewards",
@@ -821,6 +775,15 @@ def _a_and_b(shapes, rank: int) -> float:
     return rank * sum(outputs + inputs for outputs, inputs in shapes)
 
 
+def _once(trains: Mapping) -> int:
+    return 1
+
+
+def _told(told: Callable, trains: Mapping) -> int:
+    """16 for each role that `told` says is trained, by number, name and how many, and else 4."""
+    return sum(16 if told(i, name, len(trains)) else 4 for i, name in enumerate(trains))
+
+
 def _other_count(
     shapes,
     layers,
@@ -829,17 +792,17 @@ def _other_count(
     trains,
     *,
     of_adapter: Callable = _a_and_b,
-    base_times: Callable = lambda trains: 1,
+    base_times: tuple[Callable, Callable] = (_once, _once),
     of_roles: Callable = lambda trains: sum(16 if on else 4 for on in trains.values()),
     blocks: tuple[bool, bool] = (True, True),
-    once: tuple[bool, bool] = (False, False),
+    picks: tuple[Callable, Callable] = (list, list),
 ) -> float:
     """The prediction with one thing counted otherwise."""
     in_base, in_adapters = (layers if counted else 1 for counted in blocks)
-    of_base, of_adapters = (set(shapes) if equal else shapes for equal in once)
+    of_base, of_adapters = (pick(shapes) for pick in picks)
     base = _NF4_BITS / 8 * in_base * sum(outputs * inputs for outputs, inputs in of_base)
     adapters = of_roles(trains) * in_adapters * of_adapter(of_adapters, rank)
-    return base_times(trains) * (base + 2 * other) + adapters
+    return base_times[0](trains) * base + base_times[1](trains) * 2 * other + adapters
 
 
 _COUNTS = (
@@ -855,13 +818,7 @@ _BYTES_CASES = (
     ([(64, 64)], 1, 100, 1, {"policy": True, "reference": False}),
     ([*_ATTENTION, *_MLP], 28, 233_518_592, 16, _FOUR),
     ([(4096, 4096), (11008, 4096)], 32, 1_000_000, 1, _FOUR),  # nearly all of it is the base
-    (
-        [(1024, 512), (2048, 512)],
-        4,
-        10_000,
-        256,
-        {"policy": True, "value": True, "reward": True, "reference": False},
-    ),
+    ([(1024, 512), (2048, 512)], 4, 10_000, 256, _FOUR | {"reward": True}),
     ([(512, 1024)], 2, 10_000, 128, {"policy": True, "reference": False, "reward": False}),
     ([(256, 256), (256, 1024)], 2, 50_000_000, 8, _FOUR),  # nearly all of it is embeddings
     ([(512, 512)] * 3, 2, 10_000, 256, dict.fromkeys((*_FOUR, "sft"), False) | {"policy": True}),
@@ -874,7 +831,23 @@ _BYTES_MISTAKES = (
         lambda shapes, layers, other, *rest: predict_bytes(shapes, layers, layers * other, *rest),
         SAY.other_in_blocks,
     ),
-    (partial(_other_count, base_times=len), SAY.own_bases),
+    (partial(_other_count, base_times=(len, len)), SAY.own_bases),
+    *(
+        (partial(_other_count, base_times=times), SAY.own_parts)
+        for of in (len, lambda trains: sum(trains.values()), lambda t: len(t) - sum(t.values()))
+        for times in ((of, _once), (_once, of), (of, of))
+        if times != (len, len)
+    ),
+    *(
+        (partial(_other_count, of_roles=partial(_told, told)), message)
+        for told, message in (
+            *((lambda i, name, n, k=k: name in k, SAY.by_name) for k in (_TRAINED, _TRAINED[:1])),
+            (lambda i, name, n: name not in _FROZEN, SAY.by_name),
+            *((lambda i, name, n, k=k: i < k, SAY.by_place) for k in (1, 2)),
+            *((lambda i, name, n, k=k: i >= n - k, SAY.by_place) for k in (1, 2)),
+            (lambda i, name, n: i in (0, n - 1), SAY.by_place),
+        )
+    ),
     (partial(_other_count, of_roles=lambda trains: 0), SAY.no_adapters),
     *(
         (partial(_other_count, of_roles=of), SAY.one_adapter)
@@ -893,8 +866,13 @@ _BYTES_MISTAKES = (
         for how, of in ADAPTERS
     ),
     *(
-        (partial(_other_count, once=once), SAY.equal_shapes_once)
-        for once in ((True, True), (True, False), (False, True))
+        (partial(_other_count, picks=picks), message)
+        for pick, message in (
+            (set, SAY.equal_shapes_once),
+            (lambda shapes: shapes[1:], SAY_01.layer_left_out.format("first")),
+            (lambda shapes: shapes[:-1], SAY_01.layer_left_out.format("last")),
+        )
+        for picks in ((pick, pick), (pick, list), (list, pick))
     ),
     *(
         (partial(_other_count, blocks=blocks), SAY.one_block)

@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers import kl, logprobs
-from rlhf_helpers.checks.exercise import NO_MEAN, NO_MEANS, Exercise, check, check_pair, texts
+from rlhf_helpers.checks.exercise import (
+    NO_MEAN,
+    NO_MEANS,
+    Exercise,
+    check,
+    check_pair,
+    each,
+    table,
+    texts,
+)
 from rlhf_helpers.checks.lesson_03 import (
     LOOKUPS,
     NAIVE,
@@ -21,29 +30,32 @@ from rlhf_helpers.checks.lesson_03 import (
 )
 from rlhf_helpers.checks.lesson_03 import SAY as SAY_03
 from rlhf_helpers.checks.lesson_04 import (
-    OF_LOG_RATIO,
     OTHER_LOG_RATIOS,
     case_of_odds,
-    last_token,
-    mean_of_row,
 )
 from rlhf_helpers.checks.lesson_04 import SAY as SAY_04
 
 SAY = texts("""
-padding_charged (kl_of): its padding too
 reward_scaled (price): β (R - KL)
 reward_only (price): β R - KL
 one_of_two (price): R less a difference of which β multiplies one half
 shared_out (price): (1 - β) R - β KL
 reward_at_each (price): a sum in which R stands once for each token
+absolute (kl_of): its KL without its sign
+clamped (kl_of): its KL cut off at 0 where it is negative
+squared (kl_of): its KL squared, halved or not
+exponentiated (kl_of): its KL exponentiated
 mean (kl_of): the mean over its tokens
 same_for_all (kl_of): a mean over the batch
 batch_sum (kl_of): the sum over the batch
-last_only (kl_of): the log-ratio of its last token
 shifted: the tokens are looked up one position off. These logits are aligned already: those at
     position t predict the token at t, so there is no shift left to make.
 logits_as_probs: logits are handed over as probabilities, which is how a Categorical takes its first
     argument. They may be negative and do not sum to 1; give them by their name, logits.
+other_sum: the logits of {} less the log-sum-exp of {}. Each policy has a normaliser of its own, as
+    it has logits of its own; what is copied from one line to the next keeps its names.
+across: the softmax runs over the two policies, as where their logits are stacked. One distribution
+    is over the vocabulary, for each policy by itself.
 one_policy: both results come from the same logits. The tokens are the same, but the second result
     is what the reference thinks of them.
 pair_swapped: the pair is swapped: log_probs_curr comes first, then log_probs_ref. Whatever is made
@@ -67,8 +79,6 @@ kl_of: a response pays for {}. The KL of a response is the sum of the log-ratio 
 price: the final reward is {}. It is R - β KL: R as it is, and β as the price of each nat.
 paid_out: the penalty is paid out. A response that the policy likes better than the reference does
     must lose by it: check the minus, and which of the two is subtracted from which.
-agreement_dropped: a real token on which both policies agree is not counted. Its log-ratio is 0, but
-    it is one of the tokens that the mean is over: only the mask says what padding is.
 """)
 
 # --- lesson 05: the log-probabilities under two policies -------------------------------------
@@ -123,6 +133,16 @@ def _other_lookup(which: tuple[bool, bool], of: Callable, curr, ref, tokens) -> 
     )
 
 
+def _normalised_by(which: tuple[int, int], *case) -> Tensor:
+    """The pair with the logarithms of the sums of those policies, by number."""
+    sums = [z.logsumexp(-1, keepdim=True) for z in case[:2]]
+    return torch.stack([pick(z - sums[k], case[2]) for z, k in zip(case[:2], which, strict=True)])
+
+
+def _across(curr: Tensor, ref: Tensor, tokens: Tensor) -> Tensor:
+    return torch.stack([pick(z, tokens) for z in torch.stack([curr, ref]).log_softmax(0)])
+
+
 def _shifted(normalise: Callable, step: int, filled: bool, logits: Tensor, tokens: Tensor):
     """Each token looked up `step` positions on; what has no position is 0, or rolled round."""
     result = pick(normalise(logits, -1).roll(-step, 1), tokens)
@@ -171,15 +191,19 @@ _LOOKUPS = (
     *LOOKUPS,
 )
 _SAMPLED_MISTAKES = (
-    *(
-        (lambda curr, ref, tokens, f=f: _other_lookup((True, True), f, ref, curr, tokens), message)
-        for f, message in (
-            (logprobs.token_logprobs, SAY.pair_swapped),
-            *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
-        )
+    *table(
+        lambda f, curr, ref, tokens: _other_lookup((True, True), f, ref, curr, tokens),
+        (logprobs.token_logprobs, SAY.pair_swapped),
+        *((lambda z, tokens, f=f: pick(f(z, -1), tokens), SAY.pair_swapped) for f in NAIVE),
     ),
-    (lambda curr, ref, tokens: _sampled_log_probs(curr, curr, tokens), SAY.one_policy),
-    (lambda curr, ref, tokens: _sampled_log_probs(ref, ref, tokens), SAY.one_policy),
+    *table(
+        _normalised_by,
+        ((0, 0), SAY.other_sum.format("the reference", "the policy")),
+        ((1, 1), SAY.other_sum.format("the policy", "the reference")),
+        ((1, 0), SAY.other_sum.format("each policy", "the other")),
+    ),
+    (_across, SAY.across),
+    *each(SAY.one_policy, lambda k, *case: _sampled_log_probs(case[k], case[k], case[2]), 0, 1),
     *(
         (partial(_other_lookup, which, of), message)
         for of, message in _LOOKUPS
@@ -224,6 +248,10 @@ def _exact_kl(curr_logits: Tensor, ref_logits: Tensor) -> Tensor:
 def _of_log_softmax(of: Callable, curr: Tensor, ref: Tensor) -> Tensor:
     """What `of` makes of log p and log q, `[B, T, V]`."""
     return of(curr.log_softmax(-1), ref.log_softmax(-1))
+
+
+def _exact_by(logs: Tensor) -> Tensor:
+    return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
 
 def _with_epsilon(p: Tensor, q: Tensor, epsilon: float) -> Tensor:
@@ -289,34 +317,26 @@ _EXACT_MISTAKES = (
     (lambda curr, ref: kl_divergence(_probs(ref), _probs(curr)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(_probs(curr), Categorical(logits=ref)), SAY.logits_as_probs),
     (lambda curr, ref: kl_divergence(Categorical(logits=curr), _probs(ref)), SAY.logits_as_probs),
-    *(
-        (partial(_of_log_softmax, of), message)
-        for of, message in (
-            (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
-            *(
-                (lambda p, q, e=e: _with_epsilon(p.exp(), q.exp(), e), SAY.far_apart)
-                for e in (1e-3, 1e-4, 1e-5)
-            ),
-            *((of, SAY.terms.format(how)) for how, of in _SUMS),
-        )
+    *table(
+        _of_log_softmax,
+        (lambda p, q: p.sum(-1) * math.nan, SAY.log_of_log),
+        *each(SAY.far_apart, lambda e, p, q: _with_epsilon(p.exp(), q.exp(), e), 1e-3, 1e-4, 1e-5),
+        *((of, SAY.terms.format(how)) for how, of in _SUMS),
     ),
-    *(
-        (lambda curr, ref, of=of: (curr.softmax(-1) * of(curr, ref)).sum(-1), SAY.not_normalised)
-        for of in (
-            lambda curr, ref: curr - ref,
-            lambda curr, ref: curr.log_softmax(-1) - ref,
-            lambda curr, ref: curr - ref.log_softmax(-1),
-        )
+    *each(
+        SAY.not_normalised,
+        lambda of, curr, ref: (curr.softmax(-1) * of(curr, ref)).sum(-1),
+        lambda curr, ref: curr - ref,
+        lambda curr, ref: curr.log_softmax(-1) - ref,
+        lambda curr, ref: curr - ref.log_softmax(-1),
     ),
-    *(
-        (
-            lambda curr, ref, d=d: (
-                curr.softmax(d) * (curr.log_softmax(d) - ref.log_softmax(d))
-            ).sum(-1),
-            SAY_03.wrong_dimension,
-        )
-        for d in (0, 1)
+    *each(
+        SAY_03.wrong_dimension,
+        lambda d, curr, ref: (curr.softmax(d) * (curr.log_softmax(d) - ref.log_softmax(d))).sum(-1),
+        0,
+        1,
     ),
+    (lambda curr, ref: _exact_by(torch.stack([curr, ref]).log_softmax(0)), SAY.across),
 )
 EXACT_KL = Exercise(
     "exact_kl",
@@ -385,24 +405,23 @@ _HAND_PAIR = (
     torch.tensor([[0.25, 1 / 3, 0.3]]).log(),
     torch.tensor([[1, 1, 0]]),
 )
+_ENDS = torch.tensor([[2], [5], [1]])
 _ESTIMATE_CASES = (
     _HAND_PAIR,
     _pair_of_odds([[3.0, 2.5, 1.5, 0.2], [0.4, 2.0, 4.0, 0.8]], [[1, 1, 0, 0], [1, 1, 1, 1]]),
     _pair_of_odds(
         [[0.5, 0.8, 2.0], [0.3, 1.5, 4.0], [1.0, 3.0, 2.0]], [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
     ),  # an estimate below 0, and a token on which both agree
+    (-drawn(3, 5, seed=20).abs(), -drawn(3, 5, seed=21).abs(), (torch.arange(5) < _ENDS).long()),
+    (-drawn(2, 3, seed=22).abs(), -drawn(2, 3, seed=23).abs(), torch.ones(2, 3).long()),
 )
 
 _ESTIMATE_MISTAKES = (
     (lambda curr, ref, mask: estimate_kl(ref, curr, mask), SAY.estimate_swapped),
-    *(
-        (partial(_other_mean, of), message)
-        for of, message in (
-            (lambda x, mask: -x.mean(), SAY.estimate_swapped),
-            *OTHER_MEANS,
-            (lambda x, mask: (x * mask).sum() / (x * mask != 0).sum(), SAY.agreement_dropped),
-            *((lambda x, mask, f=f: f(token_mean(x, mask)), says) for f, says in OF_LOG_RATIO),
-        )
+    *table(
+        _other_mean,
+        (lambda x, mask: -x.mean(), SAY.estimate_swapped),
+        *OTHER_MEANS,
     ),
     *((partial(_other_term, of), message) for of, message in OTHER_LOG_RATIOS),
     (lambda curr, ref, mask: token_mean(curr - ref, curr.exp() * mask), SAY_04.weighted),
@@ -504,52 +523,42 @@ _FINAL_CASES = (
 )
 
 _FINAL_MISTAKES = (
-    *(
-        (partial(_other_kl, of), message)
-        for of, message in (
-            (lambda curr, ref, mask: _row_sum(ref - curr, mask), SAY.paid_out),
-            (lambda curr, ref, mask: (ref - curr).sum(1), SAY.paid_out),
-            (lambda curr, ref, mask: (curr - ref).sum(1), SAY.padding_charged),
-            (lambda curr, ref, mask: mean_of_row(curr - ref, mask)[:, 0], SAY.mean),
-            (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), SAY.mean),
-            (lambda curr, ref, mask: (curr - ref).mean(1), SAY.mean),
-            (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), SAY.same_for_all),
-            (lambda curr, ref, mask: token_mean(curr - ref, mask), SAY.same_for_all),
-            (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
-            (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
-            (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
-            *(
-                (lambda curr, ref, mask, of=of: _row_sum(of(curr, ref), mask), message)
-                for of, message in OTHER_LOG_RATIOS
-            ),
-            *(
-                (lambda curr, ref, mask, of=of: of(_row_sum(curr - ref, mask)), message)
-                for of, message in OF_LOG_RATIO
-            ),
-            (lambda curr, ref, mask: _row_sum(curr - ref, last_token(mask)), SAY.last_only),
-            (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
-            (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
-            (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
-            *(
-                (lambda curr, ref, mask, of=of: _by_row(of, curr - ref, mask), NO_MEAN)
-                for of in NO_MEANS
-            ),
-        )
+    *table(
+        _other_kl,
+        (lambda curr, ref, mask: _row_sum(ref - curr, mask), SAY.paid_out),
+        (lambda curr, ref, mask: (ref - curr).sum(1), SAY.paid_out),
+        (lambda curr, ref, mask: _row_sum(curr - ref, mask) / mask.sum(1), SAY.mean),
+        (lambda curr, ref, mask: ((curr - ref) * mask).mean(1), SAY.mean),
+        (lambda curr, ref, mask: (curr - ref).mean(1), SAY.mean),
+        (lambda curr, ref, mask: _row_sum(curr - ref, mask).mean(), SAY.same_for_all),
+        (lambda curr, ref, mask: token_mean(curr - ref, mask), SAY.same_for_all),
+        (lambda curr, ref, mask: (curr - ref).mean(), SAY.same_for_all),
+        (lambda curr, ref, mask: ((curr - ref) * mask).mean(), SAY.same_for_all),
+        (lambda curr, ref, mask: ((curr - ref) * mask).sum(), SAY.batch_sum),
+        *table(lambda of, curr, ref, mask: _row_sum(of(curr, ref), mask), *OTHER_LOG_RATIOS),
+        *table(
+            lambda of, curr, ref, mask: of(_row_sum(curr - ref, mask)),
+            (torch.abs, SAY.absolute),
+            (lambda x: x.clamp(min=0), SAY.clamped),
+            (torch.square, SAY.squared),
+            (lambda x: x.square() / 2, SAY.squared),
+            (torch.exp, SAY.exponentiated),
+        ),
+        (lambda curr, ref, mask: (curr - ref * mask).sum(1), SAY_04.half_masked),
+        (lambda curr, ref, mask: (curr * mask - ref).sum(1), SAY_04.half_masked),
+        (lambda curr, ref, mask: (curr - ref).gather(1, mask).sum(1), SAY_03.integer_mask),
+        *each(NO_MEAN, lambda of, curr, ref, mask: _by_row(of, curr - ref, mask), *NO_MEANS),
     ),
-    *(
-        (partial(_other_price, of), message)
-        for of, message in (
-            (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
-            (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
-            (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
-        )
+    *table(
+        _other_price,
+        (lambda rewards, kl, beta: beta * (rewards - kl), SAY.reward_scaled),
+        (lambda rewards, kl, beta: beta * rewards - kl, SAY.reward_only),
+        (lambda rewards, kl, beta: (1 - beta) * rewards - beta * kl, SAY.shared_out),
     ),
-    *(
-        (lambda r, curr, ref, mask, beta, of=of: r - _row_sum(of(curr, ref, beta), mask), message)
-        for of, message in (
-            (lambda curr, ref, beta: beta * curr - ref, SAY.one_of_two),
-            (lambda curr, ref, beta: curr - beta * ref, SAY.one_of_two),
-        )
+    *table(
+        lambda of, r, curr, ref, mask, beta: r - _row_sum(of(curr, ref, beta), mask),
+        (lambda curr, ref, beta: beta * curr - ref, SAY.one_of_two),
+        (lambda curr, ref, beta: curr - beta * ref, SAY.one_of_two),
     ),
     *(
         (lambda r, *case, of=of: (of(case[2]) - 1) * r + final_reward(r, *case), SAY.reward_at_each)
