@@ -8,7 +8,7 @@ from statistics import fmean
 
 import torch
 
-from rlhf_helpers.ppo import PPOStats
+from rlhf_helpers.ppo import Experience, PPOStats
 
 BROKEN, LOOK = "broken", "look"  # how bad an alarm is
 PATIENCE = 3  # updates in a row before a number that scatters counts as having left its band
@@ -70,23 +70,10 @@ class Alarm:
 
 
 def log_row(stats: PPOStats) -> dict[str, float]:
-    """One row of a log: what an update of `train_ppo` reports, and three sums that must come out.
-
-    Besides the fields of `PPOStats`:
-
-    - `advantage_mean`, `advantage_std`: over the real tokens; 0 and 1 if they were whitened there.
-    - `return_gap`: mean |R − r| at the last real token of a response. There R = A + V = r − V + V
-      whatever γ, λ and critic are, so it is 0 but for rounding.
-    - `score_std`: over the responses.
-    """
-    experience, mask = stats.experience, stats.experience.rollout.response_mask
-    spread, mean = torch.std_mean(experience.advantages[mask.bool()].double())
-    last = mask.sum(-1, keepdim=True) - 1
-    gap = (experience.returns - experience.rewards).gather(1, last).abs().mean()
+    """One row of a log: what an update of `train_ppo` reports, and `sums` of its experience."""
     return {
         "update": stats.update,
         "score": stats.score,
-        "score_std": experience.scores.double().std().item(),
         "kl": stats.kl,
         "beta": stats.beta,
         "entropy": stats.entropy,
@@ -101,10 +88,23 @@ def log_row(stats: PPOStats) -> dict[str, float]:
         "explained_variance": stats.value["explained_variance"],
         "value_loss": stats.value["loss"],
         "value_grad_norm": stats.value["grad_norm"],
-        "advantage_mean": mean.item(),
-        "advantage_std": spread.item(),
-        "return_gap": gap.item(),
+        **sums(stats.experience),
     }
+
+
+def sums(experience: Experience) -> dict[str, float]:
+    """What must come out of advantages and returns, whatever the critic knows.
+
+    - `advantage_mean`, `advantage_std`: over the real tokens; 0 and 1 if they were whitened there.
+    - `return_gap`: mean |R − r| at the last real token of a response. There R = A + V = r − V + V
+      whatever γ, λ and V are, so it is 0 but for rounding.
+    """
+    mask = experience.rollout.response_mask
+    spread, mean = torch.std_mean(experience.advantages[mask.bool()].double())
+    last = mask.sum(-1, keepdim=True) - 1
+    gap = (experience.returns - experience.rewards).gather(1, last).abs().mean()
+    numbers = {"advantage_mean": mean, "advantage_std": spread, "return_gap": gap}
+    return {name: number.item() for name, number in numbers.items()}
 
 
 def examine(
