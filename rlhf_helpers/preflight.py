@@ -206,8 +206,8 @@ def _score_unit(experience: Experience, penalty: float) -> Finding:
         "scores in their unit",
         abs(mean) < 1 and SPREADS[0] < spread < SPREADS[1],
         f"{mean:.2f} ± {spread:.2f} on {len(scores)} answers",
-        "a normalised reward has about mean 0 and spread 1 on answers of the SFT model: is this the "
-        "head that was trained and normalised, and are these such answers?",
+        "on answers of the SFT model a normalised reward has about mean 0 and spread 1: is this "
+        "the head that was trained and normalised, and are these such answers?",
     )
 
 
