@@ -259,8 +259,8 @@ def _as_row(row: PPOStats | Mapping[str, float]) -> dict[str, float]:
 def _check_rows(rows: list[dict]) -> None:
     if len(rows) < 2:
         raise ValueError(
-            f"history has {len(rows)} updates: a band is about several; give at least 2, or see "
-            "what preflight finds before the first"
+            f"history has {len(rows)} of the 2 updates that it needs at least: a band is about "
+            "several; preflight checks what one can tell"
         )
     for i, row in enumerate(rows):
         if "update" not in row or not row.keys() & BANDS.keys():
