@@ -9,6 +9,7 @@ inside, puts a function as it is often written by mistake in the place of the ri
 `inspect.getsource(FAULTS["kl_sign"])` shows it. Afterwards all functions are the right ones again.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
@@ -119,6 +120,16 @@ def lost_head(roles: Roles) -> Iterator[None]:
     new = ScalarHead(right.in_features, seed=1).to(right.weight.device).requires_grad_(False)
     new.reference = right.reference
     with patch.dict(roles.heads, reward=new):
+        yield
+
+
+@contextmanager
+def swapped_labels(roles: Roles) -> Iterator[None]:
+    """The reward model learnt from pairs with chosen and rejected exchanged: r has become −r."""
+    turned = copy.deepcopy(roles.heads["reward"])
+    for weight in turned.parameters():
+        weight.data.neg_()
+    with patch.dict(roles.heads, reward=turned):
         yield
 
 
@@ -267,6 +278,7 @@ FAULTS: dict[str, Callable[[Roles], AbstractContextManager[None]]] = {
         eos_masked_out,
         score_at_padding,
         lost_head,
+        swapped_labels,
         kl_sign,
         kl_without_gradient,
         bare_reference,

@@ -84,6 +84,13 @@ def test_faults_of_the_score_and_of_its_price(pocket_roles, tokenizer, fault, na
     assert name in failed(findings)
 
 
+def test_what_no_check_can_know(pocket_roles, tokenizer):
+    """A reward that is the opposite of what was wanted is as good a number as any."""
+    with plant("swapped_labels", pocket_roles):
+        findings = preflight(pocket_roles, tokenizer, world.prompts("train"))
+    assert failed(findings) == set()
+
+
 @pytest.mark.parametrize("fault", FOUND)
 def test_each_fault_is_found_by_its_check(roles, tokenizer, fault):
     sound = failed(preflight(roles, tokenizer, PROMPTS, SETTINGS))
