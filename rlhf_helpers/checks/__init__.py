@@ -20,6 +20,7 @@ from rlhf_helpers.checks.lesson_05 import (
     check_final_reward,
     check_sampled_log_probs,
 )
+from rlhf_helpers.checks.lesson_07 import check_mended, check_patients, illnesses, patient
 
 __all__ = [
     "FAULTS",
@@ -32,14 +33,18 @@ __all__ = [
     "check_lora_forward",
     "check_lora_parameters",
     "check_mask_prompt",
+    "check_mended",
     "check_nf4_bytes",
     "check_pair_accuracy",
     "check_pairwise_loss",
+    "check_patients",
     "check_policy_loss",
     "check_predict_bytes",
     "check_sampled_log_probs",
     "check_shape_rewards",
     "check_token_logprobs",
     "check_train_step",
+    "illnesses",
+    "patient",
     "training_log",
 ]

@@ -82,8 +82,8 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
                 f"there is no answer for log {log!r}, only for {list(answers)}; give ..."
             )
     for log, right in _ANSWERS.items():
-        plain = _plain(answers[log])
-        answer = next((key for key in FAULTS if plain in map(_plain, (key, FAULTS[key]))), None)
+        given = plain(answers[log])
+        answer = next((key for key in FAULTS if given in map(plain, (key, FAULTS[key]))), None)
         if answers[log] is ...:
             print(f"{log}: {NOT_ATTEMPTED}")
         elif answer is None:
@@ -91,15 +91,17 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
         elif answer == right:
             print(f"{log}: correct, {FAULTS[right]}.")
         else:
-            evidence = _EVIDENCE[answer].format_map(_facts(training_log(log)))
+            evidence = _EVIDENCE[answer].format_map(facts(training_log(log)))
             print(f"{log}: it is not that {FAULTS[answer]}. Then {evidence}.")
 
 
-def _plain(answer: object) -> str:
+def plain(answer: object) -> str:
+    """An answer without all that does not count in it: blanks, marks and capitals."""
     return "".join(filter(str.isalnum, str(answer).lower()))
 
 
-def _facts(rows: list[dict[str, float]]) -> dict[str, str]:
+def facts(rows: list[dict[str, float]]) -> dict[str, str]:
+    """What evidence can quote of a log: each column's range, most, start and end."""
     facts = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
