@@ -51,9 +51,9 @@ EVIDENCE = {
         "one is not. Which column has to have a certain value, and has another?"
     ),
     "another_temperature": (
-        "the answers would be too likely under the policy that is scored: KL cannot be negative in "
-        "the mean, and its estimate would be; in this log kl is {kl}, entropy begins at "
-        "{start_entropy}"
+        "the first batch, from which nothing has been learnt yet, would be of likelier tokens than "
+        "the policy's own, and entropy would begin clearly below the healthy run's; in this log it "
+        "begins at {start_entropy}"
     ),
     "lost_gradient": (
         "the policy would never move, its ratios be 1 and its gradient 0; in this log "
