@@ -93,6 +93,13 @@ def test_what_must_be_exact_says_broken(tiny, tokenizer, healthy, fault, quantit
     assert all(alarm.severity == "look" for alarm in examine(healthy[0]))
 
 
+def test_a_history_is_examined_as_its_log_is(tiny, tokenizer):
+    history = list(train_ppo(new_roles(tiny), tokenizer, PROMPTS, SETTINGS))
+    rows = [log_row(stats) for stats in history]
+    assert examine(history) == examine(rows) != []
+    assert rows[0]["first_ratio"] == 1 and rows[0]["policy_grad_norm"] > 0
+
+
 @pytest.mark.parametrize("name", ["gremlins", "", None, "KL_SIGN"])
 def test_an_unknown_fault(tiny, name):
     with pytest.raises(ValueError, match=f"there is no fault {name!r}; choose one of bare_prompt"):
