@@ -1263,7 +1263,7 @@ def test_the_imitation_moves_each_role_as_if_it_were_alone():
 
 def test_the_imitation_has_the_names_of_the_original():
     recorder = lesson_04._Recorder()
-    for name in ("names", "active", "use", "parameters", "trainable"):
+    for name in ("names", "active", "use", "parameters"):
         assert hasattr(Roles, name)
         assert hasattr(recorder, name)
 

@@ -50,7 +50,7 @@ def test_distinct_n_refuses_an_n_below_one(n):
 
 @pytest.mark.parametrize(("texts", "longest"), [(["a b", "c"], 2), (["", " "], 0)])
 def test_distinct_n_refuses_texts_that_are_all_shorter(texts, longest):
-    with pytest.raises(ValueError, match=f"n is 3, and the longest of the 2 texts has {longest}"):
+    with pytest.raises(ValueError, match=f"n is 3, and the longest text has {longest} words"):
         distinct_n(texts, 3)
 
 

@@ -286,9 +286,6 @@ class _Recorder:
         head = {"head": self.heads[name]} if name in self.heads else {}
         return {"adapter": self.model.adapters[name], **head}
 
-    def trainable(self, name: str) -> bool:
-        return name in self.trained
-
     def arguments(self) -> tuple:
         return self, self.losses, self.optimizers
 
