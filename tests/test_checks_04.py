@@ -451,13 +451,6 @@ def by_closures(roles, losses, optimizers):
         optimizers[role].step(closure)
 
 
-def asks_what_is_trainable(roles, losses, optimizers):
-    for role in filter(roles.trainable, roles.names):
-        optimizers[role].zero_grad()
-        losses[role](roles.use(role)).backward()
-        optimizers[role].step()
-
-
 def cleared_before_and_after(roles, losses, optimizers):
     clear(optimizers)
     cleared_last(roles, losses, optimizers)
@@ -492,7 +485,6 @@ STEP_RIGHT = [
     cleared_by_hand,
     by_autograd_grad,
     by_closures,
-    asks_what_is_trainable,
     cleared_before_and_after,
     looks_at_all_names,
 ]
