@@ -1,4 +1,4 @@
-"""Checks of values that no signature can say, and what the kinds of `validation` are made of."""
+"""Checks of values that no signature can say, and what `kinds` are made of."""
 
 import math
 import sys

@@ -199,8 +199,8 @@ def collect_experience(
     mask, price = rollout.response_mask, beta if config.kl_in == "reward" else 0.0
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, price, config.kl_kind)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    known = (scores, logprobs, ref_logprobs, values, rewards, whiten(advantages, mask), returns)
-    return Experience(prompts, rollout, *known)
+    shaped = {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
+    return Experience(prompts, rollout, scores, logprobs, ref_logprobs, values, **shaped)
 
 
 def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> Tensor:
