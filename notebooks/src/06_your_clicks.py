@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 06 · Mend it with your own clicks
 #
-# **Run time** about four minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
-# 05 · **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
+# **Run time** about five minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
+# 05 · **Next** lesson 08, DPO · **Exercise** `exercises/06_your_clicks.ipynb`
 #
 # After this lesson you will be able to
 #
 # - collect comparisons yourself, and say how far they can be trusted;
 # - train a reward model on from where it was, and look at what it forgets;
-# - mend a hacked reward, and say on which answers the labels have to be;
+# - mend a hacked reward, and say on which answers a label pulls hardest;
 # - say why RLHF is run in rounds.
 
 # %%
@@ -103,7 +103,7 @@ before = log.rows()
 print(", ".join(f"{name} {before[0][name]:.2f} to {before[-1][name]:.2f}" for name in before[0]))
 
 # %% [markdown]
-# What it says, below what SFT says, each with its score (the unit is a standard deviation of SFT's own scores):
+# What does it say now? Two helpers, the answers of a role and the reward model's scores of answers:
 
 
 # %%
@@ -117,7 +117,8 @@ def scores(roles, prompts, texts):
 
 
 # %% [markdown]
-# Three prompts, the same for both:
+# For three prompts: what SFT answers, then the hacked policy, each with its score (in standard deviations of SFT's
+# scores).
 
 # %%
 shown = held_out[:: max(1, len(held_out) // 3)][:3]
@@ -133,7 +134,7 @@ for i, prompt in enumerate(shown):
 # Sixty prompts; to each one answer of the hacked policy and one of SFT, sides at random. You say which is better,
 # with the mouse or the keys, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice
 # is saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` of lesson 02; close the notebook
-# and go on tomorrow. The pairs are in a file as well: a session belongs to *these* answers.
+# and go on tomorrow. The pairs are saved too, since your clicks make sense for exactly these answers.
 
 # %%
 file = RowFile(folder / "pairs.jsonl")
@@ -148,10 +149,10 @@ for text in sorted(pairs[0][1:]):
     print(f"   {text}")
 
 # %% [markdown]
-# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one.
-# In the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not
-# seen. To click yourself, set `CLICK_YOURSELF = True` at the top and run the cells down to this panel; click to the
-# end, then run the cells below.
+# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one. In
+# the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not seen.
+# Like you, it sees the text alone: an answer that was cut off counts as ended. To click yourself, set `CLICK_YOURSELF =
+# True` at the top and run the cells down to this panel; click to the end, then run the cells below.
 
 
 # %%
@@ -182,9 +183,9 @@ else:
 # <details><summary><b>Predict before you run.</b> How often will you agree with yourself on the eight pairs that come
 # twice? Will you lean to the longer answer, to the politer one, to the left?</summary>
 #
-# The simulated clicker agrees with itself always and leans nowhere, by construction. People do not: in Stiennon et al.
-# (2020) labellers agreed with the researchers in 77% of comparisons, and the researchers with each other in 73%. So one
-# asks twice.
+# The simulated clicker agrees with itself always and leans nowhere, by construction. People differ: in Stiennon et al.
+# (2020) labellers agreed with the researchers in 77% of comparisons, and the researchers with each other in 73%. How
+# often *you* agree with yourself, only asking twice can tell.
 # </details>
 
 
@@ -203,7 +204,8 @@ told("chose the answer on the left", [row["side"] == "first" for row in decided]
 print(f"cannot tell: {sum(row['side'] is None for row in clicks.rows)} of {len(clicks.rows)}")
 
 # %% [markdown]
-# Agreement with yourself is *your* ceiling: no reward model can predict your choices better than you repeat them. But
+# Agreement with yourself says how much can be learnt from you: whoever slips in one click of ten agrees with himself in
+# $0.9^2 + 0.1^2 = 82\%$ of the pairs, and even a perfect model predicts only 90% of his clicks. But
 # look at the interval: eight of eight only says that it is probably above two thirds. Whoever always clicks left
 # agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them;
 # what remains above chance is the first part of the exercise. Sixty clicks say little about a leaning to the left,
@@ -241,11 +243,12 @@ for name, of in {"longer": words, "politer": courtesies}.items():
         told(f"   {who} would", [gap(row, of) * gap(row, worth) > 0 for row in differ])
 
 # %% [markdown]
-# Read the middle lines with care. To choose the shorter answer in seven of ten pairs is no leaning: gold does the
+# Compare each line "chose" with "gold would" below it. (The simulated clicker is gold, so the two must agree; your own
+# need not.) To choose the shorter answer in seven of ten pairs is no leaning: gold does the
 # same, on the same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is
-# missing. The annotator of lesson 02 would have chosen the longer, politer answer in nine of ten: labels such as its
-# have made the hole. (That gold prefers some hacked answers is right, too: they are right more often than SFT's. What
-# ruins them is what stands around the facts.)
+# missing. The annotator of lesson 02, whose labels the reward model was trained on, would have chosen the longer,
+# politer answer in nine of ten. (That gold prefers some hacked answers is no slip: as a table below shows, they are
+# right more often than SFT's. What ruins them is what stands around the facts.)
 #
 # ## What a click tells the reward model
 #
@@ -282,12 +285,12 @@ assert CLICK_YOURSELF or preset.name != "pocket" or means[0] > 1.5 * means[1]
 # %% [markdown]
 # On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many
 # cannot be decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often
-# than right: PPO has gone to where it errs, that is what hacking is. So the labels are worth most *where the policy
-# now is*.
+# than right: PPO has gone to where it errs, that is what hacking is. So clicks pull hardest *where the policy now is*.
+# Whether clicks on two answers of SFT would mend anything is another question, which these numbers do not answer.
 #
 # ## Training on, with a replay
 #
-# Sixty pairs are soon learnt by heart, and nothing in their loss asks for what the four thousand of lesson 02 have
+# Sixty pairs are few, and nothing in their loss asks for what the four thousand of lesson 02 have
 # taught. So half of each batch are old pairs, a **replay**. By hand, with three new pairs, five old ones, batches of
 # four:
 
@@ -308,9 +311,10 @@ for step in range(3):
 # The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, to one in twelve of its
 # prompts. Those to other prompts are kept apart, to see what is forgotten.
 
+
 # %%
-people = []
-for first in (0, 6):
+def annotated(first):
+    """Pairs of every twelfth prompt from the first on, as people have judged them."""
     if preset.name == "pocket":
         sft, those = roles.use("reference"), train[first::12]
         rows = collect_preferences(
@@ -319,13 +323,14 @@ for first in (0, 6):
     else:
         rows = preference_dataset(preset)
         rows = rows.select(range(first, min(first + 4800, len(rows)), 12))
-    people.append(reward.encode_pairs(tokenizer, rows, *lengths))
+    return reward.encode_pairs(tokenizer, rows, *lengths)
+
 
 # %% [markdown]
 # As tokens, with the clicks beside them:
 
 # %%
-old_pairs, unseen = people
+old_pairs, unseen = annotated(0), annotated(6)
 new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
 print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
 
@@ -348,10 +353,8 @@ def train_on(start, new, name, replay=0.5, steps=40, size=16):
     said = torch.cat(reward.pair_scores(roles, "reward", tokenizer, old_pairs))
     reward.normalise(roles, "reward", said)
     roles.save("reward", folder / name)
-    ranked = (
-        f"{begin.held_out['accuracy']:.0%} of the clicks before, {end.held_out['accuracy']:.0%}"
-    )
-    print(f"{name}: agrees with {ranked} after")
+    before, after = (stats.held_out["accuracy"] for stats in (begin, end))
+    print(f"{name}: agrees with {before:.0%} of the clicks before, {after:.0%} after")
     return folder / name
 
 
@@ -375,7 +378,9 @@ models["clicks alone"] = train_on(models["before"], new_pairs, "alone", replay=0
 # %%
 # Pocket only
 probe = exam.polite_probe()
-loaded = {name: four_roles(path) for name, path in models.items()}
+loaded = {name: Roles(load_base(preset)) for name in models}
+for name, path in models.items():
+    loaded[name].load("reward", path)
 marks = [[points(*row) for row in zip(*texts, strict=True)] for texts in probe]
 
 # %% [markdown]
@@ -392,24 +397,25 @@ plots.show(fig, f"Gold and three reward models, from one courtesy to four: {ends
 for name, values in curves.items():
     print(f"{name:18}", [round(value, 2) for value in values])
 falls = {name: values[1] - values[4] for name, values in curves.items()}
-assert CLICK_YOURSELF or falls["before"] < 0 < 0.2 < falls["clicks and replay"]
+assert CLICK_YOURSELF or falls["before"] < 0
+assert CLICK_YOURSELF or falls["clicks and replay"] > 0.2
 
 # %% [markdown]
 # Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of
-# gold: one is worth something, and from then on each costs. Nobody wrote that rule down; it is in sixty choices.
-# (Compare shapes, not heights: gold is in points, a score in standard deviations of SFT's scores.) The probe shows
-# one hole. That there is no other it cannot show.
+# gold: one is worth something, and from then on each costs. Nobody told the reward model that rule; it has only seen
+# some sixty choices. (Compare shapes, not heights: gold is in points, a score in standard deviations of SFT's scores.)
+# The probe shows one hole. That there is no other it cannot show.
 #
 # And what has been forgotten? *SFT twice* is the share of pairs of SFT's answers to a held-out prompt, different in
-# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy,
-# which the clicks were for; *people* the share of the choices kept apart above that it would make as well.
+# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy, which
+# the clicks were for; *annotator* the share of the annotator's choices kept apart above that it would make as well.
 
 
 # %%
 # Pocket only
-def agreement(its_roles, first, second):
+def agreement(its_roles, prompts, first, second):
     """Share of pairs of answers, different in gold, that are ranked as gold ranks them."""
-    rows = [(p, a, b) for p, a, b in zip(some, first, second, strict=True) if a and b]
+    rows = [(p, a, b) for p, a, b in zip(prompts, first, second, strict=True) if a and b]
     gaps = torch.tensor([points(p, b) - points(p, a) for p, a, b in rows])
     asked, *sides = map(list, zip(*rows, strict=True))
     proxy = scores(its_roles, asked, sides[1]) - scores(its_roles, asked, sides[0])
@@ -421,9 +427,9 @@ def agreement(its_roles, first, second):
 
 # %%
 # Pocket only
-some = held_out[::2]
-said = {"SFT": answers("reference", some, 6), "hacked": answers("hacked", some, 8)}
-said["again"] = answers("reference", some, 7)
+half = held_out[::2]
+said = {"SFT": answers("reference", half, 6), "hacked": answers("hacked", half, 8)}
+said["again"] = answers("reference", half, 7)
 
 # %% [markdown]
 # The three shares for each reward model:
@@ -432,28 +438,29 @@ said["again"] = answers("reference", some, 7)
 # Pocket only
 agreed = {}
 for name, its_roles in loaded.items():
-    agreed[name] = [agreement(its_roles, said["SFT"], said[k]) for k in ("again", "hacked")]
+    agreed[name] = [agreement(its_roles, half, said["SFT"], said[k]) for k in ("again", "hacked")]
     chosen, rejected = reward.pair_scores(its_roles, "reward", tokenizer, unseen)
     agreed[name].append(reward.pair_accuracy(chosen, rejected))
     print(
         f"{name:18} SFT twice {agreed[name][0]:.2f}, hacked and SFT {agreed[name][1]:.2f},", end=""
     )
-    print(f" people {agreed[name][2]:.2f}")
+    print(f" annotator {agreed[name][2]:.2f}")
 assert CLICK_YOURSELF or agreed["clicks and replay"][1] > agreed["before"][1] + 0.2
 for name in ("clicks and replay", "clicks alone"):
     assert CLICK_YOURSELF or agreed[name][0] > agreed["before"][0] - 0.05
 
 # %% [markdown]
 # Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is
-# lost on SFT's own answers that this measure would show. So at this dose, forty small steps, the replay is an
-# insurance and no necessity. (The last column is about the people's choices, their leaning included. Whoever mends
-# the leaning departs from them, so a fall there is no damage by itself.) One seed; the insurance costs half of each
-# batch, and a clicker who errs may need it more.
+# lost on SFT's own answers that this measure would show. So by these measures forty small steps forget nothing, and the
+# replay costs a little of the cure, 0.81 in place of 0.86. (The last column is about the annotator's choices, its
+# leaning included. Whoever mends the leaning departs from them, so a fall there is no damage by itself.) One seed, an
+# honest clicker, and no policy has been trained on the reward model without replay.
 #
 # ## The same run again
 #
 # All as at the beginning: from SFT, the same prompts, the same seed, the same price of 0.01. Only the reward model is
-# another, and with it the critic, which starts as its copy.
+# another, and with it the critic, which starts as its copy. And it goes on for fifteen updates instead of twelve, to
+# give a second fall time to begin.
 
 # %%
 mended = four_roles(models["clicks and replay"])
@@ -466,19 +473,18 @@ print(f"from nothing to here {(time.perf_counter() - begun) / 60:.1f} minutes")
 # %%
 logs = {"before the clicks": before, "after": after}
 panels = {title: {k: [row[title] for row in log] for k, log in logs.items()} for title in after[0]}
-last = {
-    name: f"{log[-1][gold.name]:.1f}, {log[-1]['share finished']:.0%}" for name, log in logs.items()
-}
-alt = (
-    f"Score, gold, KL, share finished over the updates. Gold and share finished in the end: {last}."
+last = ", ".join(
+    f"{log[-1][gold.name]:.1f} and {log[-1]['share finished']:.0%} {name}"
+    for name, log in logs.items()
 )
+alt = f"Score, gold, KL and share finished over the updates. In the end gold and finished: {last}."
 plots.show(plots.panels(panels, "updates", {}), alt)
 
 # %% [markdown]
 # In the old run the score climbs while gold falls below 0 and hardly an answer ends. The
 # new run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two
-# reward models: compare their shapes, not their heights. The KL says it as well: the same price, and a policy that
-# stays far nearer to SFT, since there is no hole to go to.
+# reward models: compare their shapes, not their heights. The KL says it as well: at the same price the policy stays far
+# nearer to SFT.
 #
 # On held-out prompts:
 
@@ -534,16 +540,19 @@ if not CLICK_YOURSELF:
     assert table["hacked"]["finished"] < 0.2 and table["cured"]["finished"] > 0.95
 
 # %% [markdown]
-# The cured policy is above SFT, and ends its answers. The hacked one had learnt facts, too, it had more right answers
-# than SFT; the cured one keeps that, and leaves out what ruined it. Nobody has told it a fact: the reward model knew
-# them already, and the clicks have only stopped the louder signal. What the table does not show: that no other hole
-# is left. This was fifteen updates; a longer run may find one, and then somebody has to click again.
+# The cured policy is above SFT, and ends its answers. The hacked one had more right answers than SFT; the cured one
+# keeps that, and leaves out what ruined it. The clicks need not have taught it facts: the reward model ranked SFT's
+# answers well before them (0.90) and hardly better after (0.91), so what has changed is mostly the price of courtesies.
+# Not every answer has got better: the driver of the bus was right in SFT's sample, and is a trout in the other two.
+# And the table does not show that no other hole is left. This was fifteen updates; a longer run may find one, and then
+# somebody has to click again.
 #
-# ## Ten seeds, and other clickers
+# ## Ten seeds
 #
-# One run is one run. So this was recorded with up to ten seeds; the hacked policy of each is made once, and then come
-# other clicks. Each row has as many *decided* clicks as its name says. *Careless*: one in five is wrong. *Biased*: with
-# the leaning of lesson 02's annotator. *SFT*: on two answers of SFT. The printed table has every row that is recorded.
+# One run is one run. So sixty decided clicks of the honest clicker were recorded with ten seeds: of the prompts, of all
+# samples, of the clicker. All ten start from the one SFT and the one reward model of the course; how much those matter
+# is not measured. Other clickers (careless ones, biased ones, fewer clicks, clicks on SFT's own pairs, a second round)
+# are in `tools/record_clicks.py` and not recorded yet.
 
 
 # %%
@@ -570,85 +579,44 @@ for row in recorded("after.csv"):
     study.setdefault(row["row"], {})[int(row["seed"])] = row
 
 # %% [markdown]
-# Means over the seeds, and of gold the range; and on how many seeds gold is above SFT's, *up* is right answers at
-# least ten points up from SFT's, *kept* agreement with gold on SFT's own answers at most 0.05 lower than before:
+# Means over the seeds, and of gold the range. *On SFT* is the agreement with gold on pairs of SFT's answers, as above,
+# *on hacked* on pairs with one answer of the hacked policy; SFT and the hacked policy have the same reward model, that
+# before the clicks. *Above* counts the seeds on which gold is above SFT's, *up* those with at least ten points more
+# right answers than SFT.
 
 # %% tags=["nbval-check-output"]
 # Pocket only
-NAMES = ("gold", "correct", "finished", "kl", "agreement")
-print(
-    f"{'':16} seeds "
-    + "".join(f"{name:>10}" for name in NAMES)
-    + "   gold from, to   above, up, kept"
-)
+NAMES = {"gold": "gold", "correct": "correct", "finished": "finished", "kl": "kl"}
+NAMES |= {"agreement": "on SFT", "agreement_hacked": "on hacked"}
+print(f"{'':12}seeds" + "".join(f"{n:>10}" for n in NAMES.values()) + "   gold from, to  above  up")
 for name, rows in (start | study).items():
     means = [sum(row[k] for row in rows.values()) / len(rows) for k in NAMES]
     golds = [row["gold"] for row in rows.values()]
-    print(f"{name:16}{len(rows):5}  " + "".join(f"{mean:10.3f}" for mean in means), end="")
-    print(f"{min(golds):9.2f}{max(golds):6.2f}", end="")
+    print(f"{name:12}{len(rows):5}" + "".join(f"{mean:10.3f}" for mean in means), end="")
     sft = [(row, start["SFT"][seed]) for seed, row in rows.items()]
     above = sum(row["gold"] > base["gold"] for row, base in sft)
     up = sum(row["correct"] >= base["correct"] + 0.1 for row, base in sft)
-    kept = sum(row["agreement"] >= base["agreement"] - 0.05 for row, base in sft)
-    print(f"{above:9} {up:4} {kept:4}")
+    print(f"{min(golds):9.2f}{max(golds):6.2f}{above:7}{up:4}")
 
 # %% [markdown]
-# What is said of sixty honest clicks, asserted:
-
-# %%
-# Pocket only
-for seed, row in study["honest-60"].items():
-    base = start["SFT"][seed]
-    assert row["gold"] > base["gold"] > 0 > start["hacked"][seed]["gold"]
-    assert row["correct"] >= base["correct"] + 0.1 and row["finished"] > 0.95
-    assert row["agreement"] >= base["agreement"] - 0.05
-
-# %% [markdown]
-# And in one figure, a point for each seed (points of one number of clicks are moved apart a little):
-
-# %%
-# Pocket only
-KINDS = {"honest": 0, "careless": 2, "biased": 4, "sft": -3}
-groups = {name: [(0, row["gold"]) for row in rows.values()] for name, rows in start.items()}
-for name, rows in study.items():
-    kind = name.split("-")[0]
-    if kind in KINDS:
-        label = "SFT pairs" if kind == "sft" else kind
-        at = [(row["clicks"] + KINDS[kind], row["gold"]) for row in rows.values()]
-        groups.setdefault(label, []).extend(at)
-
-# %% [markdown]
-# The figure:
-
-# %%
-# Pocket only
-fig = plots.scatter(groups, "clicks", "gold, held-out prompts")
-means = ", ".join(f"{k} {sum(y for _, y in v) / len(v):.1f}" for k, v in groups.items())
-plots.show(fig, f"Gold against the number of clicks, a point a seed. Means: {means}.")
-
-# %% [markdown]
-# With sixty honest clicks gold ends above SFT's on every seed in the table, the share of right answers is at least
-# ten points higher, and nothing is lost on SFT's answers. For all other rows read *above* against *seeds*: that is
-# how often it worked. What to look for: how few clicks are enough (12, 24); whether sixty clicks on SFT's own pairs,
-# which pull so much less, mend anything; and what one wrong click in five, or a leaning, does to the cure. A row that
-# is not in the table has not been recorded yet; `python tools/record_clicks.py` goes on with it. The figure shows
-# spread, not causes: seeds differ in policy, prompts and samples at once.
+# With sixty honest clicks gold ends above SFT's on every seed. Right answers are at least ten points above SFT's on all
+# ten; the hacked policy had that on nine, so most of this is PPO's doing, and the cure keeps it. What the cure brings
+# is all else: the answers end. The reward model judges SFT's own answers as well as before, and pairs with a hacked
+# answer far better.
 #
 # ## Rounds
 #
-# The cure has moved the policy. It now says what neither SFT nor the hacked policy said, and the reward model has
-# again never been asked about *that*. So comparisons are collected on the newest policy, reward model and policy are
-# trained again, and so on: Bai et al. (2022, section 4.5) put new policies before the annotators week by week, Ouyang
-# et al. (2022) describe the same loop, and already Ziegler et al. (2019) collected labels while the policy was
-# training. In the study a round is the row `second-round-60`: sixty more clicks, on the cured policy, and PPO from
-# SFT once more.
+# The cure has moved the policy, by three nats, and no click has yet compared two of *its* answers. So comparisons are
+# collected on the newest policy, reward model and policy are trained again, and so on: Bai et al. (2022, section 4.5)
+# put new policies before the annotators week by week, Ouyang et al. (2022) describe the same loop, and already Ziegler
+# et al. (2019) collected labels while the policy was training. Whether a second round helps here is not recorded yet.
 #
 # ## Teach it a taste of your own
 #
 # So far the clicks followed gold, which is what a teacher wants. They need not. Say you want no courtesies at all,
 # though the rubric pays for one; or short answers; or whatever you like: forty clicks on answers of the cured policy
-# and of SFT, the mended reward model trained on, twelve updates from SFT. A rule clicks here; to click by your own
-# taste, replace `click_through` by `clicks_panel.show(wanted)` and stop after forty.
+# and of SFT, the mended reward model trained on, twelve updates from SFT. A rule clicks here; with
+# `CLICK_YOURSELF = True` a panel opens instead: stop after about forty, and run the cells below.
 #
 # <details><summary><b>Predict before you run.</b> Will it drop the courtesies? What will that do to gold, and to the share
 # of right answers?</summary>
@@ -665,17 +633,26 @@ TASTES = {
 taste = "no courtesies"  # or "short", or a rule of your own
 
 # %% [markdown]
-# Pairs until forty are decided:
+# Who clicks:
 
 # %%
 # Pocket only
 asked = random.Random(preset.seed + 1).sample(train, 120)
 now = answers("policy", asked, 1, mended), answers("reference", asked, 2)
 wanted = Clicks(list(zip(asked, *now, strict=True)), repeats=0)
-while sum(row["side"] is not None for row in wanted.rows) < 40 and wanted.show_next():
-    wanted.click_through(simulated(TASTES[taste]), limit=1)
+if CLICK_YOURSELF:
+    clicks_panel.show(wanted)
+else:
+    wanted.click_through(simulated(TASTES[taste]), limit=50)
+
+# %% [markdown]
+# The first forty that were decided:
+
+# %%
+# Pocket only
 liked = wanted.preferences()
-print(f"{len(liked)} clicks for {taste!r}, of {len(wanted.rows)} pairs asked about")
+liked = liked.select(range(min(40, len(liked))))
+print(f"{len(liked)} clicks for {taste!r}")
 
 # %% [markdown]
 # Reward model, policy, and what came of it:
@@ -704,13 +681,14 @@ for name, seen in ends.items():
 assert CLICK_YOURSELF or table["taste"]["courtesies"] < table["cured"]["courtesies"] / 2
 
 # %% [markdown]
-# Forty clicks, and the courtesies are mostly gone; the answers have become shorter with them. Gold has gone *down*,
-# by about what one courtesy earns: the policy now serves the clicker, not the rubric. That is the same mechanism as
-# the cure, and as the hole: a reward model learns what is clicked. Whose clicks, is not a technical question.
+# From SFT the first cure went up to one courtesy an answer; this policy, which began from SFT too, has gone down, from
+# 0.23 to 0.10. Gold is 0.11 below the cured policy's, and right answers are about as many: the policy now serves the
+# clicker, not the rubric. That is the same mechanism as
+# the cure, and as the hole: a reward model learns what is clicked. Whose clicks those are is not a technical question.
 #
-# What forty clicks can teach is a trait on the surface, which most pairs show and which the model can already leave
-# out. They cannot teach a fact, or a rule with exceptions ("courtesies only for those who say please"), as no forty
-# pairs show those; and what they do beyond the trait, nobody has looked at but for the columns above. One seed.
+# A trait on the surface, which most pairs show and which the model can already leave out, forty clicks can teach.
+# Whether they could teach a fact, or a rule with exceptions ("courtesies only for those who say please"), was not
+# tried; hardly any pair would show it. What else they did, nobody has looked at but for the columns above. One seed.
 #
 # ## The number to take along
 
@@ -726,15 +704,14 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 # %% [markdown]
 # ## Recap
 #
-# - Labels are worth most where the policy now is: there the reward model is wrong, and a click pulls.
+# - Clicks pull hardest where the policy now is: there the reward model is wrong.
 # - Train on from where the reward model was, mix in old pairs, normalise again, and measure what was forgotten.
-# - Ask some pairs twice: agreement with yourself bounds what anyone can learn from you. With sixty clicks all
-#   intervals are wide.
+# - Ask some pairs twice: where you do not agree with yourself, nobody can learn from you.
 # - A reward model learns what is clicked, leaning and taste included.
 # - The cure holds where somebody has looked. So it goes in rounds.
 #
-# The hole is mended, because somebody read the answers. Lesson 07, the debugging clinic, is about runs in which
-# nothing was hacked and nothing crashes, and which are broken all the same: how does one see that?
+# The hole is mended, because somebody read the answers. Need there be a reward model at all, if there are comparisons?
+# Lesson 08 trains the policy on them directly.
 #
 # **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
 # 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected

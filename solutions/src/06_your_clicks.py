@@ -64,7 +64,7 @@ def self_agreement(first: Tensor, second: Tensor) -> float:
         second: [N], the side clicked the second time, with the answers exchanged.
 
     Returns:
-        κ, at most 1; the arguments stay as they are.
+        κ, at most 1; the arguments are not changed.
     """
     ### BEGIN SOLUTION
     same = (first != second).double().mean().item()
@@ -113,11 +113,12 @@ people = {
 for name, clicker in people.items():
     clicks = Clicks(made_up, repeats=30)
     clicks.click_through(clicker)
-    sides = [
-        {r["pair"]: r["side"] == "second" for r in clicks.rows if r["repeat"] == again}
-        for again in (False, True)
-    ]
-    first, second = (torch.tensor([int(of[pair]) for pair in sides[1]]) for of in sides)
+    once, again = (
+        {r["pair"]: int(r["side"] == "second") for r in clicks.rows if r["repeat"] == repeat}
+        for repeat in (False, True)
+    )
+    first = torch.tensor([once[pair] for pair in again])
+    second = torch.tensor(list(again.values()))
     same, twice = clicks.agreement()
     print(
         f"{name:12} the same answer in {same:2} of {twice}, κ {self_agreement(first, second):5.2f}"
@@ -204,7 +205,7 @@ def polite_pairs(prompts, seed):
 
 
 # %% [markdown]
-# What an answer is worth, and what the reward model says:
+# What an answer is worth:
 
 
 # %%
@@ -214,7 +215,7 @@ def gold(prompt, answer):
 
 
 # %% [markdown]
-# And of many pairs what the reward model says of the first answers and of the second:
+# And what the reward model says of both answers of each pair:
 
 
 # %%
@@ -247,9 +248,9 @@ chosen = {
     "proxy and length part": ((second - first) * longer.sign()).argsort()[:24],
 }
 for name, rows in chosen.items():
-    wrong = [gold(*pool[i][:2]) > gold(pool[i][0], pool[i][2]) for i in rows]
-    proxy = (first > second)[rows]
-    differ = (torch.tensor(wrong) != proxy).float().mean()
+    gold_first = [gold(*pool[i][:2]) > gold(pool[i][0], pool[i][2]) for i in rows]
+    proxy_first = (first > second)[rows]
+    differ = (torch.tensor(gold_first) != proxy_first).float().mean()
     print(f"{name:22} the reward model would choose otherwise than gold in {differ:.0%}")
 
 # %% [markdown]
@@ -391,10 +392,11 @@ assert min(here.values()) > here["before"] - 0.05
 # wrong*: it would choose otherwise than gold in most pairs. Where it is unsure it is wrong in
 # half of them, and such a click pulls with one half only; and where it prefers the shorter answer it is right
 # already. Uncertainty finds what a model knows that it does not know. A hole is what it does not know that it does
-# not know, and the policy finds that for us: its own answers, at random, are the cheapest search. (One pool, one
-# budget, one seed: do not carry it over unmeasured.)
+# not know: of these three ways, asking at random finds it best. (One pool, one budget, one seed: do not carry it over
+# unmeasured.)
 #
-# The replay slows the cure: no old pairs mends most in thirty steps, three in four old ones least. What it is for, to
+# The replay slows the cure: of the three runs with clicks at random, no old pairs mends most in thirty steps, three in
+# four old ones least; they also see each new pair least often. What it is for, to
 # keep what was known, shows little here: on two answers of SFT all stay within a few points of before.
 #
 # **In words.** You have 1,000 new clicks, all by one person with a strong leaning. Which replay would you choose, and

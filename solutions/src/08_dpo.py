@@ -6,9 +6,9 @@
 #
 # You write DPO's loss and the rewards that are hidden in it, use them to judge pairs, and find out from three logs
 # which run was compared with the wrong reference. The check below each function names the likely mistake; the cells
-# after it go on with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only
-# an error in your code stops it. To compare with the solution, run
-# `nbdiff-web exercises/08_dpo.ipynb solutions/08_dpo.ipynb` in the course's folder.
+# after it go on with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only an
+# error in your code stops it. To compare with the solution, run `nbdiff-web exercises/08_dpo.ipynb
+# solutions/08_dpo.ipynb` in the course's folder.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -141,11 +141,11 @@ assert preset.name != "pocket" or abs(dpo_loss(*policy, *base, 0.1) - 0.6931) > 
 # **In words.** A loss of 0.693 in the first row of a log: what does it prove, and what does it not?
 
 # %% [markdown] tags=["solution"]
-# It proves that policy and reference gave the same log-probabilities to these responses, so that the policy began
-# as a copy of whatever the reference is (or that the two are one and the same model, which would stay at 0.693 for
-# ever). It does not prove that the reference is the *right* one: had the policy begun as a fresh adapter on the bare
-# base, with the bare base as its reference, the loss would be log 2 as well. Nor does it say anything about the sides: swap chosen and
-# rejected and it is log 2 too.
+# It proves that policy and reference gave the same log-probabilities to these responses, so that the policy began as a
+# copy of whatever the reference is (or that the two are one and the same model, which would stay at 0.693 for ever). It
+# does not prove that the reference is the *right* one: had the policy begun as a fresh adapter on the bare base, with
+# the bare base as its reference, the loss would be log 2 as well. Nor does it say anything about the sides: swap chosen
+# and rejected and it is log 2 too.
 
 # %% [markdown]
 # ## 2 · Implicit rewards
@@ -229,8 +229,9 @@ rewards = implicit_rewards(curr, ref, mask, config.beta)
 print("implicit rewards:", [round(x, 2) for x in rewards.tolist()])
 
 # %% [markdown]
-# Most tokens are worth nothing: both models would have said them. The reward stands at the few where the policy has
-# learnt to decide otherwise.
+# The words are worth next to nothing: both models would have said them. Nearly all of it stands at EOS, in both answers
+# alike: the policy has become less ready to stop. That does not tell the two answers apart; by a hair this pair is even
+# ranked the wrong way round.
 #
 # And now the whole judge: on how many held-out pairs does it side with the annotator, and on how many with the reward
 # model of lesson 02, which has seen more than three times as many pairs, of these prompts too?
@@ -257,9 +258,10 @@ assert preset.name != "pocket" or right["implicit rewards"] > 0.6
 
 # %% [markdown] tags=["solution"]
 # The policy is a copy, so all implicit rewards are 0: every pair is a tie, and a tie counts half (lesson 02). With a
-# mean over tokens the reward of a long answer would be divided by a larger number, so that the same log-ratio is
-# worth less there; that is another method (it is called length-normalised DPO), and its β has another unit: nats per
-# token, not per response. The derivation needs the sum, since the policy's probability of a response is the product over its tokens.
+# mean over tokens the reward of a long answer would be divided by a larger number, so that the same log-ratio is worth
+# less there; that is another method (it is called length-normalised DPO), and its β has another unit: nats per token,
+# not per response. The derivation needs the sum, since the policy's probability of a response is the product over its
+# tokens.
 
 # %% [markdown]
 # ## 3 · Three logs
@@ -319,9 +321,8 @@ assert max(abs(a - b) for a, b in zip(gaps, first, strict=True)) < 0.5
 # %% [markdown] tags=["solution"]
 # DPO's objective is reward minus β KL to the *reference*. With the bare base there, the policy pays for having learnt
 # to be an assistant, and every pair is judged with an offset that has nothing to do with the annotator: how much more
-# likely SFT made the one answer than the other. That offset changes how
-# hard each pair pulls: a little at a small β, a lot at a large one. In a run as short as this the results hardly differ
-# (lesson 08), so that only the first row gives it away. In
-# practice the mistake is one line: with adapters, "the reference is the model with the adapter switched off" is
-# right if the policy's adapter is *new*, and wrong if the SFT model was an adapter and the policy goes on from it.
-# Libraries that copy the given adapter to one called "ref" avoid it; those that only switch adapters off do not.
+# likely SFT made the one answer than the other. That offset changes how hard each pair pulls: a little at a small β, a
+# lot at a large one. In a run as short as this the results hardly differ (lesson 08), so that only the first row gives
+# it away. In practice the mistake is one line: with adapters, "the reference is the model with the adapter switched
+# off" is right if the policy's adapter is *new*, and wrong if the SFT model was an adapter and the policy goes on from
+# it. Libraries that copy the given adapter to one called "ref" avoid it; those that only switch adapters off do not.
