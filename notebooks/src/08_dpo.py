@@ -626,9 +626,8 @@ print(f"by {sum(behind) / len(behind):.2f} ({min(behind):.2f} to {max(behind):.2
 # pairs, equal distance, several seeds, and a truth that neither was trained on (though DPO's rate, and PPO's best β,
 # were picked by it).
 #
-# **And the time?** The recorded seconds are no fair race: other work shared the machines, and the same DPO run took
-# from one to nearly five minutes. They do not say which is quicker. What can be counted: DPO samples nothing, and needs
-# no reward model and no critic.
+# **And the time?** The recorded seconds are no fair race, since other work shared the machine; they are left out. What can
+# be counted: DPO samples nothing, and needs no reward model and no critic.
 #
 # ## What the wrong reference costs
 #
