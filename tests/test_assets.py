@@ -352,7 +352,7 @@ def clicks_by_seed(row):
 
 def test_sixty_honest_clicks_mend_the_hacked_model_on_every_recorded_seed():
     seeds = clicks_by_seed("honest-60")
-    assert len(seeds) >= 8
+    assert len(seeds) == record_clicks.ROWS["honest-60"].seeds
     for sft, hacked, cured in seeds:
         assert hacked["gold"] < 0 < sft["gold"] < cured["gold"]
         assert cured["correct"] >= sft["correct"] + 0.1
@@ -393,7 +393,7 @@ def test_each_dpo_run_has_the_best_rate_of_its_price_and_all_pairs():
         assert row["rate"] == record_dpo.best_rate(ASSETS / "dpo", row["beta"])
         assert row["pairs"] == 3572 or row["run"].startswith("second_")
     assert {row["seed"] for row in dpo_rows("rates.csv")} == {record_dpo.RATE_SEED}
-    assert len(dpo_ends("dpo")) >= 1
+    assert len(dpo_ends("dpo")) >= 5
 
 
 def test_every_recorded_dpo_run_is_whole_and_began_where_it_should():
@@ -432,7 +432,7 @@ def test_dpo_gains_and_stays_behind_ppo_on_every_recorded_seed():
     ppo = [row for row in recorded("ppo/held_out.csv") if row["beta"] == 1]
     for seed, row in ends.items():
         assert sft[seed] < row["gold"] < min(end["gold"] for end in ppo)
-        assert row["kl"] > 0.32  # where PPO at β = 1 stands in the mean
+        assert row["kl"] > sum(end["kl"] for end in ppo) / len(ppo)
         assert row["chosen_log_ratio"] < 0 and row["rejected_log_ratio"] < -0.4
 
 

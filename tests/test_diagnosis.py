@@ -78,7 +78,7 @@ def test_capitals_and_spaces_do_not_count(capsys):
 def test_an_answer_that_is_no_fault_is_named(answer, capsys):
     checks.check_diagnosis(RIGHT | {"B": answer})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith(f"B: {answer!r} is no fault of the list; choose from ['reference")
+    assert lines[1].startswith(f"B: {answer!r} is none of the list; choose from ['reference")
     assert [line.split(",")[0] for line in lines[::2]] == ["A: correct", "C: correct"]
 
 

@@ -532,7 +532,7 @@ def test_bad_response_length_is_named(model, response_length):
         ),
         ([1, 2, 3], [1, 1, 1], ValueError, r"input_ids has shape \[3\]"),
         ([[1, 2], [1, 2]], [[1, 1], [0, 0]], ValueError, "attention_mask row 1 is all zeros"),
-        ([[1, 2, 3]], [[1, 0, 1]], ValueError, "column 1 is 0 at .*on the left"),
+        ([[1, 2, 3]], [[1, 0, 1]], ValueError, r"column 1 is 0 at \[0\].*on the left"),
         (
             [[1, 2, 97]],
             [[1, 1, 1]],

@@ -125,7 +125,9 @@ def test_the_hacked_policy_of_a_seed_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         rc,
         "train",
-        lambda roles, seed, updates, folder: made.append((seed, updates)) or folder.mkdir(),
+        lambda roles, seed, updates, folder: (
+            made.append((seed, updates)) or folder.mkdir(exist_ok=True)
+        ),
     )
     monkeypatch.setattr(
         rc, "measured", lambda roles, seed, role: {"gold": 1.0, "texts": [role, str(seed)]}
@@ -139,10 +141,13 @@ def test_the_hacked_policy_of_a_seed_is_made_once(tmp_path, monkeypatch):
     rows = rc.read_csv(tmp_path / "before.csv")
     assert [(row["policy"], row["seed"]) for row in rows] == [("SFT", "3"), ("hacked", "3")]
     assert "texts" not in rows[0]
-    (tmp_path / "hacked-3.json").unlink()  # as after a kill, and in another checkout
-    (tmp_path / "hacked-3").rmdir()
+    (tmp_path / "hacked-3.json").unlink()  # as after a kill
     rc.hacked(3, tmp_path, tmp_path)
     assert rc.read_csv(tmp_path / "before.csv") == rows
+    other = tmp_path / "other"  # the cache is there, the record is not
+    other.mkdir()
+    rc.hacked(3, tmp_path, other)
+    assert rc.read_csv(other / "before.csv") == rows
 
 
 def test_it_writes_where_the_lesson_reads():

@@ -111,14 +111,18 @@ def test_a_second_round_makes_a_first_one_that_is_not_there(tmp_path, calls, mon
 
 
 def test_the_reward_model_swaps_the_pairs_that_it_ranks_otherwise(monkeypatch):
-    pairs = [{"chosen": "a", "rejected": "b"}, {"chosen": "c", "rejected": "d"}]
-    monkeypatch.setattr(record_dpo, "collect_preferences", lambda *x, **y: pairs)
+    def pair(prompt):
+        return {s: {"prompt": [prompt], "response": [s]} for s in ("chosen", "rejected")}
+
+    pairs, never = [pair(1), pair(2)], pair(3)  # a prompt of the held-out pairs
+    monkeypatch.setattr(record_dpo, "collect_preferences", lambda *x, **y: [*pairs, never])
+    monkeypatch.setattr(record_dpo, "first_pairs", lambda: ([], [never]))
     monkeypatch.setattr(record_dpo, "encoded", lambda rows: rows)
     scores = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     monkeypatch.setattr(record_dpo.reward, "pair_scores", lambda *x: scores)
     roles = SimpleNamespace(use=lambda role: role)
     assert record_dpo.own_pairs(roles, "annotator", 0) == pairs
-    swapped = [pairs[0], {"chosen": "d", "rejected": "c"}]
+    swapped = [pairs[0], {"chosen": pairs[1]["rejected"], "rejected": pairs[1]["chosen"]}]
     assert record_dpo.own_pairs(roles, "reward", 0) == swapped
 
 

@@ -552,7 +552,7 @@ def test_a_missing_column_is_named(tokenizer, column):
         ({"chosen": "moo. " * 30}, r"completion 1 .* the limit is 24; .*raise response_length"),
         ({"rejected": "moo. " * 30}, r"completion 1 .* the limit is 24; .*raise response_length"),
         ({"prompt": "duck? " * 30}, r"prompt 1 .* the limit is 24; .*raise prompt_length"),
-        ({"rejected": "a <|eos|>"}, "completion 1 is 'a <|eos|>', with '<|eos|>'"),
+        ({"rejected": "a <|eos|>"}, r"completion 1 is 'a <\|eos\|>', with '<\|eos\|>'"),
     ],
 )
 def test_a_pair_that_cannot_be_learnt_from_is_named(tokenizer, change, message):

@@ -68,7 +68,7 @@ def test_the_mask_decides_what_is_padding_not_the_token(tokenizer):
         (IDS, MASK, -1, "prompt_length is -1"),
         (IDS, MASK, 5, "prompt_length is 5 .*at most 4"),
         (IDS, MASK, 6, "prompt_length is 6"),
-        (IDS, MASK, 4, "labels in a row is 0 at"),
+        (IDS, MASK, 4, r"labels in a row is 0 at \[0\]"),
         (IDS, torch.tensor([[1, 1, 1, 1, 0], [0, 1, 0, 0, 0]]), 2, r"in a row is 0 at \[1\]"),
         (IDS, MASK[:, :4], 2, r"attention_mask has shape \[2, 4\], input_ids \[2, 5\]"),
         (IDS[0], MASK[0], 2, r"input_ids has shape \[5\]"),
@@ -831,5 +831,5 @@ def test_a_run_that_is_stopped_but_still_held_saves_before_the_next_goes_on(
 
 
 def test_labels_that_ignore_everything_are_named(train):
-    with pytest.raises(ValueError, match="labels in a row is 0 at"):
+    with pytest.raises(ValueError, match=r"labels in a row is 0 at \[0\]"):
         train(labels=lambda ids, mask, prompt_length: torch.full_like(ids, IGNORE))

@@ -1438,7 +1438,9 @@ def test_what_is_not_finite_ends_the_run_and_keeps_the_last_save(
 
 def test_nothing_is_said_to_be_kept_without_a_folder(train, monkeypatch):
     spoil_the_loss("policy", NAN)(monkeypatch, 0)
-    with pytest.raises(FloatingPointError, match="broke off") as caught:
+    with pytest.raises(
+        FloatingPointError, match="broke off at role 'policy' after 0 updates"
+    ) as caught:
         train()
     assert "kept" not in str(caught.value)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import record_ppo
 import torch
 from datasets import Dataset
-from record_ppo import fresh_roles, judged, read_csv, write_about, write_csv
+from record_ppo import fresh_roles, judged, on_held_out, read_csv, write_about, write_csv
 from tqdm.auto import tqdm
 
 from rlhf_helpers import ppo, reward
@@ -107,8 +107,7 @@ def tokenizer():
 
 def measured(roles: Roles, seed: int, role: str) -> dict:
     """How a role does on the held-out prompts: `record_ppo.judged`, and the share that ends."""
-    config, prompts = PPOConfig(seed=seed), world.prompts("held_out")
-    experience = ppo.collect_experience(roles, tokenizer(), prompts, config, BETA, seed, role)
+    experience = on_held_out(roles, PPOConfig(beta=BETA, seed=seed), role)
     finished = round(experience.rollout.finished.float().mean().item(), 4)
     texts = experience.rollout.texts
     return judged(experience) | {"finished": finished, "example": texts[0], "texts": texts}
@@ -150,17 +149,33 @@ def _again_and_again(pairs: list[dict], rng: random.Random) -> Iterator[dict]:
         yield from rng.sample(pairs, len(pairs))
 
 
-def mend(start: Path, new: Dataset, old: Dataset, replay: float, seed: int, folder: Path) -> None:
-    """Train a reward model on, normalise it again on SFT's answers, those of the old pairs."""
+def mend(
+    start: Path,
+    new: Dataset,
+    old: Dataset,
+    earlier: list[dict],
+    replay: float,
+    seed: int,
+    folder: Path,
+) -> None:
+    """Train a reward model on, normalise it again on SFT's answers, those of the old pairs.
+
+    Args:
+        old: SFT's answers, as people have judged them.
+        earlier: clicked pairs of the round before, replayed as well.
+    """
     roles = Roles(record_ppo.load_base(load_preset("pocket")))
     roles.load("reward", start, trainable=True)
-    pairs, replayed = (reward.encode_pairs(tokenizer(), rows, *LENGTHS) for rows in (new, old))
+    before = [Dataset.from_list(earlier)] if earlier else []
+    pairs, of_sft, *clicked_before = (
+        reward.encode_pairs(tokenizer(), rows, *LENGTHS) for rows in (new, old, *before)
+    )
     config = reward.RewardConfig(
         steps=STEPS, batch_size=BATCH, learning_rate=RATE, eval_every=STEPS
     )
-    mixture = mixed(pairs, replayed, replay, seed)
+    mixture = mixed(pairs, sum(clicked_before, of_sft), replay, seed)
     list(reward.train_reward_model(roles, "reward", tokenizer(), mixture, pairs, config))
-    scores = torch.cat(reward.pair_scores(roles, "reward", tokenizer(), replayed))
+    scores = torch.cat(reward.pair_scores(roles, "reward", tokenizer(), of_sft))
     reward.normalise(roles, "reward", scores)
     roles.save("reward", folder)
 
@@ -190,7 +205,8 @@ def hacked(seed: int, cache: Path, out: Path) -> dict:
     pairs to replay and the answers to held-out prompts.
     """
     folder, known = cache / f"hacked-{seed}", cache / f"hacked-{seed}.json"
-    if known.is_file() and folder.is_dir():
+    written = any(row["seed"] == str(seed) for row in read_csv(out / "before.csv"))
+    if written and known.is_file() and folder.is_dir():
         return json.loads(known.read_text(encoding="utf-8"))
     begun, roles = time.perf_counter(), fresh_roles()
     train(roles, seed, HACKING, folder)
@@ -239,7 +255,7 @@ def one_run(name: str, seed: int, cache: Path, out: Path) -> dict:
     roles = fresh_roles(start)
     roles.load("policy_now", first / "policy" if again else cache / f"hacked-{seed}")
     prompts = asked_prompts(seed)
-    skip = int(_read(first)["asked"]) if again else 0
+    skip = 3 * ROWS["honest-60"].clicks if again else 0  # the prompts of the first round
     prompts = prompts[skip : skip + 3 * row.clicks]
     other = "reference" if row.pairs == "sft" else "policy_now"
     sides = answers(roles, "reference", prompts, seed + 1), answers(roles, other, prompts, seed + 2)
@@ -254,10 +270,9 @@ def one_run(name: str, seed: int, cache: Path, out: Path) -> dict:
         seed=seed,
         cache=cache,
     ).select_columns(["prompt", "chosen", "rejected"])
-    if again:
-        old = Dataset.from_list([*old, *_read(first)["pairs"]])
     with whole_folder(cache / f"{name}-{seed}") as folder:
-        mend(start, new, old, row.replay, seed, folder / "reward")
+        earlier = _read(first)["pairs"] if again else []
+        mend(start, new, old, earlier, row.replay, seed, folder / "reward")
         mended = fresh_roles(folder / "reward")
         train(mended, seed, MENDING, folder / "policy")
         seconds = round(time.perf_counter() - begun, 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from record_ppo import fresh_roles, judged, read_csv, write_about, write_csv
+from record_ppo import fresh_roles, judged, on_held_out, read_csv, write_about, write_csv
 from tqdm.auto import tqdm
 
 from rlhf_helpers import dpo, ppo, reward
@@ -118,9 +118,7 @@ def trained(
 
 def end_of(roles: Roles, seed: int, role: str = "policy") -> dict:
     """How a role does on the held-out prompts, judged just as the ends of PPO's runs are."""
-    prompts, config = world.prompts("held_out"), ppo.PPOConfig(seed=seed)
-    tokenizer = load_tokenizer(load_preset("pocket"))
-    experience = ppo.collect_experience(roles, tokenizer, prompts, config, config.beta, seed, role)
+    experience = on_held_out(roles, ppo.PPOConfig(seed=seed), role)
     rollout = experience.rollout
     return judged(experience) | {
         "finished": round(rollout.finished.double().mean().item(), 4),
@@ -250,12 +248,15 @@ def second_round(out: Path, run: dict, judge: str) -> None:
 
 
 def own_pairs(roles: Roles, judge: str, seed: int) -> list[dict]:
-    """Pairs of the policy's own responses, made as in lesson 02, labelled by either judge."""
+    """Pairs of the policy's own responses, made as in lesson 02, labelled by either judge.
+
+    None to a prompt of the pairs that are held out.
+    """
     tokenizer, prompts = load_tokenizer(load_preset("pocket")), world.prompts("train")
     model = roles.use("policy")
-    pairs = encoded(
-        collect_preferences(model, tokenizer, prompts, Annotator(), seed=RATE_SEED + seed)
-    )
+    rows = collect_preferences(model, tokenizer, prompts, Annotator(), seed=RATE_SEED + seed)
+    held_out = {tuple(pair["chosen"]["prompt"]) for pair in first_pairs()[1]}
+    pairs = [pair for pair in encoded(rows) if tuple(pair["chosen"]["prompt"]) not in held_out]
     if judge == "annotator":
         return pairs
     scores = reward.pair_scores(roles, "reward", tokenizer, pairs)
@@ -298,7 +299,7 @@ def timing(out: Path, times: int = 1) -> None:
                 "cpu_seconds": round(time.process_time() - cpu, 1),
             }
             rows.append({"method": method, "turn": turn} | taken)
-    write_csv(out / "timing.csv", rows)
+        write_csv(out / "timing.csv", rows)
 
 
 def record_logs(study: Path, out: Path) -> None:

@@ -103,12 +103,15 @@ def one_run(config: PPOConfig, reward: Path) -> tuple[list[dict], dict]:
     return rows, end | {"seconds": round(stats.seconds, 1)}
 
 
+def on_held_out(roles: Roles, config: PPOConfig, role: str) -> Experience:
+    """What a role answers to the held-out prompts, and what all roles say of it."""
+    prompts, tokenizer = world.prompts("held_out"), load_tokenizer(load_preset("pocket"))
+    return ppo.collect_experience(roles, tokenizer, prompts, config, config.beta, config.seed, role)
+
+
 def held_out(roles: Roles, config: PPOConfig, role: str) -> dict:
     """How a role does on the held-out prompts, and its answer to the first."""
-    prompts, tokenizer = world.prompts("held_out"), load_tokenizer(load_preset("pocket"))
-    experience = ppo.collect_experience(
-        roles, tokenizer, prompts, config, config.beta, config.seed, role
-    )
+    experience = on_held_out(roles, config, role)
     return judged(experience) | {"example": experience.rollout.texts[0]}
 
 

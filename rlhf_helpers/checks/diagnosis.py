@@ -1,7 +1,7 @@
-"""The check of exercise 03, part 4: which fault made which training log."""
+"""Logs to be read: which fault made which, in exercise 03, part 4; `judge` serves others too."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rlhf_helpers.checks.exercise import NOT_ATTEMPTED
 from rlhf_helpers.presets import ASSETS
@@ -55,8 +55,12 @@ def training_log(name: str) -> list[dict[str, float]]:
     """
     if name not in ("healthy", *_ANSWERS):
         raise ValueError(f"there is no log {name!r}; choose healthy, A, B or C")
-    path = ASSETS / "ppo_logs" / f"{name}.csv"
-    with path.open(encoding="utf-8", newline="") as file:
+    return read_log("ppo_logs", name)
+
+
+def read_log(folder: str, name: str) -> list[dict[str, float]]:
+    """The rows of a log among the assets."""
+    with (ASSETS / folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -76,23 +80,41 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
         B: not attempted yet.
         C: not attempted yet.
     """
-    for log in _ANSWERS:
+    judge(answers, _ANSWERS, FAULTS, _EVIDENCE, training_log)
+
+
+def judge(
+    answers: Mapping[str, str],
+    right: Mapping[str, str],
+    causes: Mapping[str, str],
+    evidence: Mapping[str, str],
+    log_of: Callable[[str], list[dict[str, float]]],
+) -> None:
+    """Say for each log whether the answer is right, or what in the log speaks against it.
+
+    Args:
+        answers: for each log a key of `causes` or its text, or `...` for not yet.
+        right: for each log the key.
+        evidence: against each cause, with facts of the log in braces.
+        log_of: the rows of a log.
+    """
+    for log in right:
         if log not in answers:
             raise ValueError(
                 f"there is no answer for log {log!r}, only for {list(answers)}; give ..."
             )
-    for log, right in _ANSWERS.items():
+    for log, cause in right.items():
         plain = _plain(answers[log])
-        answer = next((key for key in FAULTS if plain in map(_plain, (key, FAULTS[key]))), None)
+        answer = next((key for key in causes if plain in map(_plain, (key, causes[key]))), None)
         if answers[log] is ...:
             print(f"{log}: {NOT_ATTEMPTED}")
         elif answer is None:
-            print(f"{log}: {answers[log]!r} is no fault of the list; choose from {list(FAULTS)}.")
-        elif answer == right:
-            print(f"{log}: correct, {FAULTS[right]}.")
+            print(f"{log}: {answers[log]!r} is none of the list; choose from {list(causes)}.")
+        elif answer == cause:
+            print(f"{log}: correct, {causes[cause]}.")
         else:
-            evidence = _EVIDENCE[answer].format_map(_facts(training_log(log)))
-            print(f"{log}: it is not that {FAULTS[answer]}. Then {evidence}.")
+            against = evidence[answer].format_map(_facts(log_of(log)))
+            print(f"{log}: it is not that {causes[answer]}. Then {against}.")
 
 
 def _plain(answer: object) -> str:

@@ -75,7 +75,7 @@ def self_agreement(first: Tensor, second: Tensor) -> float:
     Cohen 1960, Educational and Psychological Measurement 20, page 40. Lesson 06.
     """
     p, q = first.double().mean().item(), 1 - second.double().mean().item()
-    chance = p * q + (1 - p) * (1 - q)
+    chance = _alike(p, q)
     return (_same(first, second) - chance) / (1 - chance) if chance < 1 else 0.0
 
 

@@ -1,6 +1,5 @@
 """The checks of lesson 08: the DPO loss, implicit rewards, which log had the wrong reference."""
 
-import csv
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -9,17 +8,17 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_helpers import dpo
+from rlhf_helpers.checks.diagnosis import judge, read_log
 from rlhf_helpers.checks.exercise import (
+    EPSILONS,
     NO_MEAN,
     NO_MEANS,
-    NOT_ATTEMPTED,
     Exercise,
     call,
     check,
     same,
     texts,
 )
-from rlhf_helpers.presets import ASSETS
 
 SAY = texts("""
 gap: h is {}. It is the log-ratio of the policy to the reference for the chosen response, less the
@@ -238,10 +237,7 @@ _LOSS_MISTAKES = (
         for of, message in (
             (lambda h, beta: -_naive(beta * h).mean(), SAY.overflow),
             (lambda h, beta: (1 + (-beta * h).exp()).log().mean(), SAY.overflow),
-            *(
-                (lambda h, beta, e=e: _with_epsilon(h, beta, e), SAY.capped)
-                for e in (*(10.0**-k for k in range(5, 31)), torch.finfo().eps, torch.finfo().tiny)
-            ),
+            *((lambda h, beta, e=e: _with_epsilon(h, beta, e), SAY.capped) for e in EPSILONS),
             *(
                 (lambda h, beta, k=k: -logsigmoid((beta * h).clamp(-k, k)).mean(), SAY.capped)
                 for k in (20, 30, 50, 80, 88, 100)
@@ -450,17 +446,18 @@ _LOGS = {"A": "second round", "B": "bare base", "C": "copy"}
 _EVIDENCE = {
     "copy": (
         "both log-ratios would be 0 before the first update, and the loss log 2 = 0.693; in this "
-        "log they are {chosen_log_ratio} and {rejected_log_ratio}, and the loss {loss}"
+        "log they are {start_chosen_log_ratio} and {start_rejected_log_ratio}, and the loss is "
+        "{start_loss}"
     ),
     "bare base": (
         "the responses would be likelier for the policy than for the reference before the first "
         "update already, chosen and rejected alike: SFT wrote them, and the base would not have; "
-        "in this log their log-ratios are {chosen_log_ratio} and {rejected_log_ratio}"
+        "in this log their log-ratios are {start_chosen_log_ratio} and {start_rejected_log_ratio}"
     ),
     "second round": (
         "the policy would have left the reference before the first update, and SFT's answers would "
         "have become less likely, the rejected ones most; in this log the log-ratios there are "
-        "{chosen_log_ratio} and {rejected_log_ratio}"
+        "{start_chosen_log_ratio} and {start_rejected_log_ratio}"
     ),
     "sides swapped": (
         "the accuracy on held-out pairs would fall below one half; in this log it ends at "
@@ -472,11 +469,11 @@ _EVIDENCE = {
     ),
     "no reference": (
         "the log-ratios would begin at the log-probabilities of whole answers, about -5 nats; in "
-        "this log they begin at {chosen_log_ratio} and {rejected_log_ratio}"
+        "this log they begin at {start_chosen_log_ratio} and {start_rejected_log_ratio}"
     ),
     "β outside": (
         "the loss would be a tenth of a surprise, at first about 0.07; in this log it begins at "
-        "{loss} and ends at {end_loss}"
+        "{start_loss} and ends at {end_loss}"
     ),
 }
 
@@ -495,15 +492,15 @@ def dpo_log(name: str) -> list[dict[str, float]]:
     """
     if name not in _LOGS:
         raise ValueError(f"there is no log {name!r}; choose A, B or C")
-    with (ASSETS / "dpo_logs" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return read_log("dpo_logs", name)
 
 
 def check_origins(answers: Mapping[str, str]) -> None:
     """Check what the learner says of the three logs, and tell what speaks against a wrong answer.
 
     Args:
-        answers: for each of the logs "A", "B" and "C" a key of `ORIGINS`, or `...` for not yet.
+        answers: for each of the logs "A", "B" and "C" a key of `ORIGINS` or what it stands for, or
+            `...` for not yet.
 
     Raises:
         ValueError: for a log that is missing.
@@ -514,22 +511,4 @@ def check_origins(answers: Mapping[str, str]) -> None:
         B: not attempted yet.
         C: not attempted yet.
     """
-    if missing := [log for log in _LOGS if log not in answers]:
-        raise ValueError(
-            f"there is no answer for log {missing[0]!r}, only for {list(answers)}; give ..."
-        )
-    for log, right in _LOGS.items():
-        print(f"{log}: {_verdict(log, answers[log], right)}")
-
-
-def _verdict(log: str, answer: object, right: str) -> str:
-    if answer is ...:
-        return NOT_ATTEMPTED
-    if answer not in ORIGINS:
-        return f"{answer!r} is none of the list; choose from {list(ORIGINS)}."
-    if answer == right:
-        return f"correct, {ORIGINS[right]}."
-    rows = dpo_log(log)
-    facts = rows[0] | {f"end_{name}": value for name, value in rows[-1].items()}
-    evidence = _EVIDENCE[answer].format_map({k: f"{v:.3g}" for k, v in facts.items()})
-    return f"it is not that {ORIGINS[answer]}. Then {evidence}."
+    judge(answers, _LOGS, ORIGINS, _EVIDENCE, dpo_log)
