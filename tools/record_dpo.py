@@ -1,6 +1,6 @@
 """Record the DPO runs that lesson 08 and its exercise show.
 
-    python tools/record_dpo.py rates     # three learning rates at each β, on a seed of their own
+    python tools/record_dpo.py rates     # three learning rates at each β, on seeds of their own
     python tools/record_dpo.py study     # ten seeds at each β, with its best rate
     python tools/record_dpo.py wrong     # three seeds whose reference is the bare base
     python tools/record_dpo.py rounds    # three seeds of a second round, on old and on new pairs
@@ -15,6 +15,7 @@ the samples that make its pairs. A study that is stopped goes on where it was.
 import argparse
 import random
 import time
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -37,8 +38,8 @@ STUDY = ASSETS / "dpo"
 LOGS = ASSETS / "dpo_logs"
 WORK = Path(__file__).parents[1] / "runs" / "assets"
 BETAS = (0.1, 0.3, 0.03, 1.0)
-RATES = (1.5e-4, 3e-4, 5e-4, 1e-3)
-RATE_SEED = 100  # none of the ten
+RATES = (1.5e-4, 3e-4, 7.5e-5)
+RATE_SEEDS = 100, 101, 102  # none of the ten
 MAIN_BETA = 0.1
 WRONG_BETAS = (0.1, 1.0)
 JUDGES = ("reward", "annotator", "nobody")
@@ -181,17 +182,21 @@ def policy_folder(beta: float, seed: int) -> Path:
 
 
 def record_rates(out: Path, betas) -> None:
-    for beta in tqdm(betas, desc="rates"):
-        for rate in RATES:
-            one_run(out, "rate", beta, rate, RATE_SEED)
+    wanted = [(beta, seed, rate) for beta in betas for seed in RATE_SEEDS for rate in RATES]
+    for beta, seed, rate in tqdm(wanted, desc="rates"):
+        one_run(out, "rate", beta, rate, seed)
 
 
 def best_rate(out: Path, beta: float) -> float:
-    """The rate of the highest gold at this β, on the seed that is none of the ten."""
-    tried = [row for row in read_csv(out / "rates.csv") if float(row["beta"]) == beta]
-    if len(tried) < len(RATES):
-        raise ValueError(f"{len(tried)} of {len(RATES)} rates at beta {beta}: record rates first")
-    return float(max(tried, key=lambda row: float(row["gold"]))["rate"])
+    """The rate of the highest mean gold at this β, on seeds that are none of the ten."""
+    tried = defaultdict(list)
+    for row in read_csv(out / "rates.csv"):
+        if float(row["beta"]) == beta:
+            tried[float(row["rate"])].append(float(row["gold"]))
+    missing = sum(len(RATE_SEEDS) - len(tried[rate]) for rate in RATES)
+    if missing:
+        raise ValueError(f"{missing} runs missing at beta {beta}: record rates first")
+    return max(RATES, key=lambda rate: sum(tried[rate]))
 
 
 def record_sft(out: Path, seeds: int) -> None:
@@ -254,7 +259,7 @@ def own_pairs(roles: Roles, judge: str, seed: int) -> list[dict]:
     """
     tokenizer, prompts = load_tokenizer(load_preset("pocket")), world.prompts("train")
     model = roles.use("policy")
-    rows = collect_preferences(model, tokenizer, prompts, Annotator(), seed=RATE_SEED + seed)
+    rows = collect_preferences(model, tokenizer, prompts, Annotator(), seed=RATE_SEEDS[0] + seed)
     held_out = {tuple(pair["chosen"]["prompt"]) for pair in first_pairs()[1]}
     pairs = [pair for pair in encoded(rows) if tuple(pair["chosen"]["prompt"]) not in held_out]
     if judge == "annotator":
