@@ -123,8 +123,9 @@ def reserved(tokenizer: Tokenizer) -> re.Pattern:
     plain = {token.content for token in added if token.content.strip()} - marks
     marks |= {m for m in plain if m in tokenizer.chat_template or re.fullmatch(r"<\|.*\|>", m)}
     marks |= set(tokenizer.all_special_tokens) - {""}
-    longest_first = sorted(marks, key=len, reverse=True)
-    return re.compile("|".join([HALF.pattern, *map(re.escape, longest_first)]))
+    longest_first = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
+    starts = "".join(re.escape(char) for char in sorted({mark[0] for mark in marks}))
+    return re.compile(f"{HALF.pattern}|(?=[{starts}])(?:{longest_first})")  # Gemma has 6,000 marks
 
 
 # --- dialogues -----------------------------------------------------------------------------

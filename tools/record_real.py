@@ -216,8 +216,11 @@ def write_about(path: Path, preset: Preset) -> None:
     for name in ("model", "data"):
         if settings[name] and Path(settings[name]).exists():
             settings[name] = Path(settings[name]).name
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     about = {
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
+        "machine": ", ".join(
+            [*gpu, f"{os.cpu_count()} CPU cores", platform.machine(), platform.system()]
+        ),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),

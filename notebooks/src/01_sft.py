@@ -98,7 +98,7 @@ for example in examples:
 # %%
 # Pocket only
 finished_answer = "<|user|> what does the duck say?<|assistant|> it says quack."
-ids = tokenizer(finished_answer, return_tensors="pt")["input_ids"]
+ids = tokenizer(finished_answer, return_tensors="pt")["input_ids"].to(base.device)
 with torch.no_grad():
     top = base(ids).logits[0, -1].softmax(-1).topk(5)
 names = tokenizer.convert_ids_to_tokens(top.indices.tolist())

@@ -577,7 +577,7 @@ with torch.no_grad():
     scores = torch.cat([reward.score_tokens(scorer, "reward", *part) for part in parts])
 marks, best_of = gold(many, drawn), []
 for n in (1, 2, 4, 8, 16):
-    best = scores.view(-1, n).argmax(-1, keepdim=True)
+    best = scores.view(-1, n).argmax(-1, keepdim=True).cpu()
     far = (math.log(n) - (n - 1) / n) ** 0.5
     best_of.append((far, marks.view(-1, n).gather(1, best).mean().item()))
 print("best of n:", ", ".join(f"gold {y:.2f} at {x * x:.2f} nats" for x, y in best_of))
