@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import record_dpo
 import torch
-from record_dpo import BETAS, RATES, read_csv, same_run, write_csv
+from record_dpo import BETAS, RATE_SEEDS, RATES, read_csv, same_run, write_csv
 
 ROW = {"step": 0, "loss": 0.69, "chosen_log_ratio": 0.0, "seconds": 1.0}
 END = {"gold": 1.0, "example": 'it says "moo", twice.'}
@@ -32,28 +32,32 @@ def calls(monkeypatch):
 
 
 def with_rates(out):
-    """The pilot: at β = 0.1 the second rate is the best, elsewhere the last."""
+    """The pilot: at β = 0.1 the second rate is the best in the mean, elsewhere the last."""
     for beta in BETAS:
-        for rate, gold in zip(RATES, (1.0, 1.2, 0.9, 1.1 + (beta != 0.1)), strict=True):
-            run = {"run": "rate", "beta": beta, "rate": rate, "seed": record_dpo.RATE_SEED}
-            record_dpo.record(out, run, [ROW], {"gold": gold}, 650, 0.0)
+        for rate, gold in zip(RATES, (1.0, 1.2, 1.1 + (beta != 0.1)), strict=True):
+            for seed, more in zip(RATE_SEEDS, (0.3, -0.2, -0.1), strict=True):
+                run = {"run": "rate", "beta": beta, "rate": rate, "seed": seed}
+                noise = more * (1 + (rate == RATES[0]))  # the first has the best single run
+                record_dpo.record(out, run, [ROW], {"gold": gold + noise}, 650, 0.0)
+    other = {"run": "rate", "beta": 0.1, "rate": 1e-3, "seed": RATE_SEEDS[0]}  # of one seed only
+    record_dpo.record(out, other, [ROW], {"gold": 3.0}, 650, 0.0)
 
 
-def test_the_pilot_tries_each_rate_on_a_seed_of_its_own(tmp_path, calls):
+def test_the_pilot_tries_each_rate_on_seeds_of_its_own(tmp_path, calls):
     record_dpo.record_rates(tmp_path, [0.3])
-    assert [call[:3] for call in calls] == [(0.3, rate, 100) for rate in RATES]
+    assert [call[:3] for call in calls] == [(0.3, r, seed) for seed in RATE_SEEDS for r in RATES]
     assert not (tmp_path / "held_out.csv").exists()
     record_dpo.record_rates(tmp_path, [0.3])
-    assert len(calls) == len(RATES) == len(read_csv(tmp_path / "rates.csv"))
+    assert len(calls) == 9 == len(read_csv(tmp_path / "rates.csv"))
 
 
-def test_the_best_rate_is_that_of_the_highest_gold(tmp_path):
+def test_the_best_rate_is_that_of_the_highest_mean_gold(tmp_path):
     with_rates(tmp_path)
     assert record_dpo.best_rate(tmp_path, 0.1) == RATES[1]
-    assert record_dpo.best_rate(tmp_path, 1.0) == RATES[3]
+    assert record_dpo.best_rate(tmp_path, 1.0) == RATES[2]
     rows = read_csv(tmp_path / "rates.csv")
     write_csv(tmp_path / "rates.csv", rows[1:])
-    with pytest.raises(ValueError, match=r"3 of 4 rates at beta 0\.1: record rates first"):
+    with pytest.raises(ValueError, match=r"runs missing at beta 0\.1: 1; record rates"):
         record_dpo.best_rate(tmp_path, 0.1)
 
 
@@ -61,7 +65,7 @@ def test_a_study_is_made_once(tmp_path, calls):
     with_rates(tmp_path)
     record_dpo.study(tmp_path, [0.1, 1.0], seeds=2)
     assert [call[:3] for call in calls] == [
-        (0.1, RATES[1], 0), (1.0, RATES[3], 0), (0.1, RATES[1], 1), (1.0, RATES[3], 1)
+        (0.1, RATES[1], 0), (1.0, RATES[2], 0), (0.1, RATES[1], 1), (1.0, RATES[2], 1)
     ]  # fmt: skip
     ends = read_csv(tmp_path / "held_out.csv")
     assert {row["run"] for row in ends} == {"dpo"} and ends[0]["example"] == END["example"]
@@ -86,7 +90,7 @@ def test_a_run_goes_once_through_its_pairs(tmp_path, calls):
     with_rates(tmp_path)
     record_dpo.wrong(tmp_path, seeds=1)
     options = {"any_reference": True}
-    assert calls == [(0.1, RATES[1], 0, "base", options), (1.0, RATES[3], 0, "base", options)]
+    assert calls == [(0.1, RATES[1], 0, "base", options), (1.0, RATES[2], 0, "base", options)]
 
 
 def test_a_second_round_differs_in_its_pairs_alone(tmp_path, calls, monkeypatch):

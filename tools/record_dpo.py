@@ -195,7 +195,7 @@ def best_rate(out: Path, beta: float) -> float:
             tried[float(row["rate"])].append(float(row["gold"]))
     missing = sum(len(RATE_SEEDS) - len(tried[rate]) for rate in RATES)
     if missing:
-        raise ValueError(f"{missing} runs missing at beta {beta}: record rates first")
+        raise ValueError(f"runs missing at beta {beta}: {missing}; record rates first")
     return max(RATES, key=lambda rate: sum(tried[rate]))
 
 

@@ -549,10 +549,10 @@ if not CLICK_YOURSELF:
 #
 # ## Ten seeds
 #
-# One run is one run. So sixty decided clicks of the honest clicker were recorded with ten seeds: of the prompts, of all
-# samples, of the clicker. All ten start from the one SFT and the one reward model of the course; how much those matter
-# is not measured. Other clickers (careless ones, biased ones, fewer clicks, clicks on SFT's own pairs, a second round)
-# are in `tools/record_clicks.py` and not recorded yet.
+# One run is one run. So all of this was recorded on ten seeds: of the prompts, of all samples, of the clicker; and
+# beside sixty honest clicks fewer and more of them, *careless* clickers, who are wrong one time in five, *biased* ones,
+# who click as the annotators of lesson 02 do, and honest clicks on pairs of which SFT wrote both answers. All begin
+# from the one SFT and the one reward model of the course; how much those matter is not measured.
 
 
 # %%
@@ -588,28 +588,69 @@ for row in recorded("after.csv"):
 # Pocket only
 NAMES = {"gold": "gold", "correct": "correct", "finished": "finished", "kl": "kl"}
 NAMES |= {"agreement": "on SFT", "agreement_hacked": "on hacked"}
-print(f"{'':12}seeds" + "".join(f"{n:>10}" for n in NAMES.values()) + "   gold from, to  above  up")
+print(f"{'':16}seeds" + "".join(f"{n:>10}" for n in NAMES.values()) + "   gold from, to  above  up")
 for name, rows in (start | study).items():
     means = [sum(row[k] for row in rows.values()) / len(rows) for k in NAMES]
     golds = [row["gold"] for row in rows.values()]
-    print(f"{name:12}{len(rows):5}" + "".join(f"{mean:10.3f}" for mean in means), end="")
+    print(f"{name:16}{len(rows):5}" + "".join(f"{mean:10.3f}" for mean in means), end="")
     sft = [(row, start["SFT"][seed]) for seed, row in rows.items()]
     above = sum(row["gold"] > base["gold"] for row, base in sft)
     up = sum(row["correct"] >= base["correct"] + 0.1 for row, base in sft)
     print(f"{min(golds):9.2f}{max(golds):6.2f}{above:7}{up:4}")
 
 # %% [markdown]
-# With sixty honest clicks gold ends above SFT's on every seed. Right answers are at least ten points above SFT's on all
-# ten; the hacked policy had that on nine, so most of this is PPO's doing, and the cure keeps it. What the cure brings
-# is all else: the answers end. The reward model judges SFT's own answers as well as before, and pairs with a hacked
-# answer far better.
+# PROSE-TABLE
+#
+# The same as a figure, a point for each seed (moved sideways a little, to be told apart):
+
+# %%
+# Pocket only
+KINDS = {
+    "honest": "honest",
+    "careless": "careless",
+    "biased": "biased",
+    "sft": "honest, SFT's pairs",
+}
+groups = {
+    label: [
+        (row["clicks"] * 1.04**place, row["gold"])
+        for name, rows in study.items()
+        for row in rows.values()
+        if name.startswith(f"{kind}-")
+    ]
+    for place, (kind, label) in enumerate(KINDS.items())
+}
+fig = plots.scatter(groups, "decided clicks", "gold, held-out prompts")
+ax = fig.axes[0]
+ax.set_xscale("log")
+ax.set_xticks([12, 24, 60, 120], ["12", "24", "60", "120"])
+ax.minorticks_off()
+sft_gold = sum(row["gold"] for row in start["SFT"].values()) / len(start["SFT"])
+ax.axhline(sft_gold, color="0.4", ls="--", lw=1)
+ax.annotate("SFT", (12, sft_gold), xytext=(0, 3), textcoords="offset points", color="0.3")
+plots.show(fig, "ALT")
+
+# %% [markdown]
+# PROSE-FIGURE
 #
 # ## Rounds
 #
 # The cure has moved the policy, by three nats, and no click has yet compared two of *its* answers. So comparisons are
 # collected on the newest policy, reward model and policy are trained again, and so on: Bai et al. (2022, section 4.5)
 # put new policies before the annotators week by week, Ouyang et al. (2022) describe the same loop, and already Ziegler
-# et al. (2019) collected labels while the policy was training. Whether a second round helps here is not recorded yet.
+# et al. (2019) collected labels while the policy was training. Here sixty more honest clicks, on three seeds, each on
+# an answer of the cured policy and one of SFT; the pairs of the first round are replayed with the old ones:
+
+# %% tags=["nbval-check-output"]
+# Pocket only
+for seed, row in study["second-round-60"].items():
+    first = study["honest-60"][seed]
+    for name in ("gold", "correct", "kl"):
+        print(f"seed {seed}: {name} {first[name]:.2f} to {row[name]:.2f}", end="; ")
+    print(f"{row['asked']:.0f} pairs asked")
+
+# %% [markdown]
+# PROSE-ROUNDS
 #
 # ## Teach it a taste of your own
 #
