@@ -44,17 +44,16 @@ adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
 train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("train", "held_out"))
 
 # %% [markdown]
-# ## Four runs, to have something to measure
+# ## Three runs, to have something to measure
 #
 # In lesson 04 the policy paid β = 0.1 for each nat of KL to the reference, and ended near three nats. What
-# did the price do? So here are four runs, equal but for β: free of charge, a tenth of the usual price, the usual one,
-# and ten times that. Eight updates each; longer runs are recorded, and come later. They take a good minute; read on
-# meanwhile.
+# did the price do? So here are three runs, equal but for β: free of charge, the usual price, and ten times that. Eight
+# updates each; longer runs at six prices are recorded, and come later. They take a minute; read on meanwhile.
 #
 # <details><summary><b>Predict before you run.</b> Which run ends with the highest score? Which with the highest gold?
 # Which with the most varied answers?</summary>
 #
-# Write it down; the section "What the price does" answers.
+# Write it down. The section "What the price does" has the answer.
 # </details>
 
 
@@ -76,7 +75,7 @@ def short_run(name, beta, reward=adapters["reward"], **settings):
     return list(tqdm(run, total=config.updates, desc=name, leave=False))
 
 
-PRICES = {"free": 0.0, "cheap": 0.01, "usual": 0.1, "dear": 1.0}
+PRICES = {"free": 0.0, "usual": 0.1, "dear": 1.0}
 histories = {f"β = {beta:g}": short_run(name, beta) for name, beta in PRICES.items()}
 
 # %% [markdown]
@@ -419,7 +418,7 @@ plots.explore(draw_best, alt, β=[0.3, 0.03, 0.1, 0.2, 0.35, 0.5, 1.0, 3.0, 10.0
 #
 # ## What the price does
 #
-# Now the four runs, all curves from before each update, so that the first points are equal.
+# Now the three runs. All curves are from before each update, so the first points are equal.
 
 
 # %%
@@ -456,8 +455,8 @@ draw(
 )
 
 # %% [markdown]
-# Up to the second point the four runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
-# part. At β = 0 and 0.01, which stay alike, the proxy goes on rising, and gold falls below 0. At 0.1 the proxy stops
+# Up to the second point the three runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
+# part. At β = 0 the proxy goes on rising, and gold falls below 0. At 0.1 the proxy stops
 # near 1, with three nats, and gold has gone down as well, to about 1; in lesson 04's longer run it came back. At 1
 # nothing much happens in eight updates, and gold is highest. One seed each, and batches of 64, so do not compare single
 # points with the table below.
@@ -484,8 +483,8 @@ for role, label in LABELS.items():
     print("".join(f"{varied[name]:11.2f}" for name in NAMES))
 
 # %% [markdown]
-# The runs at β = 0 and 0.01, which cannot be told apart, have the highest proxy, by far the lowest gold, and the least varied
-# answers: of their word pairs only one in six is different, of SFT's more than half. The run at β = 1 has the highest gold
+# The run at β = 0 has the highest proxy, by far the lowest gold, and the least varied answers: of its word pairs only one
+# in six is different, of SFT's more than half. The run at β = 1 has the highest gold
 # and nearly SFT's variety. Mind the column *unique*: it says that nothing is wrong, since hardly two answers are equal
 # word by word. They are made of the same few sentences, in another order. So look at more than one measure. Length
 # matters too: longer texts repeat more, so a part of the fall in distinct-2 is length by itself.

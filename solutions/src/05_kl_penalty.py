@@ -13,7 +13,7 @@
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
-UPDATES = 12  # of each of the three runs in part 5, about two seconds an update
+UPDATES = 8  # of each of the three runs in part 5, about two seconds an update
 
 import torch
 from torch import Tensor
