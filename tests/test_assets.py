@@ -457,3 +457,27 @@ def test_the_logs_of_exercise_08_are_those_of_the_study(tmp_path):
     for name in "ABC":
         log = (ASSETS / "dpo_logs" / f"{name}.csv").read_bytes()
         assert log == (tmp_path / f"{name}.csv").read_bytes()
+
+
+# --- the real run ---------------------------------------------------------------------------------
+
+
+def test_the_real_run_is_as_lesson_05_tells_it():
+    numbers = {
+        (row["stage"], row["number"]): row
+        for row in record_ppo.read_csv(ASSETS / "real" / "numbers.csv")
+    }
+    for role in ("reward", "judge"):
+        accuracy = numbers[role, "held-out accuracy"]
+        assert float(accuracy["low"]) < 0.5 < float(accuracy["high"])
+    before, after = (numbers["sft", name] for name in ("held-out loss before", "held-out loss"))
+    assert float(after["value"]) < float(before["value"]) - 0.4
+    updates = recorded("real/updates.csv")
+    free, priced = ([row for row in updates if row["beta"] == beta] for beta in (0, 0.1))
+    for rows in (free, priced):
+        assert rows[0]["first_ratio"] == 1 and rows[0]["kl"] == 0
+        assert max(row["proxy"] - row["judge"] for row in rows[:4]) < 0.25
+    assert min(row["proxy"] for row in free[-5:]) > 2.6 and free[-1]["kl"] > 29
+    assert max(row["judge"] for row in free[10:]) < max(row["judge"] for row in free[:10]) < 1.25
+    assert max(row["finished"] for row in free[-5:]) < 0.05
+    assert max(row["kl"] for row in priced) < 10.5 and priced[-1]["finished"] > 0.5
