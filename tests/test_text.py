@@ -299,6 +299,14 @@ def test_marks_that_are_not_declared_special_count_where_they_act():
     assert [bool(pattern.search(f"a {token} b")) for token in plain] == [1, 1, 0, 0, 0]
 
 
+def test_marks_of_any_first_character_are_found():
+    marks = ["[PAD]", "^up", "-dash", "]end", "\\back", "ätna", "<unused>", "<unused>1"]
+    pattern = reserved(tokenizer_with(CHAT, special=marks))
+    for mark in marks:
+        assert pattern.search(f"a {mark} b")[0] == mark
+        assert pattern.search(f"a {mark[:-1]} b {mark[0]}") is None or mark == "<unused>1"
+
+
 def test_half_a_character_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"prompt 1 is 'hi\\ud800', with '\\ud800', .* half of a"):
         encode_prompts(tokenizer, ["what is hot?", "hi\ud800"], 24)
