@@ -208,10 +208,10 @@ print(f"cannot tell: {sum(row['side'] is None for row in clicks.rows)} of {len(c
 # $0.9^2 + 0.1^2 = 82\%$ of the pairs, and even a perfect model predicts only 90% of his clicks. But
 # look at the interval: eight of eight only says that it is probably above two thirds. Whoever always clicks left
 # agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them;
-# what remains above chance is the first part of the exercise. Sixty clicks say little about a leaning to the left,
-# too: an interval that wide holds a half and much else.
+# what remains above chance is the first part of the exercise. Nor do sixty clicks say much about a preference for the
+# left: the interval is so wide that it contains one half and much else.
 #
-# In this world we can ask what in life nobody can: are the labels right? And do they lean, to longer answers or to
+# In this world we can ask what in life nobody can: are the labels right? And do they favour longer answers, or
 # politer ones? Beside the clicks stands what gold, and what the annotator of lesson 02 would choose on the same pairs.
 
 
@@ -244,8 +244,8 @@ for name, of in {"longer": words, "politer": courtesies}.items():
 
 # %% [markdown]
 # Compare each line "chose" with "gold would" below it. (The simulated clicker is gold, so the two must agree; your own
-# need not.) To choose the shorter answer in seven of ten pairs is no leaning: gold does the
-# same, on the same pairs. A leaning is a *difference* between you and the truth, and in life the line "gold would" is
+# need not.) Choosing the shorter answer in seven of ten pairs is not a bias: gold does the
+# same, on the same pairs. A bias is a *difference* between you and the truth, and in life the line "gold would" is
 # missing. The annotator of lesson 02, whose labels the reward model was trained on, would have chosen the longer,
 # politer answer in nine of ten. (That gold prefers some hacked answers is no slip: as a table below shows, they are
 # right more often than SFT's. What ruins them is what stands around the facts.)
@@ -285,7 +285,7 @@ assert CLICK_YOURSELF or preset.name != "pocket" or means[0] > 1.5 * means[1]
 # %% [markdown]
 # On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many
 # cannot be decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often
-# than right: PPO has gone to where it errs, that is what hacking is. So clicks pull hardest *where the policy now is*.
+# than right: PPO has gone where it errs, and that is what hacking is. So clicks pull hardest *where the policy now is*.
 # Whether clicks on two answers of SFT would mend anything is another question, which these numbers do not answer.
 #
 # ## Training on, with a replay
@@ -335,7 +335,7 @@ new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
 print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
 
 # %% [markdown]
-# Forty steps at 0.3 of the learning rate that the reward model was trained with: it is to be moved, not made anew.
+# Forty steps at 0.3 of the learning rate that the reward model was trained with: it should move, not start over.
 # Then its scores are normalised again on SFT's answers, so that β keeps its meaning.
 
 
@@ -404,7 +404,7 @@ assert CLICK_YOURSELF or falls["clicks and replay"] > 0.2
 # Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of
 # gold: one is worth something, and from then on each costs. Nobody told the reward model that rule; it has only seen
 # some sixty choices. (Compare shapes, not heights: gold is in points, a score in standard deviations of SFT's scores.)
-# The probe shows one hole. That there is no other it cannot show.
+# The probe shows one hole. It cannot show that there is no other.
 #
 # And what has been forgotten? *SFT twice* is the share of pairs of SFT's answers to a held-out prompt, different in
 # gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy, which
@@ -452,9 +452,9 @@ for name in ("clicks and replay", "clicks alone"):
 # %% [markdown]
 # Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is
 # lost on SFT's own answers that this measure would show. So by these measures forty small steps forget nothing, and the
-# replay costs a little of the cure, 0.81 in place of 0.86. (The last column is about the annotator's choices, its
-# leaning included. Whoever mends the leaning departs from them, so a fall there is no damage by itself.) One seed, an
-# honest clicker, and no policy has been trained on the reward model without replay.
+# replay costs a little of the cure, 0.81 in place of 0.86. (The last column counts the annotator's choices, bias
+# included. A reward model that has lost the bias must disagree with some of them, so a fall there is not damage in
+# itself.) This is one seed and an honest clicker, and no policy has been trained here on the reward model without replay.
 #
 # ## The same run again
 #
@@ -748,7 +748,7 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 # - Clicks pull hardest where the policy now is: there the reward model is wrong.
 # - Train on from where the reward model was, mix in old pairs, normalise again, and measure what was forgotten.
 # - Ask some pairs twice: where you do not agree with yourself, nobody can learn from you.
-# - A reward model learns what is clicked, leaning and taste included.
+# - A reward model learns what is clicked, bias and taste included.
 # - The cure holds where somebody has looked. So it goes in rounds.
 #
 # The hole is mended, because somebody read the answers. Need there be a reward model at all, if there are comparisons?

@@ -399,11 +399,11 @@ assert min(here.values()) > here["before"] - 0.05
 # four old ones least; they also see each new pair least often. What it is for, to
 # keep what was known, shows little here: on two answers of SFT all stay within a few points of before.
 #
-# **In words.** You have 1,000 new clicks, all by one person with a strong leaning. Which replay would you choose, and
+# **In words.** You have 1,000 new clicks, all by one person with a strong bias. Which replay would you choose, and
 # what would you look at?
 
 # %% [markdown] tags=["solution"]
-# A larger share of old pairs, and more people: the leaning is in every click, so that it will be learnt, and only
-# other labels speak against it. Look at a probe for the leaning you suspect (length, courtesies, the side), before
-# and after; at held-out pairs labelled by *others*; and at agreement with oneself, which a leaning does not lower:
+# A larger share of old pairs, and more people: the bias is in every click, so it will be learnt, and only
+# other labels speak against it. Look at a probe for the bias you suspect (length, courtesies, the side), before
+# and after; at held-out pairs labelled by *others*; and at agreement with oneself, which a bias does not lower:
 # one can be wrong very consistently.
