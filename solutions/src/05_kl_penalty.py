@@ -573,7 +573,7 @@ pairs = ", ".join(f"{values[0]:.2f} for {name}" for name, values in groups.items
 plots.show(fig, alt=f"Diversity for SFT and three β. Distinct-2 is {pairs}.")
 
 # %% [markdown]
-# At β = 0.01 distinct-2 is less than a third of SFT's, and self-BLEU nearly twice as high; at 1.0 both are SFT's. The
+# At β = 0.01 distinct-2 is a third of SFT's, and self-BLEU nearly twice as high; at 1.0 both are close to SFT's. The
 # share of different answers sees nothing of it: hardly two are the same word by word, at any β. Distinct-2 is lower
 # for longer texts too, since they repeat more; so look at self-BLEU and at the entropy beside it.
 #
@@ -596,17 +596,17 @@ for i in range(0, len(asked), len(asked) // 4):
 # *Diversity.* The smaller β, the less diverse. The best policy is the reference reweighted by $e^{R/\beta}$: a small β
 # turns small differences in reward into large factors, so that nearly all probability goes to the few answers that
 # the reward model likes best, and these are alike, since it likes the same in all of them. At β = 0.01 the entropy is
-# 0.34 nats per token and distinct-2 0.16; SFT has 0.57 and 0.54. At β = 1 they are 0.54 and 0.53, nearly as diverse
-# as SFT. The KL goes the other way: 18, 2.4 and 0.1 nats. The penalty does not ask for diversity; it asks to stay near
+# 0.38 nats per token and distinct-2 0.18; SFT has 0.57 and 0.54. At β = 1 they are 0.58 and 0.51, nearly as diverse
+# as SFT. The KL goes the other way: 16, 2.7 and 0.1 nats. The penalty does not ask for diversity; it asks to stay near
 # a reference that is diverse. KL(policy‖reference) allows a policy to narrow, at the price of $\log k$ nats for settling
 # on one of $k$ equally likely answers.
 #
-# *Beside the prediction.* At 0.01 the KL is far more than 10 nats, for a score of 1.8; at 0.1 more than half of the gain
-# in score is there for an eighth of the nats. And the share of different answers does not fall at all: the answers
-# are put together from the same courtesies, in ever other orders. And most of those printed above do not end: they are
-# cut off at 32 tokens, although each pays a point for that. Lesson 05 finds out why.
+# *Beside the prediction.* At 0.01 the KL is well above 10 nats, for a score of 1.6; at 0.1 two thirds of the gain in score
+# are there for a sixth of the nats. And the share of different answers does not fall at all: the answers are put
+# together from the same courtesies, in ever other orders. And most of those printed above do not end: they are cut off
+# at 32 tokens, although each pays a point for that. Lesson 05 finds out why.
 #
-# *To ship.* Of these three 0.1: more than half of the gain in score (1.1 of 1.9) for 2.4 nats, and still varied. But
+# *To ship.* Of these three 0.1: two thirds of the gain in score (1.1 of 1.7) for 2.7 nats, and still varied. But
 # the score is the proxy. What is missing is whether the answers are *right*: gold in the pocket world, people's
-# judgement outside of it; lesson 05 draws it. Missing, too, is a second seed: these are three runs of 12 updates, one
+# judgement outside of it; lesson 05 draws it. Missing, too, is a second seed: these are three runs of 8 updates, one
 # for each β.
