@@ -34,10 +34,11 @@ def calls(monkeypatch):
 def with_rates(out):
     """The pilot: at β = 0.1 the second rate is the best in the mean, elsewhere the last."""
     for beta in BETAS:
-        for rate, gold in zip(RATES, (1.0, 1.2, 1.1 + (beta != 0.1)), strict=True):
+        rest = (0.9,) * (len(RATES[beta]) - 3)
+        for rate, gold in zip(RATES[beta], (1.0, 1.2, 1.1 + (beta != 0.1), *rest), strict=True):
             for seed, more in zip(RATE_SEEDS, (0.3, -0.2, -0.1), strict=True):
                 run = {"run": "rate", "beta": beta, "rate": rate, "seed": seed}
-                noise = more * (1 + (rate == RATES[0]))  # the first has the best single run
+                noise = more * (1 + (rate == RATES[beta][0]))  # the first has the best single run
                 record_dpo.record(out, run, [ROW], {"gold": gold + noise}, 650, 0.0)
     other = {"run": "rate", "beta": 0.1, "rate": 1e-3, "seed": RATE_SEEDS[0]}  # of one seed only
     record_dpo.record(out, other, [ROW], {"gold": 3.0}, 650, 0.0)
@@ -45,7 +46,9 @@ def with_rates(out):
 
 def test_the_pilot_tries_each_rate_on_seeds_of_its_own(tmp_path, calls):
     record_dpo.record_rates(tmp_path, [0.3])
-    assert [call[:3] for call in calls] == [(0.3, r, seed) for seed in RATE_SEEDS for r in RATES]
+    assert [call[:3] for call in calls] == [
+        (0.3, r, seed) for seed in RATE_SEEDS for r in RATES[0.3]
+    ]
     assert not (tmp_path / "held_out.csv").exists()
     record_dpo.record_rates(tmp_path, [0.3])
     assert len(calls) == 9 == len(read_csv(tmp_path / "rates.csv"))
@@ -53,8 +56,8 @@ def test_the_pilot_tries_each_rate_on_seeds_of_its_own(tmp_path, calls):
 
 def test_the_best_rate_is_that_of_the_highest_mean_gold(tmp_path):
     with_rates(tmp_path)
-    assert record_dpo.best_rate(tmp_path, 0.1) == RATES[1]
-    assert record_dpo.best_rate(tmp_path, 1.0) == RATES[2]
+    assert record_dpo.best_rate(tmp_path, 0.1) == RATES[0.1][1]
+    assert record_dpo.best_rate(tmp_path, 1.0) == RATES[1.0][2]
     rows = read_csv(tmp_path / "rates.csv")
     write_csv(tmp_path / "rates.csv", rows[1:])
     with pytest.raises(ValueError, match=r"runs missing at beta 0\.1: 1; record rates"):
@@ -65,8 +68,10 @@ def test_a_study_is_made_once(tmp_path, calls):
     with_rates(tmp_path)
     record_dpo.study(tmp_path, [0.1, 1.0], seeds=2)
     assert [call[:3] for call in calls] == [
-        (0.1, RATES[1], 0), (1.0, RATES[2], 0), (0.1, RATES[1], 1), (1.0, RATES[2], 1)
-    ]  # fmt: skip
+        (beta, rate, seed)
+        for seed in (0, 1)
+        for beta, rate in ((0.1, RATES[0.1][1]), (1.0, RATES[1.0][2]))
+    ]
     ends = read_csv(tmp_path / "held_out.csv")
     assert {row["run"] for row in ends} == {"dpo"} and ends[0]["example"] == END["example"]
     assert {row["pairs"] for row in ends} == {"650"} and ends[0]["seconds"] == "2.0"
@@ -90,7 +95,10 @@ def test_a_run_goes_once_through_its_pairs(tmp_path, calls):
     with_rates(tmp_path)
     record_dpo.wrong(tmp_path, seeds=1)
     options = {"any_reference": True}
-    assert calls == [(0.1, RATES[1], 0, "base", options), (1.0, RATES[2], 0, "base", options)]
+    assert calls == [
+        (0.1, RATES[0.1][1], 0, "base", options),
+        (1.0, RATES[1.0][2], 0, "base", options),
+    ]
 
 
 def test_a_second_round_differs_in_its_pairs_alone(tmp_path, calls, monkeypatch):
@@ -110,8 +118,8 @@ def test_a_second_round_makes_a_first_one_that_is_not_there(tmp_path, calls, mon
     with_rates(tmp_path)
     monkeypatch.setattr(record_dpo, "policy_folder", lambda beta, seed: tmp_path / "none")
     record_dpo.rounds(tmp_path, ["reward"], seeds=1)
-    assert calls[0] == (0.1, RATES[1], 0, "reference", {})
-    assert calls[1] == (0.1, RATES[1], 0, "reference", {"any_reference": True})
+    assert calls[0] == (0.1, RATES[0.1][1], 0, "reference", {})
+    assert calls[1] == (0.1, RATES[0.1][1], 0, "reference", {"any_reference": True})
 
 
 def test_the_reward_model_swaps_the_pairs_that_it_ranks_otherwise(monkeypatch):

@@ -1,6 +1,6 @@
 """Record the DPO runs that lesson 08 and its exercise show.
 
-    python tools/record_dpo.py rates     # three learning rates at each β, on seeds of their own
+    python tools/record_dpo.py rates     # learning rates at each β, on seeds of their own
     python tools/record_dpo.py study     # ten seeds at each β, with its best rate
     python tools/record_dpo.py wrong     # three seeds whose reference is the bare base
     python tools/record_dpo.py rounds    # three seeds of a second round, on old and on new pairs
@@ -38,7 +38,7 @@ STUDY = ASSETS / "dpo"
 LOGS = ASSETS / "dpo_logs"
 WORK = Path(__file__).parents[1] / "runs" / "assets"
 BETAS = (0.1, 0.3, 0.03, 1.0)
-RATES = (1.5e-4, 3e-4, 7.5e-5)
+RATES = dict.fromkeys(BETAS, (1.5e-4, 3e-4, 7.5e-5)) | {1.0: (1.5e-4, 3e-4, 7.5e-5, 6e-4)}
 RATE_SEEDS = 100, 101, 102  # none of the ten
 MAIN_BETA = 0.1
 WRONG_BETAS = (0.1, 1.0)
@@ -182,7 +182,7 @@ def policy_folder(beta: float, seed: int) -> Path:
 
 
 def record_rates(out: Path, betas) -> None:
-    wanted = [(beta, seed, rate) for beta in betas for seed in RATE_SEEDS for rate in RATES]
+    wanted = [(beta, seed, rate) for beta in betas for seed in RATE_SEEDS for rate in RATES[beta]]
     for beta, seed, rate in tqdm(wanted, desc="rates"):
         one_run(out, "rate", beta, rate, seed)
 
@@ -193,10 +193,10 @@ def best_rate(out: Path, beta: float) -> float:
     for row in read_csv(out / "rates.csv"):
         if float(row["beta"]) == beta:
             tried[float(row["rate"])].append(float(row["gold"]))
-    missing = sum(len(RATE_SEEDS) - len(tried[rate]) for rate in RATES)
+    missing = sum(len(RATE_SEEDS) - len(tried[rate]) for rate in RATES[beta])
     if missing:
         raise ValueError(f"runs missing at beta {beta}: {missing}; record rates first")
-    return max(RATES, key=lambda rate: sum(tried[rate]))
+    return max(RATES[beta], key=lambda rate: sum(tried[rate]))
 
 
 def record_sft(out: Path, seeds: int) -> None:
