@@ -374,6 +374,29 @@ def test_every_row_of_clicks_is_one_that_the_recorder_makes_and_stands_once():
         )  # fmt: skip
 
 
+def gold_after(row):
+    return [cured["gold"] for _, _, cured in clicks_by_seed(row)]
+
+
+def test_clicks_on_pairs_of_sft_do_not_mend_the_hacked_model():
+    seeds = clicks_by_seed("sft-60")
+    assert len(seeds) == 10
+    assert sum(cured["gold"] > sft["gold"] for sft, _, cured in seeds) <= 2
+    for sft, _, cured in seeds:
+        assert cured["agreement_hacked"] < sft["agreement_hacked"] + 0.15
+    assert max(gold_after("sft-60")) < min(gold_after("honest-60"))
+
+
+def test_few_honest_clicks_are_enough_and_biased_ones_are_not():
+    for row in ("honest-12", "honest-24", "honest-120"):
+        seeds = clicks_by_seed(row)
+        assert len(seeds) >= 5
+        assert all(cured["gold"] > sft["gold"] for sft, _, cured in seeds)
+    biased = clicks_by_seed("biased-60")
+    assert len(biased) >= 5
+    assert all(cured["gold"] < sft["gold"] for sft, _, cured in biased)
+
+
 # --- the recorded DPO runs ----------------------------------------------------------------------
 
 
@@ -392,8 +415,10 @@ def test_each_dpo_run_has_the_best_rate_of_its_price_and_all_pairs():
     for row in dpo_rows("held_out.csv"):
         assert row["rate"] == record_dpo.best_rate(ASSETS / "dpo", row["beta"])
         assert row["pairs"] == 3572 or row["run"].startswith("second_")
-    assert {row["seed"] for row in dpo_rows("rates.csv")} == {record_dpo.RATE_SEED}
-    assert len(dpo_ends("dpo")) >= 5
+    assert {row["seed"] for row in dpo_rows("rates.csv")} == set(record_dpo.RATE_SEEDS)
+    assert len(dpo_ends("dpo")) == 10
+    for beta in record_dpo.BETAS:
+        assert len(dpo_ends("dpo", beta)) >= 5
 
 
 def test_every_recorded_dpo_run_is_whole_and_began_where_it_should():
@@ -419,6 +444,7 @@ def test_every_recorded_dpo_run_is_whole_and_began_where_it_should():
 def test_far_from_sft_dpo_judges_well_and_answers_badly():
     far = [r for r in dpo_rows("rates.csv") if r["rate"] == 5e-4 and r["beta"] in (0.1, 0.3)]
     near = [r for r in dpo_rows("rates.csv") if r["rate"] == 1.5e-4 and r["beta"] in (0.1, 0.3)]
+    near = [row for row in near if row["seed"] == far[0]["seed"]]
     sft = sum(row["gold"] for row in dpo_rows("reference.csv")) / len(dpo_rows("reference.csv"))
     assert len(far) == len(near) == 2
     assert max(row["gold"] for row in far) < sft < min(row["gold"] for row in near)
@@ -426,19 +452,28 @@ def test_far_from_sft_dpo_judges_well_and_answers_badly():
     assert min(row["kl"] for row in far) > 5 > 1 > max(row["kl"] for row in near)
 
 
-def test_dpo_gains_and_stays_behind_ppo_on_every_recorded_seed():
-    ends = dpo_ends("dpo")
+@pytest.mark.parametrize("beta", record_dpo.BETAS)
+def test_dpo_gains_and_stays_behind_ppo_on_every_recorded_seed(beta):
+    ends = dpo_ends("dpo", beta)
     sft = {row["seed"]: row["gold"] for row in recorded("ppo/reference.csv")}
     ppo = [row for row in recorded("ppo/held_out.csv") if row["beta"] == 1]
     for seed, row in ends.items():
         assert sft[seed] < row["gold"] < min(end["gold"] for end in ppo)
-        assert row["kl"] > sum(end["kl"] for end in ppo) / len(ppo)
-        assert row["chosen_log_ratio"] < 0 and row["rejected_log_ratio"] < -0.4
+        assert row["chosen_log_ratio"] < 0 and row["rejected_log_ratio"] < -0.3
 
 
-def test_the_wrong_reference_costs_next_to_nothing_in_a_short_run():
-    wrong, right = dpo_ends("wrong_reference"), dpo_ends("dpo")
-    assert wrong
+def test_dpo_is_best_at_the_highest_price():
+    means = {}
+    for beta in record_dpo.BETAS:
+        ends = dpo_ends("dpo", beta)
+        means[beta] = sum(row["gold"] for row in ends.values()) / len(ends)
+    assert max(means, key=means.get) == 1 and means[1] > max(means[b] for b in (0.03, 0.1)) + 0.03
+
+
+@pytest.mark.parametrize("beta", record_dpo.WRONG_BETAS)
+def test_what_the_wrong_reference_costs_in_a_short_run(beta):
+    wrong, right = dpo_ends("wrong_reference", beta), dpo_ends("dpo", beta)
+    assert len(wrong) == 3
     for seed, row in wrong.items():
         assert abs(row["gold"] - right[seed]["gold"]) < 0.05
 
@@ -446,7 +481,7 @@ def test_the_wrong_reference_costs_next_to_nothing_in_a_short_run():
 @pytest.mark.parametrize("judge", ["reward", "annotator"])
 def test_a_second_round_goes_far_and_loses_gold(judge):
     later, first = dpo_ends(f"second_{judge}"), dpo_ends("dpo")
-    assert later
+    assert len(later) == 3
     for seed, row in later.items():
         assert row["gold"] < first[seed]["gold"] and row["kl"] > first[seed]["kl"] + 1
         assert row["correct"] > first[seed]["correct"] and row["proxy"] > first[seed]["proxy"]

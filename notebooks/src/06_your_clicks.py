@@ -599,7 +599,24 @@ for name, rows in (start | study).items():
     print(f"{min(golds):9.2f}{max(golds):6.2f}{above:7}{up:4}")
 
 # %% [markdown]
-# PROSE-TABLE
+# With sixty honest clicks on pairs of the policy's own answers gold ends above SFT's on every seed, and right answers are
+# at least ten points above SFT's on all ten. The hacked policy had that on nine, so most of this is PPO's doing, and the
+# cure keeps it. What the cure brings is all else: the answers end. The reward model judges SFT's own answers as well as
+# before, and pairs with a hacked answer far better.
+#
+# **Where one clicks** matters more than how often. Sixty honest clicks on two answers of SFT leave gold about where SFT
+# is, above it on only 2 of 10 seeds, after seven nats; of the pairs with a hacked answer this reward model ranks hardly
+# more as gold does than before. SFT's answers do not hold what has to be learnt. (Nearly all of these policies' answers
+# do end again. These rows do not say why.) Twelve clicks where the policy is do more.
+#
+# **Who clicks** matters as much. A careless clicker, wrong one time in five, mends the model on 9 seeds of 10, but once
+# gold stays far below SFT's; and more such clicks do not make it safe, as the row with 120 shows: on one seed the model
+# is hacked as before. Biased clickers mend nothing, on no seed. Their answers end, but are nearly twice as long as the
+# honest ones': the love of courtesies is what dug one of the holes, and these clicks dig on. No number of clicks makes up for
+# that.
+#
+# Without the replay, on three seeds, the policy stays nearer to SFT and has a little less gold than with it; what is
+# known of SFT's answers has hardly suffered.
 #
 # The same as a figure, a point for each seed (moved sideways a little, to be told apart):
 
@@ -628,10 +645,15 @@ ax.minorticks_off()
 sft_gold = sum(row["gold"] for row in start["SFT"].values()) / len(start["SFT"])
 ax.axhline(sft_gold, color="0.4", ls="--", lw=1)
 ax.annotate("SFT", (12, sft_gold), xytext=(0, 3), textcoords="offset points", color="0.3")
-plots.show(fig, "ALT")
+plots.show(
+    fig,
+    "Gold against clicks: honest ones lie above SFT from twelve on; careless ones scatter, one is "
+    "below zero; biased ones and those on SFT's pairs lie mostly below SFT.",
+)
 
 # %% [markdown]
-# PROSE-FIGURE
+# So few honest clicks are enough, in this world: twelve on each of the recorded seeds, and from 24 on the points hardly
+# rise. But this is one wide hole, and the pairs are full of it. Do not carry the number over to a hole that is rare.
 #
 # ## Rounds
 #
@@ -650,7 +672,9 @@ for seed, row in study["second-round-60"].items():
     print(f"{row['asked']:.0f} pairs asked")
 
 # %% [markdown]
-# PROSE-ROUNDS
+# Gold is higher on two seeds and lower on one: three seeds show no dependable gain. The
+# first round had closed the hole; more of the pairs are now undecided (it took 65 to 70 questions for sixty clicks, 60 to
+# 62 before), since the answers are more often equally good. A round pays when the policy has found something new.
 #
 # ## Teach it a taste of your own
 #
