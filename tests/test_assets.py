@@ -459,23 +459,22 @@ def test_dpo_gains_and_stays_behind_ppo_on_every_recorded_seed(beta):
     ppo = [row for row in recorded("ppo/held_out.csv") if row["beta"] == 1]
     for seed, row in ends.items():
         assert sft[seed] < row["gold"] < min(end["gold"] for end in ppo)
-        assert row["chosen_log_ratio"] < 0 and row["rejected_log_ratio"] < -0.3
+        assert (row["chosen_log_ratio"] < 0) == (beta < 1) and row["rejected_log_ratio"] < -0.3
 
 
-def test_dpo_is_best_at_the_highest_price():
-    means = {}
-    for beta in record_dpo.BETAS:
-        ends = dpo_ends("dpo", beta)
-        means[beta] = sum(row["gold"] for row in ends.values()) / len(ends)
-    assert max(means, key=means.get) == 1 and means[1] > max(means[b] for b in (0.03, 0.1)) + 0.03
+@pytest.mark.parametrize("beta", [0.03, 0.1, 0.3])
+def test_dpo_is_best_at_the_highest_price(beta):
+    best, other = dpo_ends("dpo", 1.0), dpo_ends("dpo", beta)
+    gains = [best[seed]["gold"] - other[seed]["gold"] for seed in best.keys() & other.keys()]
+    assert len(gains) >= 5 and sum(gains) / len(gains) > 0.02
 
 
-@pytest.mark.parametrize("beta", record_dpo.WRONG_BETAS)
-def test_what_the_wrong_reference_costs_in_a_short_run(beta):
+@pytest.mark.parametrize(("beta", "least", "most"), [(0.1, -0.01, 0.01), (1.0, 0.03, 0.06)])
+def test_what_the_wrong_reference_costs_in_a_short_run(beta, least, most):
     wrong, right = dpo_ends("wrong_reference", beta), dpo_ends("dpo", beta)
     assert len(wrong) == 3
     for seed, row in wrong.items():
-        assert abs(row["gold"] - right[seed]["gold"]) < 0.05
+        assert least < right[seed]["gold"] - row["gold"] < most
 
 
 @pytest.mark.parametrize("judge", ["reward", "annotator"])
