@@ -611,9 +611,9 @@ for name, rows in (start | study).items():
 #
 # **Who clicks** matters as much. A careless clicker, wrong one time in five, mends the model on 9 seeds of 10, but once
 # gold stays far below SFT's; and more such clicks do not make it safe, as the row with 120 shows: on one seed the model
-# is hacked as before. Biased clickers mend nothing, on no seed. Their answers end, but are nearly twice as long as the
-# honest ones': the love of courtesies is what dug one of the holes, and these clicks dig on. No number of clicks makes up for
-# that.
+# is hacked as before. With biased clickers gold stays below SFT's on every seed. Nearly all of their answers end, but
+# they are nearly twice as long as the honest ones': the love of courtesies is what dug one of the holes, and these
+# clicks dig on. No number of clicks makes up for that.
 #
 # Without the replay, on three seeds, the policy stays nearer to SFT and has a little less gold than with it; what is
 # known of SFT's answers has hardly suffered.
