@@ -103,7 +103,7 @@ def record_preflight(work: Path, faults: list[str]) -> None:
 
 
 def gather(work: Path, out: Path) -> None:
-    """All logs in `updates.csv`, answers in `texts.csv`, ends in `held_out.csv`, `preflight.csv`."""
+    """Logs in `updates.csv`, texts in `texts.csv`, ends in `held_out.csv`, `preflight.csv`."""
     tables: dict[str, list[dict]] = {}
     for fault in (HEALTHY, *FAULTS):
         for path in sorted(work.glob(f"{fault}-*.json")):
