@@ -4,22 +4,13 @@ import csv
 import doctest
 
 import pytest
-from rlhf_helpers.checks.lesson_07 import (
-    COLUMNS,
-    EVIDENCE,
-    PATIENTS,
-    QUESTIONS,
-    check_mended,
-    check_patients,
-    illnesses,
-    patient,
-)
 from test_train_ppo import PROMPTS, new_roles, save_talker
 
 from rlhf_helpers import losses, ppo, rollout
-from rlhf_helpers.checks import lesson_07
+from rlhf_helpers.checks import check_mended, check_patients, lesson_07, patient
+from rlhf_helpers.checks.lesson_07 import COLUMNS, HEALTHY, ILLNESSES, PATIENTS
 from rlhf_helpers.clinic import FAULTS
-from rlhf_helpers.preflight import Finding, preflight
+from rlhf_helpers.preflight import CHECKS, Finding
 
 
 @pytest.fixture
@@ -28,7 +19,7 @@ def recorded(tmp_path, monkeypatch):
     folder = tmp_path / "clinic"
     folder.mkdir()
     rows, texts = [], []
-    for fault in PATIENTS.values():
+    for fault in (*PATIENTS.values(), HEALTHY):
         for seed, kl in (("0", 99.0), ("1", 3.5)):
             key = {"fault": fault, "seed": seed}
             for update in (1, 2):
@@ -48,52 +39,45 @@ def test_doctests():
     assert results.attempted > 0 and results.failed == 0
 
 
-def test_a_patient_shows_no_gold_and_no_other_seed(recorded):
-    rows, texts = patient("A")
+@pytest.mark.parametrize("name", ["A", HEALTHY])
+def test_a_patient_shows_no_gold_and_no_other_seed(recorded, name):
+    rows, texts = patient(name)
     assert [row["kl"] for row in rows] == [0.0, 3.5]
     assert set(rows[0]) == set(COLUMNS) and "gold" not in COLUMNS
     assert texts == [{"prompt": "what is hot?", "text": "fire.", "finished": "1"}]
 
 
-def test_every_answer_is_a_fault_of_the_clinic():
-    assert set(PATIENTS.values()) < EVIDENCE.keys() <= FAULTS.keys()
-    assert illnesses()["kl_sign"].startswith("The difference of the log-probabilities")
+def test_every_illness_is_a_fault_of_the_clinic_or_none():
+    assert set(PATIENTS.values()) < ILLNESSES.keys() <= {*FAULTS, HEALTHY}
+    assert lesson_07._EVIDENCE.keys() == ILLNESSES.keys()
+    assert lesson_07._QUESTIONS.keys() <= CHECKS.keys()
 
 
 def test_right_answers(recorded, capsys):
     check_patients(PATIENTS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{name}: correct, {fault}." for name, fault in PATIENTS.items()]
+    assert lines == [f"{name}: correct, {ILLNESSES[ill]}." for name, ill in PATIENTS.items()]
 
 
-@pytest.mark.parametrize("fault", EVIDENCE)
-def test_a_wrong_answer_hears_what_speaks_against_it(recorded, capsys, fault):
-    wrong = {name: fault for name in PATIENTS}
-    check_patients(wrong)
-    lines = capsys.readouterr().out
-    assert lines.count("it is not") == len(PATIENTS) - (fault in PATIENTS.values())
-    assert "{" not in lines and "99" not in lines
+@pytest.mark.parametrize("illness", ILLNESSES)
+def test_a_wrong_answer_hears_what_speaks_against_it(recorded, capsys, illness):
+    check_patients(dict.fromkeys(PATIENTS, illness))
+    said = capsys.readouterr().out
+    assert said.count("it is not that") == len(PATIENTS) - (illness in PATIENTS.values())
+    assert "{" not in said and "99" not in said
 
 
 def test_the_numbers_are_those_of_the_log(recorded, capsys):
     check_patients(PATIENTS | {"A": "kl sign"})
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "in this log it is at most 3.5, and 3.5 at the end" in printed
+    assert "in this log it is at most 3.5, and 3.5 at the end" in capsys.readouterr().out
 
 
 def test_other_answers(recorded, capsys):
     check_patients(dict.fromkeys("ABCDEF", ...) | {"B": "gremlins", "C": " KL-sign "})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A: not attempted yet."
-    assert lines[1].startswith("B: 'gremlins' is not on the list; choose from moving_reference")
-    assert "C: correct, kl_sign." in lines
-
-
-def test_what_is_missing_is_named():
-    with pytest.raises(ValueError, match="there is no answer for patient 'B'"):
-        check_patients({"A": ...})
-    with pytest.raises(ValueError, match="there is no patient 'G'"):
-        patient("G")
+    assert lines[1].startswith("B: 'gremlins' is none of the list")
+    assert lines[2] == f"C: correct, {ILLNESSES['kl_sign']}."
 
 
 # --- a trainer to mend ---------------------------------------------------------------------
@@ -110,52 +94,87 @@ def tiny(tmp_path_factory, tokenizer):
     return save_talker(tmp_path_factory.mktemp("models") / "tiny", tokenizer)
 
 
-def to_reference(roles, experience, part, config, beta):
-    logprobs = ppo.role_logprobs(roles, "policy", experience.rollout, part, config)
-    mask = experience.rollout.response_mask[part]
-    old, advantages = experience.ref_logprobs[part], experience.advantages[part]
-    return losses.policy_loss(logprobs, old, advantages, mask, config.clip)
+def in_lines(capsys):
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("wrong", "row"),
     [
-        ({"mask_after_eos": lambda tokens, eos: 0 * tokens + 1}, "an answer counts to its EOS"),
-        ({"policy_objective": to_reference}, "first ratio is 1"),
+        (lambda tokens, eos: ((tokens == eos).cumsum(-1) == 0).long(), "[5, 6, 1, 0]"),
+        (lambda tokens, eos: 0 * tokens + 1, "[5, 6, 1, 0]"),
+        # as the exercise's, but an answer of EOS alone keeps a token, so that nothing raises
+        (lambda tokens, eos: (tokens != eos).long(), "[5, 6, 1, 0]"),
+        (lambda tokens, eos: ((tokens == eos).long().cumsum(-1) < 2).long(), "[5, 6, 1, 0]"),
     ],
 )
-def test_a_trainer_that_is_not_mended_is_asked(tiny, tokenizer, capsys, change, name):
-    check_mended(new_roles(tiny), tokenizer, PROMPTS * 10, **RIGHT | change)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert f"{name}: no, " in printed and QUESTIONS[name] in printed
-    assert rollout.mask_after_eos is RIGHT["mask_after_eos"]
+def test_a_wrong_mask_is_named_before_anything_runs(monkeypatch, capsys, wrong, row):
+    monkeypatch.setattr(lesson_07, "preflight", lambda *arguments: 1 / 0)
+    check_mended(None, None, [], **RIGHT | {"mask_after_eos": wrong})
+    said = in_lines(capsys)
+    assert said.startswith(f"mask_after_eos: for the tokens {row}, where 1 is EOS, it is [")
+    assert "an answer that begins with EOS?" in said
+
+
+def test_a_mask_that_is_right_but_for_answers_that_begin_with_eos(capsys):
+    def wrong(tokens, eos):
+        mask = rollout.mask_after_eos(tokens, eos)
+        mask[:, 0] = (tokens[:, 0] != eos).long()
+        return mask
+
+    check_mended(None, None, [], **RIGHT | {"mask_after_eos": wrong})
+    assert "[1, 0, 0, 0], where 1 is EOS, it is [0, 0, 0, 0], expected [1, 0" in in_lines(capsys)
+
+
+def test_a_trainer_that_is_not_mended_is_asked(tiny, tokenizer, capsys):
+    def to_reference(roles, experience, part, config, beta):
+        logprobs = ppo.role_logprobs(roles, "policy", experience.rollout, part, config)
+        mask = experience.rollout.response_mask[part]
+        old, advantages = experience.ref_logprobs[part], experience.advantages[part]
+        return losses.policy_loss(logprobs, old, advantages, mask, config.clip)
+
+    changes = {"policy_objective": to_reference}
+    check_mended(new_roles(tiny), tokenizer, PROMPTS * 10, **RIGHT | changes)
+    said = in_lines(capsys)
+    name = "first ratio is 1"
+    assert f"{name}: no, off by at most" in said and lesson_07._QUESTIONS[name] in said
+    assert ppo.policy_objective is RIGHT["policy_objective"]
 
 
 def test_a_trainer_that_is_mended(monkeypatch, capsys):
-    held = [Finding("first KL is 0", True, "0 nats", "")]
+    held = [Finding("first KL is 0", True, "0 nats")]
     monkeypatch.setattr(lesson_07, "preflight", lambda *arguments: held)
     check_mended(None, None, [], **RIGHT)
-    assert capsys.readouterr().out == "check_mended: correct. All 1 checks of preflight hold.\n"
+    assert in_lines(capsys) == "check_mended: correct. All 1 checks of preflight hold."
 
 
-def test_a_check_without_a_question_says_what_it_can_mean(monkeypatch, capsys):
-    finding = Finding("scores in their unit", False, "3 ± 1", "is this the head?")
+def test_a_check_without_a_question_says_where_to_look(monkeypatch, capsys):
+    finding = Finding("scores in their unit", False, "3 ± 1")
     monkeypatch.setattr(lesson_07, "preflight", lambda *arguments: [finding])
     check_mended(None, None, [], **RIGHT)
-    assert "scores in their unit: no, 3 ± 1. is this the head?" in capsys.readouterr().out
+    assert "scores in their unit: no, 3 ± 1. Look at the reward's head" in in_lines(capsys)
 
 
-def test_an_error_of_the_learner_is_raised(tiny, tokenizer):
+def not_yet(*arguments):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_not_written_yet(monkeypatch, capsys, name):
+    def preflight(*arguments):
+        ppo.shape_rewards(None)
+        ppo.policy_objective(None)
+
+    for other in ("shape_rewards", "policy_objective"):
+        monkeypatch.setattr(ppo, other, lambda *arguments: None)
+    monkeypatch.setattr(lesson_07, "preflight", preflight)
+    given = RIGHT | dict.fromkeys(("shape_rewards", "policy_objective"), lambda *arguments: None)
+    check_mended(None, None, [], **given | {name: not_yet})
+    assert in_lines(capsys) == "check_mended: not attempted yet."
+
+
+def test_an_error_of_the_learner_is_raised(monkeypatch):
+    monkeypatch.setattr(lesson_07, "preflight", lambda *arguments: ppo.shape_rewards())
     with pytest.raises(ZeroDivisionError):
-        check_mended(
-            new_roles(tiny),
-            tokenizer,
-            PROMPTS * 10,
-            **RIGHT | {"shape_rewards": lambda *arguments: 1 / 0},
-        )
+        check_mended(None, None, [], **RIGHT | {"shape_rewards": lambda *arguments: 1 / 0})
     assert ppo.shape_rewards is RIGHT["shape_rewards"]
-
-
-def test_every_question_is_about_a_check(tiny, tokenizer):
-    names = {finding.name for finding in preflight(new_roles(tiny), tokenizer, PROMPTS * 10)}
-    assert QUESTIONS.keys() <= names
