@@ -160,7 +160,7 @@ def examine(
 
     Lesson 07 reads the alarms of planted faults.
     """
-    rows = [_as_row(row) for row in history]
+    rows = [log_row(row) if isinstance(row, PPOStats) else row for row in history]
     _check_rows(rows)
     rules = [*_RULES, *_band_rules(BANDS | {"length": (3, 0.9 * response_length)})]
     alarms = [alarm for rule in rules for alarm in _alarms(rows, rule)]
@@ -195,14 +195,6 @@ def _alarms(rows: list[dict], rule: Rule) -> Iterator[Alarm]:
         yield Alarm(rule.quantity, rule.severity, updates, worst, rule.meaning)
 
 
-def _as_row(row: PPOStats | Mapping[str, float]) -> dict[str, float]:
-    if isinstance(row, PPOStats):
-        return log_row(row)
-    if not isinstance(row, Mapping):
-        raise TypeError(f"history holds {row!r:.99}: give PPOStats, or rows as dictionaries.")
-    return dict(row)
-
-
 def _check_rows(rows: list[dict]) -> None:
     if len(rows) < 2:
         raise ValueError(
@@ -210,6 +202,8 @@ def _check_rows(rows: list[dict]) -> None:
             "several; preflight checks what one can tell"
         )
     for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"history holds {row!r:.99}: give PPOStats, or rows as dictionaries.")
         if "update" not in row or not row.keys() & BANDS.keys():
             raise ValueError(
                 f"history[{i}] has the columns {', '.join(row)}; needed are update and one of "

@@ -179,24 +179,21 @@ def _one_step(
     roles: Roles, experience: Experience, config: PPOConfig
 ) -> tuple[float, dict[str, list[str]], float]:
     """First ratio, the roles that each loss's gradients reach, how many weights do not move."""
-    run, part, reached, weights = Run(roles, ppo.TRAINED, config, None, {}), slice(8), {}, 0
+    run, reached, part = Run(roles, ppo.TRAINED, config, None, {}), {}, slice(config.minibatch_size)
     for role, objective in (("policy", ppo.policy_objective), ("value", ppo.value_objective)):
         for _, weight in _weights(roles):
             weight.grad = None
         roles.use(role).train()
         loss, report = objective(roles, experience, part, config, config.beta)
         run.gradients(role, loss)
-        pushed = [owner for owner, w in _weights(roles) if w.grad is not None and w.grad.any()]
-        reached[role] = sorted(set(pushed))
+        pushed = {owner for owner, w in _weights(roles) if w.grad is not None and w.grad.any()}
+        reached[role] = sorted(pushed)
         if role == "policy":
-            ratio, still = report["ratio"], 0
             before = [(w, w.detach().clone()) for owner, w in _weights(roles) if owner == role]
             run.apply(role)
-            for weight, old in before:
-                wanted = torch.ones_like(old) if weight.grad is None else weight.grad
-                still += int(((weight == old) & (wanted != 0)).sum())
-                weights += weight.numel()
-    return ratio, reached, still / weights
+            stays = [(w == old) & (w.grad is None or w.grad != 0) for w, old in before]
+            ratio, still = report["ratio"], torch.cat([x.flatten() for x in stays]).double().mean()
+    return ratio, reached, still.item()
 
 
 # --- what the checks stand on --------------------------------------------------------------
