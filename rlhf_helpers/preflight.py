@@ -69,7 +69,8 @@ def preflight(
 
     Sixteen answers are sampled and asked about, one step is taken, one prompt is overfitted, and
     then the policy is called back by a heavy price of KL. All weights are then as they were, bit
-    for bit.
+    for bit. While it samples it keeps the scores of all tokens, 64·T·V bytes; at a large vocabulary
+    give a shorter `response_length`.
 
     Args:
         roles, tokenizer, prompts, config: as `train_ppo` takes them; of the prompts some are used,
