@@ -120,7 +120,8 @@ assert preset.name != "pocket" or live["kl_sign"][-1].kl > 1.5 * live["healthy"]
 
 # %% [markdown]
 # (Change a name in the tuple and run the cell again: any fault of the list will do.)
-#
+
+# %% [markdown]
 # ## Numbers that are known beforehand
 #
 # A healthy score is a matter of taste. Some other numbers are not. The first you know from lesson 05: **KL is not negative
@@ -129,7 +130,7 @@ assert preset.name != "pocket" or live["kl_sign"][-1].kl > 1.5 * live["healthy"]
 # %% tags=["nbval-check-output"]
 policy, reference = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.3, 0.6, 0.1])
 k1 = kl_estimate(policy.log(), reference.log())
-print("log π − log π_ref of each token ", [round(x, 3) for x in k1.tolist()])
+print("log π − log π_ref of each token ", [round(x, 3) + 0.0 for x in k1.tolist()])
 print(f"mean over the policy's samples    {(policy * k1).sum():+.3f}")
 print(f"the difference turned round       {-(policy * k1).sum():+.3f}")
 print(f"mean over another one's samples   {(reference * k1).sum():+.3f}")
@@ -152,12 +153,14 @@ white, padded = whiten(advantages, mask), (advantages - advantages.mean()) / adv
 for name, x in (("last reward", rewards.gather(1, last)), ("last return", returns.gather(1, last))):
     print(f"{name:12}", [round(v, 3) for v in x.flatten().tolist()])
 for name, x in (("whitened", white), ("with padding", padded)):
-    print(f"{name:12} {x[mask == 1].mean():.3f} ± {x[mask == 1].std():.3f}")
+    std, mean = torch.std_mean(x[mask == 1])
+    print(f"{name:12} {round(mean.item(), 3) + 0.0:.3f} ± {std:.3f}")
 
 # %% [markdown]
 # Where padding takes part in the whitening, the mean of the real tokens is not 0: a bias that has nothing to do with
 # how good an answer was. That is a number one can watch; the loss is not.
-#
+
+# %% [markdown]
 # ## First aid: checks before a run
 #
 # Other numbers are known before the first step. The policy *is* the reference, so KL is exactly 0; the policy that
@@ -199,7 +202,8 @@ assert not caught["healthy"]
 
 # %% [markdown]
 # TODO-STUDY: say how many of fourteen, and which are missed.
-#
+
+# %% [markdown]
 # ## A step that rounds to nothing
 #
 # The adapter in bfloat16 passes at this course's learning rate. A model of billions of weights is trained at 1e-5 or
@@ -226,7 +230,8 @@ assert not found["a step moves every weight"].passed
 
 # %% [markdown]
 # Hence the rule of lesson 04: the base may be in 4 bits, what is trained is in float32.
-#
+
+# %% [markdown]
 # ## During the run: what must stay in its band
 #
 # `examine` reads a history, or a log. It says "broken" for what cannot be in a run that is as it should be, and "look"
@@ -275,7 +280,8 @@ assert not any(signals["healthy"].values())
 
 # %% [markdown]
 # TODO-STUDY: read the figure. What it does not show: how early an alarm comes, and that "look" has other causes too.
-#
+
+# %% [markdown]
 # ## The autopsy
 #
 # Gold has not been used so far. Now it is: what did each fault cost, on held-out prompts, and was it found without gold?
@@ -308,7 +314,8 @@ assert sum(map(any, found_by.values())) >= 10
 #
 # `swapped_labels` cannot be found by any check of the trainer: it does what it is told, and the score rises. A reward
 # that is the opposite of what was wanted is as good a number as any. Then there is one thing left to do.
-#
+
+# %% [markdown]
 # ## Read ten answers
 
 # %%
@@ -319,7 +326,8 @@ for row in read("texts"):
 
 # %% [markdown]
 # TODO-STUDY: what one reads there.
-#
+
+# %% [markdown]
 # ## An order of examination
 #
 # 1. `preflight`, on the CPU if need be: what it finds never becomes a run.
@@ -328,7 +336,8 @@ for row in read("texts"):
 # 4. The bands: which number stays outside, from which update on.
 # 5. Ten answers, read aloud; beside them those that the reward model likes best, and least.
 # 6. What no log can say: is the score what you wanted? Compare a few dozen pairs by hand (lesson 06).
-#
+
+# %% [markdown]
 # ## The numbers to take along
 
 # %% tags=["headline"]
