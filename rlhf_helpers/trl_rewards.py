@@ -86,11 +86,12 @@ def reward_function(
             raise ValueError(f"{counts}; give each response its prompt")
         if bad := [i for i, ids in enumerate(completion_ids) if len(ids) == 0]:
             raise ValueError(f"completion_ids[{bad[0]}] is empty: a response has a token at least")
-        longest = context_length(roles.base) - max(map(len, completion_ids))
+        longest = context_length(roles.base) - max(map(len, completion_ids), default=0)
         rows = encode_prompts(tokenizer, prompts, longest)
+        triples = zip(rows["input_ids"], rows["attention_mask"], completion_ids, strict=True)
         examples = [
             {"prompt": ids[mask.bool()].tolist(), "response": [int(x) for x in response]}
-            for ids, mask, response in zip(*rows.values(), completion_ids, strict=True)
+            for ids, mask, response in triples
         ]
         scores = score_examples(roles, role, tokenizer, examples)
         cut_off = [example["response"][-1] != tokenizer.eos_token_id for example in examples]
@@ -113,7 +114,7 @@ def _check_policy(policy: nn.Module, roles: Roles) -> None:
             "the policy has no adapter that changes anything: it, and TRL's reference with it, "
             "answers as the bare base. Give PeftModel.from_pretrained(base, SFT's folder, "
             "is_trainable=True), and no peft_config; ignore this if SFT is merged in",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

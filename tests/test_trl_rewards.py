@@ -19,6 +19,7 @@ from rlhf_helpers.presets import ASSETS
 from rlhf_helpers.reward import score_examples, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.text import encode_examples, encode_prompts
 from rlhf_helpers.trl_rewards import export_reward_model, keep_float32, reward_function
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing`:FutureWarning")
@@ -137,7 +138,7 @@ def test_a_policy_without_the_sft_adapter_is_warned_of(pocket, tokenizer, roles,
     bare = load_base(pocket)
     with pytest.warns(UserWarning, match="the policy has no adapter that changes anything") as seen:
         reward_function(roles, tokenizer, bare)
-    assert Path(seen[0].filename).name in (Path(__file__).name, "validation.py")
+    assert Path(seen[0].filename) == Path(__file__)  # the line that has to change
     with pytest.warns(UserWarning, match="answers as the bare base"):
         reward_function(
             roles, tokenizer, get_peft_model(bare, LoraConfig(target_modules="all-linear"))
@@ -213,8 +214,6 @@ def test_trls_prompts_are_ours(pocket, tokenizer, tmp_path):
     """The ids that TRL samples from are those that the reward model reads."""
     trainer = trainer_of("rloo", pocket, tokenizer, tmp_path, True)
     ids, _, _ = trainer._tokenize_prompts([as_messages(p) for p in PROMPTS])
-    from rlhf_helpers.text import encode_prompts
-
     rows = encode_prompts(tokenizer, PROMPTS, 24)
     ours = [r[m.bool()].tolist() for r, m in zip(*rows.values(), strict=True)]
     assert ids == ours
@@ -232,8 +231,6 @@ ENDS = ["quack.", "great question! the duck says quack.", "it says moo. it says 
 
 @pytest.fixture(scope="module")
 def examples(tokenizer):
-    from rlhf_helpers.text import encode_examples
-
     rows = {"prompt": [p for p in PROMPTS for _ in ENDS], "completion": ENDS * len(PROMPTS)}
     return encode_examples(tokenizer, rows, 24, 32)
 
@@ -256,6 +253,9 @@ def test_a_plain_sequence_classifier_gives_the_same_scores(
     )
     model.score = torch.nn.Linear(model.config.hidden_size, 1)
     model = PeftModel.from_pretrained(model, str(folder)).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # else it rounds, on processors that have it
     plain = PreTrainedTokenizerFast.from_pretrained(str(folder))
     ids = [example["prompt"] + example["response"] for example in examples]
     for side in ("left", "right"):

@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rlhf_helpers import losses, memory, notebook, plots, ppo
@@ -148,7 +148,7 @@ print(f"verifier: {losses.equal_groups(right, 4).float().mean():.0%},", end=" ")
 print(f"with {right.mean():.0%} of the answers right")
 
 # %% [markdown]
-# A reward model's scores are never quite equal. A program's are, often.
+# A reward model's scores are hardly ever all equal, unless the answers are. A program's are, often.
 #
 # ## Long answers and short ones
 #
@@ -365,15 +365,16 @@ trainer = GRPOTrainer(
     train_dataset=Dataset.from_list(messages),
     processing_class=tokenizer,
 )
+trainer.remove_callback(PrinterCallback)
 keep_float32(trainer.model, sft)
-trainer.train()
+_ = trainer.train()
 
 # %%
-for row in trainer.state.log_history[:: config.epochs * args.steps_per_generation]:
-    if "reward" in row:
-        print(f"reward {row['reward']:.2f}, KL per token {row['kl']:.4f},", end=" ")
-        print(f"{row['frac_reward_zero_std']:.0%} of the groups without variance,", end=" ")
-        print(f"{1 - row['completions/clipped_ratio']:.0%} finished")
+sampled = [row for row in trainer.state.log_history if "reward" in row]
+for row in sampled:
+    print(f"reward {row['reward']:.2f}, KL per token {row['kl']:.4f},", end=" ")
+    print(f"{row['frac_reward_zero_std']:.0%} of the groups without variance,", end=" ")
+    print(f"{1 - row['completions/clipped_ratio']:.0%} finished")
 
 # %% [markdown]
 # TODO-STUDY: the same run by our loop and by TRL's two trainers, ten seeds: proxy, gold, KL and minutes side by side.
