@@ -33,11 +33,11 @@ def test_doctests():
 def test_two_processes_share_the_plan():
     whole = league.plan(list(league.METHODS), 10)
     parts = [league.plan(list(league.METHODS), 10, (i, 2)) for i in (1, 2)]
-    assert len(whole) == 120 and sorted(parts[0] + parts[1]) == sorted(whole)
+    assert len(whole) == 150 and sorted(parts[0] + parts[1]) == sorted(whole)
     assert not set(parts[0]) & set(parts[1])
-    assert {seed for _, seed in whole[:12]} == {0}  # every method early
-    for part in parts:  # both get a fair part of what takes long
-        assert sum(method in league.LOOPS for method, _ in part) == 20
+    assert {seed for _, seed in whole[:15]} == {0}  # every method early
+    long = [sum(method in league.LOOPS for method, _ in part) for part in parts]
+    assert sum(long) == 50 and abs(long[0] - long[1]) <= 10  # both get a part of what takes long
 
 
 @pytest.fixture
@@ -96,6 +96,18 @@ def test_the_groups_of_all_loops_are_settings_of_ppo():
         assert config.trained == ("policy",) and config.beta == PPOConfig.beta
         assert config.batch_size * config.updates == league.SAMPLES
         assert (scorer is None) == (config.eos_penalty == 1)
+
+
+@pytest.mark.parametrize("method", ["RLOO by TRL", "GRPO by TRL"])
+def test_trls_settings_are_those_of_our_run(method, tmp_path):
+    config = PPOConfig(updates=30, seed=7, **league.GROUPS)
+    args = league.trl_settings(method, config, str(tmp_path))
+    assert args.generation_batch_size == config.batch_size
+    assert args.max_steps == 30 * 2 * 2  # updates, epochs, minibatches
+    found = (args.beta, args.num_generations, args.epsilon, args.learning_rate, args.seed)
+    assert found == (config.beta, config.group_size, config.clip, config.learning_rate, 7)
+    assert (args.temperature, args.top_k, args.top_p) == (1.0, 0, 1.0)
+    assert method[:4] == "RLOO" or (args.loss_type, args.scale_rewards) == ("grpo", "group")
 
 
 def test_the_verifier_is_the_rubrics_correct_and_the_coin_knows_nothing():

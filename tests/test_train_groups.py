@@ -15,7 +15,7 @@ from rlhf_helpers.memory import ModelSizes, memory_table
 from rlhf_helpers.ppo import PPOConfig, collect_experience, train_ppo
 from rlhf_helpers.reward import check_rewards
 
-CONFIG = replace(SETTINGS, batch_size=6, minibatch_size=2, advantages="rloo", group_size=3)
+CONFIG = replace(SETTINGS, batch_size=6, minibatch_size=3, advantages="rloo", group_size=3)
 ASKED = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
 NAN = float("nan")
 

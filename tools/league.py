@@ -16,20 +16,25 @@ import csv
 import fcntl
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from record_dpo import STUDY as DPO_STUDY
 from record_dpo import end_of
 from record_ppo import STUDY as PPO_STUDY
 from record_ppo import fresh_roles, judged, read_csv, write_about
 from tqdm.auto import tqdm
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlhf_helpers import plots
+from rlhf_helpers.base import load_base
 from rlhf_helpers.losses import equal_groups
 from rlhf_helpers.memory import memory_table, model_sizes
 from rlhf_helpers.pocket import rubric, world
@@ -39,8 +44,10 @@ from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout
 from rlhf_helpers.sft import SFTConfig, train_sft
 from rlhf_helpers.text import load_tokenizer
+from rlhf_helpers.trl_rewards import keep_float32, reward_function
 
 OUT = ASSETS / "league"
+DRAWN = ("SFT on the best", "DPO", "online DPO", "PPO", "RLOO", "GRPO", "GRPO, verifier")
 SAMPLES = PPOConfig.updates * PPOConfig.batch_size  # of a run of PPO, and of the others
 BEST_OF, TIMES = 16, 6  # answers to each prompt of rejection sampling, passes over the best ones
 NUMBERS = "proxy gold correct kl entropy distinct_2 unique self_bleu length finished tokens".split()
@@ -77,8 +84,10 @@ def coin(prompts: list[str], rollout: Rollout) -> torch.Tensor:
 
 GRPO = {"advantages": "grpo", "kl_in": "loss", "kl_kind": "k3", "mean_over": "responses"}
 GROUPS = {"group_size": 4}
+WHOLE = {"ratio_of": "response", "mean_over": "responses"}  # as in TRL's RLOO
 LOOPS = {  # settings of PPO's loop, and who scores
     "RLOO": (GROUPS | {"advantages": "rloo"}, None),
+    "RLOO, as TRL": (GROUPS | WHOLE | {"advantages": "rloo"}, None),
     "GRPO": (GROUPS | GRPO, None),
     "GRPO, verifier": (GROUPS | GRPO | {"eos_penalty": 0.0}, verifier),
     "GRPO, coin": (GROUPS | GRPO | {"eos_penalty": 0.0}, coin),
@@ -104,6 +113,63 @@ def loop(out: Path, method: str, seed: int, updates: int = PPOConfig.updates) ->
     write_about(out / "about.json", config)
     made = {"samples": samples, "flat_groups": round(sum(flat) / len(flat), 4)}
     return end_of(roles, seed) | made | taken
+
+
+def trl(out: Path, method: str, seed: int, updates: int = PPOConfig.updates) -> dict:
+    """The same run by one of TRL's trainers, from the same adapter, judged as all others."""
+    roles, tokenizer, clock = fresh_roles(), load_tokenizer(load_preset("pocket")), Clock()
+    base = load_base(load_preset("pocket"))
+    policy = PeftModel.from_pretrained(base, str(ASSETS / "sft"), is_trainable=True)
+    judge = Roles(load_base(load_preset("pocket")))
+    judge.load("reward", ASSETS / "reward")
+    rows = [{"prompt": [{"role": "user", "content": x}]} for x in world.prompts("train")]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (RLOOTrainer if method.startswith("RLOO") else GRPOTrainer)(
+            policy,
+            reward_funcs=reward_function(judge, tokenizer, policy),
+            args=trl_settings(method, PPOConfig(updates=updates, seed=seed, **GROUPS), folder),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        keep_float32(trainer.model, ASSETS / "sft")
+        trainer.train()
+    taken = clock.taken()
+    weights = get_peft_model_state_dict(trainer.model, adapter_name="default")
+    set_peft_model_state_dict(roles.model, weights, adapter_name="policy")
+    return end_of(roles, seed) | {"samples": updates * PPOConfig.batch_size} | taken
+
+
+def trl_settings(method: str, config: PPOConfig, folder: str) -> RLOOConfig | GRPOConfig:
+    """PPO's settings in TRL's words; optimizer steps are counted there, not updates."""
+    kind, own = RLOOConfig, {}
+    if method.startswith("GRPO"):
+        kind, own = GRPOConfig, {"loss_type": "grpo", "use_bias_correction_kl": False}
+    parts = config.batch_size // config.minibatch_size
+    return kind(
+        output_dir=folder,
+        max_steps=config.updates * config.epochs * parts,
+        per_device_train_batch_size=config.minibatch_size,
+        steps_per_generation=parts,
+        num_iterations=config.epochs,
+        num_generations=config.group_size,
+        max_completion_length=config.response_length,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        beta=config.beta,
+        epsilon=config.clip,
+        max_grad_norm=config.max_grad_norm,
+        temperature=config.temperature,
+        seed=config.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **own,
+    )
 
 
 def best_of(out: Path, method: str, seed: int, count: int | None = None) -> dict:
@@ -214,7 +280,10 @@ METHODS: dict[str, tuple[Make, tuple[str, ...]]] = {
         ("policy", "reward", "value"),
     ),
     "RLOO": (loop, ("policy", "reward")),
+    "RLOO, as TRL": (loop, ("policy", "reward")),
+    "RLOO by TRL": (trl, ("policy", "reward")),
     "GRPO": (loop, ("policy", "reward")),
+    "GRPO by TRL": (trl, ("policy", "reward")),
     "GRPO, verifier": (loop, ("policy",)),
     "GRPO, coin": (loop, ("policy",)),
 }
@@ -323,7 +392,7 @@ def draw(out: Path) -> None:
     plots.use_style()
     groups: dict[str, list] = {}
     for method, rows in rows_by_method(out).items():
-        if method not in ("SFT on random", "GRPO, coin"):
+        if method in DRAWN or method == "SFT" or "best-" in method:
             name = "best of 1, 4, 16" if method == "SFT" or "best-" in method else method
             points = [(max(row["kl"], 0) ** 0.5, row["gold"]) for row in rows]
             groups.setdefault(name, []).extend(points)
