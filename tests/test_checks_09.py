@@ -121,7 +121,7 @@ GRPO_MISTAKES = [
     (SPREAD + "multiplied with", loop(lambda r, o, g, s: (r - g.mean()) * g.std())),
     ("mean and spread are those of", lambda s, n: (s - s.mean()) / (s.std() + 1e-4)),
     ("the mean on top is that", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
-    ("it is right but in a group whose", loop(lambda r, o, g, s: (r - g.mean()) / g.std())),
+    ("where all scores of a group are equal", loop(lambda r, o, g, s: (r - g.mean()) / g.std())),
     ("every sign is the wrong way", loop(lambda r, o, g, s: (g.mean() - r) / (g.std() + 1e-4))),
     (
         "responses to different prompts are compared",

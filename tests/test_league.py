@@ -9,7 +9,7 @@ import league
 import pytest
 import torch
 
-from rlhf_helpers.ppo import PPOConfig
+from rlhf_helpers.ppo import Experience, PPOConfig
 from rlhf_helpers.rollout import Rollout
 
 ROW = {"gold": 1.2, "kl": 0.5, "proxy": 0.8, "correct": 0.7, "samples": 64, "example": 'a "moo", b'}
@@ -122,8 +122,6 @@ def test_the_verifier_is_the_rubrics_correct_and_the_coin_knows_nothing():
 
 
 def test_the_best_answer_of_each_prompt_is_picked():
-    from rlhf_helpers.ppo import Experience
-
     texts = [f"t{i}" for i in range(6)]
     rollout = rollout_of(texts, [True, False, True, True, True, False])
     numbers = torch.arange(6.0)
@@ -137,6 +135,45 @@ def test_the_best_answer_of_each_prompt_is_picked():
     assert best.rollout.finished.tolist() == [False, False]
     kept = league.encoded(league.picked(one, torch.tensor([1, 0])))
     assert kept == [{"prompt": [5], "response": [7, 1]}]  # the one that was cut off is left out
+
+
+def test_parts_of_other_widths_are_joined():
+    def part(prompt, finished, score):
+        count, size = len(finished), len(prompt) + 3
+        one = rollout_of([f"{score}"] * count, finished)
+        ids = torch.cat([torch.tensor([prompt] * count), one.input_ids[:, 2:]], 1)
+        mask = torch.cat([torch.ones(count, size - 3).long(), one.response_mask], 1)
+        numbers = torch.full((count, 3), float(score))
+        rollout = replace(one, input_ids=ids, attention_mask=mask)
+        scores = torch.full((count,), float(score))
+        return Experience(
+            ["p"] * count, rollout, scores, *[numbers] * 2, None, *[numbers] * 2, None
+        )
+
+    short, long = part([4, 5], [True], 1), part([4, 4, 5], [False, True], 2)
+    tail = slice(0, 2)  # as if nobody had needed a third token
+    short = replace(
+        short,
+        rollout=replace(
+            short.rollout,
+            input_ids=short.rollout.input_ids[:, :4],
+            attention_mask=short.rollout.attention_mask[:, :4],
+            response_mask=short.rollout.response_mask[:, tail],
+        ),
+        **{
+            k: vars(short)[k][:, tail]
+            for k in ("logprobs", "ref_logprobs", "rewards", "advantages")
+        },
+    )
+    both = league.joined([short, long])
+    assert both.rollout.input_ids.tolist() == [
+        [0, 4, 5, 7, 1, 0], [4, 4, 5, 7, 8, 9], [4, 4, 5, 7, 1, 0]
+    ]  # fmt: skip
+    assert both.rollout.attention_mask[0].tolist() == [0, 1, 1, 1, 1, 0]
+    assert both.rollout.response_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+    assert both.scores.tolist() == [1, 2, 2] and both.rollout.texts == ["1", "2", "2"]
+    assert both.values is None and both.logprobs.shape == (3, 3)
+    assert league.encoded(both)[0] == {"prompt": [4, 5], "response": [7, 1]}
 
 
 def test_the_table_shows_every_method_and_counts_seeds_above_sft(tmp_path, made):

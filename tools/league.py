@@ -29,6 +29,7 @@ from record_dpo import STUDY as DPO_STUDY
 from record_dpo import end_of
 from record_ppo import STUDY as PPO_STUDY
 from record_ppo import fresh_roles, judged, read_csv, write_about
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -48,6 +49,7 @@ from rlhf_helpers.trl_rewards import keep_float32, reward_function
 
 OUT = ASSETS / "league"
 DRAWN = ("SFT on the best", "DPO", "online DPO", "PPO", "RLOO", "GRPO", "GRPO, verifier")
+AT_A_TIME = 1024  # answers that are sampled at a time, a multiple of every n
 SAMPLES = PPOConfig.updates * PPOConfig.batch_size  # of a run of PPO, and of the others
 BEST_OF, TIMES = 16, 6  # answers to each prompt of rejection sampling, passes over the best ones
 NUMBERS = "proxy gold correct kl entropy distinct_2 unique self_bleu length finished tokens".split()
@@ -202,11 +204,42 @@ def sft_on(out: Path, method: str, seed: int, prompts: int = SAMPLES // BEST_OF)
 
 
 def sampled(roles: Roles, prompts: list[str], n: int, seed: int) -> Experience:
-    """n answers of SFT to each prompt, scored; KL and all else is of SFT to itself."""
-    config = PPOConfig(batch_size=n, minibatch_size=n, group_size=n, advantages="rloo")
+    """n answers of SFT to each prompt, scored; in parts, or the cache would take gigabytes."""
+    config = PPOConfig(batch_size=AT_A_TIME, group_size=n, advantages="rloo")
     asked = [prompt for prompt in prompts for _ in range(n)]
-    tokenizer = load_tokenizer(load_preset("pocket"))
-    return collect_experience(roles, tokenizer, asked, config, config.beta, seed, "reference")
+    parts = [asked[start : start + AT_A_TIME] for start in range(0, len(asked), AT_A_TIME)]
+    arguments = load_tokenizer(load_preset("pocket")), config, config.beta
+    return joined(
+        [
+            collect_experience(
+                roles, arguments[0], part, *arguments[1:], seed + 1000 * i, "reference"
+            )
+            for i, part in enumerate(parts)
+        ]
+    )
+
+
+def joined(parts: list[Experience]) -> Experience:
+    """One batch of several, padded to the widest prompt and the longest response."""
+    masks = [(one.rollout.attention_mask, one.rollout.response_mask) for one in parts]
+    length = max(mask.shape[1] for _, mask in masks)
+    width = max(whole.shape[1] - mask.shape[1] for whole, mask in masks)
+
+    def wide(tensor: torch.Tensor, own: int) -> torch.Tensor:
+        if tensor.dim() == 1:
+            return tensor
+        prompt = tensor.shape[1] - own
+        return pad(tensor, (width - prompt if prompt else 0, length - own))
+
+    def together(values: list):
+        if not isinstance(values[0], torch.Tensor):
+            return None if values[0] is None else [x for value in values for x in value]
+        sizes = [mask.shape[1] for _, mask in masks]
+        return torch.cat([wide(x, own) for x, own in zip(values, sizes, strict=True)])
+
+    rollout = {k: together([vars(one.rollout)[k] for one in parts]) for k in vars(parts[0].rollout)}
+    rest = {k: together([vars(one)[k] for one in parts]) for k in vars(parts[0]) if k != "rollout"}
+    return Experience(rollout=Rollout(**rollout), **rest)
 
 
 def picked(experience: Experience, column: torch.Tensor) -> Experience:

@@ -42,8 +42,8 @@ multiplied (spread): multiplied with the standard deviation
 whitened: mean and spread are those of the whole batch. That is the whitening of lesson 03; a group
     is compared with itself alone.
 others_on_top: the mean on top is that of the others. In GRPO it is that of the whole group.
-no_epsilon: it is right but in a group whose scores are all equal. There 0 is divided by 0, which is
-    no number: add 1e-4 to the standard deviation.
+no_epsilon: where all scores of a group are equal, 0 is divided by 0, which is no number: add 1e-4
+    to the standard deviation. Elsewhere it is right.
 estimate: each token contributes {}. With r, the reference's log-probability less the policy's, it
     is e to the r, less 1, less r.
 flipped (estimate): the k3 of the other direction, with the sign of r turned round
@@ -121,7 +121,7 @@ def check_grpo_advantages(fn: Callable[[Tensor, int], Tensor]) -> None:
 
     Example:
         >>> check_grpo_advantages(grpo_advantages)
-        grpo_advantages: correct. Tested: small and large spreads, groups of equal scores.
+        grpo_advantages: correct. Tested: spreads from 1 to 13, groups of equal scores.
     """
     check(GRPO_ADVANTAGES, fn)
 
@@ -211,11 +211,12 @@ LEAVE_ONE_OUT = Exercise(
     shape_hint="There is one advantage for each response, in the order of the scores.",
 )
 
+# Spreads of at least 1: there any small number in place of 1e-4 gives the same.
 _GRPO_CASES = (
     _HAND,
     (_scores(1.0, 1.0, 0.0, 6.0), 2),
-    (_scores(0.0, 0.1, 0.3, 5.0, -5.0, 20.0), 3),
-    (_scores(1.0, 0.0, 0.0, 1.0, -2.0, -2.0, -2.0, -2.0), 4),
+    (_scores(0.0, 1.0, 3.0, 5.0, -5.0, 20.0), 3),
+    (_scores(4.0, 0.0, 0.0, 2.0, -2.0, -2.0, -2.0, -2.0), 4),
 )
 _GRPO_MISTAKES = (
     *table(
@@ -246,7 +247,7 @@ GRPO_ADVANTAGES = Exercise(
     grpo_advantages,
     _GRPO_CASES,
     _GRPO_MISTAKES,
-    tested="small and large spreads, groups of equal scores",
+    tested="spreads from 1 to 13, groups of equal scores",
     shape_hint="There is one advantage for each response, in the order of the scores.",
 )
 
