@@ -184,9 +184,9 @@ def group_advantages(
         >>> group_advantages(scores, 3, "grpo")
         tensor([ 0.9999, -0.9999,  0.0000,  0.0000,  0.0000,  0.0000])
 
-    `rloo`: Kool et al. 2019, "Buy 4 REINFORCE samples", equation 8; Ahmadian et al. (arXiv
-    2402.14740), equation 9. `grpo`: Shao et al. (arXiv 2402.03300), section 4.1.2. `centred`: Liu
-    et al. (arXiv 2503.20783), section 3.2. Derived in lesson 09.
+    `rloo`: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al.
+    (arXiv 2402.14740), where it has this name. `grpo`: Shao et al. (arXiv 2402.03300), section
+    4.1.2. `centred`: Liu et al. (arXiv 2503.20783), section 3.2. Derived in lesson 09.
     """
     flat = equal_groups(scores, group_size)
     groups = upcast(scores.detach()).view(-1, group_size)

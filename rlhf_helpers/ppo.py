@@ -344,7 +344,7 @@ def train_ppo(
         ...     print(stats.update, stats.score, stats.kl)
 
     Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2;
-    Ahmadian et al. (arXiv 2402.14740), section 3; Shao et al. (arXiv 2402.03300), algorithm 1.
+    Ahmadian et al. (arXiv 2402.14740); Shao et al. (arXiv 2402.03300), algorithm 1.
     Lesson 04 writes an update out, lesson 09 one without a critic.
     """
     config = settings_of(PPOConfig, config)

@@ -178,7 +178,7 @@ for over, length in (("tokens", None), ("responses", None), ("length", 5)):
 #
 # | name | `advantages` | `mean_over` | `ratio_of` | clips | in TRL 1.16 |
 # |---|---|---|---|---|---|
-# | RLOO (Ahmadian et al. 2024, eq. 9) | `rloo` | `responses` | `response`: $\prod_t \rho_t$ | one | `RLOOTrainer` |
+# | RLOO (Ahmadian et al. 2024) | `rloo` | `responses` | `response`: $\prod_t \rho_t$ | one | `RLOOTrainer` |
 # | GRPO (Shao et al. 2024, eq. 3) | `grpo` | `responses` | `token` | one | `loss_type="grpo"` |
 # | BNPO (TRL's name for the mean of lesson 03) | `grpo` | `tokens` | `token` | one | `loss_type="bnpo"` |
 # | Dr. GRPO (Liu et al. 2025, section 3.2) | `centred` | `length` | `token` | one | `loss_type="dr_grpo"`, `scale_rewards="none"` |
@@ -454,7 +454,7 @@ print(f"{last.score:.2f}, {gold.name} {history[0][1]:.2f} to {marks:.2f} at KL {
 # - k3 in the loss has the gradient of the KL the other way round, unless it is multiplied with the ratio.
 # - TRL's trainers need three things said: the SFT adapter as the policy, a reward function on token ids, and a β above 0.
 #
-# **Further reading.** Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!", equation 8. Ahmadian et al.
-# 2024 (arXiv 2402.14740), section 3: RLOO for language models. Shao et al. 2024 (arXiv 2402.03300), equations 3 and 4:
+# **Further reading.** Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!". Ahmadian et al.
+# 2024 (arXiv 2402.14740): RLOO for language models. Shao et al. 2024 (arXiv 2402.03300), equations 3 and 4:
 # GRPO and its k3. Liu et al. 2025 (arXiv 2503.20783), section 3: what its two divisions do. Yu et al. 2025 (arXiv
 # 2503.14476): DAPO. Zheng et al. 2025 (arXiv 2507.18071): GSPO.
