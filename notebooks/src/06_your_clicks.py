@@ -549,7 +549,8 @@ if not CLICK_YOURSELF:
 #
 # ## Ten seeds
 #
-# One run is one run. So all of this was recorded on ten seeds: of the prompts, of all samples, of the clicker; and
+# One run is one run. So all of this was recorded on ten seeds (some rows on fewer: see *seeds*) of the prompts, of all
+# samples, of the clicker; and
 # beside sixty honest clicks fewer and more of them, *careless* clickers, who are wrong one time in five, *biased* ones,
 # who click as the annotators of lesson 02 do, and honest clicks on pairs of which SFT wrote both answers. All begin
 # from the one SFT and the one reward model of the course; how much those matter is not measured.
@@ -610,7 +611,7 @@ for name, rows in (start | study).items():
 # do end again. These rows do not say why.) Twelve clicks where the policy is do more.
 #
 # **Who clicks** matters as much. A careless clicker, wrong one time in five, mends the model on 9 seeds of 10, but once
-# gold stays far below SFT's; and more such clicks do not make it safe, as the row with 120 shows: on one seed the model
+# gold stays far below SFT's; and more such clicks do not make it safe: with 120, on one seed of seven, the model
 # is hacked as before. With biased clickers gold stays below SFT's on every seed. Nearly all of their answers end, but
 # they are nearly twice as long as the honest ones': the love of courtesies is what dug one of the holes, and these
 # clicks dig on. No number of clicks makes up for that.
