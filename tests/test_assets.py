@@ -374,27 +374,47 @@ def test_every_row_of_clicks_is_one_that_the_recorder_makes_and_stands_once():
         )  # fmt: skip
 
 
-def gold_after(row):
-    return [cured["gold"] for _, _, cured in clicks_by_seed(row)]
+def above_sft(row):
+    """On how many seeds gold is above SFT's, of how many."""
+    better = [cured["gold"] > sft["gold"] for sft, _, cured in clicks_by_seed(row)]
+    return sum(better), len(better)
 
 
 def test_clicks_on_pairs_of_sft_do_not_mend_the_hacked_model():
-    seeds = clicks_by_seed("sft-60")
-    assert len(seeds) == 10
-    assert sum(cured["gold"] > sft["gold"] for sft, _, cured in seeds) <= 2
-    for sft, _, cured in seeds:
+    assert above_sft("sft-60") == (2, 10)
+    for sft, _, cured in clicks_by_seed("sft-60"):
         assert cured["agreement_hacked"] < sft["agreement_hacked"] + 0.15
-    assert max(gold_after("sft-60")) < min(gold_after("honest-60"))
+        assert cured["finished"] > 0.97 and cured["kl"] > 3.5
 
 
-def test_few_honest_clicks_are_enough_and_biased_ones_are_not():
+def test_few_honest_clicks_are_enough():
     for row in ("honest-12", "honest-24", "honest-120"):
-        seeds = clicks_by_seed(row)
-        assert len(seeds) >= 5
-        assert all(cured["gold"] > sft["gold"] for sft, _, cured in seeds)
-    biased = clicks_by_seed("biased-60")
-    assert len(biased) >= 5
-    assert all(cured["gold"] < sft["gold"] for sft, _, cured in biased)
+        assert above_sft(row) == (10, 10)
+
+
+def test_biased_clicks_are_not_enough_and_careless_ones_are_a_risk():
+    assert above_sft("biased-60") == (0, 10)
+    assert above_sft("careless-60") == (9, 10)
+    lengths = {
+        row: sum(cured["length"] for *_, cured in clicks_by_seed(row)) / 10
+        for row in ("biased-60", "honest-60")
+    }
+    assert lengths["biased-60"] > 1.7 * lengths["honest-60"]
+    golds = [cured["gold"] for *_, cured in clicks_by_seed("careless-120")]
+    assert len(golds) == 10 and min(golds) < 0 < 1 < sorted(golds)[1]
+
+
+def test_a_second_round_of_clicks_and_the_missing_replay_change_little():
+    first = {cured["seed"]: cured for *_, cured in clicks_by_seed("honest-60")}
+    again = {cured["seed"]: cured for *_, cured in clicks_by_seed("second-round-60")}
+    assert len(again) == 3
+    assert sum(row["gold"] > first[seed]["gold"] for seed, row in again.items()) == 2
+    assert all(row["asked"] >= 65 > 62 >= first[seed]["asked"] for seed, row in again.items())
+    alone = {cured["seed"]: cured for *_, cured in clicks_by_seed("no-replay-60")}
+    assert len(alone) == 3
+    for seed, row in alone.items():
+        assert row["kl"] < first[seed]["kl"] and row["gold"] < first[seed]["gold"]
+        assert row["agreement"] > first[seed]["agreement"] - 0.03
 
 
 # --- the recorded DPO runs ----------------------------------------------------------------------
@@ -416,9 +436,8 @@ def test_each_dpo_run_has_the_best_rate_of_its_price_and_all_pairs():
         assert row["rate"] == record_dpo.best_rate(ASSETS / "dpo", row["beta"])
         assert row["pairs"] == 3572 or row["run"].startswith("second_")
     assert {row["seed"] for row in dpo_rows("rates.csv")} == set(record_dpo.RATE_SEEDS)
-    assert len(dpo_ends("dpo")) == 10
     for beta in record_dpo.BETAS:
-        assert len(dpo_ends("dpo", beta)) >= 5
+        assert len(dpo_ends("dpo", beta)) == 10
 
 
 def test_every_recorded_dpo_run_is_whole_and_began_where_it_should():
@@ -466,7 +485,7 @@ def test_dpo_gains_and_stays_behind_ppo_on_every_recorded_seed(beta):
 def test_dpo_is_best_at_the_highest_price(beta):
     best, other = dpo_ends("dpo", 1.0), dpo_ends("dpo", beta)
     gains = [best[seed]["gold"] - other[seed]["gold"] for seed in best.keys() & other.keys()]
-    assert len(gains) >= 5 and sum(gains) / len(gains) > 0.02
+    assert len(gains) == 10 and sum(gains) / len(gains) > 0.03
 
 
 @pytest.mark.parametrize(("beta", "least", "most"), [(0.1, -0.01, 0.01), (1.0, 0.03, 0.06)])

@@ -888,8 +888,8 @@ for role in ("reward", "judge"):
 
 # %% [markdown]
 # Stop there for a moment. The reward model cannot be told from a coin: one half lies well within its interval, and in the
-# judge's as well. 400 pairs from a set on which people often disagree are too few. One would stop here, and get more
-# pairs. We went on, to see what PPO makes of such a reward model.
+# judge's as well. 412 pairs are few. In a project one would stop here and get more.
+# We went on, to see what PPO makes of such a reward model.
 
 # %%
 # Pocket only
@@ -916,7 +916,7 @@ for beta, rows in updates_of.items():
         print(", ".join(f"{v} {m:.2f}" for v, m in zip(values, means, strict=True)))
 
 # %% [markdown]
-# The same story, and faster. Without a price the proxy rises by three standard deviations within 17 updates, at almost
+# The same story. Without a price the proxy rises by three standard deviations within 17 updates, at almost
 # 30 nats, and nearly every answer runs on until it is cut off, although that costs a point. The judge rises too, by
 # less than one, and no further after the first ten updates. Do not take that as an improvement: the judge is as bad a judge as
 # the reward model is a reward model, it comes from the same people, and it may like length for the same

@@ -549,8 +549,7 @@ if not CLICK_YOURSELF:
 #
 # ## Ten seeds
 #
-# One run is one run. So all of this was recorded on ten seeds (some rows on fewer: see *seeds*) of the prompts, of all
-# samples, of the clicker; and
+# One run is one run. So all of this was recorded on ten seeds of the prompts, of all samples, of the clicker; and
 # beside sixty honest clicks fewer and more of them, *careless* clickers, who are wrong one time in five, *biased* ones,
 # who click as the annotators of lesson 02 do, and honest clicks on pairs of which SFT wrote both answers. All begin
 # from the one SFT and the one reward model of the course; how much those matter is not measured.
@@ -576,7 +575,7 @@ print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
 start, study = {"SFT": {}, "hacked": {}}, {}
 for row in recorded("before.csv"):
     start[row["policy"]][int(row["seed"])] = row
-for row in recorded("after.csv"):
+for row in sorted(recorded("after.csv"), key=lambda row: (row["clicker"], row["clicks"])):
     study.setdefault(row["row"], {})[int(row["seed"])] = row
 
 # %% [markdown]
@@ -611,10 +610,10 @@ for name, rows in (start | study).items():
 # do end again. These rows do not say why.) Twelve clicks where the policy is do more.
 #
 # **Who clicks** matters as much. A careless clicker, wrong one time in five, mends the model on 9 seeds of 10, but once
-# gold stays far below SFT's; and more such clicks do not make it safe: with 120, on one seed of seven, the model
+# gold stays far below SFT's; and more such clicks do not make it safe: with 120, on one seed of ten, the model
 # is hacked as before. With biased clickers gold stays below SFT's on every seed. Nearly all of their answers end, but
 # they are nearly twice as long as the honest ones': the love of courtesies is what dug one of the holes, and these
-# clicks dig on. No number of clicks makes up for that.
+# clicks dig on.
 #
 # Without the replay, on three seeds, the policy stays nearer to SFT and has a little less gold than with it; what is
 # known of SFT's answers has hardly suffered.
@@ -653,7 +652,7 @@ plots.show(
 )
 
 # %% [markdown]
-# So few honest clicks are enough, in this world: twelve on each of the recorded seeds, and from 24 on the points hardly
+# So few honest clicks are enough, in this world: twelve on each of ten seeds, and from 24 on the points hardly
 # rise. But this is one wide hole, and the pairs are full of it. Do not carry the number over to a hole that is rare.
 #
 # ## Rounds
@@ -667,15 +666,15 @@ plots.show(
 # %% tags=["nbval-check-output"]
 # Pocket only
 for seed, row in study["second-round-60"].items():
-    first = study["honest-60"][seed]
-    for name in ("gold", "correct", "kl"):
-        print(f"seed {seed}: {name} {first[name]:.2f} to {row[name]:.2f}", end="; ")
-    print(f"{row['asked']:.0f} pairs asked")
+    first, names = study["honest-60"][seed], ("gold", "correct", "kl")
+    moved = ", ".join(f"{name} {first[name]:.2f} to {row[name]:.2f}" for name in names)
+    print(f"seed {seed}: {moved}; {row['asked']:.0f} pairs asked")
 
 # %% [markdown]
 # Gold is higher on two seeds and lower on one: three seeds show no dependable gain. The
 # first round had closed the hole; more of the pairs are now undecided (it took 65 to 70 questions for sixty clicks, 60 to
-# 62 before), since the answers are more often equally good. A round pays when the policy has found something new.
+# 62 before), since the answers are more often equally good. What a round is worth where the policy has found
+# something new, these runs do not show.
 #
 # ## Teach it a taste of your own
 #

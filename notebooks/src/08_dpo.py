@@ -479,9 +479,9 @@ print(f"the reward model's accuracy on the same held-out pairs: {judge['accuracy
 # not end.
 #
 # At β = 1 the rate of 3e-4 leads 0.4 nats away, not three, and to the highest gold of the table. There β holds the policy
-# back; the section after next shows how.
+# back; the next section shows how.
 #
-# Now each β at its best rate, with the seeds that are recorded (*runs*), and PPO's ten from lesson 05.
+# Now each β at its best rate, with ten other seeds, and PPO's ten from lesson 05.
 
 # %%
 # Pocket only
@@ -528,7 +528,7 @@ for beta, rows in at.items():
 # answers grow, by two or three tokens. Nothing in the loss asks for **length**. But the annotators prefer longer answers, and a
 # longer answer has more tokens whose log-ratios add up.
 #
-# Compare DPO at β = 1 with PPO at β = 1: nearly the same KL (0.33 and 0.32 nats) and proxy (0.42 and 0.47), and yet 0.13
+# Compare DPO at β = 1 with PPO at β = 1: nearly the same KL (0.34 and 0.32 nats) and proxy (0.42 and 0.47), and yet 0.13
 # points less gold; 66% of its answers are right, and 75% of PPO's. Our explanation, not measured: what pleased the reward model
 # was bought with courtesies more than with facts. A courtesy fits every question, and every pair that has one on the
 # better side teaches the same phrase; a fact stands in a few pairs only.
