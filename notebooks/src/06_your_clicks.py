@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 06 · Mend it with your own clicks
 #
-# **Run time** about four minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
+# **Run time** about three minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
 # 05 · **Next** lesson 08, DPO · **Exercise** `exercises/06_your_clicks.ipynb`
 #
 # After this lesson you will be able to
@@ -644,7 +644,7 @@ ax.set_xticks([12, 24, 60, 120], ["12", "24", "60", "120"])
 ax.minorticks_off()
 sft_gold = sum(row["gold"] for row in start["SFT"].values()) / len(start["SFT"])
 ax.axhline(sft_gold, color="0.4", ls="--", lw=1)
-ax.annotate("SFT", (12, sft_gold), xytext=(0, 3), textcoords="offset points", color="0.3")
+ax.annotate("SFT", (35, sft_gold), xytext=(0, 3), textcoords="offset points", color="0.3")
 plots.show(
     fig,
     "Gold against clicks: honest ones lie above SFT from twelve on; careless ones scatter, one is "
