@@ -908,6 +908,10 @@ POCKET_ROWS = (
 CHECK_ROWS = (
     Row("a diagnosis of nothing",
         lambda w: checks.check_diagnosis({}), "no answer for log 'A'", "give ..."),
+    Row("patients that are not diagnosed",
+        lambda w: checks.check_patients({}), "no answer for log 'A'", "give ..."),
+    Row("a patient that is not there",
+        lambda w: checks.patient("G"), "there is no patient 'G'", "choose one of A, B"),
     Row("origins of nothing",
         lambda w: checks.check_origins({}), "no answer for log 'A'", "give ..."),
     Row("a log that there is not",
@@ -1169,7 +1173,8 @@ def test_bad_input_is_named_and_can_be_mended(row, w):
 
 
 NAMES = [name for name in checks.__all__ if name.startswith("check_")]
-OF_LOGS = ("check_diagnosis", "check_origins")  # they take answers, not a function
+# They take answers, or several functions.
+OF_LOGS = ("check_diagnosis", "check_mended", "check_origins", "check_patients")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_LOGS])

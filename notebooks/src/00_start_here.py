@@ -413,6 +413,7 @@ assert answering["right"] < answering["left"] - 0.1
 # | four roles on one base, a whole PPO run | 04 |
 # | the KL penalty, reward hacking, diversity | 05 |
 # | comparisons of your own, training on, rounds | 06 |
+# | runs that are broken and do not say so | 07 |
 # | DPO: preferences without a reward model | 08 |
 
 # %% [markdown]

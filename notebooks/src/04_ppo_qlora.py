@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from rlhf_helpers import memory, notebook, plots, ppo
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.examine import BANDS as HEALTHY
 from rlhf_helpers.logprobs import response_logprobs
 from rlhf_helpers.pocket import rubric
 from rlhf_helpers.presets import ASSETS, load_preset
@@ -260,11 +261,11 @@ assert torch.equal(same, ref_logprobs)
 
 # %%
 BANDS = {
-    "KL, nats": (0, 10),
-    "entropy, nats": (0.3, 1),
-    "length, tokens": (3, 0.9 * preset.response_length),
-    "clip fraction": (0.001, 0.2),
-    "explained variance": (0, 1),
+    "KL, nats": HEALTHY["kl"],
+    "entropy, nats": HEALTHY["entropy"],
+    "length, tokens": (HEALTHY["length"][0], 0.9 * preset.response_length),
+    "clip fraction": HEALTHY["clip_fraction"],
+    "explained variance": HEALTHY["explained_variance"],
 }
 
 

@@ -2,7 +2,7 @@
 # # 06 · Mend it with your own clicks
 #
 # **Run time** about three minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
-# 05 · **Next** lesson 08, DPO · **Exercise** `exercises/06_your_clicks.ipynb`
+# 05 · **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
 #
 # After this lesson you will be able to
 #
@@ -775,8 +775,8 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 # - A reward model learns what is clicked, bias and taste included.
 # - The cure holds where somebody has looked. So it goes in rounds.
 #
-# The hole is mended, because somebody read the answers. Need there be a reward model at all, if there are comparisons?
-# Lesson 08 trains the policy on them directly.
+# The hole is mended, because somebody read the answers. This run was broken in a way that its score did not show.
+# Lesson 07 collects others, and what finds them.
 #
 # **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
 # 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected

@@ -21,6 +21,7 @@ from rlhf_helpers.checks.lesson_05 import (
     check_sampled_log_probs,
 )
 from rlhf_helpers.checks.lesson_06 import check_mixture, check_most_unsure, check_self_agreement
+from rlhf_helpers.checks.lesson_07 import ILLNESSES, check_mended, check_patients, patient
 from rlhf_helpers.checks.lesson_08 import (
     ORIGINS,
     check_dpo_loss,
@@ -31,6 +32,7 @@ from rlhf_helpers.checks.lesson_08 import (
 
 __all__ = [
     "FAULTS",
+    "ILLNESSES",
     "ORIGINS",
     "check_diagnosis",
     "check_dpo_loss",
@@ -43,12 +45,14 @@ __all__ = [
     "check_lora_forward",
     "check_lora_parameters",
     "check_mask_prompt",
+    "check_mended",
     "check_mixture",
     "check_most_unsure",
     "check_nf4_bytes",
     "check_origins",
     "check_pair_accuracy",
     "check_pairwise_loss",
+    "check_patients",
     "check_policy_loss",
     "check_predict_bytes",
     "check_sampled_log_probs",
@@ -57,5 +61,6 @@ __all__ = [
     "check_token_logprobs",
     "check_train_step",
     "dpo_log",
+    "patient",
     "training_log",
 ]
