@@ -1,14 +1,31 @@
-"""What lessons 03 and 04 derive: rewards per token, advantages, the clipped losses."""
+"""What lessons 03 and 09 derive: rewards per token, advantages, the clipped losses."""
 
 import torch
 from torch import Tensor
 
 from rlhf_helpers.guards import refuse, upcast
-from rlhf_helpers.kinds import Above, B, Between, Finite, From, LogProbs, Mask, OneOf, Responses, T
+from rlhf_helpers.kinds import (
+    Above,
+    B,
+    Between,
+    Finite,
+    Floating,
+    From,
+    LogProbs,
+    Mask,
+    OneOf,
+    Responses,
+    T,
+    Whole,
+)
 from rlhf_helpers.kl import KINDS, kl_estimate
 from rlhf_helpers.validation import checked
 
 VARIANCE_EPSILON = 1e-8  # keeps whitening finite where all values are equal
+SPREAD_EPSILON = 1e-4  # added to a group's spread, as in TRL
+GROUPED = ("rloo", "grpo", "centred")  # advantages of groups
+AVERAGES = ("tokens", "responses", "length")
+RATIOS = ("token", "response", "mean")
 
 
 @checked
@@ -128,6 +145,80 @@ def gae_weights(length: int, decay: float) -> Tensor:
 
 
 @checked
+def group_advantages(
+    scores: Finite[B], group_size: Whole[2], kind: OneOf[GROUPED] = "rloo"
+) -> Tensor:
+    """Advantages without a critic: several responses to one prompt are each other's baseline.
+
+    With r_1 … r_G the scores of a group, m their mean and s their standard deviation (unbiased):
+
+    - `rloo`: r_i − mean of the *others*, Σ_{j ≠ i} r_j / (G − 1). What is taken off does not depend
+      on response i, so the gradient of the expected score stays unbiased.
+    - `centred`: r_i − m, which is (G − 1)/G of that: the same direction, a shorter step.
+    - `grpo`: (r_i − m)/(s + 1e−4). Every group gets the same weight, however little its responses
+      differ; the gradient is no longer that of the expected score.
+
+    Args:
+        scores: `[B]`, floating point, one for each response; those of a prompt stand side by side.
+        group_size: G, responses to each prompt, at least 2.
+        kind: "rloo", "grpo" or "centred".
+
+    Returns:
+        `[B]`, float32 (float64 if the scores are); 0 in a group whose scores are all equal. No
+        gradient: advantages are data.
+
+    Raises:
+        TypeError: scores that are not floating point.
+        ValueError: a score that is not finite, a group size below 2 or that does not divide B, or
+            an unknown kind.
+
+    Example:
+        The first prompt gets 3, 1 and 2: the others' means are 1.5, 2.5 and 2. The second teaches
+        nothing.
+
+        >>> scores = torch.tensor([3.0, 1.0, 2.0, 5.0, 5.0, 5.0])
+        >>> group_advantages(scores, 3)
+        tensor([ 1.5000, -1.5000,  0.0000,  0.0000,  0.0000,  0.0000])
+        >>> group_advantages(scores, 3, "centred")
+        tensor([ 1., -1.,  0.,  0.,  0.,  0.])
+        >>> group_advantages(scores, 3, "grpo")
+        tensor([ 0.9999, -0.9999,  0.0000,  0.0000,  0.0000,  0.0000])
+
+    `rloo`: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al.
+    (arXiv 2402.14740), where it has this name. `grpo`: Shao et al. (arXiv 2402.03300), section
+    4.1.2. `centred`: Liu et al. (arXiv 2503.20783), section 3.2. Derived in lesson 09.
+    """
+    flat = equal_groups(scores, group_size)
+    groups = upcast(scores.detach()).view(-1, group_size)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    if kind == "rloo":
+        advantages = advantages * (group_size / (group_size - 1))
+    elif kind == "grpo":
+        advantages = advantages / (groups.std(-1, keepdim=True) + SPREAD_EPSILON)
+    return advantages.masked_fill(flat[:, None], 0).flatten()  # where all are equal: not rounding
+
+
+@checked
+def equal_groups(scores: Finite[B], group_size: Whole[2]) -> Tensor:
+    """Which groups teach nothing, since all their responses have one score; `[B / G]`, bool.
+
+    Raises:
+        As `group_advantages`.
+
+    Example:
+        >>> equal_groups(torch.tensor([1.0, 2.0, 0.5, 0.5]), 2)
+        tensor([False,  True])
+    """
+    if len(scores) % group_size:
+        raise ValueError(
+            f"{len(scores)} scores are no groups of {group_size}: give whole groups, those of a "
+            "prompt side by side."
+        )
+    groups = scores.view(-1, group_size)
+    return groups.amax(-1) == groups.amin(-1)
+
+
+@checked
 def whiten(x: Finite[...], mask: Mask[...]) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over the entries that count.
 
@@ -166,12 +257,17 @@ def policy_loss(
     advantages: Finite[B, T],
     response_mask: Responses[B, T],
     clip: Above[0] = 0.2,
+    clip_high: Above[0] | None = None,
+    ratio_of: OneOf[RATIOS] = "token",
+    mean_over: OneOf[AVERAGES] = "tokens",
+    length: Above[0] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """PPO's clipped loss: raise what turned out better than expected, but not far at a time.
 
     ρ_t = π(a_t) / π_old(a_t), L = −mean_t min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t)
 
-    The ratio is to the policy that *sampled*, not to the reference.
+    The ratio is to the policy that *sampled*, not to the reference. What lesson 09 meets under many
+    names is this loss with other switches.
 
     Args:
         logprobs: `[B, T]`, of the sampled tokens under the policy that is trained, in nats.
@@ -179,12 +275,18 @@ def policy_loss(
         advantages: `[B, T]`; data.
         response_mask: `[B, T]`, 1 up to and including EOS, then 0. The mean is over its tokens.
         clip: ε, above 0.
+        clip_high: another ε for ratios above 1; None for the same.
+        ratio_of: `token`: ρ_t as above. `response`: every token of a response gets the ratio of the
+            whole, the product of its ρ_t. `mean`: their geometric mean, (Π ρ_t)^(1/|y|).
+        mean_over: see `average`.
+        length: of `average`, for `mean_over="length"`.
 
     Returns:
         The loss, a scalar that is differentiable with respect to `logprobs`, and
 
         - `ratio`: the mean of ρ; 1 before the first step.
-        - `approx_kl`: the mean of ρ − 1 − log ρ, an estimate of KL(π_old‖π) in nats per token.
+        - `approx_kl`: the mean of ρ − 1 − log ρ, an estimate of KL(π_old‖π) in nats per token; of
+          the tokens' own ratios in any case.
         - `clip_fraction`: the share of tokens whose gradient the clip switched off.
         - `entropy`: the mean of −log π(a), the estimate from the sampled tokens, in nats.
 
@@ -192,7 +294,7 @@ def policy_loss(
         TypeError: tensors that are not floating point.
         ValueError: shapes that do not match; a mask with a hole or an empty row; an entry under
             the mask that is not finite, or no log-probability; a ratio that overflows; clip not
-            above 0.
+            above 0; an unknown switch, or a length without `mean_over="length"`.
 
     Example:
         A token made 1.5 times as likely, with an advantage of 1: beyond 1.2 nothing more is earned.
@@ -202,16 +304,26 @@ def policy_loss(
         >>> loss, stats["clip_fraction"]
         (tensor(-1.2000), 1.0)
 
-    Schulman et al. (arXiv 1707.06347), equation 7. Derived in lesson 03.
+        Beside a token that did not move, the response's geometric mean is √1.5 = 1.2247; it is
+        not clipped from above at 1.28.
+
+        >>> old, new = torch.tensor([[0.2, 0.5]]).log(), torch.tensor([[0.3, 0.5]]).log()
+        >>> one = torch.ones(1, 2)
+        >>> policy_loss(new, old, one, one, clip_high=0.28, ratio_of="mean")[0]
+        tensor(-1.2247)
+
+    Schulman et al. (arXiv 1707.06347), equation 7. Two clips: DAPO (arXiv 2503.14476), equation 8;
+    the geometric mean: GSPO (arXiv 2507.18071), equations 5 and 7. Derived in lessons 03 and 09.
     """
     real = response_mask.bool()
     data = old_logprobs.detach(), advantages.detach()
     new, old, advantages = (upcast(x).masked_fill(~real, 0) for x in (logprobs, *data))
     log_ratio = new - old
-    ratio = log_ratio.exp()
+    ratio = _ratio(log_ratio, real, ratio_of)
     refuse("the ratio of new to old", ratio, ~ratio.isfinite(), "look for weights that diverged.")
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -masked_mean(torch.minimum(free, clipped), real)
+    high = 1 + (clip if clip_high is None else clip_high)
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, high) * advantages
+    loss = -average(torch.minimum(free, clipped), response_mask, mean_over, length)
     stats = {
         "ratio": ratio,
         "approx_kl": torch.expm1(log_ratio) - log_ratio,
@@ -219,6 +331,64 @@ def policy_loss(
         "entropy": -new,
     }
     return loss, {name: masked_mean(x.detach(), real).item() for name, x in stats.items()}
+
+
+def _ratio(log_ratio: Tensor, real: Tensor, of: str) -> Tensor:
+    """Of new to old `[B, T]`; that of a response stands at each of its tokens."""
+    if of != "token":
+        whole = log_ratio.sum(-1, keepdim=True)
+        log_ratio = (whole / real.sum(-1, keepdim=True) if of == "mean" else whole) * real
+    return log_ratio.exp()
+
+
+@checked
+def average(
+    x: Floating[B, T],
+    response_mask: Responses[B, T],
+    over: OneOf[AVERAGES] = "tokens",
+    length: Above[0] | None = None,
+) -> Tensor:
+    """One number for a batch of responses of unequal lengths |y|, from one for each token.
+
+    - `tokens`: Σ_i Σ_t x_it / Σ_i |y_i|. Each token counts the same, so a long response counts
+      more. It depends on who else is in the batch.
+    - `responses`: (1/B) Σ_i (1/|y_i|) Σ_t x_it. Each response counts the same, so a token of a long
+      one counts less.
+    - `length`: (1/B) Σ_i (1/L) Σ_t x_it with a constant L: a sum over tokens, up to the scale.
+
+    Args:
+        x: `[B, T]`, floating point; what stands where the mask is 0, even NaN, changes nothing.
+        response_mask: `[B, T]`, 1 up to and including EOS, then 0.
+        over: "tokens", "responses" or "length".
+        length: L, above 0, the most tokens of a response for example; for "length" alone.
+
+    Returns:
+        A scalar, differentiable with respect to `x`.
+
+    Raises:
+        TypeError: `x` not floating point.
+        ValueError: shapes that do not match, a mask with a hole or an empty row, another `over`, a
+            length that is not above 0, missing, or given where it is not used.
+
+    Example:
+        A response of one token with 4, and one of three tokens with 1 each: 7/4, (4 + 1)/2, and
+        (4/5 + 3/5)/2.
+
+        >>> x = torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+        >>> average(x, mask), average(x, mask, "responses"), average(x, mask, "length", length=5)
+        (tensor(1.7500), tensor(2.5000), tensor(0.7000))
+
+    `tokens`: DAPO (arXiv 2503.14476), equation 8; `responses`: GRPO (arXiv 2402.03300), equation 3;
+    `length`: Dr. GRPO (arXiv 2503.20783), appendix A. Derived in lesson 09.
+    """
+    if (over == "length") != (length is not None):
+        raise ValueError(f"length is {length!r} with a mean over {over}: it belongs to 'length'.")
+    real = response_mask.bool()
+    if over == "tokens":
+        return masked_mean(x, real)
+    sums = x.masked_fill(~real, 0).sum(-1)
+    return (sums / (real.sum(-1) if over == "responses" else length)).mean()
 
 
 @checked

@@ -128,9 +128,13 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
 
 
 def memory_table(
-    sizes: ModelSizes, rank: Whole[1] = 16, double_quant: bool = True, weight_bytes: int = 2
+    sizes: ModelSizes,
+    rank: Whole[1] = 16,
+    double_quant: bool = True,
+    weight_bytes: int = 2,
+    critic: bool = True,
 ) -> dict[str, list[RoleBytes]]:
-    """What PPO's four roles take, in four ways to hold them.
+    """What PPO's four roles take, in four ways to hold them; without a critic three roles.
 
     Policy and value train, reference and reward do not. With N parameters of a model, L of a LoRA
     adapter on all linear layers but the output layer (`lora_parameters`), and w bytes of a weight:
@@ -155,6 +159,8 @@ def memory_table(
         double_quant: whether the NF4 scales are quantized as well.
         weight_bytes: w, of every weight that is neither NF4 nor an adapter: 2 (bfloat16) or 4
             (float32).
+        critic: whether there is a role "value". Where responses to one prompt are compared with
+            each other, as in RLOO and GRPO, there is none; then "3 full models" and so on.
 
     Returns:
         For each way its rows: the roles, before them "base" where they share one. In bytes; a GB is
@@ -182,6 +188,12 @@ def memory_table(
         LoRA on 4 bases 39988
         LoRA on 1 base 14812
         LoRA on 1 NF4 base 8736
+        >>> for way, rows in memory_table(sizes, rank=1, critic=False).items():
+        ...     print(way, sum(row.total for row in rows))
+        3 full models 84050
+        LoRA on 3 bases 28508
+        LoRA on 1 base 11724
+        LoRA on 1 NF4 base 5648
 
     16 bytes: Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1; one base for all roles:
     Santacroce et al., Hydra-RLHF (arXiv 2309.00754). Derived in lesson 04.
@@ -194,7 +206,8 @@ def memory_table(
     nf4 = sum(nf4_bytes(outputs * inputs, double_quant) for outputs, inputs in sizes.shapes)
     nf4 += weight_bytes * (sizes.other + sizes.output)
     full, separate = [], []
-    for role, trains in TRAINS.items():
+    kept = {role: trains for role, trains in TRAINS.items() if critic or role != "value"}
+    for role, trains in kept.items():
         body, head = (scoring, sizes.head) if role in SCORES else (sizes.parameters, 0)
         trained = _training(body + head, weight_bytes, trains)
         full.append(RoleBytes(role, weight_bytes * (body + head), 0, *trained))
@@ -202,8 +215,8 @@ def memory_table(
         separate.append(RoleBytes(role, weight_bytes * body, FLOAT32 * (adapter + head), *trained))
     shared = [replace(row, weights=0) for row in separate]
     return {
-        "4 full models": full,
-        "LoRA on 4 bases": separate,
+        f"{len(kept)} full models": full,
+        f"LoRA on {len(kept)} bases": separate,
         "LoRA on 1 base": [RoleBytes("base", whole), *shared],
         "LoRA on 1 NF4 base": [RoleBytes("base", nf4), *shared],
     }

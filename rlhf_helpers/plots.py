@@ -234,13 +234,20 @@ def trajectories(groups: Mapping[str, Sequence[Points]], x: str, y: str) -> Figu
     return fig
 
 
-def scatter(groups: Mapping[str, Points], x: str, y: str, joined: Sequence[str] = ()) -> Figure:
+def scatter(
+    groups: Mapping[str, Points],
+    x: str,
+    y: str,
+    joined: Sequence[str] = (),
+    hulls: bool = False,
+) -> Figure:
     """Points of up to eight groups, told apart by colour and by shape.
 
     Args:
         groups: name to points (x, y).
         x, y: axis labels, with units.
         joined: the groups whose points are one curve.
+        hulls: whether the area of each other group is shaded, from its outermost points.
 
     Raises:
         ValueError: for no group, or more than eight.
@@ -253,9 +260,37 @@ def scatter(groups: Mapping[str, Points], x: str, y: str, joined: Sequence[str] 
         look = {"ls": "-" if name in joined else "none", "marker": shapes[i], "ms": 5}
         face = "none" if i >= len(colours) else colour
         ax.plot(*zip(*points, strict=True), **look, color=colour, mfc=face, label=name)
+        if hulls and name not in joined:
+            ax.fill(*zip(*hull(points), strict=True), color=colour, alpha=0.15, lw=0)
     ax.set(xlabel=x, ylabel=y)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+
+def hull(points: Points) -> list[tuple[float, float]]:
+    """The corners of the smallest convex area that holds all points, against the clock.
+
+    Example:
+        >>> hull([(0, 0), (2, 0), (1, 1), (2, 2), (0, 2)])
+        [(0, 0), (2, 0), (2, 2), (0, 2)]
+    """
+
+    def half(ordered: Points) -> list[tuple[float, float]]:
+        kept: list[tuple[float, float]] = []
+        for point in ordered:
+            while len(kept) > 1 and not _left_turn(*kept[-2:], point):
+                kept.pop()
+            kept.append(point)
+        return kept
+
+    ordered = sorted(set(points))
+    if len(ordered) < 3:
+        return ordered
+    return half(ordered)[:-1] + half(ordered[::-1])[:-1]
+
+
+def _left_turn(a: tuple, b: tuple, c: tuple) -> bool:
+    return (b[0] - a[0]) * (c[1] - a[1]) > (b[1] - a[1]) * (c[0] - a[0])
 
 
 def heat_map(

@@ -1,7 +1,7 @@
-"""PPO: one update, and the loop."""
+"""PPO: one update, and the loop, with a critic or with groups of responses (RLOO, GRPO)."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,20 @@ from rlhf_helpers.guards import context_length
 from rlhf_helpers.kinds import Above, Between, From, OneOf, Whole
 from rlhf_helpers.kl import KINDS, AdaptiveKL, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.losses import gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
-from rlhf_helpers.reward import require_normalised, score_tokens
+from rlhf_helpers.losses import (
+    AVERAGES,
+    GROUPED,
+    RATIOS,
+    average,
+    gae,
+    group_advantages,
+    masked_mean,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
+from rlhf_helpers.reward import check_rewards, require_normalised, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
@@ -22,7 +34,9 @@ from rlhf_helpers.training import Run, digest, settings_of
 from rlhf_helpers.validation import check_fields
 
 TRAINED = ("policy", "value")
+ADVANTAGES = ("gae", *GROUPED)
 PLACES = ("reward", "loss")  # of the KL penalty
+RewardFunction = Callable[[list[Prompt], Rollout], Tensor]  # `[B]` rewards of a rollout's responses
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class PPOConfig:
 
     Args:
         updates: rounds of sampling and learning.
-        batch_size: responses sampled for an update, each to another prompt.
+        batch_size: responses sampled for an update, `group_size` to each prompt.
         minibatch_size: responses in an optimizer step; must divide `batch_size`.
         epochs: passes over the batch in an update.
         learning_rate: of Adam, for policy and critic alike; constant.
@@ -44,8 +58,15 @@ class PPOConfig:
             average.
         target_kl: if given, β is adapted so that KL, in nats per response, comes near it.
         stop_kl: if given, the run ends after an update whose KL exceeds it.
+        advantages: `gae`, with a critic, or a kind of `losses.group_advantages`: then there is no
+            critic, and the score of a whole response, less β times its KL if that stands in the
+            reward, is compared with those of the other responses to its prompt.
+        group_size: responses to each prompt; at least 2 without a critic; must divide `batch_size`.
+            Minibatches may split groups.
         gamma, lam: see `gae`.
-        clip, value_clip: see `policy_loss` and `value_loss`.
+        clip, clip_high, ratio_of, value_clip: see `policy_loss` and `value_loss`.
+        mean_over: see `losses.average`, for the policy's loss and a KL penalty in it; the constant
+            of `length` is `response_length`.
         eos_penalty: taken off the score of a response that does not end by itself.
         temperature: of sampling and of scoring.
         response_length: the most tokens of a response.
@@ -64,9 +85,14 @@ class PPOConfig:
     kl_in: OneOf[PLACES] = "reward"
     target_kl: Above[0] | None = None
     stop_kl: Above[0] | None = None
+    advantages: OneOf[ADVANTAGES] = "gae"
+    group_size: Whole[1] = 1
     gamma: Between[0, 1] = 1.0
     lam: Between[0, 1] = 0.95
     clip: Above[0] = 0.2
+    clip_high: Above[0] | None = None
+    ratio_of: OneOf[RATIOS] = "token"
+    mean_over: OneOf[AVERAGES] = "tokens"
     value_clip: Above[0] = 1.0
     eos_penalty: From[0] = 1.0
     temperature: Above[0] = 1.0
@@ -83,11 +109,32 @@ class PPOConfig:
             )
         if self.target_kl is not None and self.beta == 0:
             raise ValueError("beta is 0, which no factor can move to a target_kl; begin above 0")
-        if self.batch_size % self.minibatch_size:
+        for name in ("minibatch_size", "group_size"):
+            if self.batch_size % (size := getattr(self, name)):
+                raise ValueError(
+                    f"batch_size {self.batch_size} cannot be divided by {name} {size}; give one "
+                    "that divides it"
+                )
+        if self.advantages != "gae" and self.group_size < 2:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be divided by minibatch_size "
-                f"{self.minibatch_size}; give one that divides it"
+                f"group_size is {self.group_size} with advantages={self.advantages!r}: without a "
+                "critic a response is compared with others to its prompt; give 2 or more"
             )
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The roles that learn: the policy, and with `gae` the critic."""
+        return TRAINED if self.advantages == "gae" else TRAINED[:1]
+
+    @property
+    def groups(self) -> int:
+        """Prompts of an update."""
+        return self.batch_size // self.group_size
+
+    @property
+    def averaging(self) -> tuple[str, int | None]:
+        """The last arguments of `policy_loss` and `average`."""
+        return self.mean_over, self.response_length if self.mean_over == "length" else None
 
     @property
     def steps(self) -> int:
@@ -108,8 +155,9 @@ class Experience:
         rollout: the responses.
         scores: `[B]`, from the reward model, less the penalty for a missing EOS.
         logprobs, ref_logprobs: `[B, T]`, under the policy that sampled, and under the reference.
-        values: `[B, T]`, the critic's, before each token.
-        rewards, advantages, returns: `[B, T]`; the advantages are whitened.
+        values: `[B, T]`, the critic's, before each token; None without one.
+        rewards, advantages, returns: `[B, T]`. With a critic the advantages are whitened; without,
+            all tokens of a response have the same, and there are no returns.
     """
 
     prompts: list[Prompt]
@@ -117,10 +165,10 @@ class Experience:
     scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
 
     @property
     def kl(self) -> Tensor:
@@ -143,7 +191,7 @@ class PPOStats:
         length: mean tokens of a response.
         finished: share of responses that end by themselves.
         policy, value: means over the update's steps of `loss`, `grad_norm` and of what
-            `policy_loss` and `value_loss` report.
+            `policy_loss` and `value_loss` report; `value` is empty without a critic.
         first_ratio: the mean ratio in the first step; 1 if nothing is wrong.
         seconds: since the run began, saved ones included.
     """
@@ -170,37 +218,75 @@ def collect_experience(
     beta: float,
     seed: int,
     role: str = "policy",
+    reward_function: RewardFunction | None = None,
 ) -> Experience:
-    """Sample a response to each prompt and ask all four roles about it. Nothing is learnt here.
+    """Sample a response to each prompt and ask all roles about it. Nothing is learnt here.
 
     The log-probabilities are those of a forward pass like the ones that training makes, in the same
     minibatches, so that the first ratio is exactly 1.
 
     Args:
-        roles: with `policy`, `reference`, `reward` and `value`.
+        roles: with `policy`, `reference`, `reward` and, if `config` has a critic, `value`.
+        prompts: without a critic each `config.group_size` times, side by side.
         beta: β of this round; `config.beta` may have been adapted.
         seed: of the samples.
         role: who answers; `reference` to see what the policy started from.
+        reward_function: who scores, in place of role `reward`.
+
+    Raises:
+        ValueError: prompts that are no groups of equal ones.
+        TypeError, FloatingPointError: as `reward.check_rewards`.
     """
+    if config.advantages != "gae":
+        check_groups(prompts, config.group_size)
     length, options = config.response_length, {"temperature": config.temperature, "seed": seed}
     rollout = sample_responses(roles.use(role), tokenizer, prompts, length, **options)
     parts = _minibatches(rollout, config)
-    ask = (
-        lambda part: role_logprobs(roles, role, rollout, part, config),
-        lambda part: role_logprobs(roles, "reference", rollout, part, config),
-        lambda part: response_values(roles, "value", rollout, part),
-        lambda part: score_tokens(
+    ask = {
+        "logprobs": lambda part: role_logprobs(roles, role, rollout, part, config),
+        "ref_logprobs": lambda part: role_logprobs(roles, "reference", rollout, part, config),
+        "values": lambda part: response_values(roles, "value", rollout, part),
+        "scores": lambda part: score_tokens(
             roles, "reward", rollout.input_ids[part], rollout.attention_mask[part]
         ),
-    )
+    }
+    if "value" not in config.trained:
+        del ask["values"]
+    if reward_function:
+        del ask["scores"]
     with torch.no_grad():
-        logprobs, ref_logprobs, values, scores = (torch.cat([f(x) for x in parts]) for f in ask)
-    scores = scores - config.eos_penalty * (~rollout.finished)
+        said = {name: torch.cat([f(x) for x in parts]) for name, f in ask.items()}
+    if reward_function:
+        given = check_rewards(reward_function(prompts, rollout), len(prompts))
+        said["scores"] = given.to(said["logprobs"])
+    scores = said.pop("scores") - config.eos_penalty * (~rollout.finished)
     mask, price = rollout.response_mask, beta if config.kl_in == "reward" else 0.0
-    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, price, config.kl_kind)
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    shaped = {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
-    return Experience(prompts, rollout, scores, logprobs, ref_logprobs, values, **shaped)
+    pair = said["logprobs"], said["ref_logprobs"]
+    said["rewards"] = shape_rewards(scores, *pair, mask, price, config.kl_kind)
+    said["values"] = values = said.get("values")
+    said["advantages"], said["returns"] = _advantages(said["rewards"], values, mask, config)
+    return Experience(prompts, rollout, scores, **said)
+
+
+def _advantages(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor | None]:
+    """`[B, T]`, and the critic's targets if there is one."""
+    if values is not None:
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        return whiten(advantages, mask), returns
+    whole = group_advantages(rewards.sum(-1), config.group_size, config.advantages)
+    return whole[:, None] * mask, None
+
+
+def check_groups(prompts: list[Prompt], group_size: int) -> None:
+    """Raise ValueError unless prompts come in groups of equal ones, side by side."""
+    for i, prompt in enumerate(prompts):
+        if prompt != prompts[first := i - i % group_size]:
+            raise ValueError(
+                f"prompts {first} and {i} are of one group of {group_size} and differ: "
+                f"{prompts[first]!r}, {prompt!r}; give each prompt {group_size} times, side by side"
+            )
 
 
 def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> Tensor:
@@ -219,67 +305,82 @@ def train_ppo(
     prompts: list[Prompt],
     config: PPOConfig | None = None,
     folder: Path | None = None,
+    reward_function: RewardFunction | None = None,
 ) -> Iterator[PPOStats]:
     """Train the policy against the reward model: one update for each item drawn.
 
-    Each update samples responses to `batch_size` prompts, scores them, and takes
-    `epochs` × `batch_size`/`minibatch_size` steps of Adam on the policy, and as many on the critic.
-    The two share no weight, so each has its loss and its optimizer, and there is no coefficient
-    between them.
+    Each update samples `batch_size` responses, scores them, and takes `epochs` ×
+    `batch_size`/`minibatch_size` steps of Adam on the policy, and as many on the critic, if there
+    is one. The two share no weight, so each has its loss and its optimizer, and there is no
+    coefficient between them. Without a critic (`advantages="rloo"`, `"grpo"` or `"centred"`) all
+    else is the same, and role `value` is neither needed nor touched.
 
     With a `folder`, the run is kept in `<folder>.unfinished` after each update. The same call goes
     on from there, on a CPU to the same weights bit for bit as a run that was never stopped. The
     finished policy goes to `folder`.
 
     Args:
-        roles: `policy` and `value` trainable, the latter with a head; `reference` and `reward`
-            frozen, the latter with a normalised head.
-        prompts: at least `batch_size` questions or dialogues to draw from.
+        roles: `policy` and, with a critic, `value` trainable, the latter with a head; `reference`
+            and `reward` frozen, the latter with a normalised head.
+        prompts: questions or dialogues to draw from, at least as many as an update asks.
+        reward_function: a program that scores in place of role `reward`, `gold(prompts, rollout)`
+            for example; then that role is not needed. A run that goes on must have one of the same
+            name.
 
     Yields:
         `PPOStats`.
 
     Raises:
-        TypeError: for a `config` that is no PPOConfig, or prompts that are not texts.
+        TypeError: for a `config` that is no PPOConfig, prompts that are not texts, or a reward
+            function that returns None or too few numbers.
         ValueError: for roles that are missing or not as above, too few prompts, or an unfinished
             run with another configuration; nothing has been computed or overwritten then.
         NotADirectoryError: if a file is in the place of the folder.
-        FloatingPointError: if a loss or gradient is not finite; what was saved last is kept.
+        FloatingPointError: if a loss, a gradient or what a reward function returns is not finite;
+            what was saved last is kept.
 
     Example:
         >>> for stats in train_ppo(roles, tokenizer, prompts):  # doctest: +SKIP
         ...     print(stats.update, stats.score, stats.kl)
 
-    Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2.
-    Lesson 04 writes an update out.
+    Schulman et al. (arXiv 1707.06347), algorithm 1; Ziegler et al. (arXiv 1909.08593), section 2;
+    Ahmadian et al. (arXiv 2402.14740); Shao et al. (arXiv 2402.03300), algorithm 1.
+    Lesson 04 writes an update out, lesson 09 one without a critic.
     """
     config = settings_of(PPOConfig, config)
     prompts = prompts if isinstance(prompts, str) else list(prompts)  # a text would become letters
-    for role in TRAINED:
+    for role in config.trained:
         roles.require(role, trainable=True, head=role == "value")
-    for role in ("reference", "reward"):
-        roles.require(role, trainable=False)
-    require_normalised(roles, "reward")
+    roles.require("reference", trainable=False)
+    if reward_function is None:
+        roles.require("reward", trainable=False)
+        require_normalised(roles, "reward")
     room = context_length(roles.base) - config.response_length
     encode_prompts(tokenizer, prompts, room)  # raises for what cannot be a prompt, or is too long
-    if len(prompts) < config.batch_size:
+    if len(prompts) < config.groups:
         raise ValueError(
-            f"there are {len(prompts)} prompts for a batch of {config.batch_size}; give more, or a "
+            f"there are {len(prompts)} prompts for a batch of {config.groups}; give more, or a "
             "smaller batch_size"
         )
-    run = Run(roles, TRAINED, config, folder, {"prompts": digest(prompts)})
-    return _updates(run, prompts, tokenizer)
+    settings = {"prompts": digest(prompts)}
+    if reward_function:
+        kind = type(reward_function)
+        settings["reward_function"] = getattr(reward_function, "__qualname__", kind.__qualname__)
+    run = Run(roles, config.trained, config, folder, settings)
+    return _updates(run, prompts, tokenizer, reward_function)
 
 
-def _updates(run: Run, prompts: list[Prompt], tokenizer: Tokenizer):
+def _updates(run: Run, prompts: list[Prompt], tokenizer: Tokenizer, reward_function):
     roles, config = run.roles, run.config
     beta = run.facts.setdefault("beta", config.beta)
     controller = AdaptiveKL(beta, config.target_kl) if config.target_kl else None
     for update in run.left():
         rng = random.Random(f"{config.seed}-{update}")
-        asked, seed = rng.sample(prompts, config.batch_size), rng.randrange(2**31)
+        drawn, seed = rng.sample(prompts, config.groups), rng.randrange(2**31)
+        asked = [prompt for prompt in drawn for _ in range(config.group_size)]
+        arguments = (roles, tokenizer, asked, config, beta, seed, "policy", reward_function)
         with run.diverging("policy", RuntimeError):
-            experience = collect_experience(roles, tokenizer, asked, config, beta, seed)
+            experience = collect_experience(*arguments)
         stats = _report(update + 1, experience, beta, _learn(run, experience, beta))
         stop = config.stop_kl is not None and stats.kl > config.stop_kl
         with run.whole_step(last=stop):
@@ -291,13 +392,13 @@ def _updates(run: Run, prompts: list[Prompt], tokenizer: Tokenizer):
 def _learn(run: Run, experience: Experience, beta: float) -> dict[str, list[dict[str, float]]]:
     """All steps of an update; what each role's reported."""
     objectives = {"policy": policy_objective, "value": value_objective}
-    reports = {role: [] for role in TRAINED}
+    reports = {role: [] for role in run.trained}
     for _ in range(run.config.epochs):
         for part in _minibatches(experience.rollout, run.config):
-            for role, objective in objectives.items():
+            for role in run.trained:
                 run.roles.use(role).train()
                 with run.diverging(role):
-                    loss, report = objective(run.roles, experience, part, run.config, beta)
+                    loss, report = objectives[role](run.roles, experience, part, run.config, beta)
                 report = {"loss": loss.item(), "grad_norm": run.gradients(role, loss), **report}
                 run.apply(role)
                 reports[role].append(report)
@@ -311,11 +412,13 @@ def policy_objective(
     logprobs = role_logprobs(roles, "policy", experience.rollout, part, config)
     old, advantages = experience.logprobs[part], experience.advantages[part]
     mask = experience.rollout.response_mask[part]
-    loss, report = policy_loss(logprobs, old, advantages, mask, config.clip)
+    switches = config.clip, config.clip_high, config.ratio_of, *config.averaging
+    loss, report = policy_loss(logprobs, old, advantages, mask, *switches)
     if config.kl_in == "loss":
         padding, ref_logprobs = mask == 0, experience.ref_logprobs[part]
         pair = (x.masked_fill(padding, 0) for x in (logprobs, ref_logprobs))
-        loss = loss + beta * masked_mean(kl_estimate(*pair, config.kl_kind), ~padding)
+        kl = kl_estimate(*pair, config.kl_kind)
+        loss = loss + beta * average(kl, mask, *config.averaging)
     return loss, report
 
 
@@ -358,5 +461,5 @@ def _report(update: int, experience: Experience, beta: float, learnt: dict) -> P
         length=mask.sum(-1).double().mean().item(),
         finished=rollout.finished.double().mean().item(),
         first_ratio=learnt["policy"][0]["ratio"],
-        **means,
+        **{"value": {}} | means,
     )

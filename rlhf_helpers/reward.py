@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import text
-from rlhf_helpers.guards import in_range, require_columns
+from rlhf_helpers.guards import first_index, in_range, require_columns
 from rlhf_helpers.kinds import Above, B, Finite, L, Mask, N, Whole
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import Prompt, encode_examples, like_length_batches, pad_examples
@@ -226,6 +226,31 @@ def require_normalised(roles: Roles, role: str) -> None:
             f"the head of role {role!r} has no normalisation statistics; call reward.normalise on "
             "scores of reference samples first"
         )
+
+
+def check_rewards(rewards: Sequence[float] | Tensor | None, count: int) -> Tensor:
+    """What a reward function returned, as `[B]`, float32.
+
+    Raises:
+        TypeError: for None, or a number of rewards that is not that of the responses.
+        FloatingPointError: for a reward that is None, NaN or infinite.
+
+    Example:
+        >>> check_rewards([0.5, 1], count=2)
+        tensor([0.5000, 1.0000])
+    """
+    if rewards is None or len(rewards) != count:
+        given = "None" if rewards is None else f"{len(rewards)} rewards"
+        raise TypeError(
+            f"the reward function returned {given} for {count} responses; return one number each"
+        )
+    numbers = torch.tensor([float("nan") if x is None else float(x) for x in rewards])
+    if (bad := first_index(~numbers.isfinite())) is not None:
+        raise FloatingPointError(
+            f"the reward function returned {rewards[bad[0]]} for response {bad[0]}; return a "
+            "finite number for each"
+        )
+    return numbers
 
 
 def normalise(roles: Roles, role: str, scores: Tensor) -> None:

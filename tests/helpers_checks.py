@@ -13,6 +13,7 @@ from rlhf_helpers.checks import (
     lesson_05,
     lesson_06,
     lesson_08,
+    lesson_09,
 )
 from rlhf_helpers.checks.exercise import name_mistake, same
 
@@ -111,7 +112,8 @@ def assert_mistakes_differ(exercise):
 
 def families():
     """Beginning and end of the messages that share a text, from the texts with a gap."""
-    lessons = (lesson_01, lesson_02, lesson_03, lesson_04, lesson_05, lesson_06, lesson_08)
+    first = (lesson_01, lesson_02, lesson_03, lesson_04, lesson_05)
+    lessons = (*first, lesson_06, lesson_08, lesson_09)
     texts = {text for lesson in lessons for text in vars(lesson.SAY).values()}
     return {(parts[0], parts[-1]) for text in texts if len(parts := text.split("{}")) > 1}
 

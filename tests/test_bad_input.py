@@ -33,7 +33,14 @@ from rlhf_helpers.checkpoints import find_adapter, newest_readable, whole_folder
 from rlhf_helpers.diversity import distinct_n, diversity, mean_length, self_bleu, unique_share
 from rlhf_helpers.kl import AdaptiveKL, estimator_moments, exact_kl, kl_estimate
 from rlhf_helpers.logprobs import response_logprobs, token_entropy, token_logprobs
-from rlhf_helpers.losses import gae, policy_loss, shape_rewards, value_loss, whiten
+from rlhf_helpers.losses import (
+    gae,
+    group_advantages,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
 from rlhf_helpers.memory import (
     ModelSizes,
     cache_bytes,
@@ -470,6 +477,31 @@ PPO_ROWS = (
     Row("returns as integers",
         lambda w: critic_of(returns=TOKENS), ("returns", "torch.int64"), "convert with .float()",
         error=TypeError),
+    Row("a group of one", lambda w: group_advantages(zeros(4), 1), "group_size is 1", "at least 2"),
+    Row("groups that are not whole",
+        lambda w: group_advantages(zeros(5), 2), "5 scores are no groups of 2",
+        "give whole groups"),
+    Row("a score of a group that is NaN",
+        lambda w: group_advantages(tensor([0, nan]), 2), "scores is nan at [1]",
+        "look for weights that diverged"),
+    Row("a length for a mean over tokens",
+        lambda w: policy_of(length=5), "length is 5 with a mean over tokens",
+        "it belongs to 'length'"),
+    Row("RLOO without groups",
+        lambda w: PPOConfig(advantages="rloo"), "group_size is 1 with advantages='rloo'",
+        "give 2 or more"),
+    Row("groups that do not fill the batch",
+        lambda w: PPOConfig(advantages="grpo", group_size=5), ("batch_size 64", "group_size 5"),
+        "give one that divides it"),
+    Row("a reward function that returns nothing",
+        lambda w: w.ppo(reward_function=lambda *x: None), "the reward function returned None",
+        "return one number each", error=TypeError),
+    Row("a reward function that returns one number for two responses",
+        lambda w: w.ppo(reward_function=lambda *x: [1.0]), "returned 1 rewards for 2 responses",
+        "return one number each", error=TypeError),
+    Row("a reward that is NaN",
+        lambda w: w.ppo(reward_function=lambda *x: [nan, 1.0]), "returned nan for response 0",
+        "return a finite number", error=FloatingPointError),
     number_row("no update at all", PPOConfig, "updates", 0, "a whole number, at least 1"),
     number_row("two and a half responses", PPOConfig, "batch_size", 2.5, "a whole number"),
     number_row("a learning rate as text", PPOConfig, "learning_rate", "1e-3", "a finite number"),

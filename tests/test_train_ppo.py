@@ -1125,9 +1125,14 @@ OTHER = {
     "kl_in": "loss",
     "target_kl": 3.0,
     "stop_kl": 9.0,
+    "advantages": "rloo",
+    "group_size": 2,
     "gamma": 0.99,
     "lam": 0.9,
     "clip": 0.1,
+    "clip_high": 0.3,
+    "ratio_of": "response",
+    "mean_over": "responses",
     "value_clip": 0.5,
     "eos_penalty": 0.5,
     "temperature": 0.9,
@@ -1153,10 +1158,9 @@ def test_every_setting_is_compared(tiny, tokenizer, stopped):
     roles = new_roles(tiny)
     for name, value in OTHER.items():
         there = getattr(SETTINGS, name)
-        also = {"kl_kind": "k3"} if name == "kl_in" else {}  # k1 is no loss
-        first = "kl_kind: k1 there, k3 here; " if also else ""
-        message = rf"settings \({first}{name}: {there} there, {value} here\); give those to go on"
-        config = replace(SETTINGS, **{name: value}, **also)
+        needs = {"kl_in": {"kl_kind": "k3"}, "advantages": {"group_size": 2}}  # k1 is no loss
+        config = replace(SETTINGS, **{name: value}, **needs.get(name, {}))
+        message = rf"settings \(.*{name}: {there} there, {value} here.*\); give those to go on"
         refuse(tiny, tokenizer, stopped, message, config=config, roles=roles)
 
 

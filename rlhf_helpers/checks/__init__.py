@@ -29,6 +29,12 @@ from rlhf_helpers.checks.lesson_08 import (
     check_origins,
     dpo_log,
 )
+from rlhf_helpers.checks.lesson_09 import (
+    check_grpo_advantages,
+    check_k3_penalty,
+    check_leave_one_out,
+    check_teaching_share,
+)
 
 __all__ = [
     "FAULTS",
@@ -40,8 +46,11 @@ __all__ = [
     "check_exact_kl",
     "check_final_reward",
     "check_gae",
+    "check_grpo_advantages",
     "check_implicit_rewards",
+    "check_k3_penalty",
     "check_last_token_index",
+    "check_leave_one_out",
     "check_lora_forward",
     "check_lora_parameters",
     "check_mask_prompt",
@@ -58,6 +67,7 @@ __all__ = [
     "check_sampled_log_probs",
     "check_self_agreement",
     "check_shape_rewards",
+    "check_teaching_share",
     "check_token_logprobs",
     "check_train_step",
     "dpo_log",

@@ -1,0 +1,429 @@
+"""The checks of lesson 09: advantages of groups, k3 in the loss, groups that teach nothing."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers import losses
+from rlhf_helpers.checks.exercise import Exercise, check, family, gradient_fault, table, texts
+from rlhf_helpers.kl import kl_estimate
+
+SAY = texts("""
+baseline: what is taken off the score is {}. Asked for is the mean of the other responses to the
+    same prompt.
+own_mean (baseline): the mean of the whole group, its own score included; that is right but for a
+    factor, which the other mean has not
+batch_mean (baseline): the mean of the whole batch, in which an easy prompt makes every response
+    look good
+batch_others (baseline): the mean of all other responses of the batch, whatever their prompts
+sum_of_others (baseline): the sum of the others, not yet divided by their number
+by_size (baseline): the sum of the others divided by the size of the group; there is one fewer
+best_other (baseline): the best of the others
+neighbour (baseline): one other response alone
+nothing (baseline): nothing at all
+interleaved: responses to different prompts are compared. Those of one prompt stand side by side, so
+    a group is a row once there are as many columns as a group has responses.
+baseline_alone: it is the mean of the others by itself; the score of the response is still to come.
+turned_round: every sign is the wrong way round, so that the worse responses would become likely.
+spread_too: it is divided by a spread as well. That is GRPO's; leave-one-out takes off a baseline
+    and does no more, which is why it stays unbiased.
+spread: the score less the mean of its group is {}. Asked for is its division by the standard
+    deviation of the group, with 1e-4 added.
+not_divided (spread): not divided at all, which is the version without the spread
+variance (spread): divided by the variance, the square of the standard deviation
+batch_spread (spread): divided by the standard deviation of the whole batch
+population (spread): divided by a standard deviation with the size of the group below the sum of
+    squares, and not one less, as elsewhere in this course and in TRL
+deviation (spread): divided by the mean absolute deviation
+range (spread): divided by the distance of the best from the worst
+multiplied (spread): multiplied with the standard deviation
+whitened: mean and spread are those of the whole batch. That is the whitening of lesson 03; a group
+    is compared with itself alone.
+others_on_top: the mean on top is that of the others. In GRPO it is that of the whole group.
+no_epsilon: where all scores of a group are equal, 0 is divided by 0, which is no number: add 1e-4
+    to the standard deviation. Elsewhere it is right.
+estimate: each token contributes {}. With r, the reference's log-probability less the policy's, it
+    is e to the r, less 1, less r.
+flipped (estimate): the k3 of the other direction, with the sign of r turned round
+k1 (estimate): the k1 of lesson 05, whose gradient is 0 on average
+minus_k1 (estimate): r itself, which is k1 with its sign turned round
+k2 (estimate): the k2 of lesson 05, half the square of r
+ratio (estimate): e to the r alone
+no_one (estimate): e to the r less r, so that two equal policies would have a distance of 1
+no_r (estimate): e to the r less 1, which is 0 on average whatever the policies
+plus_r (estimate): e to the r, less 1, plus r
+absolute (estimate): the size of r without its sign
+weighted (estimate): a k3 that is weighed with the policy's probability a second time
+mean: the tokens are brought together by {}. Asked for is one mean over the response tokens of the
+    whole batch.
+with_padding (mean): a mean over all positions, padding included
+padding_zeros (mean): a sum over the response tokens divided by the number of all positions
+of_responses (mean): a mean over the responses, each a mean over its own tokens first
+summed (mean): a sum
+by_batch (mean): a sum over tokens divided by the number of responses
+padding_alone (mean): a mean over the padding, since the mask is turned round
+through_reference: the value is right, but a gradient reaches the reference, which is fixed: take it
+    out of the graph.
+teaching: it is {}. Asked for is the share of the groups in which not all scores are equal.
+silent_share (teaching): the share of the groups in which all are equal
+number (teaching): a number of groups, not a share of them
+of_responses_share (teaching): a share of the responses, not of the groups
+not_zero (teaching): the share of the groups whose mean is not 0; a group that is all right has no
+    variance either
+some_right (teaching): the share of the groups in which something scored above 0
+all_differ (teaching): the share of the groups in which no two scores are equal; one that differs is
+    enough
+last_differs (teaching): the share of the groups whose first and last score differ
+batch_whole (teaching): 1 if anything differs in the batch and 0 if not
+other_rows: responses to different prompts are thrown together. Those of one prompt stand side by
+    side.
+""")
+
+# --- lesson 09: the advantages ---------------------------------------------------------------
+
+
+def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of the others to its prompt; `losses.group_advantages`."""
+    return losses.group_advantages(scores, group_size, "rloo")
+
+
+def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """The score less its group's mean, over the group's spread; `losses.group_advantages`."""
+    return losses.group_advantages(scores, group_size, "grpo")
+
+
+def check_leave_one_out(fn: Callable[[Tensor, int], Tensor]) -> None:
+    """Check the learner's `leave_one_out(scores, group_size)`.
+
+    Args:
+        fn: returns `[B]`, as `leave_one_out` of this module.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_leave_one_out(leave_one_out)
+        leave_one_out: correct. Tested: groups of 2 to 4, a group of equal scores, one group alone.
+    """
+    check(LEAVE_ONE_OUT, fn)
+
+
+def check_grpo_advantages(fn: Callable[[Tensor, int], Tensor]) -> None:
+    """Check the learner's `grpo_advantages(scores, group_size)`.
+
+    Args:
+        fn: returns `[B]`, as `grpo_advantages` of this module.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_grpo_advantages(grpo_advantages)
+        grpo_advantages: correct. Tested: spreads from 1 to 13, groups of equal scores.
+    """
+    check(GRPO_ADVANTAGES, fn)
+
+
+def _rows(scores: Tensor, size: int) -> Tensor:
+    return scores.view(-1, size)
+
+
+def _less(baseline: Callable, scores: Tensor, size: int) -> Tensor:
+    """Scores less another baseline, made of the groups as rows."""
+    groups = _rows(scores, size)
+    return (groups - baseline(groups)).flatten()
+
+
+def _others(groups: Tensor) -> Tensor:
+    """The mean of the others in each row."""
+    return (groups.sum(-1, keepdim=True) - groups) / (groups.shape[-1] - 1)
+
+
+def _best_other(groups: Tensor) -> Tensor:
+    size = groups.shape[-1]
+    own = torch.eye(size).bool()
+    return groups[:, None, :].expand(-1, size, size).masked_fill(own, -torch.inf).amax(-1)
+
+
+def _interleaved(of: Callable, scores: Tensor, size: int) -> Tensor:
+    """With every so many-th response as a group."""
+    return of(scores.view(size, -1).T.flatten(), size).view(-1, size).T.flatten()
+
+
+def _of(value: Callable, scores: Tensor, size: int) -> Tensor:
+    """Whatever a function makes of the groups."""
+    return value(_rows(scores, size)).flatten()
+
+
+def _centred(groups: Tensor) -> Tensor:
+    return groups - groups.mean(-1, keepdim=True)
+
+
+def _spread(groups: Tensor, correction: int = 1) -> Tensor:
+    return groups.std(-1, keepdim=True, correction=correction)
+
+
+def _scores(*values: float) -> Tensor:
+    return torch.tensor(values)
+
+
+_HAND = (_scores(3.0, 1.0, 2.0), 3)
+_LOO_CASES = (
+    _HAND,
+    (_scores(3.0, 1.0, 2.0, 0.0, 4.0, 8.0), 3),
+    (_scores(0.5, -1.5, 2.0, 2.0, -0.75, 4.0), 2),
+    (_scores(1.0, 0.0, 0.0, 1.0, -2.0, 3.0, 0.25, 7.0), 4),
+)
+_LOO_MISTAKES = (
+    *table(
+        _less,
+        (lambda g: g.mean(-1, keepdim=True), SAY.own_mean),
+        (lambda g: g.mean(), SAY.batch_mean),
+        (lambda g: (g.sum() - g) / (g.numel() - 1), SAY.batch_others),
+        (lambda g: g.sum(-1, keepdim=True) - g, SAY.sum_of_others),
+        (lambda g: (g.sum(-1, keepdim=True) - g) / g.shape[-1], SAY.by_size),
+        (_best_other, SAY.best_other),
+        (lambda g: g.roll(1, -1), SAY.neighbour),
+        (lambda g: g.roll(-1, -1), SAY.neighbour),
+        (lambda g: g[:, :1], SAY.neighbour),
+        (lambda g: 0 * g, SAY.nothing),
+    ),
+    (partial(_interleaved, leave_one_out), SAY.interleaved),
+    *table(
+        _of,
+        (_others, SAY.baseline_alone),
+        (lambda g: _others(g) - g, SAY.turned_round),
+        (lambda g: g.mean(-1, keepdim=True) - g, SAY.turned_round),
+        (lambda g: _centred(g) / (_spread(g) + 1e-4), SAY.spread_too),
+        (lambda g: (g - _others(g)) / (_spread(g) + 1e-4), SAY.spread_too),
+        (lambda g: (g - _others(g)) / _spread(g), SAY.spread_too),
+        (lambda g: _centred(g) / _spread(g), SAY.spread_too),
+    ),
+)
+LEAVE_ONE_OUT = Exercise(
+    "leave_one_out",
+    leave_one_out,
+    _LOO_CASES,
+    _LOO_MISTAKES,
+    tested="groups of 2 to 4, a group of equal scores, one group alone",
+    shape_hint="There is one advantage for each response, in the order of the scores.",
+)
+
+# Spreads of at least 1: there any small number in place of 1e-4 gives the same.
+_GRPO_CASES = (
+    _HAND,
+    (_scores(1.0, 1.0, 0.0, 6.0), 2),
+    (_scores(0.0, 1.0, 3.0, 5.0, -5.0, 20.0), 3),
+    (_scores(4.0, 0.0, 0.0, 2.0, -2.0, -2.0, -2.0, -2.0), 4),
+)
+_GRPO_MISTAKES = (
+    *table(
+        _of,
+        (_centred, SAY.not_divided),
+        (lambda g: _centred(g) / (_spread(g).square() + 1e-4), SAY.variance),
+        (lambda g: _centred(g) / (g.std() + 1e-4), SAY.batch_spread),
+        (lambda g: _centred(g) / g.std(), SAY.batch_spread),
+        (lambda g: _centred(g) / (_spread(g, 0) + 1e-4), SAY.population),
+        (lambda g: _centred(g) / _spread(g, 0), SAY.population),
+        (
+            lambda g: _centred(g) / (_centred(g).abs().mean(-1, keepdim=True) + 1e-4),
+            SAY.deviation,
+        ),
+        (lambda g: _centred(g) / (g.amax(-1, True) - g.amin(-1, True) + 1e-4), SAY.range),
+        (lambda g: _centred(g) * (_spread(g) + 1e-4), SAY.multiplied),
+        (lambda g: _centred(g) * _spread(g), SAY.multiplied),
+        (lambda g: (g - g.mean()) / (g.std() + 1e-4), SAY.whitened),
+        (lambda g: (g - g.mean()) / g.std(), SAY.whitened),
+        (lambda g: (g - _others(g)) / (_spread(g) + 1e-4), SAY.others_on_top),
+        (lambda g: _centred(g) / _spread(g), SAY.no_epsilon),
+        (lambda g: -_centred(g) / (_spread(g) + 1e-4), SAY.turned_round),
+    ),
+    (partial(_interleaved, grpo_advantages), SAY.interleaved),
+)
+GRPO_ADVANTAGES = Exercise(
+    "grpo_advantages",
+    grpo_advantages,
+    _GRPO_CASES,
+    _GRPO_MISTAKES,
+    tested="spreads from 1 to 13, groups of equal scores",
+    shape_hint="There is one advantage for each response, in the order of the scores.",
+)
+
+
+# --- lesson 09: k3 in the loss ---------------------------------------------------------------
+
+
+def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """The mean of k3 over the response tokens of a batch, to be added to a loss.
+
+    Args:
+        logprobs: `[B, T]`, of the sampled tokens under the policy, in nats.
+        ref_logprobs: `[B, T]`, under the reference; data.
+        response_mask: `[B, T]`, 1 up to and including EOS, then 0.
+
+    Returns:
+        A scalar, differentiable with respect to `logprobs`.
+    """
+    real = response_mask.bool()
+    pair = (x.masked_fill(~real, 0) for x in (logprobs, ref_logprobs.detach()))
+    return losses.average(kl_estimate(*pair, "k3"), response_mask)
+
+
+def check_k3_penalty(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Check the learner's `k3_penalty(logprobs, ref_logprobs, response_mask)`.
+
+    Args:
+        fn: returns a scalar tensor, as `k3_penalty` of this module.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_k3_penalty(k3_penalty)
+        k3_penalty: correct. Tested: padding, unequal lengths, equal policies, gradients.
+    """
+    check(K3_PENALTY, fn)
+
+
+def _k3(r: Tensor) -> Tensor:
+    return r.exp() - 1 - r
+
+
+def _mean_of(value: Callable, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The right mean, of something else than k3."""
+    return (value(ref_logprobs - logprobs) * mask).sum() / mask.sum()
+
+
+def _averaged(by: Callable, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Another mean of k3."""
+    return by(_k3(ref_logprobs - logprobs), mask)
+
+
+def _weighted(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    return (logprobs.exp() * _k3(ref_logprobs - logprobs) * mask).sum() / mask.sum()
+
+
+def _k3_gradient_fault(fn: Callable) -> str:
+    """Whether the gradients are the reference's: the policy's its own, the other's 0."""
+    cases = _K3_CASES[1:]
+    if fault := gradient_fault(K3_PENALTY, fn, cases, (0,)):
+        return fault
+    return SAY.through_reference if gradient_fault(K3_PENALTY, fn, cases, (1,)) else ""
+
+
+def _logs(policy: list, ref: list, mask: list) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.tensor(policy).log(), torch.tensor(ref).log(), torch.tensor(mask)
+
+
+# By hand: ratios of 1/2 and 3/2 give log 2 - 1/2 and 1/2 - log 3/2, as in lesson 05.
+_K3_CASES = (
+    _logs([[0.5, 0.5]], [[0.25, 0.75]], [[1, 1]]),
+    _logs([[0.5, 0.2, 0.9]], [[0.25, 0.6, 0.1]], [[1, 1, 0]]),
+    _logs(
+        [[0.3, 0.5, 0.1, 0.7], [0.6, 0.2, 0.4, 0.9], [0.8, 0.3, 0.3, 0.5]],
+        [[0.4, 0.1, 0.2, 0.7], [0.3, 0.2, 0.8, 0.1], [0.5, 0.6, 0.3, 0.9]],
+        [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]],
+    ),
+    _logs([[0.3, 0.5], [0.2, 0.6]], [[0.3, 0.5], [0.2, 0.4]], [[1, 1], [1, 0]]),
+)
+_K3_MISTAKES = (
+    *table(
+        _mean_of,
+        (lambda r: _k3(-r), SAY.flipped),
+        (lambda r: -r, SAY.k1),
+        (lambda r: r, SAY.minus_k1),
+        (lambda r: r.square() / 2, SAY.k2),
+        (torch.exp, SAY.ratio),
+        (lambda r: r.exp() - r, SAY.no_one),
+        (torch.expm1, SAY.no_r),
+        (lambda r: r.exp() - 1 + r, SAY.plus_r),
+        (torch.abs, SAY.absolute),
+    ),
+    (_weighted, SAY.weighted),
+    *table(
+        _averaged,
+        (lambda k, m: k.mean(), SAY.with_padding),
+        (lambda k, m: (k * m).mean(), SAY.padding_zeros),
+        (lambda k, m: ((k * m).sum(-1) / m.sum(-1)).mean(), SAY.of_responses),
+        (lambda k, m: (k * m).sum(), SAY.summed),
+        (lambda k, m: (k * m).sum(-1).mean(), SAY.by_batch),
+        (lambda k, m: (k * (1 - m)).sum() / (1 - m).sum(), SAY.padding_alone),
+    ),
+)
+K3_PENALTY = Exercise(
+    "k3_penalty",
+    k3_penalty,
+    _K3_CASES,
+    _K3_MISTAKES,
+    tested="padding, unequal lengths, equal policies, gradients",
+    shape_hint="A loss is one number: the mean over the response tokens of the whole batch.",
+    further=_k3_gradient_fault,
+)
+
+
+# --- lesson 09: groups that teach ------------------------------------------------------------
+
+
+def teaching_share(scores: Tensor, group_size: int) -> float:
+    """The share of groups in which not all scores are equal; from `losses.equal_groups`."""
+    return (~losses.equal_groups(scores, group_size)).double().mean().item()
+
+
+def check_teaching_share(fn: Callable[[Tensor, int], float]) -> None:
+    """Check the learner's `teaching_share(scores, group_size)`.
+
+    Args:
+        fn: returns a number or a scalar tensor, as `teaching_share` of this module.
+
+    Raises:
+        Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_teaching_share(teaching_share)
+        teaching_share: correct. Tested: all right, all wrong, one that differs, negative scores.
+    """
+    check(TEACHING_SHARE, fn)
+
+
+def _share(which: Callable, scores: Tensor, size: int) -> float:
+    """The share of the groups for which something holds."""
+    return which(_rows(scores, size)).double().mean().item()
+
+
+def _differ(groups: Tensor) -> Tensor:
+    return groups.amax(-1) > groups.amin(-1)
+
+
+_SHARE_CASES = (
+    (_scores(1.0, 0.0, 1.0, 1.0), 2),
+    (_scores(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0), 3),
+    (_scores(-1.0, -1.0, -1.0, -2.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0), 4),
+    (_scores(1.0, 2.0, 3.0, -4.0, 4.0, 0.0, 2.0, 2.0, 2.0), 3),
+    (_scores(2.0, 2.0, -1.0, -1.0), 2),
+)
+_SHARE_MISTAKES = (
+    *family(
+        "{}",
+        _share,
+        (SAY.silent_share, lambda g: ~_differ(g)),
+        (SAY.not_zero, lambda g: g.mean(-1) != 0),
+        (SAY.some_right, lambda g: (g > 0).any(-1)),
+        (SAY.all_differ, lambda g: (g.sort(-1).values.diff(dim=-1) > 0).all(-1)),
+        (SAY.last_differs, lambda g: g[:, 0] != g[:, -1]),
+        (SAY.batch_whole, lambda g: (g.amax() > g.amin())[None]),
+        (SAY.of_responses_share, lambda g: g != g[:, :1]),
+        (SAY.of_responses_share, lambda g: g != g.amax(-1, keepdim=True)),
+    ),
+    (lambda scores, size: _differ(_rows(scores, size)).sum().item(), SAY.number),
+    (lambda scores, size: (~_differ(_rows(scores, size))).sum().item(), SAY.number),
+    (lambda scores, size: _share(_differ, scores.view(size, -1).T.flatten(), size), SAY.other_rows),
+)
+TEACHING_SHARE = Exercise(
+    "teaching_share",
+    teaching_share,
+    _SHARE_CASES,
+    _SHARE_MISTAKES,
+    tested="all right, all wrong, one that differs, negative scores",
+)

@@ -1,0 +1,276 @@
+# %% [markdown]
+# # 09 · Exercises: without a critic
+#
+# **Run time** about a minute and a half on two CPU cores · **Your time** about 60 minutes · **Before this**
+# lesson 09
+#
+# You write both advantages of groups and the KL penalty of GRPO with its gradient, and find out from the numbers of a run
+# why nothing is learnt in it. The check below each function names the likely mistake; the cells after it go on with a
+# reference version, so that Run All works with nothing filled in, or with a wrong answer; only an error in your code
+# stops it. To compare with the solution, run `nbdiff-web exercises/09_without_a_critic.ipynb
+# solutions/09_without_a_critic.ipynb` in the course's folder.
+
+# %%
+PRESET = "pocket"  # every number below is from this preset
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlhf_helpers import checks, notebook, ppo
+from rlhf_helpers.base import load_base
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.presets import load_preset
+from rlhf_helpers.roles import Roles
+from rlhf_helpers.sources import prompt_dataset
+from rlhf_helpers.text import load_tokenizer
+
+# %%
+preset = load_preset(PRESET)
+notebook.start(preset)
+tokenizer = load_tokenizer(preset)
+prompts = list(prompt_dataset(preset)["prompt"])
+
+
+def three_roles():
+    roles = Roles(load_base(preset))
+    roles.load("reference", find_adapter(preset, "sft"))
+    roles.load("reward", find_adapter(preset, "reward"))
+    roles.add("policy", copy_of="reference")
+    return roles
+
+
+# %% [markdown]
+# ## 1 · Leave one out
+#
+# ●○○ · 10 minutes
+#
+# `scores` are `[B]`; those of one prompt stand side by side, `group_size` of them. The advantage of a response is its score
+# less the mean of the *other* scores of its group.
+#
+# By hand: a group of 3, 1 and 2. The first response is compared with (1 + 2)/2 = 1.5, so it gets 1.5; the second with 2.5,
+# so −1.5; the third with 2, so 0.
+
+
+# %% tags=["nbval-check-output"]
+def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of the others of its group.
+
+    Args:
+        scores: [B], floating point.
+        group_size: responses to each prompt; divides B.
+
+    Returns:
+        [B]; the argument stays as it is.
+    """
+    ### BEGIN SOLUTION
+    groups = scores.view(-1, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+    ### END SOLUTION
+
+
+checks.check_leave_one_out(leave_one_out)
+
+# %% [markdown]
+# <details><summary><b>Hint</b></summary>
+#
+# Let each row be a group. The sum of the others is the sum of the row less the own score. How many others are there?
+# </details>
+#
+# ## 2 · Divide by the spread
+#
+# ●○○ · 10 minutes
+#
+# GRPO takes off the mean of the *whole* group and divides by the group's standard deviation plus $10^{-4}$, with $G - 1$
+# below the sum of squares, as torch computes it. By hand: 3, 1 and 2 have the mean 2 and the deviation 1, so nearly 1,
+# −1 and 0.
+
+
+# %% tags=["nbval-check-output"]
+def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of its group, over the group's standard deviation plus 1e-4.
+
+    Args:
+        scores: [B], floating point.
+        group_size: responses to each prompt; divides B.
+
+    Returns:
+        [B]; 0 in a group whose scores are all equal.
+    """
+    ### BEGIN SOLUTION
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+    ### END SOLUTION
+
+
+checks.check_grpo_advantages(grpo_advantages)
+
+# %% [markdown]
+# <details><summary><b>Hint</b></summary>
+#
+# Without the $10^{-4}$ a group of equal scores is 0/0.
+# </details>
+#
+# From here on with the reference versions. Two prompts with a verifier's scores, one easy and one hard:
+
+# %% tags=["nbval-check-output"]
+from rlhf_helpers.checks.lesson_09 import grpo_advantages, leave_one_out
+
+scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+for name, advantages in (("leave-one-out", leave_one_out), ("GRPO", grpo_advantages)):
+    print(f"{name:13}", [round(x, 2) for x in advantages(scores, 4).tolist()])
+noise = torch.tensor([0.500, 0.501, 0.499, 0.500])  # a prompt to which all answers are as good
+print("hardly any spread:", [round(x, 2) for x in grpo_advantages(noise, 4).tolist()])
+
+# %% [markdown]
+# **In words.** What does the division do to that last prompt, and when is this a danger?
+
+# %% [markdown] tags=["solution"]
+# It makes a difference of a thousandth as loud as one between right and wrong: the answers of such a group pull nearly as
+# hard as those of any other. With a verifier this cannot happen, a score is 0 or 1. With a reward model scores always
+# differ a little, by chance or by the model's whims, and the policy is then trained on those for every prompt that it
+# already answers well. Leave-one-out gives them the weight that they have in the score.
+
+# %% [markdown]
+# ## 3 · k3 in the loss
+#
+# ●●○ · 15 minutes
+#
+# GRPO adds β times a penalty to the loss: the mean over all response tokens of the batch of
+#
+# $$k_3 = e^{r} - 1 - r, \qquad r = \log \pi_{\text{ref}}(a_t) - \log \pi(a_t).$$
+#
+# By hand: the policy gave both tokens ½, the reference ¼ and ¾. Then $r$ is $\log \tfrac12$ and $\log \tfrac32$, k3 is
+# 0.193 and 0.095, and the penalty 0.144. The gradient goes to the policy, and to nobody else.
+
+
+# %% tags=["nbval-check-output"]
+def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """The mean of k3 over the response tokens.
+
+    Args:
+        logprobs: [B, T], of the sampled tokens under the policy, in nats.
+        ref_logprobs: [B, T], of the same tokens under the reference; data.
+        response_mask: [B, T], int64, 1 up to and including EOS, then 0.
+
+    Returns:
+        A scalar tensor, differentiable with respect to logprobs alone.
+    """
+    ### BEGIN SOLUTION
+    r = ref_logprobs.detach() - logprobs
+    k3 = r.exp() - 1 - r
+    return (k3 * response_mask).sum() / response_mask.sum()
+    ### END SOLUTION
+
+
+checks.check_k3_penalty(k3_penalty)
+
+# %% [markdown]
+# <details><summary><b>Hint</b></summary>
+#
+# Which way round is r? At a token that the policy likes better than the reference does, r is below 0.
+# </details>
+#
+# From here on with the reference version. Its gradient, at a token that the policy finds twice, equally and half as likely as
+# the reference does:
+
+# %% tags=["nbval-check-output"]
+from rlhf_helpers.checks.lesson_09 import k3_penalty
+
+logprobs = torch.tensor([[0.5, 0.25, 0.125]]).log().requires_grad_()
+ref_logprobs = torch.full((1, 3), 0.25).log()
+penalty = k3_penalty(logprobs, ref_logprobs, torch.ones(1, 3, dtype=torch.long))
+(gradient,) = torch.autograd.grad(penalty, logprobs)
+print("3 × gradient:", [round(x, 3) for x in (3 * gradient[0]).tolist()])
+
+# %% [markdown]
+# **In words.** Derive those three numbers. k1 in the loss has the gradient 1 at every token (for its value, −r); why does
+# k1 in the loss then not hold the policy back, on average, and k3 does?
+
+# %% [markdown] tags=["solution"]
+# With $r$'s derivative −1, that of k3 is $1 - e^{r}$: $1 - \tfrac12$, $1 - 1$ and $1 - 2$. Going down, the policy makes
+# a token less likely that it likes better than the reference, and more likely one that it likes less. k1 pushes every
+# sampled token down by the same amount, and $\mathbb{E}_\pi[\nabla \log \pi] = 0$: what is pushed down everywhere goes
+# nowhere. k3's push differs from token to token, and its mean is $-\mathbb{E}_\pi[e^{r} \nabla \log \pi]$, the gradient
+# of $\mathrm{KL}(\pi_{\text{ref}} \| \pi)$: not that of the KL that was asked for, but one that is 0 in the same place.
+
+# %% [markdown]
+# ## 4 · A run in which nothing is learnt
+#
+# ●●○ · 15 minutes
+#
+# Users ask again and again why their reward stands still. First a number to look at: the share of groups that teach at
+# all, those in which not all scores are equal.
+
+
+# %% tags=["nbval-check-output"]
+def teaching_share(scores: Tensor, group_size: int) -> float:
+    """The share of groups in which not all scores are equal.
+
+    Args:
+        scores: [B].
+        group_size: responses to each prompt; divides B.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    ### BEGIN SOLUTION
+    groups = scores.view(-1, group_size)
+    differ = groups.max(dim=1).values > groups.min(dim=1).values
+    return differ.float().mean().item()
+    ### END SOLUTION
+
+
+checks.check_teaching_share(teaching_share)
+
+# %% [markdown]
+# <details><summary><b>Hint</b></summary>
+#
+# A group teaches if its best score is above its worst.
+# </details>
+#
+# From here on with the reference version. Three short runs of the same loop on the same prompts, whose rewards are programs:
+# A pays for an answer that ends, B for one that has fewer than eight tokens, C is the reward model of lesson 02.
+
+# %%
+from rlhf_helpers.checks.lesson_09 import teaching_share
+
+
+def ends(prompts, rollout):
+    return rollout.finished.float()
+
+
+def is_short(prompts, rollout):
+    return (rollout.response_mask.sum(-1) < 8).float()
+
+
+settings = {"advantages": "grpo", "group_size": 4, "mean_over": "responses", "updates": 3}
+settings |= {"kl_in": "loss", "kl_kind": "k3", "eos_penalty": 0.0}
+config = ppo.PPOConfig(seed=preset.seed, **preset.ppo | settings)
+logs = {}
+for name, reward_function in (("A", ends), ("B", is_short), ("C", None)):
+    run = ppo.train_ppo(three_roles(), tokenizer, prompts, config, reward_function=reward_function)
+    logs[name] = list(tqdm(run, total=config.updates, desc=name))
+
+# %%
+print(f"{'':10}{'reward':>8}{'loss':>9}{'gradient':>10}{'KL':>7}{'teaching':>10}")
+for name, rows in logs.items():
+    for stats in rows:
+        share = teaching_share(stats.experience.scores, config.group_size)
+        print(f"{name} update {stats.update}{stats.score:8.2f}{stats.policy['loss']:9.4f}", end="")
+        print(f"{stats.policy['grad_norm']:10.4f}{stats.kl:7.3f}{share:10.0%}")
+
+# %% [markdown]
+# **In words.** Which run learns nothing, or next to nothing, and why? Would more updates, or a higher learning rate, help?
+# Which column would have misled you? And what would you change?
+
+# %% [markdown] tags=["solution"]
+# A. SFT's answers nearly all end by themselves, so nearly every group has four equal scores, and the few that do not are
+# answers cut off by chance. The advantages of the others are 0, so their gradient is, and a higher rate times 0 is 0; more
+# updates only sample more of the same. The reward does not help, it stands near its best (it would look the same with a
+# reward that is always 0). The loss misleads: with a mean over responses it is near 0 before the first step in *every*
+# run, the healthy ones too, and what is left is noise and KL. What to change is the reward or the prompts: ask what is
+# sometimes right and sometimes wrong, take larger groups, or leave out groups that teach nothing and sample others, which
+# is what DAPO does.

@@ -1,0 +1,361 @@
+"""The checks of lesson 09: every known mistake is named, every right answer passes.
+
+The answers, wrong and right, are written here as a learner would write them.
+"""
+
+import doctest
+import re
+
+import helpers_checks as shared
+import pytest
+import torch
+from helpers_checks import run
+
+from rlhf_helpers import checks
+from rlhf_helpers.checks import lesson_09
+
+EXERCISES = (
+    lesson_09.LEAVE_ONE_OUT,
+    lesson_09.GRPO_ADVANTAGES,
+    lesson_09.K3_PENALTY,
+    lesson_09.TEACHING_SHARE,
+)
+NAMES = [exercise.name for exercise in EXERCISES]
+
+
+def test_doctests():
+    results = doctest.testmod(lesson_09)
+    assert results.attempted == 4
+    assert results.failed == 0
+
+
+# --- advantages ---
+
+
+def loop(value):
+    """One response at a time: its score, the others' of its group, the whole group's, all."""
+
+    def advantages(scores, group_size):
+        found = []
+        for i in range(len(scores)):
+            start = i // group_size * group_size
+            group = scores[start : start + group_size]
+            others = torch.cat([group[: i - start], group[i - start + 1 :]])
+            found.append(value(scores[i], others, group, scores))
+        return torch.stack(found)
+
+    return advantages
+
+
+def strided(value):
+    def advantages(scores, group_size):
+        count = len(scores) // group_size
+        found = [value(scores[i::count]) for i in range(count)]
+        return torch.stack(found, 1).flatten()
+
+    return advantages
+
+
+BASELINE = "what is taken off the score is "
+LOO_MISTAKES = [
+    (BASELINE + "the mean of the whole group", loop(lambda r, o, g, s: r - g.mean())),
+    (BASELINE + "the mean of the whole batch", loop(lambda r, o, g, s: r - s.mean())),
+    (
+        BASELINE + "the mean of all other responses",
+        loop(lambda r, o, g, s: r - (s.sum() - r) / (len(s) - 1)),
+    ),
+    (BASELINE + "the sum of the others, not", loop(lambda r, o, g, s: r - o.sum())),
+    (BASELINE + "the sum of the others divided", loop(lambda r, o, g, s: r - o.sum() / len(g))),
+    (BASELINE + "the best of the others", loop(lambda r, o, g, s: r - o.max())),
+    (BASELINE + "one other response alone", loop(lambda r, o, g, s: r - g[0])),
+    (
+        BASELINE + "one other response alone",
+        lambda s, n: (s.view(-1, n) - s.view(-1, n).roll(1, 1)).flatten(),
+    ),
+    (BASELINE + "nothing at all", lambda scores, size: 1 * scores),
+    (
+        "responses to different prompts are compared",
+        strided(lambda g: g - (g.sum() - g) / (len(g) - 1)),
+    ),
+    ("it is the mean of the others by itself", loop(lambda r, o, g, s: o.mean())),
+    ("every sign is the wrong way round", loop(lambda r, o, g, s: o.mean() - r)),
+    ("it is divided by a spread", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
+    ("it is divided by a spread", loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-4))),
+]
+
+
+def right_leave_one_out(scores, group_size):
+    groups = scores.reshape(-1, group_size)
+    return (group_size * (groups - groups.mean(1, keepdim=True)) / (group_size - 1)).reshape(-1)
+
+
+LOO_RIGHT = [
+    right_leave_one_out,
+    lesson_09.leave_one_out,
+    loop(lambda r, o, g, s: r - o.mean()),
+]
+
+SPREAD = "the score less the mean of its group is "
+GRPO_MISTAKES = [
+    (SPREAD + "not divided at all", loop(lambda r, o, g, s: r - g.mean())),
+    (
+        SPREAD + "divided by the variance",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.var() + 1e-4)),
+    ),
+    (
+        SPREAD + "divided by the standard deviation of the whole",
+        loop(lambda r, o, g, s: (r - g.mean()) / (s.std() + 1e-4)),
+    ),
+    (
+        SPREAD + "divided by a standard deviation with",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std(correction=0) + 1e-4)),
+    ),
+    (
+        SPREAD + "divided by the mean absolute",
+        loop(lambda r, o, g, s: (r - g.mean()) / ((g - g.mean()).abs().mean() + 1e-4)),
+    ),
+    (
+        SPREAD + "divided by the distance",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.max() - g.min() + 1e-4)),
+    ),
+    (SPREAD + "multiplied with", loop(lambda r, o, g, s: (r - g.mean()) * g.std())),
+    ("mean and spread are those of", lambda s, n: (s - s.mean()) / (s.std() + 1e-4)),
+    ("the mean on top is that", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
+    ("where all scores of a group are equal", loop(lambda r, o, g, s: (r - g.mean()) / g.std())),
+    ("every sign is the wrong way", loop(lambda r, o, g, s: (g.mean() - r) / (g.std() + 1e-4))),
+    (
+        "responses to different prompts are compared",
+        strided(lambda g: (g - g.mean()) / (g.std() + 1e-4)),
+    ),
+]
+GRPO_RIGHT = [
+    lesson_09.grpo_advantages,
+    loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-4)),
+    loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-8)),  # any small number will do
+]
+
+
+# --- k3 ---
+
+
+def tokens(value):
+    """The mean over the response tokens of something made of r."""
+
+    def penalty(logprobs, ref_logprobs, response_mask):
+        r = ref_logprobs.detach() - logprobs
+        return value(r)[response_mask == 1].mean()
+
+    return penalty
+
+
+def averaged(by):
+    def penalty(logprobs, ref_logprobs, response_mask):
+        r = ref_logprobs.detach() - logprobs
+        return by(torch.exp(r) - 1 - r, response_mask)
+
+    return penalty
+
+
+def with_reference(logprobs, ref_logprobs, mask):
+    r = ref_logprobs - logprobs
+    return ((r.exp() - 1 - r) * mask).sum() / mask.sum()
+
+
+def without_policy(logprobs, ref_logprobs, mask):
+    return with_reference(logprobs.detach(), ref_logprobs.detach(), mask)
+
+
+def half_detached(logprobs, ref_logprobs, mask):
+    """The ratio is data, and only r has a gradient."""
+    r = ref_logprobs.detach() - logprobs
+    return ((r.detach().exp() - 1 - r) * mask).sum() / mask.sum()
+
+
+def policy_weighted(logprobs, ref_logprobs, mask):
+    r = ref_logprobs - logprobs
+    return (logprobs.exp() * (r.exp() - 1 - r) * mask).sum() / mask.sum()
+
+
+TOKEN = "each token contributes "
+MEAN = "the tokens are brought together by "
+K3_MISTAKES = [
+    (TOKEN + "the k3 of the other direction", tokens(lambda r: (-r).exp() - 1 + r)),
+    (TOKEN + "the k1 of lesson 05", tokens(lambda r: -r)),
+    (TOKEN + "r itself", tokens(lambda r: r)),
+    (TOKEN + "the k2 of lesson 05", tokens(lambda r: r**2 / 2)),
+    (TOKEN + "e to the r alone", tokens(lambda r: r.exp())),
+    (TOKEN + "e to the r less r", tokens(lambda r: r.exp() - r)),
+    (TOKEN + "e to the r less 1, which", tokens(lambda r: r.exp() - 1)),
+    (TOKEN + "e to the r, less 1, plus r", tokens(lambda r: r.exp() - 1 + r)),
+    (TOKEN + "the size of r", tokens(lambda r: r.abs())),
+    (TOKEN + "a k3 that is weighed", policy_weighted),
+    (MEAN + "a mean over all positions", averaged(lambda k, m: k.mean())),
+    (MEAN + "a sum over the response tokens divided", averaged(lambda k, m: (k * m).mean())),
+    (
+        MEAN + "a mean over the responses",
+        averaged(lambda k, m: torch.stack([k[i][m[i] == 1].mean() for i in range(len(k))]).mean()),
+    ),
+    (MEAN + "a sum. Asked", averaged(lambda k, m: k[m == 1].sum())),
+    (MEAN + "a sum over tokens divided", averaged(lambda k, m: k[m == 1].sum() / len(k))),
+]
+LOST = [
+    (with_reference, "the value is right, but a gradient reaches the reference"),
+    (without_policy, "the values are right, but not the gradient: that with respect to logprobs"),
+    (half_detached, "the values are right, but not the gradient: that with respect to logprobs"),
+]
+K3_RIGHT = [
+    lesson_09.k3_penalty,
+    tokens(lambda r: r.exp() - 1 - r),
+    averaged(lambda k, m: (k * m).sum() / m.sum()),
+]
+
+
+# --- groups that teach ---
+
+
+def share(holds):
+    """The share of the groups, as lists, for which something holds."""
+
+    def count(scores, group_size):
+        groups = [g.tolist() for g in scores.split(group_size)]
+        return sum(map(holds, groups)) / len(groups)
+
+    return count
+
+
+TEACH = "it is "
+SHARE_MISTAKES = [
+    (TEACH + "the share of the groups in which all are equal", share(lambda g: len(set(g)) == 1)),
+    (TEACH + "the share of the groups whose mean", share(lambda g: sum(g) != 0)),
+    (TEACH + "the share of the groups in which something", share(lambda g: max(g) > 0)),
+    (TEACH + "the share of the groups in which no two", share(lambda g: len(set(g)) == len(g))),
+    (TEACH + "the share of the groups whose first", share(lambda g: g[0] != g[-1])),
+    (TEACH + "1 if anything differs", lambda s, n: float(len(set(s.tolist())) > 1)),
+    (
+        TEACH + "a share of the responses",
+        lambda s, n: sum(x != g[0] for g in s.split(n) for x in g).item() / len(s),
+    ),
+    (TEACH + "a number of groups", lambda s, n: sum(len(set(g.tolist())) > 1 for g in s.split(n))),
+    (
+        "responses to different prompts are thrown",
+        lambda s, n: (s.view(n, -1).amax(0) > s.view(n, -1).amin(0)).float().mean(),
+    ),
+]
+SHARE_RIGHT = [
+    lesson_09.teaching_share,
+    share(lambda g: len(set(g)) > 1),
+    lambda s, n: (s.view(-1, n).std(1) > 0).float().mean(),
+]
+
+MISTAKES = [
+    (name, answer, message)
+    for name, rows in zip(
+        NAMES, (LOO_MISTAKES, GRPO_MISTAKES, K3_MISTAKES, SHARE_MISTAKES), strict=True
+    )
+    for message, answer in rows
+]
+RIGHT = [
+    (name, answer)
+    for name, rows in zip(NAMES, (LOO_RIGHT, GRPO_RIGHT, K3_RIGHT, SHARE_RIGHT), strict=True)
+    for answer in rows
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
+def test_a_known_mistake_is_named(name, answer, message, capsys):
+    shared.assert_mistake_is_named(name, answer, message, capsys)
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_right_answer_passes(name, answer, capsys):
+    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
+
+
+@pytest.mark.parametrize(("answer", "message"), LOST)
+def test_a_gradient_that_is_lost_or_goes_too_far_is_named(answer, message, capsys):
+    assert run("k3_penalty", answer, capsys).startswith(f"k3_penalty: {message}")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_at_least_five_mistakes_have_a_name(exercise):
+    assert len(shared.messages_of(exercise)) >= 5
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_two_mistakes_with_different_messages_look_alike(exercise):
+    shared.assert_mistakes_differ(exercise)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_every_message_has_a_test(exercise):
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_all_tested(shared.messages_of(exercise), expected)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_message_begins_like_another(exercise):
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_messages_say_why_and_hold_no_code(exercise):
+    shared.assert_say_why(shared.messages_of(exercise))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
+def test_unattempted_says_so(name, answer, capsys):
+    assert run(name, answer, capsys) == f"{name}: not attempted yet."
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_is_named(name, capsys):
+    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        (
+            "leave_one_out",
+            lambda s, n: s.view(-1, n),
+            "the result has shape [1, 3], expected is [3]",
+        ),
+        ("grpo_advantages", lambda s, n: s.tolist(), "it returned list"),
+        ("k3_penalty", lambda p, q, m: (p - q) * m, "shape [1, 2], expected is []. A loss is one"),
+        ("teaching_share", lambda s, n: s.view(-1, n).std(1) > 0, "it returned Tensor"),
+    ],
+)
+def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def scores_in_place(scores, group_size):
+    scores -= scores.mean()
+    return scores
+
+
+def test_an_argument_changed_in_place_is_named(capsys):
+    shared.assert_change_in_place_is_named(
+        "leave_one_out", scores_in_place, "scores", RIGHT, capsys
+    )
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
+    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
+
+
+def test_an_unknown_mistake_shows_the_case(capsys):
+    shared.assert_case_is_shown(
+        "leave_one_out", lambda s, n: lesson_09.leave_one_out(s, n) - 7, ("group_size 3",), capsys
+    )
+
+
+def test_the_cases_by_hand():
+    assert lesson_09.leave_one_out(*lesson_09._HAND).tolist() == [1.5, -1.5, 0]
+    expected = (torch.tensor(2.0).log() - 0.5 + 0.5 - torch.tensor(1.5).log()) / 2
+    torch.testing.assert_close(lesson_09.k3_penalty(*lesson_09._K3_CASES[0]), expected)
+    assert lesson_09.teaching_share(*lesson_09._SHARE_CASES[1]) == pytest.approx(1 / 3)
+    assert re.search("check_k3_penalty", " ".join(checks.__all__))
