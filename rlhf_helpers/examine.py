@@ -55,7 +55,10 @@ _KL = (
     "nothing moves; below 0 the answers are not samples of the policy that is scored, or the "
     "difference is taken the other way round"
 )
-_LOST = "no gradient reaches these weights: frozen, detached, or an adapter was switched"
+_LOST = (
+    "no gradient reaches these weights: frozen, detached, an adapter was switched, or (without a "
+    "critic) no group had answers with different scores"
+)
 _WHITE = "advantages are not whitened over the real tokens: is the padding among them?"
 _RETURN = "the last return of an answer is not its last reward: are the critic's targets whitened?"
 _RULES = (
@@ -107,13 +110,18 @@ class Alarm(NamedTuple):
 
 
 def log_row(stats: PPOStats) -> dict[str, float]:
-    """One row of a log: what an update of `train_ppo` reports, and `sums` of its experience."""
+    """One row of a log: what an update of `train_ppo` reports, and `sums` of its experience.
+
+    Without a critic the columns about it and its advantages are missing.
+    """
     names = "update score kl beta entropy length finished first_ratio".split()
     row = {name: getattr(stats, name) for name in names}
     row |= {name: stats.policy[name] for name in ("ratio", "clip_fraction", "approx_kl")}
-    row["explained_variance"] = stats.value["explained_variance"]
     for role, report in (("policy", stats.policy), ("value", stats.value)):
-        row |= {f"{role}_{name}": report[name] for name in ("loss", "grad_norm")}
+        row |= {f"{role}_{name}": report[name] for name in ("loss", "grad_norm") if report}
+    if not stats.value:
+        return row  # there is no critic
+    row["explained_variance"] = stats.value["explained_variance"]
     return row | sums(stats.experience)
 
 

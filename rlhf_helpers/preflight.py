@@ -22,7 +22,7 @@ from rlhf_helpers.rollout import mask_after_eos
 from rlhf_helpers.text import Prompt, encode_prompts
 from rlhf_helpers.training import Run, settings_of
 
-ROWS = 16  # responses in a batch
+ROWS = 8  # least responses in a minibatch, of which a batch has two
 THERE, BACK = 4, 3  # updates of the overfit, and of the way back
 HEAVY = 10.0  # β on the way back: the score hardly counts beside it
 SPREADS = (0.45, 2.0)  # of the scores of SFT's answers, whose unit is 1
@@ -67,10 +67,10 @@ def preflight(
 ) -> list[Finding]:
     """Check roles, tokenizer and trainer before a run, with the functions that the run will call.
 
-    Sixteen answers are sampled and asked about, one step is taken, one prompt is overfitted, and
-    then the policy is called back by a heavy price of KL. All weights are then as they were, bit
-    for bit. While it samples it keeps the scores of all tokens, 64·T·V bytes; at a large vocabulary
-    give a shorter `response_length`.
+    Sixteen answers, or whole groups of them, are sampled and asked about, one step is taken, one
+    prompt is overfitted, and then the policy is called back by a heavy price of KL. All weights are
+    then as they were, bit for bit. While it samples it keeps the scores of all tokens, 64·T·V
+    bytes; at a large vocabulary give a shorter `response_length`.
 
     Args:
         roles, tokenizer, prompts, config: as `train_ppo` takes them; of the prompts some are used,
@@ -88,19 +88,25 @@ def preflight(
     """
     config = settings_of(PPOConfig, config)
     ppo.train_ppo(roles, tokenizer, prompts, config)  # raises for what it cannot train
-    sizes = {"batch_size": ROWS, "minibatch_size": ROWS // 2, "epochs": 2, "updates": THERE}
+    rows = math.ceil(ROWS / config.group_size) * config.group_size
+    sizes = {"batch_size": 2 * rows, "minibatch_size": rows, "epochs": 2, "updates": THERE}
     small = replace(config, **sizes, target_kl=None, stop_kl=None)
-    step = max(1, len(prompts) // ROWS)
-    asked = [prompts[i * step % len(prompts)] for i in range(ROWS)]
+    step = max(1, len(prompts) // small.groups)
+    drawn = [prompts[i * step % len(prompts)] for i in range(small.groups)]
+    asked = [prompt for prompt in drawn for _ in range(small.group_size)]
     with _untouched(roles), torch.random.fork_rng():
-        with _watched_sampler(roles) as drawn:
+        with _watched_sampler(roles) as seen:
             experience = ppo.collect_experience(roles, tokenizer, asked, small, small.beta, seed=0)
-        checks = _of_samples(roles, tokenizer, experience, drawn, config.eos_penalty)
+        checks = _of_samples(roles, tokenizer, experience, seen, small)
         return [*checks, *_of_steps(roles, tokenizer, experience, small)]
 
 
 def _of_samples(
-    roles: Roles, tokenizer: Tokenizer, experience: Experience, drawn: list[Tensor], penalty: float
+    roles: Roles,
+    tokenizer: Tokenizer,
+    experience: Experience,
+    drawn: list[Tensor],
+    config: PPOConfig,
 ) -> Iterator[Finding]:
     """Checks of one batch, from which nothing is learnt."""
     rollout, exact = experience.rollout, _exact(roles)
@@ -115,8 +121,8 @@ def _of_samples(
     until = mask_after_eos(ids[:, -T:], tokenizer.eos_token_id)
     right = int(((mask == until) & (seen[:, -T:] == until)).all(-1).sum())
     ends = int(rollout.finished.sum())
-    text = f"{right} of {ROWS} do; {ends} end by themselves"
-    yield Finding("an answer counts to its EOS", right == ROWS and ends > 0, text)
+    text = f"{right} of {len(mask)} do; {ends} end by themselves"
+    yield Finding("an answer counts to its EOS", right == len(mask) and ends > 0, text)
 
     real = mask.bool()
     watched = drawn and drawn[-1].shape == mask.shape  # else nobody knows, which is no pass
@@ -127,14 +133,18 @@ def _of_samples(
 
     off = _moved_by_padding(roles, tokenizer, ids, seen)
     yield Finding("score without regard to padding", off < exact, f"scores within {off:.1e}")
-    spread, mean = torch.std_mean(experience.scores + penalty * ~rollout.finished)
+    spread, mean = torch.std_mean(experience.scores + config.eos_penalty * ~rollout.finished)
     unit = abs(mean) < 1 and SPREADS[0] < spread < SPREADS[1]
     yield Finding("scores in their unit", bool(unit), f"{mean:.2f} ± {spread:.2f}")
 
-    mean, spread, gap = sums(experience).values()
-    whitened = abs(mean) < WHITENED and abs(spread - 1) < WHITENED
-    text = f"advantages {mean:.2f} ± {spread:.2f}, last return off by {gap:.2g}"
-    yield Finding("advantages and returns come out", whitened and gap < EXACT, text)
+    if experience.returns is None:
+        off = experience.advantages[:, 0].view(-1, config.group_size).sum(-1).abs().max().item()
+        passed, text = off < EXACT, f"each group's advantages sum to 0 within {off:.1e}"
+    else:
+        mean, spread, gap = sums(experience).values()
+        passed = abs(mean) < WHITENED and abs(spread - 1) < WHITENED and gap < EXACT
+        text = f"advantages {mean:.2f} ± {spread:.2f}, last return off by {gap:.2g}"
+    yield Finding("advantages and returns come out", passed, text)
 
 
 @torch.no_grad()
@@ -158,7 +168,7 @@ def _of_steps(
     ratio, reached, still = _one_step(roles, experience, config)
     prompt = experience.prompts[int(experience.scores.argmin())]
     there, back = (
-        list(ppo.train_ppo(roles, tokenizer, [prompt] * ROWS, replace(config, **changes)))
+        list(ppo.train_ppo(roles, tokenizer, [prompt] * config.groups, replace(config, **changes)))
         for changes in ({"beta": 0.0}, {"beta": HEAVY, "updates": BACK, "seed": 1})
     )
     ratios = [ratio, *(stats.first_ratio for stats in there)]
@@ -180,12 +190,14 @@ def _one_step(
     roles: Roles, experience: Experience, config: PPOConfig
 ) -> tuple[float, dict[str, list[str]], float]:
     """First ratio, the roles that each loss's gradients reach, how many weights do not move."""
-    run, reached, part = Run(roles, ppo.TRAINED, config, None, {}), {}, slice(config.minibatch_size)
-    for role, objective in (("policy", ppo.policy_objective), ("value", ppo.value_objective)):
+    run, reached = Run(roles, config.trained, config, None, {}), {}
+    part = slice(config.minibatch_size)
+    objectives = {"policy": ppo.policy_objective, "value": ppo.value_objective}
+    for role in config.trained:
         for _, weight in _weights(roles):
             weight.grad = None
         roles.use(role).train()
-        loss, report = objective(roles, experience, part, config, config.beta)
+        loss, report = objectives[role](roles, experience, part, config, config.beta)
         run.gradients(role, loss)
         pushed = {owner for owner, w in _weights(roles) if w.grad is not None and w.grad.any()}
         reached[role] = sorted(pushed)

@@ -4,6 +4,7 @@ import doctest
 import inspect
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,14 @@ def test_a_history_is_examined_as_its_log_is(tiny, tokenizer):
     rows = [log_row(stats) for stats in history]
     assert examine(history) == examine(rows) != []
     assert rows[0]["first_ratio"] == 1 and rows[0]["policy_grad_norm"] > 0
+
+
+def test_a_history_without_a_critic(tiny, tokenizer):
+    config = replace(SETTINGS, advantages="rloo", group_size=4, batch_size=16)
+    history = list(train_ppo(new_roles(tiny), tokenizer, PROMPTS, config))
+    rows = [log_row(stats) for stats in history]
+    assert all(alarm.severity == "look" for alarm in examine(history))
+    assert rows[0]["policy_loss"] and not {"value_loss", "return_gap"} & rows[0].keys()
 
 
 @pytest.mark.parametrize("name", ["gremlins", "", None, "KL_SIGN"])

@@ -1,7 +1,9 @@
 """Checks before a run: all pass on the course's roles, each finds its fault, nothing is changed."""
 
+import math
 import random
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -65,6 +67,33 @@ def test_all_is_well_in_the_pocket_world(pocket_roles, tokenizer):
     findings = preflight(pocket_roles, tokenizer, prompts)
     assert failed(findings) == set() and [f.name for f in findings] == [*CHECKS]
     assert all(str(finding).startswith("ok") for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("advantages", "fault", "names"),
+    [
+        ("rloo", None, set()),
+        ("grpo", None, set()),
+        ("rloo", "kl_sign", {"the price of KL calls it back"}),
+        ("rloo", "one_token_off", {"scored as it was sampled"}),
+    ],
+)
+def test_runs_without_a_critic(pocket_roles, tokenizer, advantages, fault, names):
+    kl = {"kl_in": "loss", "kl_kind": "k3"} if advantages == "grpo" else {}
+    config = ppo.PPOConfig(advantages=advantages, group_size=4, **kl)
+    with plant(fault, pocket_roles) if fault else nullcontext():
+        findings = preflight(pocket_roles, tokenizer, world.prompts("train"), config)
+    assert failed(findings) >= names and (fault or failed(findings) == set())
+    assert [f.name for f in findings] == [*CHECKS]
+
+
+@pytest.mark.parametrize("group_size", [3, 8, 16])
+def test_a_batch_has_whole_groups(roles, tokenizer, group_size):
+    sizes = {"group_size": group_size, "batch_size": group_size, "minibatch_size": 1}
+    config = replace(SETTINGS, advantages="rloo", **sizes)
+    findings = preflight(roles, tokenizer, PROMPTS, config)
+    (seen,) = [f.seen for f in findings if f.name == "an answer counts to its EOS"]
+    assert f"of {2 * group_size * math.ceil(8 / group_size)} do" in seen
 
 
 @pytest.mark.parametrize(
