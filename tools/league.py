@@ -6,7 +6,7 @@
     python tools/league.py --table           # the table, and the figure beside the rows
 
 A row is a method at a seed, judged on the held-out prompts just as the ends of PPO's and DPO's runs
-are. Rows of SFT, DPO, online DPO and PPO are read from what lessons 05 and 08 have recorded. All
+are. Rows of DPO, online DPO and PPO are read from what lessons 05 and 08 have recorded. All
 methods that train without pairs sample as many answers as PPO does. Two processes may write at a
 time: a row is added under a lock, and which of them makes a run is fixed by `--part`.
 """
@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from record_dpo import STUDY as DPO_STUDY
-from record_dpo import end_of
+from record_dpo import on_held_out
 from record_ppo import STUDY as PPO_STUDY
 from record_ppo import fresh_roles, judged, read_csv, write_about
 from torch.nn.functional import pad
@@ -52,7 +52,9 @@ DRAWN = ("SFT on the best", "DPO", "online DPO", "PPO", "RLOO", "GRPO", "GRPO, v
 AT_A_TIME = 1024  # answers that are sampled at a time, a multiple of every n
 SAMPLES = PPOConfig.updates * PPOConfig.batch_size  # of a run of PPO, and of the others
 BEST_OF, TIMES = 16, 6  # answers to each prompt of rejection sampling, passes over the best ones
-NUMBERS = "proxy gold correct kl entropy distinct_2 unique self_bleu length finished tokens".split()
+NUMBERS = (
+    "proxy gold correct polite kl entropy distinct_2 unique self_bleu length finished tokens"
+).split()
 COLUMNS = [
     "method",
     "seed",
@@ -114,7 +116,7 @@ def loop(out: Path, method: str, seed: int, updates: int = PPOConfig.updates) ->
         add_row(out / "curves.csv", row, CURVE)
     write_about(out / "about.json", config)
     made = {"samples": samples, "flat_groups": round(sum(flat) / len(flat), 4)}
-    return end_of(roles, seed) | made | taken
+    return ends(roles, seed) | made | taken
 
 
 def trl(out: Path, method: str, seed: int, updates: int = PPOConfig.updates) -> dict:
@@ -139,7 +141,7 @@ def trl(out: Path, method: str, seed: int, updates: int = PPOConfig.updates) -> 
     taken = clock.taken()
     weights = get_peft_model_state_dict(trainer.model, adapter_name="default")
     set_peft_model_state_dict(roles.model, weights, adapter_name="policy")
-    return end_of(roles, seed) | {"samples": updates * PPOConfig.batch_size} | taken
+    return ends(roles, seed) | {"samples": updates * PPOConfig.batch_size} | taken
 
 
 def trl_settings(method: str, config: PPOConfig, folder: str) -> RLOOConfig | GRPOConfig:
@@ -180,7 +182,7 @@ def best_of(out: Path, method: str, seed: int, count: int | None = None) -> dict
     prompts = world.prompts("held_out")[:count]
     experience = sampled(fresh_roles(), prompts, n, seed)
     best = picked(experience, experience.scores.view(-1, n).argmax(-1))
-    numbers = judged(best) | ending(best)
+    numbers = marked(best)
     # At most that far: the policy of best-of-n has no log-probabilities of its own.
     far = {"kl": round(math.log(n) - (n - 1) / n, 4), "entropy": ""}
     return numbers | far | {"samples": n * len(prompts)} | clock.taken()
@@ -200,7 +202,7 @@ def sft_on(out: Path, method: str, seed: int, prompts: int = SAMPLES // BEST_OF)
     config = SFTConfig(steps=steps, batch_size=size, learning_rate=5e-4, warmup_steps=1)
     tokenizer = load_tokenizer(load_preset("pocket"))
     list(train_sft(roles, "policy", tokenizer, examples, examples[:1], config))
-    return end_of(roles, seed) | {"samples": BEST_OF * prompts} | clock.taken()
+    return ends(roles, seed) | {"samples": BEST_OF * prompts} | clock.taken()
 
 
 def sampled(roles: Roles, prompts: list[str], n: int, seed: int) -> Experience:
@@ -270,13 +272,27 @@ def encoded(experience: Experience) -> list[dict]:
     return examples
 
 
-def ending(experience: Experience) -> dict:
+def ends(roles: Roles, seed: int, role: str = "policy") -> dict:
+    """How a role does on the held-out prompts, judged as the ends of PPO's and DPO's runs are."""
+    return marked(on_held_out(roles, PPOConfig(seed=seed), role))
+
+
+def marked(experience: Experience) -> dict:
+    """What the rubric says of answers, and how long they are."""
     rollout = experience.rollout
-    return {
+    rows = zip(experience.prompts, rollout.texts, rollout.finished.tolist(), strict=True)
+    polite = [rubric.gold_reward(*row).polite > 0 for row in rows]
+    return judged(experience) | {
+        "polite": round(sum(polite) / len(polite), 4),
         "finished": round(rollout.finished.double().mean().item(), 4),
         "tokens": round(rollout.response_mask.sum(-1).double().mean().item(), 4),
         "example": rollout.texts[0],
     }
+
+
+def start(out: Path, method: str, seed: int) -> dict:
+    """SFT, from which all others begin."""
+    return ends(fresh_roles(), seed, "reference") | {"samples": 0}
 
 
 def recorded(folder: Path, file: str, samples: int, **run: object) -> Callable[..., dict]:
@@ -298,7 +314,7 @@ SECOND = DPO | {"run": "second_reward"}
 Make = Callable[..., dict | None]
 # How a row is made, and what stands in memory then, beside base and reference.
 METHODS: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "SFT": (recorded(DPO_STUDY, "reference.csv", 0), ()),
+    "SFT": (start, ()),
     "best-of-4": (best_of, ("reward",)),
     "best-of-16": (best_of, ("reward",)),
     "SFT on the best": (sft_on, ("policy", "reward")),
@@ -401,7 +417,15 @@ def mean(rows: list[dict], name: str) -> float:
 
 def table(out: Path) -> str:
     """Means over the seeds, and the range of gold; the last column counts seeds 0.3 above SFT."""
-    shown = {"gold": 2, "correct": 2, "kl": 2, "proxy": 2, "distinct_2": 2, "self_bleu": 2}
+    shown = {
+        "gold": 2,
+        "correct": 2,
+        "polite": 2,
+        "kl": 2,
+        "proxy": 2,
+        "distinct_2": 2,
+        "self_bleu": 2,
+    }
     shown |= {"finished": 2, "flat_groups": 2, "samples": 0, "cpu_seconds": 0}
     methods = rows_by_method(out)
     start = {row["seed"]: row["gold"] for row in methods.get("SFT", [])}
