@@ -81,10 +81,9 @@ def test_what_its_lesson_has_not_recorded_is_left_out(tmp_path, made, capsys):
 
 
 def test_rows_of_other_lessons_are_read(tmp_path):
-    sft, _ = league.METHODS["SFT"]
     ppo, _ = league.METHODS["PPO"]
     row = ppo(tmp_path, "PPO", 0)
-    assert float(row["gold"]) > float(sft(tmp_path, "SFT", 0)["gold"]) and row["samples"] == 1920
+    assert float(row["gold"]) > 1.3 and row["samples"] == 1920
     assert ppo(tmp_path, "PPO", 99) is None
     recorded = {x["seed"] for x in rows_of(league.PPO_STUDY / "held_out.csv") if x["beta"] == "0.1"}
     assert recorded == {str(seed) for seed in range(10)}

@@ -3,6 +3,7 @@
     python tools/league.py                   # ten seeds of every method; goes on where it stopped
     python tools/league.py --part 1/2        # half of the runs; the other process takes 2/2
     python tools/league.py --methods rloo grpo --seeds 3
+    python tools/league.py --timing          # seconds of PPO's loop with and without a critic
     python tools/league.py --table           # the table, and the figure beside the rows
 
 A row is a method at a seed, judged on the held-out prompts just as the ends of PPO's and DPO's runs
@@ -14,6 +15,7 @@ time: a row is added under a lock, and which of them makes a run is fixed by `--
 import argparse
 import csv
 import fcntl
+import itertools
 import math
 import random
 import tempfile
@@ -391,6 +393,19 @@ def add_row(path: Path, row: dict, columns: list[str]) -> None:
         writer.writerow(row)
 
 
+def time_loops(out: Path, turns: int, updates: int) -> None:
+    """Seconds of a few updates of each loop, turn by turn: compare within one file alone."""
+    out.mkdir(parents=True, exist_ok=True)
+    prompts, tokenizer = world.prompts("train"), load_tokenizer(load_preset("pocket"))
+    loops = {"PPO": ({}, None)} | {k: LOOPS[k] for k in ("RLOO", "GRPO", "GRPO, verifier")}
+    for turn, (method, (settings, scorer)) in itertools.product(range(turns), loops.items()):
+        roles, config = fresh_roles(), PPOConfig(updates=updates, **settings)
+        clock = Clock()
+        list(train_ppo(roles, tokenizer, prompts, config, reward_function=scorer))
+        row = {"method": method, "turn": turn, "updates": updates} | clock.taken()
+        add_row(out / "timing.csv", row, list(row))
+
+
 # --- table and figure -----------------------------------------------------------------------------
 
 
@@ -469,10 +484,13 @@ def main() -> None:
     parser.add_argument("--methods", choices=list(METHODS), nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--part", type=part_of, default=(1, 1), help="as 1/2")
+    parser.add_argument("--timing", action="store_true", help="time the loops, with nothing beside")
     parser.add_argument("--table", action="store_true", help="print what is recorded")
     parser.add_argument("--out", type=Path, default=OUT, help="the package's assets if not given")
     args = parser.parse_args()
-    if not args.table:
+    if args.timing:
+        time_loops(args.out, turns=2, updates=8)
+    elif not args.table:
         record(args.out, plan(args.methods, args.seeds, args.part))
     if (args.out / "league.csv").is_file():
         print(table(args.out))
