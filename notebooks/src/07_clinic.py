@@ -201,7 +201,9 @@ for fault in faults:
 assert not caught["healthy"]
 
 # %% [markdown]
-# TODO-STUDY: say how many of fourteen, and which are missed.
+# Twelve of the fourteen, on every try, before the run begins. The names of the checks also say where to look. Two slip
+# through. `swapped_labels` is no fault of the trainer: it trains well, towards the wrong thing. And
+# `adapter_in_bfloat16` is none at this learning rate; the next section shows at which it is.
 
 # %% [markdown]
 # ## A step that rounds to nothing
@@ -279,7 +281,12 @@ plots.show(fig, alt=f"Which alarms each fault trips, as the share of seeds. {'; 
 assert not any(signals["healthy"].values())
 
 # %% [markdown]
-# TODO-STUDY: read the figure. What it does not show: how early an alarm comes, and that "look" has other causes too.
+# Read it by columns. An alarm that says "broken" points at one place: a first ratio that is not 1, advantages that are
+# not whitened, returns that do not come out, a gradient of 0. "Look" is less precise. A score that does not begin near 0
+# has four causes here: what is sampled and counted (`bare_prompt`, `eos_masked_out`), where the score is read, and who
+# reads it. A large KL has two: a penalty of the wrong sign, and one without a gradient. And by rows: two faults trip something on some seeds
+# only. An alarm about `approx_kl` on one run of `swapped_labels` says that its steps are large, which is true, and
+# nothing about what is wrong.
 
 # %% [markdown]
 # ## The autopsy
@@ -288,32 +295,39 @@ assert not any(signals["healthy"].values())
 
 # %%
 # Pocket only
-print(f"{'fault':20} {'preflight':>9} {'examine':>8} {'gold':>17} {'correct':>8} {'KL':>6}")
+print(f"{'fault':20} {'preflight':>9} {'examine':>8} {'gold':>15} {'correct':>8} {'KL':>6}")
 found_by = {}
 for fault in faults:
     of = [end for (name, _), end in ends.items() if name == fault]
     golds = sorted(end["gold"] for end in of)
     correct, kl = (sum(end[k] for end in of) / len(of) for k in ("correct", "kl"))
-    found_by[fault] = (bool(caught[fault]), bool(signals[fault]))
-    marks = ["found" if found else "-" for found in found_by[fault]]
+    alarmed = len(set().union(*signals[fault].values()))  # seeds
+    found_by[fault] = (bool(caught[fault]), alarmed == len(of))
+    before, during = "found" if caught[fault] else "-", f"{alarmed} of {len(of)}"
     span = f"{golds[0]:.2f} to {golds[-1]:.2f}"
-    print(f"{fault:20} {marks[0]:>9} {marks[1]:>8} {span:>17} {correct:8.0%} {kl:6.1f}")
+    print(f"{fault:20} {before:>9} {during:>8} {span:>15} {correct:8.0%} {kl:6.1f}")
 
 # %% [markdown]
-# And what nothing has found:
+# And what neither has found, on every seed:
 
 # %%
 # Pocket only
 missed = [fault for fault, found in found_by.items() if not any(found) and fault != "healthy"]
-print("found by neither:", ", ".join(missed) or "none")
+print("missed:", ", ".join(missed) or "none")
 assert not any(found_by["healthy"])
 assert sum(map(any, found_by.values())) >= 10
 
 # %% [markdown]
-# TODO-STUDY: read the table; name the harmless ones and the costly ones among those that were found late or not at all.
+# A fault and its price are two things. The two penalties that do not hold the policy back end below 0: it babbles to the
+# limit. `lost_gradient`, `one_token_off` and `lost_head` end where SFT began (1.06) or lower, so a day of training was
+# for nothing. Four faults cost nothing that three seeds could show: the padding in the whitening, the whitened returns,
+# the adapter in bfloat16, and the score that is read at padding, whose runs even end above the healthy ones.
+# So a good result does not prove that the code is right: the same four lines may ruin the next run, with
+# another model, rate or length. And do not expect a fault to look bad: the score rose in nearly all of these runs.
 #
-# `swapped_labels` cannot be found by any check of the trainer: it does what it is told, and the score rises. A reward
-# that is the opposite of what was wanted is as good a number as any. Then there is one thing left to do.
+# `swapped_labels` is the costliest of all that nothing finds. No check of the trainer can: it does what it is told, and the
+# score rises. A reward that is the opposite of what was wanted is as good a number as any. Then there is one thing left
+# to do.
 
 # %% [markdown]
 # ## Read ten answers
@@ -325,7 +339,7 @@ for row in read("texts"):
         print(f"{row['fault']:15} {row['prompt'][:36]:36} {row['text'][:60]}")
 
 # %% [markdown]
-# TODO-STUDY: what one reads there.
+# Two plus six is four, the camel lives in the pond. Ten seconds of reading, and no number in the log says so.
 
 # %% [markdown]
 # ## An order of examination

@@ -59,9 +59,9 @@ _EVIDENCE = {
         "{end_kl} at the end"
     ),
     "swapped_labels": (
-        "the trainer would do what it is told, and the first row be the healthy run's but for the "
-        "score, whose sign is turned; in this log another column is one that cannot be: look at "
-        "each beside the healthy run's"
+        "the trainer would do what it is told, and in the first row kl, entropy, length, finished "
+        "and first_ratio be the healthy run's, and the sign of the score turned; in this log one "
+        "of these is not so"
     ),
     "generate_defaults": (
         "the first batch, from which nothing is learnt yet, would be of likelier tokens, and "

@@ -84,14 +84,15 @@ checks.check_patients(answers)
 # </details>
 
 # %% [markdown]
-# **In words.** In one log `kl` is below 0 in some updates. KL cannot be negative in the mean; what would make its
-# estimate so? And why does no number in the log of patient D show that its answers are bad?
+# **In words.** In two logs `kl` is below 0 in some updates. KL cannot be negative in the mean; what would make its
+# estimate so? Which two are they? And why does no number in the log of patient D show that its answers are bad?
 
 # %% [markdown] tags=["solution"]
 # The estimate is the mean of $\log \pi - \log \pi_{\text{ref}}$ over the tokens that were sampled. It is that of a KL only
-# if the tokens come from π. If they come from another distribution (another temperature, top-k, a model that has been
-# updated in between), or if the number that is called $\log \pi$ is not that of the token, the mean can have any sign; and
-# so it can, for some updates, by chance, if the policy is still close to the reference. TODO-STUDY: name the patient.
+# if the tokens come from π, all of them. If they come from another distribution (another temperature, top-k, a model that
+# has been updated in between), or if the number that is called $\log \pi$ is not that of the token, the mean can have any
+# sign; by chance it can fall below 0, too, while the policy is still close to the reference. Patient A's numbers are not
+# those of its tokens. B leaves out a token because of what it is, the EOS: what is left is a mean under no policy.
 #
 # Patient D was trained on a reward with the opposite sign. The trainer raises that score, as it should, and every number
 # it reports is about that score. What is wrong is the wish, and that is written in no log; only somebody who reads the
