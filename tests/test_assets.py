@@ -1,6 +1,7 @@
 """What is promised about the shipped models, measured on the shipped files."""
 
 import json
+from statistics import fmean
 
 import pytest
 import record_clicks
@@ -10,6 +11,8 @@ import train_assets
 
 from rlhf_helpers import reward
 from rlhf_helpers.base import load_base
+from rlhf_helpers.clinic import FAULTS
+from rlhf_helpers.examine import examine
 from rlhf_helpers.pocket import exam, rubric, world
 from rlhf_helpers.presets import ASSETS
 from rlhf_helpers.roles import Roles
@@ -510,6 +513,87 @@ def test_the_logs_of_exercise_08_are_those_of_the_study(tmp_path):
     for name in "ABC":
         log = (ASSETS / "dpo_logs" / f"{name}.csv").read_bytes()
         assert log == (tmp_path / f"{name}.csv").read_bytes()
+
+
+# --- the clinic -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clinic_runs():
+    runs = {}
+    for row in record_ppo.read_csv(ASSETS / "clinic" / "updates.csv"):
+        numbers = {k: float(v) for k, v in row.items() if k not in ("fault", "seed")}
+        runs.setdefault((row["fault"], row["seed"]), []).append(numbers)
+    return runs
+
+
+def clinic_ends(name):
+    """A number of each fault's three runs at their end."""
+    found = {}
+    for row in record_ppo.read_csv(ASSETS / "clinic" / "held_out.csv"):
+        found.setdefault(row["fault"], []).append(float(row[name]))
+    return found
+
+
+def test_every_run_of_the_clinic_is_whole_and_silent(clinic_runs):
+    keys = {(fault, str(seed)) for fault in ("healthy", *FAULTS) for seed in range(3)}
+    assert clinic_runs.keys() == keys
+    assert {tuple(row["update"] for row in rows) for rows in clinic_runs.values()} == {
+        tuple(range(1, 31))
+    }
+    ends, texts = (
+        record_ppo.read_csv(ASSETS / "clinic" / f"{x}.csv") for x in ("held_out", "texts")
+    )
+    assert {row["warnings"] for row in ends} == {"0"} and len(ends) == 45
+    assert len(texts) == 450
+
+
+def test_ten_healthy_runs_trip_no_alarm(clinic_runs):
+    for seed in "012":
+        assert examine(clinic_runs["healthy", seed]) == []
+    studies = {}
+    for row in recorded("ppo/updates.csv"):
+        if row["beta"] == 0.1:
+            studies.setdefault(row["seed"], []).append(row)
+    assert len(studies) == 10
+    assert not [alarm for rows in studies.values() for alarm in examine(rows)]
+
+
+def test_what_is_found_of_each_fault_without_gold(clinic_runs):
+    before = {
+        row["fault"]
+        for row in record_ppo.read_csv(ASSETS / "clinic" / "preflight.csv")
+        if row["passed"] == "0"
+    }
+    assert before == FAULTS.keys() - {"swapped_labels", "adapter_in_bfloat16"}
+    during = {fault for fault in FAULTS if all(examine(clinic_runs[fault, s]) for s in "012")}
+    late = {"swapped_labels", "adapter_in_bfloat16", "generate_defaults"}
+    assert during == FAULTS.keys() - late
+
+
+def test_under_ten_faults_the_score_rises_on_every_seed(clinic_runs):
+    def rise(rows):
+        start, end = (fmean(row["score"] for row in part) for part in (rows[:3], rows[-3:]))
+        return end - start
+
+    rises = {fault: min(rise(clinic_runs[fault, seed]) for seed in "012") for fault in FAULTS}
+    still = {"lost_gradient", "lost_head", "one_token_off", "ratio_to_reference"}
+    assert {fault for fault in FAULTS if rises[fault] > 0.3} == FAULTS.keys() - still
+
+
+def test_what_faults_cost_and_what_they_do_not():
+    gold, kl = clinic_ends("gold"), clinic_ends("kl")
+    healthy = gold["healthy"]
+    for fault in ("kl_sign", "kl_without_gradient"):
+        assert max(gold[fault]) < 0 and min(kl[fault]) > 25
+    for fault in ("lost_gradient", "one_token_off", "lost_head", "swapped_labels"):
+        assert max(gold[fault]) < 1.1
+    assert max(gold["swapped_labels"]) < 0.3
+    for fault in ("padding_whitened", "whitened_returns", "score_at_padding"):
+        assert min(gold[fault]) > min(healthy)
+    assert min(gold["score_at_padding"]) > max(healthy)
+    for fault in ("bare_prompt", "generate_defaults", "adapter_in_bfloat16"):
+        assert 0.02 < fmean(healthy) - fmean(gold[fault]) < 0.1
 
 
 # --- the real run ---------------------------------------------------------------------------------
