@@ -44,6 +44,8 @@ for when in (0, -1):
     print(f"update {logs['A'][when]['update']:.0f}\n{'':18}" + "".join(f"{log:>9}" for log in logs))
     for name in names:
         print(f"{name:18}" + "".join(f"{rows[when][name]:9.3f}" for rows in logs.values()))
+lowest = [min(row["kl"] for row in rows) for rows in logs.values()]
+print("of all updates\n" + f"{'lowest kl':18}" + "".join(f"{kl:9.3f}" for kl in lowest))
 
 # %% [markdown]
 # And what they say, five answers each; change the number to read all ten:
@@ -84,8 +86,9 @@ checks.check_patients(answers)
 # </details>
 
 # %% [markdown]
-# **In words.** In two logs `kl` is below 0 in some updates. KL cannot be negative in the mean; what would make its
-# estimate so? Which two are they? And why does no number in the log of patient D show that its answers are bad?
+# **In words.** In two logs `kl` is below 0 in some updates, as the last line of the table shows. KL cannot be negative in
+# the mean; what would make its estimate so? Which two are they? And why does no number in the log of patient D show that
+# its answers are bad?
 
 # %% [markdown] tags=["solution"]
 # The estimate is the mean of $\log \pi - \log \pi_{\text{ref}}$ over the tokens that were sampled. It is that of a KL only
