@@ -90,10 +90,10 @@ def coin(prompts: list[str], rollout: Rollout) -> torch.Tensor:
 
 GRPO = {"advantages": "grpo", "kl_in": "loss", "kl_kind": "k3", "mean_over": "responses"}
 GROUPS = {"group_size": 4}
-WHOLE = {"ratio_of": "response", "mean_over": "responses"}  # as in TRL's RLOO
+WHOLE = {"ratio_of": "response", "mean_over": "responses"}  # the response is the action
 LOOPS = {  # settings of PPO's loop, and who scores
-    "RLOO": (GROUPS | {"advantages": "rloo"}, None),
-    "RLOO, as TRL": (GROUPS | WHOLE | {"advantages": "rloo"}, None),
+    "RLOO": (GROUPS | WHOLE | {"advantages": "rloo"}, None),
+    "RLOO, tokens": (GROUPS | {"advantages": "rloo"}, None),
     "GRPO": (GROUPS | GRPO, None),
     "GRPO, verifier": (GROUPS | GRPO | {"eos_penalty": 0.0}, verifier),
     "GRPO, coin": (GROUPS | GRPO | {"eos_penalty": 0.0}, coin),
@@ -331,7 +331,7 @@ METHODS: dict[str, tuple[Make, tuple[str, ...]]] = {
         ("policy", "reward", "value"),
     ),
     "RLOO": (loop, ("policy", "reward")),
-    "RLOO, as TRL": (loop, ("policy", "reward")),
+    "RLOO, tokens": (loop, ("policy", "reward")),
     "RLOO by TRL": (trl, ("policy", "reward")),
     "GRPO": (loop, ("policy", "reward")),
     "GRPO by TRL": (trl, ("policy", "reward")),

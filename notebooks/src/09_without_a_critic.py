@@ -128,8 +128,8 @@ for k in (0, 1, 2, 4, 7, 8):
 
 # %%
 asked = [prompt for prompt in prompts[::8][:24] for _ in range(4)]
-settings = {"advantages": "rloo", "group_size": 4} | preset.ppo
-config = ppo.PPOConfig(seed=preset.seed, **settings)
+settings = {"advantages": "rloo", "ratio_of": "response", "mean_over": "responses"}
+config = ppo.PPOConfig(**settings | {"group_size": 4, "seed": preset.seed} | preset.ppo)
 seen = ppo.collect_experience(roles, tokenizer, asked, config, beta=0.1, seed=0)
 flat = losses.equal_groups(seen.scores, 4).float().mean()
 print(f"reward model: {flat:.0%} of {len(asked) // 4} groups are without variance")
@@ -213,7 +213,7 @@ for ratio_of in losses.RATIOS:
 # </details>
 
 # %%
-changes = {"advantages": "grpo", "mean_over": "responses", "minibatch_size": config.batch_size}
+changes = {"advantages": "grpo", "ratio_of": "token", "minibatch_size": config.batch_size}
 first = replace(config, **changes)
 seen = ppo.collect_experience(roles, tokenizer, asked[: config.batch_size], first, 0.1, seed=0)
 whole = slice(0, config.batch_size)
@@ -277,10 +277,10 @@ for name, model in known.items():
 #
 # ## A short run
 #
-# The same `train_ppo` as in lesson 04; one setting is changed, and there is no `value` role.
+# The same `train_ppo` as in lesson 04, with the row RLOO of the table as its settings, and no `value` role.
 
 # %%
-short = replace(config, updates=8, **{"mean_over": "tokens"})
+short = replace(config, updates=8)
 history = []
 for stats in tqdm(ppo.train_ppo(roles, tokenizer, prompts, short), total=short.updates):
     marks = gold(stats.experience.prompts, stats.experience.rollout).mean().item()
@@ -380,8 +380,7 @@ for row in sampled:
 
 # %% [markdown]
 # Two updates show that it runs. How far thirty take it is recorded, for our loop and for TRL's trainers, from the same
-# adapter and with the same settings. (TRL's RLOO has a ratio of the whole answer and a mean over responses; the row above
-# it is our loop with these switches.)
+# adapter and with the same settings. (`RLOO, tokens` is our loop with the ratio and the mean of lesson 03, both by token.)
 
 
 # %%
@@ -405,7 +404,7 @@ def mean(method, column):
     return statistics.fmean(of(method, column))
 
 
-for method in ("RLOO, as TRL", "RLOO by TRL", "GRPO", "GRPO by TRL"):
+for method in ("RLOO", "RLOO by TRL", "RLOO, tokens", "GRPO", "GRPO by TRL"):
     found = of(method, "gold")
     print(f"{method:13}{len(found):3} runs, gold {mean(method, 'gold'):.2f}", end=" ")
     print(f"({min(found):.2f} to {max(found):.2f}), proxy {mean(method, 'proxy'):.2f},", end=" ")
