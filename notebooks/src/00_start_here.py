@@ -415,6 +415,7 @@ assert answering["right"] < answering["left"] - 0.1
 # | comparisons of your own, training on, rounds | 06 |
 # | runs that are broken and do not say so | 07 |
 # | DPO: preferences without a reward model | 08 |
+# | PPO without its critic, and all methods compared | 09 |
 
 # %% [markdown]
 # ## The numbers to beat

@@ -2,7 +2,7 @@
 # # 08 · DPO: preferences without a reward model
 #
 # **Run time** about two and a half minutes on two CPU cores · **Before this** lessons 02 and 05 ·
-# **Exercise** `exercises/08_dpo.ipynb`
+# **Next** lesson 09, without a critic · **Exercise** `exercises/08_dpo.ipynb`
 #
 # After this lesson you will be able to
 #
@@ -772,6 +772,8 @@ print(
 # - Only the gap is asked for. Answers of SFT, chosen ones included, lose what the policy gives to others.
 # - In single runs far from SFT its implicit rewards still ranked SFT's answers well, while its own were no better or worse.
 #   Stop early, and judge what the policy says now; new pairs alone did not help here.
+#
+# DPO has neither reward model nor critic. Lesson 09 keeps the reward model and drops the critic.
 #
 # **Further reading.** Rafailov et al. 2023 (arXiv 2305.18290): equation 4, the best policy; 5, the reward in terms of
 # it;

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 09 · Without a critic: RLOO and GRPO, and TRL's own trainers
 #
-# **Run time** about three minutes on two CPU cores · **Before this** lessons 03, 04 and 05 ·
+# **Run time** about a minute on two CPU cores · **Before this** lessons 03, 04 and 05 ·
 # **Exercise** `exercises/09_without_a_critic.ipynb`
 #
 # After this lesson you will be able to
@@ -17,16 +17,12 @@ PRESET = "pocket"  # every number below is from this preset
 import csv
 import itertools
 import statistics
-import warnings
 from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import LlamaConfig
 
 from rlhf_helpers import losses, memory, notebook, plots, ppo
 from rlhf_helpers.base import load_base
@@ -35,7 +31,6 @@ from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.sources import load_gold, prompt_dataset
 from rlhf_helpers.text import load_tokenizer
-from rlhf_helpers.trl_rewards import keep_float32, reward_function
 
 # %%
 preset = load_preset(PRESET)
@@ -272,8 +267,8 @@ for name, model in known.items():
         print(f"{name}, GB: {ways}")
 
 # %% [markdown]
-# With full models, a critic is a third of the bill: it trains. With adapters on one base it is small. What groups cost
-# instead is variety: 64 answers to 16 prompts, in place of 64 prompts.
+# With full models the critic is more than two fifths of the bill, since it trains. With adapters on one base it is an
+# eighth. What groups cost instead is variety: 64 answers to 16 prompts, in place of 64 prompts.
 #
 # ## A short run
 #
@@ -308,12 +303,30 @@ assert preset.name != "pocket" or history[-1][0].score > history[0][0].score
 # reference would be the bare base.
 
 # %%
+import warnings
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from rlhf_helpers.trl_rewards import keep_float32, reward_function
+
+warnings.filterwarnings("ignore", ".*gradient_checkpointing`", FutureWarning)  # of the libraries
+
+# %% [markdown]
+# First a policy as one should not give it: the bare base.
+
+# %%
 judge = Roles(load_base(preset))
 judge.load("reward", find_adapter(preset, "reward"))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     reward_function(judge, tokenizer, load_base(preset))  # broken on purpose
 print(caught[-1].message)
+
+# %% [markdown]
+# And now the SFT adapter. The function scores a response with its EOS, and one that was cut off before it:
 
 # %%
 sft = find_adapter(preset, "sft")
@@ -325,6 +338,9 @@ for name, ids in both.items():
     print(f"{name:9} {score(prompts=['what does the duck say?'], completion_ids=[ids])[0]:.2f}")
 
 # %% [markdown]
+# Without EOS the reward model reads its number at a token that ended no response in training, so it means nothing; here it
+# is the higher one, even after the point that `reward_function` takes off. Nobody sees that in a text.
+#
 # Every setting that differs from TRL's default, with its reason. To take it to a GPU and a real model, change the lines
 # under *machine*.
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 07 · Exercises: the debugging clinic
 #
-# **Run time** about a minute on two CPU cores · **Your time** about 50 minutes · **Before this** lesson 07
+# **Run time** about half a minute on two CPU cores · **Your time** about 50 minutes · **Before this** lesson 07
 #
 # Six patients to diagnose, and a trainer to mend. The checks name what speaks against a wrong answer; Run All works
 # with nothing filled in. To compare with the solution, run `nbdiff-web exercises/07_clinic.ipynb

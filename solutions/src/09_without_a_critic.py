@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 09 · Exercises: without a critic
 #
-# **Run time** about a minute and a half on two CPU cores · **Your time** about 60 minutes · **Before this**
+# **Run time** about half a minute on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 09
 #
 # You write both advantages of groups and the KL penalty of GRPO with its gradient, and find out from the numbers of a run
