@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab course test test-isa compare build check-sync lint
+.PHONY: help lab course test test-isa compare build check-sync lint wheel
 
 help:
 	@echo "make lab         open the first lesson in JupyterLab"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-isa    run the numeric tests as on processors with fewer instructions (x86-64)"
 	@echo "make build       build the notebooks whose source changed"
 	@echo "make check-sync  check that every notebook is what its source gives"
+	@echo "make wheel       the package as one file in build/, to upload to Colab"
 	@echo "make lint        ruff, and the style report of the notebooks"
 
 lab: $(READY)
@@ -74,6 +75,9 @@ build: $(READY)
 
 check-sync: $(READY)
 	$(RUN) tools/build_notebooks.py check-sync
+
+wheel: $(READY)
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir build .
 
 lint: $(READY)
 	$(RUN) -m ruff check .

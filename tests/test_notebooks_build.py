@@ -3,12 +3,14 @@
 import contextlib
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import build_notebooks as bn
 import nbformat
 import pytest
 import run_course
+from IPython.core.interactiveshell import InteractiveShell
 from nbformat import v4
 
 LESSON = """\
@@ -254,6 +256,90 @@ def test_an_interrupted_write_leaves_the_old_notebook(course, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bn.write_notebook(bn.canonical(notebook(code("1")), "x"), path)
     assert path.read_text() == before
+
+
+# --- the address of the course --------------------------------------------------------------
+
+PROJECT = """\
+[project]
+name = "rlhf_helpers"
+version = "0.1.0"
+[tool.course]
+repository = "{}"
+"""
+ADDRESS = "https://github.com/somebody/course"
+
+
+def stamped(root, address):
+    """The built notebook of `root`, a copy of the tiny course, after the address became this."""
+    write(root / "pyproject.toml", PROJECT.format(address))
+    assert bn.build(root) == []
+    return bn.read_notebook(root / "notebooks/01_tiny.ipynb")
+
+
+def in_colab(source, folder, monkeypatch):
+    """What a set-up cell asks pip for when it runs in `folder`, as in Colab."""
+    asked = []
+    shell = InteractiveShell()
+    shell.register_magic_function(asked.append, magic_name="pip")
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.chdir(folder)
+    shell.run_cell(source).raise_error()
+    return asked
+
+
+def test_without_an_address_no_notebook_names_one(course):
+    nb = stamped(course, "")
+    texts = [path.read_text() for path in sorted(course.glob("*/*.ipynb"))]
+    assert len(texts) == 3
+    assert not any("http" in text or "badge" in text for text in texts)
+    assert "pip install" in nb.cells[1].source
+
+
+def test_with_an_address_badge_and_setup_name_it(course):
+    nb = stamped(course, ADDRESS)
+    colab = "https://colab.research.google.com/github/somebody/course/blob/v0.1.0"
+    assert f"({colab}/notebooks/01_tiny.ipynb)" in nb.cells[0].source
+    assert f'"rlhf_helpers @ git+{ADDRESS}@v0.1.0"' in nb.cells[1].source
+    exercise = bn.read_notebook(course / "exercises/01_tiny.ipynb")
+    assert f"({colab}/exercises/01_tiny.ipynb)" in exercise.cells[0].source
+
+
+def test_another_address_keeps_the_outputs(course, monkeypatch):
+    before = stamped(course, "")
+    monkeypatch.setattr(bn, "execute", lambda *arguments: pytest.fail("executed"))
+    after = stamped(course, ADDRESS)
+    assert before.cells[1].source != after.cells[1].source
+    assert [c.get("outputs") for c in after.cells] == [c.get("outputs") for c in before.cells]
+    assert bn.check_sync(course) == []
+
+
+@pytest.mark.parametrize(
+    "address", ["http://github.com/a/b", "https://github.com/a", f"{ADDRESS}/", "a/b"]
+)
+def test_an_address_that_colab_cannot_open_is_refused(course, address):
+    write(course / "pyproject.toml", PROJECT.format(address))
+    with pytest.raises(bn.BuildError, match=re.escape(repr(address))):
+        bn.read_source(course / "notebooks/src/01_tiny.py")
+
+
+def test_setup_with_an_address_installs_from_it(course, tmp_path, monkeypatch):
+    source = stamped(course, ADDRESS).cells[1].source
+    asked = in_colab(source, tmp_path, monkeypatch)
+    assert asked == [f'install --quiet "rlhf_helpers @ git+{ADDRESS}@v0.1.0"']
+
+
+def test_setup_without_an_address_installs_the_uploaded_wheel(course, tmp_path, monkeypatch):
+    source = stamped(course, "").cells[1].source
+    wheel = write(tmp_path / "my files" / "rlhf_helpers-0.1.0-py3-none-any.whl", "")
+    asked = in_colab(source, wheel.parent, monkeypatch)
+    assert asked == [f'install --quiet "{wheel}"']
+
+
+def test_setup_without_address_and_wheel_says_what_to_do(course, tmp_path, monkeypatch):
+    source = stamped(course, "").cells[1].source
+    with pytest.raises(SystemExit, match=r"Upload rlhf_helpers-\*.whl.*or set the address"):
+        in_colab(source, tmp_path, monkeypatch)
 
 
 # --- stderr --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The course's own notebooks; and that each guard here would notice the fault it is for."""
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import build_notebooks as bn
@@ -55,6 +56,14 @@ def test_there_is_something_to_guard():
 
 def test_every_notebook_is_what_its_source_gives():
     assert bn.check_sync(bn.ROOT) == []
+
+
+def test_no_notebook_and_no_page_names_a_repository_that_is_not_ours():
+    table = tomllib.loads((bn.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert bn.course_address(table) == "", "the course is shipped without an address"
+    pages = [*stored(), bn.ROOT / "README.md", *(bn.ROOT / "docs").glob("*.md")]
+    texts = {path: path.read_text(encoding="utf-8") for path in pages}
+    assert [p for p, text in texts.items() if "git+http" in text or "colab-badge" in text] == []
 
 
 def test_every_compared_cell_has_an_output():

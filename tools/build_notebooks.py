@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +33,27 @@ from nbformat import NotebookNode
 from tqdm import tqdm
 
 COLAB = "https://colab.research.google.com"
+SETUP_LINE = "# In Colab this installs the course; elsewhere it does nothing."
 # Colab keeps its own torch: the package asks for no version of it.
 SETUP = """\
-# In Colab this installs the course; elsewhere it does nothing.
 import sys
 
 if "google.colab" in sys.modules:
     %pip install --quiet "{name} @ git+{address}@{tag}\""""
+# While the course has no address, from a wheel that the learner uploads.
+SETUP_FROM_WHEEL = """\
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules:
+    wheels = sorted(Path.cwd().glob("{name}-*.whl"))
+    if not wheels:
+        sys.exit(
+            "Upload {name}-*.whl, which `make wheel` writes, beside this notebook, or set "
+            "the address of your copy of the course in pyproject.toml and run `make build`."
+        )
+    %pip install --quiet "{{wheels[-1]}}\""""
+ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 600  # seconds
 REMEDY = "Remedy: edit the source under src/, then run `make build` and commit both files."
@@ -163,21 +177,45 @@ def notebook_text(nb: NotebookNode) -> str:
 
 
 def stamp(nb: NotebookNode, root: Path, folder: str, stem: str) -> None:
-    """Add Colab's badge to the title, and after it the set-up for Colab and links, in place."""
+    """Add Colab's badge to the title, and after it the set-up for Colab and links, in place.
+
+    Without an address in pyproject.toml there is no badge, and the set-up takes a wheel.
+    """
     with (root / "pyproject.toml").open("rb") as file:
-        project = tomllib.load(file)["project"]
-    address, tag = project["urls"]["Repository"], f"v{project['version']}"
-    page = address.replace("https://github.com", f"{COLAB}/github")
-    link = f"{page}/blob/{tag}/{folder}/{stem}.ipynb"
-    nb.cells[0].source += f"\n\n[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
-    setup = SETUP.format(name=project["name"], address=address, tag=tag)
+        table = tomllib.load(file)
+    project, address = table["project"], course_address(table)
+    name, tag = project["name"], f"v{project['version']}"
+    if address:
+        page = address.replace("https://github.com", f"{COLAB}/github")
+        link = f"{page}/blob/{tag}/{folder}/{stem}.ipynb"
+        nb.cells[0].source += f"\n\n[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
+        setup = SETUP.format(name=name, address=address, tag=tag)
+    else:
+        setup = SETUP_FROM_WHEEL.format(name=name)
     links = "**Go to** " + " · ".join(neighbours(root, folder, stem))
-    cells = [nbformat.v4.new_code_cell(setup), nbformat.v4.new_markdown_cell(links)]
-    nb.cells[1:1] = cells
+    first = nbformat.v4.new_code_cell(f"{SETUP_LINE}\n{setup}")
+    nb.cells[1:1] = [first, nbformat.v4.new_markdown_cell(links)]
+
+
+def course_address(table: Mapping) -> str:
+    """The address of the course's repository in the table of pyproject.toml, "" if there is none.
+
+    Raises BuildError if it is not that of a repository on GitHub, the one host that Colab opens.
+    """
+    address = table.get("tool", {}).get("course", {}).get("repository", "")
+    if address and not ADDRESS.fullmatch(address):
+        raise BuildError(
+            f"pyproject.toml: [tool.course] repository is {address!r}; give "
+            "https://github.com/<owner>/<name>, with nothing after it, or leave it empty"
+        )
+    return address
 
 
 def neighbours(root: Path, folder: str, stem: str) -> list[str]:
-    """Links from a notebook to its lesson, exercise and solution, the lessons before and after."""
+    """Links from a notebook to its lesson and exercise, the lessons before and after.
+
+    Only the exercise leads to the solution: see `make_exercise`.
+    """
     lessons, solutions = (
         sorted(path.stem for path in (root / name / "src").glob("*.py"))
         for name in ("notebooks", "solutions")
@@ -185,7 +223,7 @@ def neighbours(root: Path, folder: str, stem: str) -> list[str]:
     places = {"the previous lesson": ("notebooks", before(lessons, stem))}
     places["the lesson"] = ("notebooks", stem)
     if stem in solutions:
-        places |= {"its exercise": ("exercises", stem), "its solution": ("solutions", stem)}
+        places["its exercise"] = ("exercises", stem)
     places["the next lesson"] = ("notebooks", before(lessons[::-1], stem))
     return [
         f"[{words}](../{place}/{name}.ipynb)"
@@ -480,11 +518,14 @@ def cold(folder: Path) -> Iterator[None]:
 
 
 def rewrite_prose(target: Target) -> bool:
-    """Write the notebook with the outputs that it has, if no code changed and they are clean."""
+    """Write the notebook with the outputs that it has, if no code changed and they are clean.
+
+    The set-up for Colab counts as prose: no output depends on it.
+    """
     nb = read_source(target.source)
     old = read_notebook(target.notebook) if target.notebook.exists() else nb
     new_code, old_code = ([c for c in n.cells if c.cell_type == "code"] for n in (nb, old))
-    if [(c.source, tags(c)) for c in new_code] != [(c.source, tags(c)) for c in old_code]:
+    if [(what_runs(c), tags(c)) for c in new_code] != [(what_runs(c), tags(c)) for c in old_code]:
         return False
     for new, kept in zip(new_code, old_code, strict=True):
         new.outputs, new.execution_count = kept.outputs, kept.execution_count
@@ -492,6 +533,11 @@ def rewrite_prose(target: Target) -> bool:
         return False
     write_notebook(nb, target.notebook)
     return True
+
+
+def what_runs(cell: NotebookNode) -> str:
+    """The code of a cell, as far as it runs outside Colab: the set-up does nothing there."""
+    return SETUP_LINE if cell.source.startswith(SETUP_LINE) else cell.source
 
 
 def build_exercise(target: Target) -> None:
