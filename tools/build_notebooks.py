@@ -677,7 +677,7 @@ class Style:
 
 def style_report(nb: NotebookNode) -> Style:
     """Measure a notebook against the course's style."""
-    lines = [len(c.source.splitlines()) for c in nb.cells if c.cell_type == "code"]
+    lines = [len(what_runs(c).splitlines()) for c in nb.cells if c.cell_type == "code"]
     prose = sum(c.cell_type == "markdown" for c in nb.cells)
     ratio = prose / max(len(lines), 1)
     median, longest = statistics.median(lines or [0]), max(lines or [0])
