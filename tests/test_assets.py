@@ -3,6 +3,7 @@
 import json
 from statistics import fmean
 
+import league
 import pytest
 import record_clicks
 import record_dpo
@@ -594,6 +595,86 @@ def test_what_faults_cost_and_what_they_do_not():
     assert min(gold["score_at_padding"]) > max(healthy)
     for fault in ("bare_prompt", "generate_defaults", "adapter_in_bfloat16"):
         assert 0.02 < fmean(healthy) - fmean(gold[fault]) < 0.1
+
+
+# --- the league -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def standings():
+    """Rows of a method by seed."""
+    found = {}
+    for row in record_ppo.read_csv(ASSETS / "league" / "league.csv"):
+        numbers = {k: float(v) for k, v in row.items() if v and k not in ("method", "example")}
+        assert int(row["seed"]) not in found.setdefault(row["method"], {})
+        found[row["method"]][int(row["seed"])] = numbers
+    return found
+
+
+def column(rows, name):
+    return [row[name] for row in rows.values()]
+
+
+def test_the_league_has_every_method_and_whole_curves(standings):
+    assert standings.keys() == league.METHODS.keys()
+    updates = {}
+    for row in record_ppo.read_csv(ASSETS / "league" / "curves.csv"):
+        updates.setdefault((row["method"], int(row["seed"])), []).append(int(row["update"]))
+    runs = {(method, seed) for method in league.LOOPS for seed in standings[method]}
+    assert updates == dict.fromkeys(runs, [*range(1, 31)])
+    samples = {method: set(column(standings[method], "samples")) for method in standings}
+    asked = ("PPO", *league.LOOPS, "RLOO by TRL", "GRPO by TRL", "SFT on the best")
+    assert {method: samples[method] for method in asked} == dict.fromkeys(asked, {1920})
+
+
+def test_the_order_of_the_league_is_as_lesson_09_tells_it(standings):
+    gold = {method: column(rows, "gold") for method, rows in standings.items()}
+    trained = [x for method in gold for x in gold[method] if "best-" not in method]
+    assert min(gold["best-of-4"]) > max(trained) and min(gold["best-of-16"]) > max(trained)
+    assert abs(fmean(gold["RLOO"]) - fmean(gold["PPO"])) < 0.05
+    assert fmean(gold["RLOO"]) - 0.1 > fmean(gold["GRPO"]) > fmean(gold["SFT"]) + 0.15
+    assert fmean(column(standings["GRPO"], "kl")) > fmean(column(standings["RLOO"], "kl")) + 0.3
+    copied, start = standings["SFT on the best"], standings["SFT"]
+    assert min(column(copied, "polite")) > 0.55 > 2 * max(column(start, "polite"))
+    assert fmean(column(copied, "correct")) - fmean(column(start, "correct")) < 0.08
+    assert fmean(gold["online DPO"]) < fmean(gold["DPO"]) < fmean(gold["SFT"]) + 0.12
+
+
+def test_without_a_critic_gold_rises_by_a_third_of_a_point(standings):
+    gains = [
+        row["gold"] - standings["SFT"][seed]["gold"] for seed, row in standings["RLOO"].items()
+    ]
+    assert min(gains) > 0.3
+
+
+@pytest.mark.parametrize("method", ["RLOO", "GRPO"])
+def test_trl_ends_where_our_loop_does(standings, method):
+    ours, theirs = (column(standings[name], "gold") for name in (method, f"{method} by TRL"))
+    assert min(ours) - 0.05 < fmean(theirs) < max(ours) + 0.05
+    assert abs(fmean(ours) - fmean(theirs)) < max(ours) - min(ours)
+
+
+def test_a_mean_over_tokens_costs_rloo_a_tenth(standings):
+    whole, tokens = standings["RLOO"], standings["RLOO, tokens"]
+    gaps = [whole[seed]["gold"] - tokens[seed]["gold"] for seed in whole.keys() & tokens.keys()]
+    assert min(gaps) > 0 and 0.05 < fmean(gaps) < 0.15
+
+
+def test_a_program_raises_what_it_asks_for_and_a_coin_nothing(standings):
+    start, program, coin = (standings[x] for x in ("SFT", "GRPO, verifier", "GRPO, coin"))
+    assert min(column(program, "correct")) > 0.75
+    assert abs(fmean(column(program, "tokens")) - fmean(column(start, "tokens"))) < 1
+    assert fmean(column(program, "polite")) < fmean(column(start, "polite"))
+    assert 0.2 < fmean(column(program, "flat_groups")) < 0.5
+    assert abs(fmean(column(coin, "correct")) - fmean(column(start, "correct"))) < 0.05
+    assert fmean(column(coin, "kl")) > 0.2
+
+
+def test_an_update_without_a_critic_takes_less_time():
+    seconds = {}
+    for row in record_ppo.read_csv(ASSETS / "league" / "timing.csv"):
+        seconds.setdefault(row["method"], []).append(float(row["cpu_seconds"]))
+    assert max(seconds["RLOO"] + seconds["GRPO"]) < 0.75 * min(seconds["PPO"])
 
 
 # --- the real run ---------------------------------------------------------------------------------
