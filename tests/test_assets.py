@@ -621,10 +621,10 @@ def test_the_league_has_every_method_and_whole_curves(standings):
     for row in record_ppo.read_csv(ASSETS / "league" / "curves.csv"):
         updates.setdefault((row["method"], int(row["seed"])), []).append(int(row["update"]))
     runs = {(method, seed) for method in league.LOOPS for seed in standings[method]}
-    assert updates == dict.fromkeys(runs, [*range(1, 31)])
+    assert updates == {key: [*range(1, 31)] for key in runs}
     samples = {method: set(column(standings[method], "samples")) for method in standings}
     asked = ("PPO", *league.LOOPS, "RLOO by TRL", "GRPO by TRL", "SFT on the best")
-    assert {method: samples[method] for method in asked} == dict.fromkeys(asked, {1920})
+    assert {method: samples[method] for method in asked} == {key: {1920} for key in asked}
 
 
 def test_the_order_of_the_league_is_as_lesson_09_tells_it(standings):
