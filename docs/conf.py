@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -30,14 +32,15 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 copybutton_exclude = ".linenos, .gp, .go"
 
-default_role = "code"
 autoapi_dirs = [str(ROOT / "rlhf_helpers")]
 autoapi_root = "docs/api"
 autoapi_add_toctree_entry = False
 autoapi_own_page_level = "module"
-autoapi_options = ["members", "undoc-members", "show-module-summary"]
+autoapi_options = ["members", "undoc-members"]
 autoapi_python_class_content = "class"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_ivar = True  # a field with an annotation is documented once, by it
+suppress_warnings = ["autoapi.python_import_resolution"]  # names that the package makes in a loop
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
@@ -47,11 +50,13 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_extra"]  # index.html, which leads to docs/index.html
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "use_download_button": True,
     "use_fullscreen_button": False,
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search stands in the sidebar
 }
 
 
@@ -65,6 +70,17 @@ def on_source(app, name, source):
         source[0] = unlinked(source[0], unbuilt(ROOT))
 
 
+def on_doctree(app, doctree):
+    """A cell with several figures gave them all its alt texts, a line each; give each its own."""
+    for cell in doctree.findall(nodes.container):
+        if cell.get("nb_element") != "cell_code":
+            continue
+        images = list(cell.findall(nodes.image))
+        alts = images[0]["alt"].split("\n") if images else []
+        for image, alt in zip(images, alts, strict=True):
+            image["alt"] = alt
+
+
 def on_docstring(app, what, name, obj, options, lines):
     """Formulas keep their stars, bars and underscores."""
     lines[:] = rst_safe(lines)
@@ -73,4 +89,5 @@ def on_docstring(app, what, name, obj, options, lines):
 def setup(app):
     """Hooks: ours on docstrings before napoleon's."""
     app.connect("source-read", on_source, priority=100)
+    app.connect("doctree-read", on_doctree)
     app.connect("autodoc-process-docstring", on_docstring, priority=100)

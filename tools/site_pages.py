@@ -54,7 +54,7 @@ def as_page(nb: dict, missing: set[str]) -> dict:
         if cell["cell_type"] == "markdown":
             cell["source"] = unlinked("".join(cell["source"]), missing)
         elif alts := [image["alt"] for image in map(image_metadata, cell["outputs"]) if image]:
-            cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(alts)}}
+            cell["metadata"]["mystnb"] = {"image": {"alt": "\n".join(alts)}}
     return nb
 
 
@@ -66,14 +66,38 @@ def image_metadata(output: dict) -> dict:
 def rst_safe(lines: Sequence[str]) -> list[str]:
     r"""A docstring's lines in which reStructuredText finds no markup but code.
 
-    >>> rst_safe(["Σ |x_| * `a*b`", ">>> f(*x)"])
-    ['Σ \\|x\\_\\| \\* `a*b`', '>>> f(*x)']
+    Examples and what is set in after a colon and a blank line stay as they are.
+
+    >>> rst_safe(["Σ |x_| * `a*b`s", ">>> f(*x)"])
+    ['Σ \\|x\\_\\| \\* ``a*b``\\ s', '>>> f(*x)']
     """
-    safe, example = [], False
-    for line in lines:
+    safe, example, block = [], False, None
+    for number, line in enumerate(lines):
+        depth = len(line) - len(line.lstrip())
+        if block is not None and line.strip() and depth <= block:
+            block = None
         example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        parts = CODE.split(line)
-        if not example:
-            parts[::2] = [re.sub(r"(\*|\||_(?!\w))", r"\\\1", part) for part in parts[::2]]
-        safe.append("".join(parts))
+        if example or block is not None:
+            safe.append(line)
+            continue
+        safe.append(escaped(line))
+        if line.endswith(":") and opens_block(lines[number + 1 : number + 3], depth):
+            safe[-1] += ":"
+            block = depth
     return safe
+
+
+def opens_block(following: Sequence[str], depth: int) -> bool:
+    """Whether a blank line comes, and then one that is set in by more than ``depth``."""
+    blank = len(following) == 2 and not following[0].strip()
+    return blank and following[1].startswith(" " * (depth + 1))
+
+
+def escaped(line: str) -> str:
+    """Prose with its stars, bars and last underscores escaped, and `code` as ``code``."""
+    parts = CODE.split(line)
+    parts[::2] = [re.sub(r"(\*|\||_(?!\w))", r"\\\1", part) for part in parts[::2]]
+    for index in range(1, len(parts), 2):
+        plural = r"\ " if re.match(r"\w", parts[index + 1]) else ""
+        parts[index] = f"``{parts[index].strip('`')}``{plural}"
+    return "".join(parts)
