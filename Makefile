@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
+SITE := .venv-site
 
 # The default preset needs no network: with this, anything that tries it fails at once.
 OFFLINE := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab course test test-isa compare build check-sync lint wheel
+.PHONY: help lab course test test-isa compare build check-sync lint wheel site
 
 help:
 	@echo "make lab         open the first lesson in JupyterLab"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-isa    run the numeric tests as on processors with fewer instructions (x86-64)"
 	@echo "make build       build the notebooks whose source changed"
 	@echo "make check-sync  check that every notebook is what its source gives"
+	@echo "make site        the course as web pages, in build/site"
 	@echo "make wheel       the package as one file in build/, to upload to Colab"
 	@echo "make lint        ruff, and the style report of the notebooks"
 
@@ -76,6 +78,10 @@ build: $(READY)
 check-sync: $(READY)
 	$(RUN) tools/build_notebooks.py check-sync
 
+site: $(SITE)/.installed
+	$(SITE)/bin/python -m sphinx -c docs -W --keep-going -q -d build/doctrees . build/site
+	@echo "Open build/site/index.html"
+
 wheel: $(READY)
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir build .
 
@@ -95,4 +101,15 @@ $(READY): pyproject.toml constraints.txt
 		$(RUN) -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"; \
 		$(RUN) -m pip install --quiet -c constraints.txt -e ".[dev]"; \
 	fi
+	@touch $@
+
+# Neither the package nor torch: the site's tools read notebooks and sources, and run nothing.
+SITE_TOOLS := import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*extras["optional-dependencies"]["site"], sep="\n")
+
+$(SITE)/.installed: pyproject.toml
+	@echo "Installing into $(SITE)"
+	@test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	@$(SITE)/bin/python -c '$(SITE_TOOLS)' > $(SITE)/tools.txt
+	@$(SITE)/bin/python -m pip install --quiet -r $(SITE)/tools.txt
 	@touch $@

@@ -6,7 +6,7 @@ The core is any model and any data: `guards`, `kinds`, `validation`, `presets`, 
 `preflight`, `clinic`, `trl_rewards`, `clicks_file`, `clicks_questions`, `clicks`, `clicks_panel`,
 and `checks` of the exercises. `pocket` is the world that comes with the course, one user of the
 core. `sources` knows both, and says which data and which gold a preset means. Each module imports
-only from those before it; README's section for contributors has the table. Importing this package
+only from those before it; docs/contributors.md has the table. Importing this package
 loads none of them.
 """
 

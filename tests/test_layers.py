@@ -1,4 +1,4 @@
-"""The floors of the package: the table in README's section for contributors holds.
+"""The floors of the package: the table in docs/contributors.md holds.
 
 A module imports only from those before it in the table, also within a function, and only `sources`
 imports the pocket world.
@@ -16,10 +16,9 @@ PACKAGE = ROOT / "rlhf_helpers"
 WORLD, BRIDGE = "pocket", "sources"
 
 
-def floors(readme: str) -> list[str]:
+def floors(page: str) -> list[str]:
     """The modules in the order of the table of floors, from its first column."""
-    section = readme.partition("## For contributors")[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
     return [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
 
 
@@ -66,7 +65,7 @@ def offences(package: Path, order: list[str]) -> list[str]:
     return found
 
 
-ORDER = floors((ROOT / "README.md").read_text(encoding="utf-8"))
+ORDER = floors((ROOT / "docs" / "contributors.md").read_text(encoding="utf-8"))
 
 
 def test_the_table_names_every_module_once():

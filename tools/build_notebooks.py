@@ -212,7 +212,7 @@ def course_address(table: Mapping) -> str:
 
 
 def neighbours(root: Path, folder: str, stem: str) -> list[str]:
-    """Links from a notebook to its lesson and exercise, the lessons before and after.
+    """Links from a notebook to its lesson and exercise, the lessons around it, and the glossary.
 
     Only the exercise leads to the solution: see `make_exercise`.
     """
@@ -225,11 +225,12 @@ def neighbours(root: Path, folder: str, stem: str) -> list[str]:
     if stem in solutions:
         places["its exercise"] = ("exercises", stem)
     places["the next lesson"] = ("notebooks", before(lessons[::-1], stem))
-    return [
+    links = [
         f"[{words}](../{place}/{name}.ipynb)"
         for words, (place, name) in places.items()
         if name and (place, name) != (folder, stem)
     ]
+    return [*links, "[what the logs say](../docs/glossary.md)"]
 
 
 def before(names: Sequence[str], name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Say whether this Python has what the course needs, at the versions it is tested with.
 
-Reads pyproject.toml (with all extras) and constraints.txt. Exit status 1, and a line for each
-package that is missing or of another version, if something has to be installed.
+Reads pyproject.toml (with its extras, but not that of the site, which has a place of its own) and
+constraints.txt. Exit status 1, and a line for each package that is missing or of another version,
+if something has to be installed.
 """
 
 import sys
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def needed(root: Path) -> list[Requirement]:
     """The dependencies, those of the extras, and the pinned versions."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], extras["lab"], extras["dev"]]
     pins = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
     groups.append([line for line in pins if line.strip() and not line.startswith("#")])
     own = Requirement(project["name"])

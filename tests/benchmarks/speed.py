@@ -1,4 +1,4 @@
-"""All benchmarks in one run, one after another: the table of README comes from this.
+"""All benchmarks in one run, one after another: the table of docs/speed.md comes from this.
 
 python tests/benchmarks/speed.py [PYTHON_WITH_TRL_1_12]
 
