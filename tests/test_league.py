@@ -183,8 +183,8 @@ def test_the_table_shows_every_method_and_counts_seeds_above_sft(tmp_path, made)
     lines = league.table(tmp_path).splitlines()
     assert len(lines) == 3 and lines[2].startswith("RLOO                2        1.25")
     assert lines[2].endswith("1.10 to  1.40   1 of 2")
-    league.draw(tmp_path)
-    assert (tmp_path / "league.png").stat().st_size > 1000
+    league.draw(tmp_path, tmp_path / "figures" / "league.png")
+    assert (tmp_path / "figures" / "league.png").stat().st_size > 1000
 
 
 def test_three_roles_take_less_than_four():

@@ -4,7 +4,7 @@
     python tools/league.py --part 1/2        # half of the runs; the other process takes 2/2
     python tools/league.py --methods rloo grpo --seeds 3
     python tools/league.py --timing          # seconds of PPO's loop with and without a critic
-    python tools/league.py --table           # the table, and the figure beside the rows
+    python tools/league.py --table           # the table; the figure goes to runs/league.png
 
 A row is a method at a seed, judged on the held-out prompts just as the ends of PPO's and DPO's runs
 are. Rows of DPO, online DPO and PPO are read from what lessons 05 and 08 have recorded. All
@@ -50,6 +50,7 @@ from rlhf_helpers.text import load_tokenizer
 from rlhf_helpers.trl_rewards import keep_float32, reward_function
 
 OUT = ASSETS / "league"
+FIGURE = Path(__file__).parents[1] / "runs" / "league.png"
 DRAWN = ("SFT on the best", "DPO", "online DPO", "PPO", "RLOO", "GRPO", "GRPO, verifier")
 AT_A_TIME = 1024  # answers that are sampled at a time, a multiple of every n
 SAMPLES = PPOConfig.updates * PPOConfig.batch_size  # of a run of PPO, and of the others
@@ -459,7 +460,7 @@ def table(out: Path) -> str:
     return "\n".join(lines)
 
 
-def draw(out: Path) -> None:
+def draw(out: Path, path: Path) -> None:
     """Gold against √KL, a point for each run and a hull for each method; SFT is best of one."""
     plots.use_style()
     groups: dict[str, list] = {}
@@ -469,7 +470,8 @@ def draw(out: Path) -> None:
             points = [(max(row["kl"], 0) ** 0.5, row["gold"]) for row in rows]
             groups.setdefault(name, []).extend(points)
     figure = plots.scatter(groups, "√KL to SFT, √nats", "gold, held-out prompts", hulls=True)
-    figure.savefig(out / "league.png", dpi=110)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -494,7 +496,7 @@ def main() -> None:
         record(args.out, plan(args.methods, args.seeds, args.part))
     if (args.out / "league.csv").is_file():
         print(table(args.out))
-        draw(args.out)
+        draw(args.out, FIGURE)
 
 
 if __name__ == "__main__":
