@@ -52,7 +52,7 @@ def three_roles():
 # so −1.5; the third with 2, so 0.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
     """Each score less the mean of the others of its group.
 
@@ -70,6 +70,7 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
     ### END SOLUTION
 
 
+# %% tags=["nbval-check-output"]
 checks.check_leave_one_out(leave_one_out)
 
 # %% [markdown]
@@ -87,7 +88,7 @@ checks.check_leave_one_out(leave_one_out)
 # −1 and 0.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """Each score less the mean of its group, over the group's standard deviation plus 1e-4.
 
@@ -105,6 +106,7 @@ def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     ### END SOLUTION
 
 
+# %% tags=["nbval-check-output"]
 checks.check_grpo_advantages(grpo_advantages)
 
 # %% [markdown]
@@ -146,7 +148,7 @@ print("hardly any spread:", [round(x, 2) for x in grpo_advantages(noise, 4).toli
 # 0.193 and 0.095, and the penalty 0.144. The gradient goes to the policy, and to nobody else.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """The mean of k3 over the response tokens.
 
@@ -165,6 +167,7 @@ def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) ->
     ### END SOLUTION
 
 
+# %% tags=["nbval-check-output"]
 checks.check_k3_penalty(k3_penalty)
 
 # %% [markdown]
@@ -205,7 +208,7 @@ print("3 × gradient:", [round(x, 3) for x in (3 * gradient[0]).tolist()])
 # all, those in which not all scores are equal.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def teaching_share(scores: Tensor, group_size: int) -> float:
     """The share of groups in which not all scores are equal.
 
@@ -223,6 +226,7 @@ def teaching_share(scores: Tensor, group_size: int) -> float:
     ### END SOLUTION
 
 
+# %% tags=["nbval-check-output"]
 checks.check_teaching_share(teaching_share)
 
 # %% [markdown]
