@@ -31,15 +31,6 @@ notebook.start(preset)
 tokenizer = load_tokenizer(preset)
 prompts = list(prompt_dataset(preset)["prompt"])
 
-
-def three_roles():
-    roles = Roles(load_base(preset))
-    roles.load("reference", find_adapter(preset, "sft"))
-    roles.load("reward", find_adapter(preset, "reward"))
-    roles.add("policy", copy_of="reference")
-    return roles
-
-
 # %% [markdown]
 # ## 1 · Leave one out
 #
@@ -52,7 +43,7 @@ def three_roles():
 # so −1.5; the third with 2, so 0.
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
     """Each score less the mean of the others of its group.
 
@@ -70,7 +61,6 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
     ### END SOLUTION
 
 
-# %% tags=["nbval-check-output"]
 checks.check_leave_one_out(leave_one_out)
 
 # %% [markdown]
@@ -88,7 +78,7 @@ checks.check_leave_one_out(leave_one_out)
 # −1 and 0.
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """Each score less the mean of its group, over the group's standard deviation plus 1e-4.
 
@@ -106,7 +96,6 @@ def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     ### END SOLUTION
 
 
-# %% tags=["nbval-check-output"]
 checks.check_grpo_advantages(grpo_advantages)
 
 # %% [markdown]
@@ -148,7 +137,7 @@ print("hardly any spread:", [round(x, 2) for x in grpo_advantages(noise, 4).toli
 # 0.193 and 0.095, and the penalty 0.144. The gradient goes to the policy, and to nobody else.
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """The mean of k3 over the response tokens.
 
@@ -167,7 +156,6 @@ def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) ->
     ### END SOLUTION
 
 
-# %% tags=["nbval-check-output"]
 checks.check_k3_penalty(k3_penalty)
 
 # %% [markdown]
@@ -208,7 +196,7 @@ print("3 × gradient:", [round(x, 3) for x in (3 * gradient[0]).tolist()])
 # all, those in which not all scores are equal.
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def teaching_share(scores: Tensor, group_size: int) -> float:
     """The share of groups in which not all scores are equal.
 
@@ -226,7 +214,6 @@ def teaching_share(scores: Tensor, group_size: int) -> float:
     ### END SOLUTION
 
 
-# %% tags=["nbval-check-output"]
 checks.check_teaching_share(teaching_share)
 
 # %% [markdown]
@@ -235,13 +222,26 @@ checks.check_teaching_share(teaching_share)
 # A group teaches if its best score is above its worst.
 # </details>
 #
-# From here on with the reference version. Three short runs of the same loop on the same prompts, whose rewards are programs:
-# A pays for an answer that ends, B for one that has fewer than eight tokens, C is the reward model of lesson 02.
+# From here on with the reference version. Three short runs follow, of the same loop, each from the same three roles:
 
 # %%
 from rlhf_helpers.checks.lesson_09 import teaching_share
 
 
+def three_roles():
+    roles = Roles(load_base(preset))
+    roles.load("reference", find_adapter(preset, "sft"))
+    roles.load("reward", find_adapter(preset, "reward"))
+    roles.add("policy", copy_of="reference")
+    return roles
+
+
+# %% [markdown]
+# Two rewards are programs: A pays for an answer that ends, B for one that has fewer than eight tokens. C is the reward model
+# of lesson 02.
+
+
+# %%
 def ends(prompts, rollout):
     return rollout.finished.float()
 
@@ -250,6 +250,7 @@ def is_short(prompts, rollout):
     return (rollout.response_mask.sum(-1) < 8).float()
 
 
+# %%
 settings = {"advantages": "grpo", "group_size": 4, "mean_over": "responses", "updates": 3}
 settings |= {"kl_in": "loss", "kl_kind": "k3", "eos_penalty": 0.0}
 config = ppo.PPOConfig(seed=preset.seed, **preset.ppo | settings)
