@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -472,6 +473,7 @@ def draw(out: Path, path: Path) -> None:
     figure = plots.scatter(groups, "√KL to SFT, √nats", "gold, held-out prompts", hulls=True)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def part_of(text: str) -> tuple[int, int]:
