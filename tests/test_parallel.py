@@ -17,7 +17,7 @@ import helpers_ranks as work
 import helpers_spawn as small
 import pytest
 import torch
-from helpers_ranks import CONFIG, ENGINES, LOOPS, UPDATES, WORLD, ppo_run, tiny_of
+from helpers_ranks import CONFIG, ENGINES, LOOPS, UPDATES, WORLD, tiny_of
 from test_train_ppo import new_roles, save_talker
 
 from rlhf_helpers import memory, parallel, ranks
@@ -152,7 +152,7 @@ def test_fsdp_holds_half_and_sends_what_the_table_says(found):
 
 def test_whitening_is_over_the_entries_of_all_ranks(found):
     values, mask = work.parts()
-    expected = whiten(values, mask)  # 1, 2, 6 and 5: mean 3.5
+    expected = whiten(values, mask)  # of 1, 2, 6, 5 and 4
     for rank in range(WORLD):
         shares = found[rank]["shares"]
         torch.testing.assert_close(shares["whitened"], expected[rank])
@@ -160,7 +160,7 @@ def test_whitening_is_over_the_entries_of_all_ranks(found):
 
 
 def test_a_mean_over_ranks_counts_each_token_once(found):
-    assert [rank["shares"]["mean"] for rank in found] == [(1 + 4 + 36 + 25) / 4] * 2
+    assert [rank["shares"]["mean"] for rank in found] == [(1 + 4 + 36 + 25 + 16) / 5] * 2
 
 
 def test_split_logprobs_are_those_of_whole_logits(found):
