@@ -27,7 +27,7 @@ from rlhf_helpers.memory import ModelSizes, parallel_table
 from rlhf_helpers.ranks import join, spawn
 
 HERE = Path(__file__).parent
-EXACT, CLOSE = 1e-6, 1e-5  # relative, of the course's loops and of torch's engines
+EXACT, CLOSE = 1e-6, 1e-5  # of weights for each update; of all else, relative, in float32
 LIMIT = 300  # seconds, on a machine that has other work
 
 
@@ -72,7 +72,7 @@ def alone(folder):
 
 
 def assert_close(found, expected, tolerance, share=1.0):
-    """Tensors by name: none differs by more than a share of the largest entry of all."""
+    """Tensors by name: no entry differs by more than that share."""
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         most = (tensor - expected[name]).abs().max().item()
@@ -89,10 +89,10 @@ def test_two_ranks_learn_what_one_process_does(found, alone, name):
     for rank in found:
         got = rank[name]
         for report, other in zip(got["reports"], expected["reports"], strict=True):
-            assert report == pytest.approx(other, rel=EXACT, abs=EXACT, nan_ok=True)
+            assert report == pytest.approx(other, rel=CLOSE, abs=CLOSE, nan_ok=True)
         gradients, weights = expected["gradients"], expected["weights"]
-        assert_close(got["gradients"], gradients, EXACT, size_of(gradients))
-        assert_close(got["weights"], weights, EXACT, len(expected["reports"]))
+        assert_close(got["gradients"], gradients, CLOSE, size_of(gradients))
+        assert_close(got["weights"], weights, EXACT, UPDATES)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -143,7 +143,7 @@ def test_fsdp_holds_half_and_sends_what_the_table_says(found):
     messages = found[0]["fsdp"]["messages"]
     sizes = memory.model_sizes(model.config)
     table = {row.way: row for row in parallel_table(sizes, 2, WORLD, tokens=32)}
-    engine = {name: n for name, n in messages.items() if "all_reduce" not in name}
+    engine = {name: n for name, n in messages.items() if name != "allreduce_"}
     assert sum(engine.values()) == table["FSDP"].messages == 8
 
 
@@ -160,7 +160,8 @@ def test_whitening_is_over_the_entries_of_all_ranks(found):
 
 
 def test_a_mean_over_ranks_counts_each_token_once(found):
-    assert [rank["shares"]["mean"] for rank in found] == [(1 + 4 + 36 + 25 + 16) / 5] * 2
+    for rank in found:
+        assert rank["shares"]["mean"] == pytest.approx((1 + 4 + 36 + 25 + 16) / 5)
 
 
 def test_split_logprobs_are_those_of_whole_logits(found):

@@ -12,30 +12,23 @@
 # - start TRL's trainers on several processes, and say when to leave this course for other engines.
 
 # %%
-PRESET = "pocket"  # every number below is from this preset
-
 import subprocess
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
-from rlhf_helpers import memory, notebook, parallel, plots, ppo
+from rlhf_helpers import memory, notebook, parallel, plots
 from rlhf_helpers.base import load_base
 from rlhf_helpers.checkpoints import find_adapter
 from rlhf_helpers.logprobs import token_logprobs
 from rlhf_helpers.losses import whiten
-from rlhf_helpers.presets import load_preset
+from rlhf_helpers.presets import PRESETS
 from rlhf_helpers.ranks import spawn
-from rlhf_helpers.roles import Roles
-from rlhf_helpers.sources import prompt_dataset
-from rlhf_helpers.text import load_tokenizer
 
 # %%
-preset = load_preset(PRESET, device="cpu")  # two processes on the CPU, whatever is there
+preset = PRESETS["pocket"]  # always: every number below is about this model
 notebook.start(preset)
 LIMIT = 900  # seconds that two processes may take; then they are ended
 torch.set_num_threads(1)  # as many as each of them has, so that sums are rounded alike
@@ -130,12 +123,12 @@ def train(adapters, settings, together):
     """Three updates from the shipped adapters; on a rank, or in one process as all ranks."""
     from rlhf_helpers import parallel, ppo
     from rlhf_helpers.base import load_base
-    from rlhf_helpers.presets import load_preset
+    from rlhf_helpers.presets import PRESETS
     from rlhf_helpers.roles import Roles
     from rlhf_helpers.sources import prompt_dataset
     from rlhf_helpers.text import load_tokenizer
 
-    preset, config = load_preset("pocket", device="cpu"), ppo.PPOConfig(**settings)
+    preset, config = PRESETS["pocket"], ppo.PPOConfig(**settings)
     roles = Roles(load_base(preset))
     for role, folder in adapters.items():
         roles.load(role, folder)
@@ -214,9 +207,9 @@ def fsdp(ids, counted):
     from rlhf_helpers import parallel
     from rlhf_helpers.base import load_base
     from rlhf_helpers.logprobs import token_logprobs
-    from rlhf_helpers.presets import load_preset
+    from rlhf_helpers.presets import PRESETS
 
-    base = load_base(load_preset("pocket", device="cpu"), quantized=False).requires_grad_(True)
+    base = load_base(PRESETS["pocket"], quantized=False).requires_grad_(True)
     whole, rank = sum(p.numel() for p in base.parameters()), dist.get_rank()
     model, size = parallel.shard(base), dist.get_world_size()
     ids, counted = ids.chunk(size)[rank], counted.chunk(size)[rank]
@@ -250,7 +243,10 @@ def apart_from_one(gradients):
 
 # %%
 found = spawn(fsdp, 2, LIMIT, ids, counted)[0]
-print(f"one process: loss {loss:.6f}; two, each with {found['kept']:.0%}: {found['loss']:.6f};", end=" ")
+print(
+    f"one process: loss {loss:.6f}; two, each with {found['kept']:.0%}: {found['loss']:.6f};",
+    end=" ",
+)
 print(f"gradients {apart_from_one(found['gradients']):.1e} apart")
 print("messages:", found["sent"])
 assert apart_from_one(found["gradients"]) < 1e-5
@@ -288,10 +284,10 @@ def split(hidden, tokens):
     )
 
     from rlhf_helpers.base import load_base
-    from rlhf_helpers.presets import load_preset
+    from rlhf_helpers.presets import PRESETS
     from rlhf_helpers.ranks import split_logprobs
 
-    base = load_base(load_preset("pocket", device="cpu"), quantized=False)
+    base = load_base(PRESETS["pocket"], quantized=False)
     mlp, mesh = base.model.layers[0].mlp, init_device_mesh("cpu", (2,))
     plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
     mlp = parallelize_module(mlp, mesh, plan | {"down_proj": RowwiseParallel()})
@@ -351,9 +347,9 @@ def pipeline(ids, counted, microbatches):
     from rlhf_helpers import parallel
     from rlhf_helpers.base import load_base
     from rlhf_helpers.logprobs import token_logprobs
-    from rlhf_helpers.presets import load_preset
+    from rlhf_helpers.presets import PRESETS
 
-    base = load_base(load_preset("pocket", device="cpu"), quantized=False).requires_grad_(True)
+    base = load_base(PRESETS["pocket"], quantized=False).requires_grad_(True)
     base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
     rank, order = dist.get_rank(), []
     part = parallel.Stage(base, rank, 2)
@@ -424,7 +420,9 @@ def timetable(orders):
 clock = timetable([stage["order"] for stage in stages])
 idle = sum(x != x for row in clock for x in row) / sum(map(len, clock))
 ticks = [str(t) for t in range(len(clock[0]))]
-fig = plots.heat_map(clock, ticks, ["stage 0", "stage 1"], "microbatch (above 0 forward, below 0 back)")
+fig = plots.heat_map(
+    clock, ticks, ["stage 0", "stage 1"], "microbatch (above 0 forward, below 0 back)"
+)
 alt = f"Four microbatches through two stages in {len(ticks)} ticks; {idle:.0%} of them are idle."
 plots.show(fig, alt)
 print(f"idle: {idle:.0%}; (W − 1)/(k + W − 1) = {1 / 5:.0%}")
@@ -445,7 +443,9 @@ wide |= {"num_attention_heads": 64, "num_key_value_heads": 8}
 for name, config in (("7B", LlamaConfig()), ("70B", LlamaConfig(**wide))):
     sizes = memory.model_sizes(config)
     table = memory.parallel_table(sizes, config.num_hidden_layers, 8, tokens=16384)
-    print(f"{name}, {sizes.parameters / 1e9:.1f}B parameters   GB on a rank  messages  GB sent in a step")
+    print(
+        f"{name}, {sizes.parameters / 1e9:.1f}B parameters   GB on a rank  messages  GB sent in a step"
+    )
     for row in table:
         print(f"  {row.way:24}{row.total / 1e9:14.1f}{row.messages:10}{row.sent / 1e9:14.1f}")
 
@@ -479,7 +479,11 @@ for name, config in (("7B", LlamaConfig()), ("70B", LlamaConfig(**wide))):
 tools = Path("../tools")
 if (tools / "train_trl.py").is_file():
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(tools / "accelerate/two_cpus.yaml"), str(tools / "train_trl.py")]
+    command += [
+        "--config_file",
+        str(tools / "accelerate/two_cpus.yaml"),
+        str(tools / "train_trl.py"),
+    ]
     command += ["--steps", "2", "--rows", "8", "--out", str(preset.runs / preset.name / "trl_two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     print(*done.stdout.splitlines()[-3:], sep="\n")
@@ -498,7 +502,9 @@ else:
 # ## The number to take along
 
 # %% tags=["headline"]
-print(f"two ranks against one process: PPO's weights {apart:.0e} apart after three updates,", end=" ")
+print(
+    f"two ranks against one process: PPO's weights {apart:.0e} apart after three updates,", end=" "
+)
 print(f"split log-probabilities {apart_tp:.0e}; bubble {idle:.0%}")
 
 # %% [markdown]
