@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,18 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 PLAIN = "give numbers, texts, lists, tuples, dictionaries or tensors"
 PAUSE = 0.02  # seconds between two looks at the processes
 LOG = 2000  # characters of a failed rank's output that are shown
+# What a process begins with: before the long imports it watches the pipe from its parent.
+START = """
+import os, sys, threading
+
+def end_with_parent():
+    sys.stdin.read()  # returns when the other end is closed
+    os._exit(1)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+from rlhf_helpers.ranks import run_rank
+run_rank(sys.argv[1], int(sys.argv[2]))
+"""
 
 
 # --- on this machine, from a notebook --------------------------------------------------------
@@ -109,7 +120,7 @@ def _start(folder: Path, rank: int) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, sys.path))
     with (folder / f"log-{rank}").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "rlhf_helpers.ranks", str(folder), str(rank)],
+            [sys.executable, "-c", START, str(folder), str(rank)],
             stdin=subprocess.PIPE,  # never written to; it closes when this process ends
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -157,9 +168,9 @@ def _result(folder: Path, rank: int) -> Path:
     return folder / f"result-{rank}.pt"
 
 
-def _run(folder: Path, rank: int) -> None:
-    """What a spawned process does."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def run_rank(folder: str, rank: int) -> None:
+    """What a process that `spawn` has started does: the job that its folder describes."""
+    folder = Path(folder)
     try:
         job = torch.load(folder / "job.pt")
         store = dist.FileStore(str(folder / "store"), job["world_size"])
@@ -183,11 +194,6 @@ def _find(module: str | None, name: str, folder: Path) -> Callable:
     cell = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cell)
     return getattr(cell, name)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()  # returns when the other end of the pipe is closed
-    os._exit(1)
 
 
 # --- on any machines, by torchrun ------------------------------------------------------------
@@ -329,7 +335,3 @@ def split_logprobs(
     result = chosen - top - total.log()
     check_softmax("logits", result)
     return result
-
-
-if __name__ == "__main__":
-    _run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -7,8 +7,8 @@ of the files in tools/accelerate:
     accelerate launch --config_file tools/accelerate/two_cpus.yaml tools/train_trl.py
     accelerate launch --config_file tools/accelerate/fsdp.yaml tools/train_trl.py --unquantized
 
-`--preset single_gpu` starts from the adapters that lessons 01 and 02 have trained with it. Process 0 writes
-the adapter to --out; plain PEFT loads it.
+`--preset single_gpu` starts from the adapters that lessons 01 and 02 have trained with it. Process
+0 writes the adapter to --out; plain PEFT loads it. The files for GPUs have not been run.
 """
 
 import argparse
