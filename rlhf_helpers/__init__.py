@@ -5,9 +5,9 @@ The core is any model and any data: `guards`, `kinds`, `validation`, `presets`, 
 `checkpoints`, `roles`, `memory`, `training`, `sft`, `reward`, `dpo`, `rollout`, `losses`, `ppo`,
 `examine`, `preflight`, `clinic`, `parallel`, `trl_rewards`, `clicks_file`, `clicks_questions`,
 `clicks`, `clicks_panel`, and `checks` of the exercises. `pocket` is the world that comes with the
-course, one user of the core. `sources` knows both, and says which data and which gold a preset means. Each module imports
-only from those before it; README's section for contributors has the table. Importing this package
-loads none of them.
+course, one user of the core. `sources` knows both, and says which data and which gold a preset
+means. Each module imports only from those before it; README's section for contributors has the
+table. Importing this package loads none of them.
 """
 
 import logging

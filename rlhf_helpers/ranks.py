@@ -143,7 +143,8 @@ def _wait(processes: list[subprocess.Popen], folder: Path, timeout: float) -> No
                 "ended; all were stopped. Give more time, or look for a rank that waits for another"
             )
         time.sleep(PAUSE)
-    failed = [rank for rank, process in enumerate(processes) if process.poll()]
+    left = [rank for rank in range(len(processes)) if not _result(folder, rank).exists()]
+    failed = [rank for rank, process in enumerate(processes) if process.poll() or rank in left]
     if failed:
         raise _failure(folder, min(failed, key=lambda rank: _when(folder, rank)), processes)
 
