@@ -105,7 +105,7 @@ def _write_job(folder: Path, function: Callable, world_size: int, timeout: float
             raise TypeError(f"argument {number} is {argument!r:.99}: {PLAIN}") from error
     if "<" in function.__qualname__:
         raise ValueError(
-            f"{function.__qualname__} stands in another function, where no other process finds it; "
+            f"function {function.__qualname__!r} stands in another one, where no process finds it; "
             "define it at the top of a module or of a notebook's cell"
         )
     job = {"module": function.__module__, "name": function.__qualname__, "arguments": arguments}

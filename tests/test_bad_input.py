@@ -865,7 +865,7 @@ MEMORY_ROWS = (
         lambda w: spawn(os.getcwd, 1, 9, lambda: 0), "argument 0 is", "give numbers, texts",
         error=TypeError),
     Row("a function inside of another",
-        lambda w: spawn(lambda: 0, 1, 9), "<lambda> stands in another function",
+        lambda w: spawn(lambda: 0, 1, 9), "<lambda>' stands in another one",
         "define it at the top"),
     Row("a process that nobody has started as one of several",
         lambda w: join().__enter__(), "RANK is not set", "use torchrun"),

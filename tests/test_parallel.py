@@ -328,7 +328,7 @@ def test_a_kill_of_the_parent_stops_them(nothing_left, tmp_path):
 def test_what_no_process_could_be_given():
     with pytest.raises(TypeError, match="argument 1 is <function .*: give numbers, texts, lists"):
         spawn(small.fail, 2, LIMIT, 1, lambda: 0)
-    with pytest.raises(ValueError, match="<locals>.inner stands in another function"):
+    with pytest.raises(ValueError, match="<locals>.inner' stands in another one"):
 
         def inner(): ...
 

@@ -70,8 +70,8 @@ nothing_cut (held): nothing is cut
 of_stage_3 (held): any stage above 0 is counted as stage 3
 no_copy: the optimizer has 8 bytes, its two moments. With 16-bit weights it keeps a float32 copy of
     them too: 12.
-no_gradients: the gradients are left out, 2 bytes each.
-no_weights: the weights themselves are left out, 2 bytes each.
+no_gradients: the gradients are left out; they are 2 bytes for each parameter.
+no_weights: the weights themselves are left out; they are 2 bytes for each parameter.
 all_together: it is what all ranks together hold. Asked for is one of them.
 float_weights: weights and gradients are counted with 4 bytes; in bfloat16 they have 2.
 sends: {}. To sum into parts and to gather a whole from parts, each rank sends its share to all
