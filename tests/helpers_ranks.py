@@ -135,6 +135,10 @@ def loop(name, folder):
     if name == "unquantized":
         base = load_preset("pocket", model=str(folder / "tiny"), quantized=False)
         return ppo_run(new_roles(base), replace(CONFIG, updates=1))
+    if name == "double":
+        roles = new_roles(load_preset("pocket", model=str(folder / "tiny"), quantized=False))
+        roles.model.double()
+        return ppo_run(roles, CONFIGS["rloo"])
     roles, role = new_roles(tiny), "value" if name == "reward" else "policy"
     with parallel.data_parallel() if dist.is_initialized() else contextlib.nullcontext():
         stats = list(steps_of(name, roles))
@@ -364,7 +368,7 @@ def resumed(folder):
 def work(folder):
     """All that needs two ranks, in one go: it is the start of a process that takes the time."""
     rank = dist.get_rank()
-    found = {name: loop(name, folder) for name in LOOPS}
+    found = {name: loop(name, folder) for name in (*LOOPS, "double")}
     found |= {"shares": shares(), "bad": bad_input(folder), "resumed": resumed(folder)}
     found |= {"fsdp": fsdp(), "tensor": tensor(), "pipeline": pipeline()}
     torch.save(found, folder / f"found-{rank}.pt")
