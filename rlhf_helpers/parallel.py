@@ -152,9 +152,8 @@ def share_of(rows: Whole[1], together: Whole[1], world_size: Whole[1], rank: Who
         >>> share_of(8, together=4, world_size=2, rank=1)
         [2, 3, 6, 7]
     """
-    return (
-        torch.arange(rows).view(-1, world_size, together // world_size)[:, rank].flatten().tolist()
-    )
+    shares = torch.arange(rows).view(-1, world_size, together // world_size)
+    return shares[:, rank].flatten().tolist()
 
 
 def _share_of_batch(config: TrainConfig, examples: Sequence, step: int) -> list:
@@ -197,6 +196,7 @@ def mean_over_ranks(loss: Tensor, count: Tensor | int) -> Tensor:
 
 
 def _mean(value: float, count: Tensor) -> float:
+    """`mean_over_ranks` of a number that is reported."""
     value = torch.tensor(value, dtype=torch.float64, device=count.device)
     return mean_over_ranks(value, count).item()
 
@@ -222,6 +222,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance, in float64, of the numbers that all ranks have."""
     x = x.double()
     count, total = all_sum(torch.stack([torch.ones_like(x).sum(), x.sum()]))
+    if count < 2:
+        raise ValueError("mask counts 1 entry on all ranks: a spread needs at least 2.")
     mean = total / count
     return mean, all_sum((x - mean).square().sum()) / (count - 1)
 

@@ -98,11 +98,7 @@ def spawn(function: Callable, world_size: Whole[1], timeout: Above[0], *argument
 def _write_job(folder: Path, function: Callable, world_size: int, timeout: float, arguments):
     """What the processes read: how to find the function, and what to call it with."""
     for number, argument in enumerate(arguments):
-        try:
-            torch.save(argument, folder / "argument.pt")
-            torch.load(folder / "argument.pt")
-        except Exception as error:  # torch and pickle have many for what they do not take
-            raise TypeError(f"argument {number} is {argument!r:.99}: {PLAIN}") from error
+        _save_plain(f"argument {number}", argument, folder / "argument.pt")
     if "<" in function.__qualname__:
         raise ValueError(
             f"function {function.__qualname__!r} stands in another one, where no process finds it; "
@@ -114,6 +110,16 @@ def _write_job(folder: Path, function: Callable, world_size: int, timeout: float
         (folder / "cell.py").write_text(source, encoding="utf-8")
         job["module"] = None
     torch.save(job | {"world_size": world_size, "timeout": timeout}, folder / "job.pt")
+
+
+def _save_plain(name: str, value: object, path: Path) -> None:
+    """Save what `torch.load` reads without unpickling; TypeError for anything else."""
+    try:
+        torch.save(value, path)
+        torch.load(path)
+    except Exception as error:  # torch and pickle have many for what they do not take
+        path.unlink(missing_ok=True)
+        raise TypeError(f"{name} is {value!r:.99}: {PLAIN}") from error
 
 
 def _start(folder: Path, rank: int) -> subprocess.Popen:
@@ -178,8 +184,7 @@ def run_rank(folder: str, rank: int) -> None:
         options = {"store": store, "rank": rank, "world_size": job["world_size"]}
         dist.init_process_group("gloo", timeout=timedelta(seconds=job["timeout"]), **options)
         result = _find(job["module"], job["name"], folder)(*job["arguments"])
-        torch.save(result, _result(folder, rank))
-        torch.load(_result(folder, rank))  # raises for what is not plain
+        _save_plain("the result", result, _result(folder, rank))
         dist.barrier()  # none leaves while another still reads from it
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"

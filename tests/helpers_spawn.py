@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from fractions import Fraction
 
 import torch.distributed as dist
 
@@ -11,6 +12,10 @@ from rlhf_helpers.ranks import all_sum
 
 def greet(word, tensor):
     return {"said": f"{word} from {dist.get_rank()}", "sum": all_sum(tensor).tolist()}
+
+
+def fraction():
+    return Fraction(1, 2)
 
 
 def fail(how):

@@ -343,6 +343,11 @@ def test_a_kill_of_the_parent_stops_them(nothing_left, tmp_path):
     parent.wait()
 
 
+def test_a_result_that_is_not_plain_is_named(nothing_left):
+    with pytest.raises(RuntimeError, match="TypeError: the result is Fraction.*: give numbers"):
+        spawn(small.fraction, 1, LIMIT)
+
+
 def test_what_no_process_could_be_given():
     with pytest.raises(TypeError, match="argument 1 is <function .*: give numbers, texts, lists"):
         spawn(small.fail, 2, LIMIT, 1, lambda: 0)

@@ -297,7 +297,7 @@ def split(hidden, tokens):
     plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
     mlp = parallelize_module(mlp, mesh, plan | {"down_proj": RowwiseParallel()})
     with CommDebugMode() as said:
-        y = mlp(hidden)
+        y = mlp(hidden).clone()  # the engine's own tensor waits for the sum when it is read
     weight = base.lm_head.weight.chunk(2)[dist.get_rank()]  # half of the vocabulary
     logits = y @ weight.T
     logprobs = split_logprobs(logits, tokens, first=dist.get_rank() * len(weight))
