@@ -332,7 +332,7 @@ everywhere = right + z[0, 1]  # rank 0 adds the logit that it has at that column
 print(f"right {right:.3f}, own maxima {wrong:.3f}, a logit from every rank {everywhere:.3f}")
 
 # %% [markdown]
-# The second mistake gives a log-probability above 0, which a check finds. The first gives one that looks like any other.
+# Both are below 0 and look like log-probabilities. Only the comparison with one process finds them.
 #
 # ## Cutting the depth: a pipeline
 #
