@@ -351,7 +351,6 @@ def pipeline(ids, counted, microbatches):
 
     from rlhf_helpers import parallel
     from rlhf_helpers.base import load_base
-    from rlhf_helpers.logprobs import token_logprobs
     from rlhf_helpers.presets import PRESETS
 
     base = load_base(PRESETS["pocket"], quantized=False).requires_grad_(True)
@@ -368,16 +367,17 @@ def pipeline(ids, counted, microbatches):
 
     def share(logits, target):
         """A row's part of the mean over the tokens of all rows."""
-        row, real = target.long().split([ids.shape[1], counted.shape[1]], -1)
-        return -(token_logprobs(logits[:, :-1], row[:, 1:]) * real).sum() / counted.sum()
+        row, real = target.split([ids.shape[1], counted.shape[1]], -1)
+        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, row[:, 1:, None])[..., 0]
+        return -(logprobs * real).sum() / counted.sum()
 
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, microbatches, loss_fn=share, scale_grads=False)
-    losses = []
-    if rank == 0:
-        schedule.step(ids)
-    else:
-        schedule.step(target=torch.cat([ids, counted.long()], -1), losses=losses)
+    losses, target = [], torch.cat([ids, counted.long()], -1)
+    for _ in range(2):  # in its first step the engine also tries out the shapes, with any numbers
+        part.zero_grad()
+        order.clear()
+        schedule.step(ids) if rank == 0 else schedule.step(target=target, losses=losses)
     names = {id(p): name for name, p in base.named_parameters()}
     gradients = {names[id(p)]: p.grad for p in part.parameters()}
     return {"loss": sum(x.item() for x in losses), "order": order, "gradients": gradients}
