@@ -240,11 +240,7 @@ class Roles:
         model = self.use(name)
         with torch.no_grad():
             try:
-                self._dense = self._can_be_dense(name)
-                for layer in self._dense:
-                    weight, inner = _merged_weight(layer, name), layer.base_layer
-                    weight = weight.T if isinstance(inner, Conv1D) else weight
-                    layer.forward = partial(linear, weight=weight, bias=inner.bias)
+                self._begin_dense(name)
                 yield model
             finally:
                 self._end_dense()
@@ -371,14 +367,19 @@ class Roles:
         """The layers with adapters."""
         return {n: m for n, m in self.base.named_modules() if isinstance(m, LoraLayer)}
 
-    def _can_be_dense(self, name: str) -> list[LoraLayer]:
-        """All layers with adapters, or none: see `dense`."""
-        layers = list(self._layers().values())
+    def _can_be_dense(self, name: str) -> bool:
+        layers = [layer.base_layer for layer in self._layers().values()]
         weights = [self.base.get_input_embeddings().weight, *self._adapter(name).values()]
-        plain = all(type(layer.base_layer) in (Linear4bit, *LINEAR) for layer in layers)
+        plain = all(type(layer) in (Linear4bit, *LINEAR) for layer in layers)
         exact = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
-        small = 4 * sum(map(math.prod, self.shapes.values())) <= DENSE_BYTES
-        return layers if plain and exact and small else []
+        return plain and exact and 4 * sum(map(math.prod, self.shapes.values())) <= DENSE_BYTES
+
+    def _begin_dense(self, name: str) -> None:
+        self._dense = [*self._layers().values()] if self._can_be_dense(name) else []
+        for layer in self._dense:
+            weight, inner = _merged_weight(layer, name), layer.base_layer
+            weight = weight.T if isinstance(inner, Conv1D) else weight
+            layer.forward = partial(linear, weight=weight, bias=inner.bias)
 
     def _end_dense(self) -> None:
         for layer in self._dense:
