@@ -62,7 +62,9 @@ html_theme_options = {
     "navbar_persistent": [],  # the search stands in the sidebar
 }
 
-QUALIFIED = re.compile(r"\b(?:rlhf_helpers|torch|datasets|collections\.abc)\.(?:[a-z_]+\.)*")
+QUALIFIED = re.compile(
+    r"\b(?:rlhf_helpers|torch|datasets|transformers|collections\.abc)\.(?:[a-z_]+\.)*"
+)
 
 
 def on_source(app, name, source):
