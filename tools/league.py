@@ -29,7 +29,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from record_dpo import STUDY as DPO_STUDY
-from record_dpo import on_held_out
+from record_dpo import answered, on_held_out
 from record_ppo import STUDY as PPO_STUDY
 from record_ppo import fresh_roles, judged, read_csv, write_about
 from torch.nn.functional import pad
@@ -282,16 +282,11 @@ def ends(roles: Roles, seed: int, role: str = "policy") -> dict:
 
 
 def marked(experience: Experience) -> dict:
-    """What the rubric says of answers, and how long they are."""
+    """What the rubric says of answers, and the share of polite ones."""
     rollout = experience.rollout
     rows = zip(experience.prompts, rollout.texts, rollout.finished.tolist(), strict=True)
     polite = [rubric.gold_reward(*row).polite > 0 for row in rows]
-    return judged(experience) | {
-        "polite": round(sum(polite) / len(polite), 4),
-        "finished": round(rollout.finished.double().mean().item(), 4),
-        "tokens": round(rollout.response_mask.sum(-1).double().mean().item(), 4),
-        "example": rollout.texts[0],
-    }
+    return answered(experience) | {"polite": round(sum(polite) / len(polite), 4)}
 
 
 def start(out: Path, method: str, seed: int) -> dict:

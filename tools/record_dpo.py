@@ -119,7 +119,11 @@ def trained(
 
 def end_of(roles: Roles, seed: int, role: str = "policy") -> dict:
     """How a role does on the held-out prompts, judged just as the ends of PPO's runs are."""
-    experience = on_held_out(roles, ppo.PPOConfig(seed=seed), role)
+    return answered(on_held_out(roles, ppo.PPOConfig(seed=seed), role))
+
+
+def answered(experience: ppo.Experience) -> dict:
+    """What the rubric says of answers, how long they are, and the first of them."""
     rollout = experience.rollout
     return judged(experience) | {
         "finished": round(rollout.finished.double().mean().item(), 4),

@@ -8,7 +8,8 @@
 #
 # - replace the critic by other answers to the same prompt, and say why that stays unbiased and GRPO's division does not;
 # - read Dr. GRPO, DAPO, GSPO and BNPO as settings of one loss;
-# - train with TRL's GRPOTrainer and RLOOTrainer against a reward model of your own, from an SFT adapter;
+# - train with TRL's GRPOTrainer and RLOOTrainer against a reward model of your own, from an SFT adapter, and take that reward
+#   model along;
 # - say what a reward that is a program improves, and what it leaves alone.
 
 # %%
@@ -164,8 +165,8 @@ for over, length in (("tokens", None), ("responses", None), ("length", 5)):
 # %% [markdown]
 # Over *tokens* (lesson 03's, DAPO's) all tokens weigh the same, but how much depends on who else is in the batch. Over
 # *responses* (GRPO's) a token of a long answer weighs less: a long wrong answer is punished less for each token than a
-# short wrong one. With a constant *length* (Dr. GRPO's) it is a plain sum. Only the sum has the gradient of the expected
-# score (its expectation is listed in the package's tests, over a vocabulary of three).
+# short wrong one. With a constant *length* (Dr. GRPO's) it is a plain sum. With a ratio for each token, only the sum has
+# the gradient of the expected score (the package's tests list every group over a vocabulary of three).
 #
 # ## One loss, many names
 #
@@ -185,8 +186,9 @@ for over, length in (("tokens", None), ("responses", None), ("length", 5)):
 # (DAPO also samples until no group is without variance, which is no part of a loss. `tokens` is of a minibatch; of the
 # whole batch it is `length` with the batch's mean length.)
 #
-# A ratio of the whole answer is the honest one, the answer being the action; but it is a product of many numbers, and
-# clipping cuts off the whole answer at once:
+# A ratio of the whole answer is the honest one, the answer being the action: with it the mean over responses has the
+# gradient of the expected score as well. But it is a product of many numbers, and clipping cuts off the whole answer at
+# once:
 
 # %% tags=["nbval-check-output"]
 old = torch.tensor([[0.2, 0.3, 0.5, 0.4]]).log()
@@ -428,9 +430,54 @@ for method in ("RLOO", "RLOO by TRL", "RLOO, tokens", "GRPO", "GRPO by TRL"):
 
 # %% [markdown]
 # TRL ends where our loop does, for RLOO and for GRPO alike: the difference is smaller than that between seeds. And what
-# looks like bookkeeping is none. `RLOO, tokens` has the same advantages; taking ratio and mean by token, it is 0.07 lower on
-# average, and lower on eight of ten seeds.
+# looks like bookkeeping is none: `RLOO, tokens` has the same advantages, but its mean by token is not the gradient of the
+# expected score, and it ends 0.07 lower.
 #
+# ## The reward model, to take along
+#
+# Other libraries know neither roles nor heads. `export_reward_model` writes adapter, head and tokenizer into a folder, with a
+# README that has the lines to load it:
+
+# %%
+from rlhf_helpers.reward import score_examples
+from rlhf_helpers.text import encode_examples
+from rlhf_helpers.trl_rewards import export_reward_model
+
+folder, ours = preset.runs / preset.name / "reward_model", Roles(load_base(preset, quantized=False))
+ours.load("reward", find_adapter(preset, "reward"))
+export_reward_model(ours, "reward", tokenizer, folder)
+print(*sorted(path.name for path in folder.iterdir()))
+
+# %% [markdown]
+# Here they are, with transformers and PEFT alone. Three answers, scored by it with padding on either side, and by our roles:
+
+# %%
+import transformers
+
+transformers.logging.set_verbosity_error()  # it reports that the classifier's head is new
+model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    preset.model, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+)
+transformers.logging.set_verbosity_warning()
+model.score = torch.nn.Linear(model.config.hidden_size, 1)
+model = PeftModel.from_pretrained(model, str(folder)).eval()
+
+texts = {
+    "prompt": ["what does the duck say?"] * 3,
+    "completion": ["quack.", "it says quack.", "moo!"],
+}
+examples = encode_examples(tokenizer, Dataset.from_dict(texts), 64, 64)
+expected = score_examples(ours, "reward", tokenizer, examples)
+print(f"{'roles':6}", [round(x, 4) for x in expected.tolist()])
+for side in ("left", "right"):
+    ids = [example["prompt"] + example["response"] for example in examples]
+    rows = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
+    with torch.no_grad():
+        found = model(rows["input_ids"], rows["attention_mask"]).logits[:, 0]
+    print(f"{side:6}", [round(x, 4) for x in found.tolist()])
+    assert preset.name != "pocket" or torch.allclose(found, expected, atol=1e-5)
+
+# %% [markdown]
 # ## A reward that is a program
 #
 # The verifier above knows one thing, whether an answer is right. It needs no pairs, no people and no reward model, and it
@@ -462,7 +509,7 @@ for method in ("SFT", "GRPO", "GRPO, verifier", "GRPO, coin"):
     print(f"{silent:>15}")
 
 # %% [markdown]
-# The program raises what it asks for: nearly as many answers are right as after PPO against the reward model (82%), at less KL.
+# The program raises what it asks for: nearly as many answers are right as after PPO (82%, in the next table), at less KL.
 # What it does not ask for stays as it was, length and courtesies, or goes down a little. A third of the groups teach
 # nothing. And points by chance teach nothing at all, though that policy moves, too: KL by itself is no sign of learning.
 #
@@ -474,16 +521,22 @@ for method in ("SFT", "GRPO", "GRPO, verifier", "GRPO, coin"):
 # %%
 # Pocket only
 start = {row["seed"]: float(row["gold"]) for row in league["SFT"]}
-print(f"{'':16}{'runs':>5}{'gold':>7}{'lowest':>8}{'highest':>8}{'correct':>9}{'KL':>6}{'+0.3':>9}")
+print(f"{'':16}{'runs':>5}{'answers':>8}{'gold':>6}{'lowest':>8}{'highest':>8}", end="")
+print(f"{'correct':>9}{'KL':>5}{'+0.3':>10}")
 for method in league:
     found = of(method, "gold")
     gains = [float(row["gold"]) - start[row["seed"]] for row in league[method]]
     far = f"{sum(gain >= 0.3 for gain in gains)} of {len(gains)}"
-    print(f"{method:16}{len(found):5}{mean(method, 'gold'):7.2f}{min(found):8.2f}", end="")
-    print(f"{max(found):8.2f}{mean(method, 'correct'):9.0%}{mean(method, 'kl'):6.1f}{far:>9}")
+    print(
+        f"{method:16}{len(found):5}{mean(method, 'samples'):8.0f}{mean(method, 'gold'):6.2f}",
+        end="",
+    )
+    print(f"{min(found):8.2f}{max(found):8.2f}{mean(method, 'correct'):9.0%}", end="")
+    print(f"{mean(method, 'kl'):5.1f}{far:>10}")
 
 # %% [markdown]
-# (The last column counts the seeds on which a method is 0.3 of gold or more above SFT. The KL of best-of-n is its bound,
+# (*answers*: sampled for training; for best-of-n, to the held-out prompts. The last column counts the seeds on which a
+# method is 0.3 of gold or more above SFT. The KL of best-of-n is its bound,
 # $\log n - (n-1)/n$.) And the same as a figure:
 
 # %%

@@ -259,6 +259,9 @@ for name, reward_function in (("A", ends), ("B", is_short), ("C", None)):
     run = ppo.train_ppo(three_roles(), tokenizer, prompts, config, reward_function=reward_function)
     logs[name] = list(tqdm(run, total=config.updates, desc=name))
 
+# %% [markdown]
+# What each update reports, and your number beside it:
+
 # %%
 print(f"{'':10}{'reward':>8}{'loss':>9}{'gradient':>10}{'KL':>7}{'teaching':>10}")
 for name, rows in logs.items():
