@@ -223,7 +223,8 @@ def collect_experience(
     """Sample a response to each prompt and ask all roles about it. Nothing is learnt here.
 
     The log-probabilities are those of a forward pass like the ones that training makes, in the same
-    minibatches, so that the first ratio is exactly 1.
+    minibatches, so that the first ratio is exactly 1. What need not be exact to the last bit, the
+    samples, scores and values, comes from `Roles.dense`.
 
     Args:
         roles: with `policy`, `reference`, `reward` and, if `config` has a critic, `value`.
@@ -240,22 +241,24 @@ def collect_experience(
     if config.advantages != "gae":
         check_groups(prompts, config.group_size)
     length, options = config.response_length, {"temperature": config.temperature, "seed": seed}
-    rollout = sample_responses(roles.use(role), tokenizer, prompts, length, **options)
-    parts = _minibatches(rollout, config)
+    with roles.dense(role) as model:
+        rollout = sample_responses(model, tokenizer, prompts, length, **options)
+    ids, seen = rollout.input_ids, rollout.attention_mask
+    parts, exact = _minibatches(rollout, config), torch.no_grad()
     ask = {
-        "logprobs": lambda part: role_logprobs(roles, role, rollout, part, config),
-        "ref_logprobs": lambda part: role_logprobs(roles, "reference", rollout, part, config),
-        "values": lambda part: response_values(roles, "value", rollout, part),
-        "scores": lambda part: score_tokens(
-            roles, "reward", rollout.input_ids[part], rollout.attention_mask[part]
-        ),
+        "logprobs": (exact, lambda x: role_logprobs(roles, role, rollout, x, config)),
+        "ref_logprobs": (exact, lambda x: role_logprobs(roles, "reference", rollout, x, config)),
+        "values": (roles.dense("value"), lambda x: response_values(roles, "value", rollout, x)),
+        "scores": (roles.dense("reward"), lambda x: score_tokens(roles, "reward", ids[x], seen[x])),
     }
     if "value" not in config.trained:
         del ask["values"]
     if reward_function:
         del ask["scores"]
-    with torch.no_grad():
-        said = {name: torch.cat([f(x) for x in parts]) for name, f in ask.items()}
+    said = {}
+    for name, (way, answer) in ask.items():
+        with way:
+            said[name] = torch.cat([answer(part) for part in parts])
     if reward_function:
         given = check_rewards(reward_function(prompts, rollout), len(prompts))
         said["scores"] = given.to(said["logprobs"])

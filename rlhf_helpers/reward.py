@@ -183,13 +183,14 @@ def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Ten
     return values.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
 
 
-@torch.no_grad()
 def score_examples(roles: Roles, role: str, tokenizer: Tokenizer, examples: list[dict]) -> Tensor:
     """Rewards `[N]` of encoded examples, in batches of like length, on the CPU."""
+    roles.require_head(role)
     rewards = torch.empty(len(examples))
-    for rows in like_length_batches(examples, ROWS):
-        batch = [examples[i] for i in rows]
-        rewards[rows] = _score_batch(roles, role, tokenizer, batch).cpu()
+    with roles.dense(role):
+        for rows in like_length_batches(examples, ROWS):
+            batch = [examples[i] for i in rows]
+            rewards[rows] = _score_batch(roles, role, tokenizer, batch).cpu()
     return rewards
 
 

@@ -3,15 +3,16 @@
 import copy
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_helpers.base import fingerprint, hidden_width, linear_shapes, same_base
+from rlhf_helpers.base import LINEAR, fingerprint, hidden_width, linear_shapes, same_base
 from rlhf_helpers.checkpoints import whole_folder
 from rlhf_helpers.kinds import Above, Whole
 from rlhf_helpers.logprobs import check_sequences, model_inputs
@@ -41,6 +43,9 @@ HARMLESS = set(
 )
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
 AGAIN = "train it again, or copy the whole folder"
+# The most that `Roles.dense` decodes. Fixed, so that a run that goes on computes as the one that
+# was stopped, however much memory is free by then.
+DENSE_BYTES = 2**29
 
 
 class Roles:
@@ -87,6 +92,7 @@ class Roles:
         self.model: PeftModel | None = None
         self.heads: dict[str, ScalarHead] = {}
         self._trainable: dict[str, bool] = {}
+        self._dense: list[LoraLayer] = []  # layers that compute with decoded weights now
         base.base_model.register_forward_hook(self._guard)
 
     @cached_property
@@ -208,6 +214,37 @@ class Roles:
             self._activate(name)
         return self.model
 
+    @contextmanager
+    def dense(self, name: str) -> Iterator[PeftModel]:
+        """A role that only answers: without gradients, each layer one product with W + (α/r) B A.
+
+        It computes what `use` gives, but for rounding, in about two thirds of the time: W is
+        decoded once and not in every pass, and one product takes the place of three. The decoded
+        weights are made when the context opens, so that they are never older than the role, and go
+        when it closes or another role is used. All else is shared: embeddings, norms, heads, hooks.
+
+        On a GPU, in half precision, where a small BA would be rounded away, beside layers of other
+        kinds and above `DENSE_BYTES` the role answers as ever. What must equal a pass that learns
+        bit for bit, as the log-probabilities in PPO's ratio, is not for here.
+
+        Yields:
+            The model, which acts as that role.
+
+        Raises:
+            ValueError: for an unknown role.
+
+        Example:
+            >>> with roles.dense("policy") as model:                         # doctest: +SKIP
+            ...     rollout = sample_responses(model, tokenizer, prompts)
+        """
+        model = self.use(name)
+        with torch.no_grad():
+            try:
+                self._begin_dense(name)
+                yield model
+            finally:
+                self._end_dense()
+
     def parameters(self, name: str) -> dict[str, Parameter]:
         """A trainable role's parameters by name, for an optimizer.
 
@@ -299,15 +336,11 @@ class Roles:
         with torch.device(self.base.device):
             model = type(self.base)(config).float()
         own = {k.replace(".base_layer.", "."): v for k, v in self.base.state_dict().items()}
-        for layer, module in self.base.named_modules():
-            if isinstance(module, LoraLayer):
-                weight = module.base_layer.weight
-                if isinstance(weight, Params4bit):
-                    weight = dequantize_4bit(weight.data, weight.quant_state)
-                weight = weight.float() + module.get_delta_weight(name).float()
-                turned = isinstance(model.get_submodule(layer), Conv1D)  # NF4 has it as [out, in]
-                turned = turned and not isinstance(module.base_layer, Conv1D)
-                own[f"{layer}.weight"] = weight.T if turned else weight
+        for layer, module in self._layers().items():
+            weight = _merged_weight(module, name)
+            turned = isinstance(model.get_submodule(layer), Conv1D)  # NF4 has it as [out, in]
+            turned = turned and not isinstance(module.base_layer, Conv1D)
+            own[f"{layer}.weight"] = weight.T if turned else weight
         model.load_state_dict({key: own[key].float() for key in model.state_dict()})
         model.generation_config = copy.deepcopy(self.base.generation_config)
         return model.requires_grad_(False).eval()
@@ -330,7 +363,31 @@ class Roles:
         named, end = self.model.named_parameters(), f".{name}.weight"
         return {n: p for n, p in named if ".lora_" in n and n.endswith(end)}
 
+    def _layers(self) -> dict[str, LoraLayer]:
+        """The layers with adapters."""
+        return {n: m for n, m in self.base.named_modules() if isinstance(m, LoraLayer)}
+
+    def _can_be_dense(self, name: str) -> bool:
+        layers = [layer.base_layer for layer in self._layers().values()]
+        weights = [self.base.get_input_embeddings().weight, *self._adapter(name).values()]
+        plain = all(type(layer) in (Linear4bit, *LINEAR) for layer in layers)
+        exact = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
+        return plain and exact and 4 * sum(map(math.prod, self.shapes.values())) <= DENSE_BYTES
+
+    def _begin_dense(self, name: str) -> None:
+        self._dense = [*self._layers().values()] if self._can_be_dense(name) else []
+        for layer in self._dense:
+            weight, inner = _merged_weight(layer, name), layer.base_layer
+            weight = weight.T if isinstance(inner, Conv1D) else weight
+            layer.forward = partial(linear, weight=weight, bias=inner.bias)
+
+    def _end_dense(self) -> None:
+        for layer in self._dense:
+            vars(layer).pop("forward", None)
+        self._dense = []
+
     def _activate(self, name: str) -> None:
+        self._end_dense()
         self.model.set_adapter(name)  # which makes it trainable, and all others not
         if not self._trainable[name]:
             for parameter in self._adapter(name).values():
@@ -400,6 +457,14 @@ class Roles:
                     f"the adapter in '{folder}' does not fit this base: {key} is {found.get(key)} "
                     f"there and {expected.get(key)} here; load the base that it was trained on"
                 )
+
+
+def _merged_weight(layer: LoraLayer, name: str) -> Tensor:
+    """W + (α/r) B A in float32, W decoded; as the layer has it: `[in, out]` in a plain Conv1D."""
+    weight = layer.base_layer.weight
+    if isinstance(weight, Params4bit):
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    return weight.float() + layer.get_delta_weight(name).float()
 
 
 class ScalarHead(nn.Linear):

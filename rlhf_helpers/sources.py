@@ -113,7 +113,7 @@ class Judge:
         """Rewards `[B]` of sampled responses, in standard deviations, on the CPU."""
         device, active = self.roles.base.device, self.roles.active
         parts = zip(rollout.input_ids.split(ROWS), rollout.attention_mask.split(ROWS), strict=True)
-        with torch.no_grad():
+        with self.roles.dense("judge"):
             scores = [
                 score_tokens(self.roles, "judge", ids.to(device), mask.to(device)).cpu()
                 for ids, mask in parts

@@ -318,6 +318,27 @@ def test_a_merged_role_is_a_plain_model_that_answers_alike(preset, tmp_path, qua
     assert not torch.allclose(found, naive(roles.use("other")), atol=1e-2)
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_dense_role_answers_alike_and_samples_the_same(preset, tokenizer, quantized):
+    roles = Roles(load_base(preset, quantized=quantized), RANK, ALPHA)
+    roles.add("policy")
+    roles.add("other")
+    for weight in [w for name, w in roles.parameters("policy").items() if "lora_B" in name]:
+        weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = naive(roles.use("policy"))
+    drawn = sample_responses(roles.model, tokenizer, PROMPTS, 4, seed=0)
+    roles.use("other")
+    with roles.dense("policy") as model:
+        assert len(roles._dense) == len(roles.shapes)
+        torch.testing.assert_close(naive(model), expected, rtol=0, atol=1e-5)
+        same = sample_responses(model, tokenizer, PROMPTS, 4, seed=0)
+    assert torch.equal(same.input_ids, drawn.input_ids)
+    with torch.no_grad():
+        assert torch.equal(naive(roles.model), expected)
+        assert not torch.allclose(naive(roles.use("other")), expected, atol=1e-2)
+
+
 # --- refused ---
 
 
@@ -340,8 +361,13 @@ def test_falcon_works_without_nf4(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config_of("falcon", {})).save_pretrained(tmp_path)
     preset = load_preset("single_gpu", model=str(tmp_path), device="cpu", quantized=False)
-    model = made_roles(preset, "policy").use("policy")
-    assert torch.allclose(response_logprobs(model, *padded(3), 4), naive(model), atol=1e-4)
+    roles = made_roles(preset, "policy")
+    model = roles.use("policy")
+    expected = response_logprobs(model, *padded(3), 4)
+    assert torch.allclose(expected, naive(model), atol=1e-4)
+    with roles.dense("policy"):  # its layers are of a kind of its own, which may compute otherwise
+        assert not roles._dense
+        assert torch.equal(response_logprobs(model, *padded(3), 4), expected)
 
 
 def test_a_transposed_layer_is_known_again_in_nf4(tmp_path):
