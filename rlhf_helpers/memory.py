@@ -222,6 +222,120 @@ def memory_table(
     }
 
 
+@dataclass(frozen=True)
+class RankBytes:
+    """A row of `parallel_table`: what one rank of several holds and sends, in bytes.
+
+    Args:
+        way: how the work is shared.
+        weights: of the model, as long as nothing runs.
+        gradients: of all that is trained, after a step.
+        optimizer: Adam's two moments; with 16-bit weights also the float32 copy that is updated.
+        messages: in one step; an all-reduce counts as one.
+        sent: bytes that a rank sends in one step.
+
+    Example:
+        >>> RankBytes("DDP", weights=2, gradients=2, optimizer=12, messages=1, sent=2).total
+        16
+    """
+
+    way: str
+    weights: int
+    gradients: int
+    optimizer: int
+    messages: int
+    sent: int
+
+    @property
+    def total(self) -> int:
+        """What a rank holds."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@checked
+def parallel_table(
+    sizes: ModelSizes,
+    layers: Whole[1],
+    world_size: Whole[1],
+    tokens: Whole[1],
+    microbatches: Whole[1] = 8,
+    weight_bytes: Whole[1] = 2,
+) -> list[RankBytes]:
+    """What each of several ranks holds and sends where one model, all of it trained, is shared.
+
+    N parameters of w bytes, M of them in the linear layers of l blocks and R = N − M elsewhere; W
+    ranks; t tokens of width d in a batch; k microbatches. Adam takes 16 − 2w (`memory_table`). An
+    all-reduce of x bytes makes each rank send 2x(W − 1)/W, the gathering of a whole from its parts,
+    or its summing into parts, half of that: those are the least, and rings need no more.
+
+    - DDP: all on each rank; one all-reduce of the gradients, w N.
+    - ZeRO-2: gradients and optimizer are cut by W; gradients are summed into parts, the new weights
+      gathered.
+    - FSDP: weights too. A block's are gathered before its forward and again before its backward
+      pass, and its gradients summed into parts: 3 messages; what is outside of the blocks stays
+      whole in between: 2.
+    - TP: every matrix and the vocabulary are cut. Each block has 2 all-reduces of t · d numbers in
+      each direction, embeddings and output layer have one, and the log-probabilities two small
+      ones (1 and 3 float32 numbers for a token). Norms, which all ranks have, count as if cut.
+    - PP: each rank has ⌈l/W⌉ blocks; the row is the largest rank, which has the embeddings or the
+      output layer (tied ones: either has them). An inner stage sends each microbatch's hidden
+      states forward and their gradients back.
+
+    Left out are activations, and the layer that FSDP has whole while it runs.
+
+    Args:
+        sizes: from `model_sizes`.
+        layers: l, `config.num_hidden_layers`.
+        world_size: W.
+        tokens: t, of a batch that passes through the model in one step.
+        microbatches: k, of a pipeline.
+        weight_bytes: w, 2 (bfloat16) or 4 (float32).
+
+    Returns:
+        A row for each way.
+
+    Raises:
+        ValueError: a number that is no whole number of at least 1, weight bytes other than 2 and 4,
+            or fewer layers than ranks.
+
+    Example:
+        A layer of 64 × 64 in each of two blocks, 100 others, two ranks, ten tokens: N is 8292. DDP
+        sends 2 · 2 N/2.
+
+        >>> sizes = ModelSizes(shapes=((64, 64),) * 2, other=100, output=0, width=64)
+        >>> for row in parallel_table(sizes, layers=2, world_size=2, tokens=10, microbatches=4):
+        ...     print(f"{row.way:7}{row.total:7}{row.messages:4}{row.sent:6}")
+        DDP     132672   1 16584
+        ZeRO-2   74628   2 16584
+        FSDP     66336   8 24776
+        TP       66336  12 12960
+        PP       67136   8  2560
+
+    Rajbhandari et al., ZeRO (arXiv 1910.02054), sections 3 and 7; Shoeybi et al., Megatron-LM
+    (arXiv 1909.08053), section 3; Narayanan et al. (arXiv 2104.04473), section 3. Lesson 10.
+    """
+    if weight_bytes not in (2, 4):
+        raise ValueError(f"weight_bytes is {weight_bytes!r}: give 2 (bfloat16) or 4 (float32).")
+    if layers < world_size:
+        raise ValueError(f"layers is {layers}: {world_size} ranks need a layer each in a pipeline.")
+    whole, w = sizes.parameters, weight_bytes
+    blocks = sum(outputs * inputs for outputs, inputs in sizes.shapes)
+    rest, part, hidden = whole - blocks, (world_size - 1) / world_size, tokens * sizes.width * w
+    stage = ceil(blocks / layers) * ceil(layers / world_size) + max(sizes.other, sizes.output)
+    cut, adam, small = ceil(whole / world_size), TRAINED - 2 * w, 4 * FLOAT32 * tokens
+    rows = (
+        ("DDP", whole, whole, whole, 1, 2 * part * w * whole),
+        ("ZeRO-2", whole, cut, cut, 2, 2 * part * w * whole),
+        ("FSDP", cut, cut, cut, 3 * layers + 2, part * w * (3 * blocks + 2 * rest)),
+        ("TP", cut, cut, cut, 4 * layers + 4, 2 * part * ((4 * layers + 2) * hidden + small)),
+        ("PP", stage, stage, stage, 2 * microbatches, 2 * hidden),
+    )
+    return [
+        RankBytes(way, w * weights, w * gradients, adam * moments, messages, ceil(sent))
+        for way, weights, gradients, moments, messages, sent in rows
+    ]
+
+
 @checked
 def lora_parameters(shapes: Sequence[tuple[int, int]], rank: Whole[1]) -> int:
     """Trainable parameters of LoRA adapters on linear layers.

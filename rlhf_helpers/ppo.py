@@ -244,7 +244,7 @@ def collect_experience(
     with roles.dense(role) as model:
         rollout = sample_responses(model, tokenizer, prompts, length, **options)
     ids, seen = rollout.input_ids, rollout.attention_mask
-    parts, exact = _minibatches(rollout, config), torch.no_grad()
+    parts, exact = minibatches(rollout, config), torch.no_grad()
     ask = {
         "logprobs": (exact, lambda x: role_logprobs(roles, role, rollout, x, config)),
         "ref_logprobs": (exact, lambda x: role_logprobs(roles, "reference", rollout, x, config)),
@@ -384,7 +384,7 @@ def _updates(run: Run, prompts: list[Prompt], tokenizer: Tokenizer, reward_funct
         arguments = (roles, tokenizer, asked, config, beta, seed, "policy", reward_function)
         with run.diverging("policy", RuntimeError):
             experience = collect_experience(*arguments)
-        stats = _report(update + 1, experience, beta, _learn(run, experience, beta))
+        stats = update_stats(update + 1, experience, beta, _learn(run, experience, beta))
         stop = config.stop_kl is not None and stats.kl > config.stop_kl
         with run.whole_step(last=stop):
             if controller:
@@ -397,7 +397,7 @@ def _learn(run: Run, experience: Experience, beta: float) -> dict[str, list[dict
     objectives = {"policy": policy_objective, "value": value_objective}
     reports = {role: [] for role in run.trained}
     for _ in range(run.config.epochs):
-        for part in _minibatches(experience.rollout, run.config):
+        for part in minibatches(experience.rollout, run.config):
             for role in run.trained:
                 run.roles.use(role).train()
                 with run.diverging(role):
@@ -443,12 +443,14 @@ def role_logprobs(
     return response_logprobs(roles.use(role), ids, mask, length, config.temperature)
 
 
-def _minibatches(rollout: Rollout, config: PPOConfig) -> list[slice]:
+def minibatches(rollout: Rollout, config: PPOConfig) -> list[slice]:
+    """The rows of each of an update's steps."""
     size = config.minibatch_size
     return [slice(start, start + size) for start in range(0, len(rollout.texts), size)]
 
 
-def _report(update: int, experience: Experience, beta: float, learnt: dict) -> PPOStats:
+def update_stats(update: int, experience: Experience, beta: float, learnt: dict) -> PPOStats:
+    """What an update reports, from its samples and what each role's steps reported."""
     rollout, mask = experience.rollout, experience.rollout.response_mask
     means = {
         role: {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}

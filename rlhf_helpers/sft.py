@@ -174,10 +174,17 @@ def batch_loss(
     model: nn.Module, tokenizer: Tokenizer, examples: list[dict], labels: Labels = mask_prompt
 ) -> Tensor:
     """`sft_loss` of one batch; only the positions that predict a label get logits, in pieces."""
+    return -label_logprobs(model, tokenizer, examples, labels).mean()
+
+
+def label_logprobs(
+    model: nn.Module, tokenizer: Tokenizer, examples: list[dict], labels: Labels = mask_prompt
+) -> Tensor:
+    """Log-probability `[N]` of each labelled token of a batch, in nats."""
     *inputs, targets = (x.to(model.device) for x in _batch(tokenizer, examples, labels))
     learnt = targets != IGNORE
     count = targets.shape[1] - max(int(learnt.any(0).nonzero()[0]), 1)
-    return -last_logprobs(model, *inputs, count)[learnt[:, -count:]].mean()
+    return last_logprobs(model, *inputs, count)[learnt[:, -count:]]
 
 
 def _batch(tokenizer: Tokenizer, examples: list[dict], labels: Labels) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from rlhf_helpers.checks import (
     lesson_06,
     lesson_08,
     lesson_09,
+    lesson_10,
 )
 from rlhf_helpers.checks.exercise import name_mistake, same
 
@@ -113,7 +114,7 @@ def assert_mistakes_differ(exercise):
 def families():
     """Beginning and end of the messages that share a text, from the texts with a gap."""
     first = (lesson_01, lesson_02, lesson_03, lesson_04, lesson_05)
-    lessons = (*first, lesson_06, lesson_08, lesson_09)
+    lessons = (*first, lesson_06, lesson_08, lesson_09, lesson_10)
     texts = {text for lesson in lessons for text in vars(lesson.SAY).values()}
     return {(parts[0], parts[-1]) for text in texts if len(parts := text.split("{}")) > 1}
 

@@ -49,12 +49,15 @@ from rlhf_helpers.memory import (
     memory_table,
     model_sizes,
     nf4_bytes,
+    parallel_table,
 )
+from rlhf_helpers.parallel import whiten_over_ranks
 from rlhf_helpers.pocket import corpus, exam, rubric, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.preferences import collect_preferences
 from rlhf_helpers.ppo import PPOConfig, collect_experience, train_ppo
 from rlhf_helpers.presets import ASSETS, load_preset
+from rlhf_helpers.ranks import join, spawn
 from rlhf_helpers.reward import (
     RewardConfig,
     calibration,
@@ -853,6 +856,22 @@ MEMORY_ROWS = (
         "give 2 (bfloat16)"),
     Row("a table of adapters of rank 0",
         lambda w: memory_table(SIZES, rank=0), "rank is 0", "a whole number, at least 1"),
+    Row("a pipeline of more ranks than layers",
+        lambda w: parallel_table(SIZES, 1, 2, tokens=8), "layers is 1",
+        "2 ranks need a layer each"),
+    Row("no rank at all",
+        lambda w: spawn(os.getcwd, 0, 9), "world_size is 0", "a whole number, at least 1"),
+    Row("what no other process can be given",
+        lambda w: spawn(os.getcwd, 1, 9, lambda: 0), "argument 0 is", "give numbers, texts",
+        error=TypeError),
+    Row("a function inside of another",
+        lambda w: spawn(lambda: 0, 1, 9), "<lambda>' stands in another one",
+        "define it at the top"),
+    Row("a process that nobody has started as one of several",
+        lambda w: join().__enter__(), "RANK is not set", "use torchrun"),
+    Row("whitening over ranks in no group",
+        lambda w: whiten_over_ranks(ones(2), ones(2)), "in no group", "use ranks.spawn",
+        error=RuntimeError),
     Row("adapters on no layer",
         lambda w: lora_parameters([], 1), "shapes is empty",
         "give (out, in) of at least one adapted layer"),

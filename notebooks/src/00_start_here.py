@@ -416,6 +416,7 @@ assert answering["right"] < answering["left"] - 0.1
 # | runs that are broken and do not say so | 07 |
 # | DPO: preferences without a reward model | 08 |
 # | PPO without its critic, and all methods compared | 09 |
+# | several processes that do together what one does | 10 |
 
 # %% [markdown]
 # ## The numbers to beat

@@ -35,6 +35,12 @@ from rlhf_helpers.checks.lesson_09 import (
     check_leave_one_out,
     check_teaching_share,
 )
+from rlhf_helpers.checks.lesson_10 import (
+    check_rank_bytes,
+    check_sent_bytes,
+    check_split_logprobs,
+    check_whiten_over_ranks,
+)
 
 __all__ = [
     "FAULTS",
@@ -64,12 +70,16 @@ __all__ = [
     "check_patients",
     "check_policy_loss",
     "check_predict_bytes",
+    "check_rank_bytes",
     "check_sampled_log_probs",
     "check_self_agreement",
+    "check_sent_bytes",
     "check_shape_rewards",
+    "check_split_logprobs",
     "check_teaching_share",
     "check_token_logprobs",
     "check_train_step",
+    "check_whiten_over_ranks",
     "dpo_log",
     "patient",
     "training_log",

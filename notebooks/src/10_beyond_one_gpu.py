@@ -1,0 +1,528 @@
+# %% [markdown]
+# # 10 · Beyond one GPU, with the engines that exist
+#
+# **Run time** about two minutes on two CPU cores · **Before this** lessons 03, 04 and 09 ·
+# **Exercise** `exercises/10_beyond_one_gpu.ipynb`
+#
+# After this lesson you will be able to
+#
+# - say what must be *equal* when work is shared by several processes, and check it on a laptop;
+# - find the two means that go wrong first: whitening on each rank by itself, and a mean of means;
+# - read what FSDP, tensor parallelism and a pipeline cut, and what they send for it;
+# - start TRL's trainers on several processes, and say when to leave this course for other engines.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from rlhf_helpers import memory, notebook, parallel, plots
+from rlhf_helpers.base import load_base
+from rlhf_helpers.checkpoints import find_adapter
+from rlhf_helpers.logprobs import token_logprobs
+from rlhf_helpers.losses import whiten
+from rlhf_helpers.presets import PRESETS
+from rlhf_helpers.ranks import spawn
+
+# %%
+preset = PRESETS["pocket"]  # always: every number below is about this model
+notebook.start(preset)
+LIMIT = 900  # seconds that two processes may take; then they are ended
+torch.set_num_threads(1)  # as many as each of them has, so that sums are rounded alike
+
+# %% [markdown]
+# ## Ranks
+#
+# A job on many GPUs is many processes of one program. Each has a number, its **rank**, and its own memory. What they know
+# of each other they have sent. The message that matters most is the **all-reduce**: each rank brings a tensor, each gets
+# the sum. On CPUs the library that carries it is gloo, on NVIDIA's GPUs it is NCCL; the program is the same.
+#
+# `spawn` starts such processes from a notebook, hands back what the function returns on each, and leaves none behind. The
+# function runs in another process, so it imports what it needs.
+
+
+# %%
+def greet(numbers):
+    import torch.distributed as dist
+
+    from rlhf_helpers.ranks import all_sum
+
+    mine = numbers[dist.get_rank()]
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}: {mine}, in all {all_sum(mine)}"
+
+
+print(*spawn(greet, 2, LIMIT, torch.tensor([3.0, 4.0])), sep="\n")
+
+# %% [markdown]
+# Two processes, two numbers, one sum on both. All of this lesson is made of such sums (and of one maximum), and of one
+# question: *is the result that of one process?*
+#
+# ## Two means that go wrong
+#
+# Rank 0 has an answer of three tokens, with losses of 1, 2 and 6, rank 1 one of two, with 5 and 4.
+#
+# <details><summary><b>Predict before you run.</b> Each rank takes the mean of its own, and the two means are averaged, as
+# data-parallel engines do with gradients by default. What comes out, and what should?</summary>
+#
+# (3 + 4.5)/2 = 3.75, where the mean over all tokens is 18/5 = 3.6. A token of the short answer counts one and a half times
+# as much as one of the long answer.
+# </details>
+
+
+# %%
+def means(values, mask):
+    import torch.distributed as dist
+
+    from rlhf_helpers.losses import whiten
+    from rlhf_helpers.parallel import mean_over_ranks, whiten_over_ranks
+    from rlhf_helpers.ranks import all_sum
+
+    x, real = values[dist.get_rank()], mask[dist.get_rank()]
+    mean = x[real == 1].mean()
+    of_means = all_sum(mean) / dist.get_world_size()
+    means = {"mean of means": of_means, "over all": mean_over_ranks(mean, real.sum())}
+    both = {"each rank by itself": whiten(x, real), "over all ranks": whiten_over_ranks(x, real)}
+    return means, both
+
+
+# %%
+values = torch.tensor([[1.0, 2.0, 6.0, 0.0], [5.0, 4.0, 0.0, 0.0]])
+mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+for rank, (both, whitened) in enumerate(spawn(means, 2, LIMIT, values, mask)):
+    print(f"rank {rank}:", {name: round(x.item(), 3) for name, x in both.items()})
+    for name, x in whitened.items():
+        print(f"   whitened, {name:20}", [round(v, 2) for v in x[mask[rank] == 1].tolist()])
+torch.testing.assert_close(whitened["over all ranks"], whiten(values, mask)[1])
+
+# %% [markdown]
+# The weights of the right mean are the numbers of tokens: $L = \sum_r \frac{n_r}{\sum_s n_s} L_r$, so the ranks tell each
+# other $n_r$ first. Whitening needs two sums more, $\sum x$ and then $\sum (x - \mu)^2$. Look at rank 1: by itself it calls
+# its 4 the worst there is and pushes it down as hard as anything. Over all ranks a 4 is above average.
+#
+# Neither mistake stops a run or shows in a log. The first makes tokens of short answers louder, the second measures each
+# rank with a ruler of its own.
+#
+# ## PPO on two ranks
+#
+# **Data parallel**: each rank has the whole model and a share of the rows. What changes is little. Rows of each minibatch
+# are shared out; each rank samples its own answers, with its own seed; advantages are whitened over all; a loss is weighted
+# by its share of the tokens; gradients are *summed* before they are clipped; reports are means over all; rank 0 alone
+# saves. `parallel.data_parallel` puts these functions in the place of PPO's, as the clinic of lesson 07 did with faults:
+
+# %%
+for owner, name, new in parallel.REPLACED:
+    owner = owner.__name__.removeprefix("rlhf_helpers.")
+    print(f"{owner + '.' + name:24} → {new.__name__}")
+
+
+# %%
+def train(adapters, settings, together):
+    """Three updates from the shipped adapters; on a rank, or in one process as all ranks."""
+    from rlhf_helpers import parallel, ppo
+    from rlhf_helpers.base import load_base
+    from rlhf_helpers.presets import PRESETS
+    from rlhf_helpers.roles import Roles
+    from rlhf_helpers.sources import prompt_dataset
+    from rlhf_helpers.text import load_tokenizer
+
+    preset, config = PRESETS["pocket"], ppo.PPOConfig(**settings)
+    roles = Roles(load_base(preset))
+    for role, folder in adapters.items():
+        roles.load(role, folder)
+    roles.add("policy", copy_of="reference")
+    roles.add("value", copy_of="reward")
+    way = parallel.data_parallel() if together else parallel.sampled_as(2, config)
+    prompts = list(prompt_dataset(preset)["prompt"])
+    with way:
+        history = list(ppo.train_ppo(roles, load_tokenizer(preset), prompts, config))
+    rows = [(s.score, s.kl, s.policy["loss"], s.policy["grad_norm"]) for s in history]
+    texts = history[0].experience.rollout.texts
+    return rows, texts, roles.state("policy"), roles.state("value")
+
+
+# %%
+adapters = {"reference": str(find_adapter(preset, "sft"))}
+adapters["reward"] = str(find_adapter(preset, "reward"))
+settings = {"updates": 3, "batch_size": 16, "minibatch_size": 8, "epochs": 1, "seed": 0}
+rows, _, *expected = train(adapters, settings, False)
+ranks = spawn(train, 2, LIMIT, adapters, settings, True)
+print(f"{'':10}{'reward':>9}{'KL':>9}{'loss':>11}{'gradient':>10}")
+for update, (one, two) in enumerate(zip(rows, ranks[0][0], strict=True), 1):
+    for name, (score, kl, loss, norm) in (("one", one), ("two", two)):
+        print(f"{update} {name:8}{score:9.5f}{kl:9.5f}{loss:11.7f}{norm:10.6f}")
+
+# %%
+pairs = zip(expected, ranks[0][2:], strict=True)
+difference = torch.cat([(x - got[n]).flatten() for role, got in pairs for n, x in role.items()])
+apart, worst = difference.square().mean().sqrt().item(), difference.abs().max().item()
+near = (difference.abs() < 1e-6).float().mean().item()
+print(
+    f"weights of policy and critic: {apart:.1e} apart (root mean square), {near:.2%} of them by",
+    end=" ",
+)
+print(f"less than 1e-6, the worst by {worst:.1e}")
+same = all(torch.equal(x, ranks[1][2][n]) for n, x in ranks[0][2].items())
+print("the two ranks' weights are", "the same bits" if same else "not the same")
+for rank, (_, texts, *_) in enumerate(ranks):
+    print(f"rank {rank} sampled", texts[:2])
+assert apart < 1e-6 and same
+
+# %% [markdown]
+# One process that samples the same answers and learns from the whole batch gets the same numbers, up to the order in which
+# sums are rounded. The worst weights are those whose gradient is itself of the size of rounding: Adam divides each entry by
+# its own size, and takes a step on it all the same. In float64 nothing of it is left (a test holds that to $10^{-9}$).
+# Equality is the claim, and the way to debug such a trainer: **first make it equal, then make it fast.**
+#
+# What was sent: for each optimizer step one sum of the *adapters'* gradients. The base is frozen and needs no message at
+# all, which is why QLoRA is cheap to run in parallel. On real machines `torchrun` starts the processes, each with its GPU:
+#
+# ```python
+# # script.py, for torchrun --nproc_per_node 8 script.py
+# with ranks.join("cuda"), parallel.data_parallel():
+#     for stats in train_ppo(roles, tokenizer, prompts, config, folder):
+#         ...
+# ```
+#
+# SFT, the reward model and DPO share PPO's engine, and so come likewise. Without a critic a group of answers must stay on
+# one rank, or its mean would have to be sent too; settings that split one are refused.
+#
+# ## When the model does not fit: FSDP
+#
+# Data parallel repeats everything on each rank. With a full fine-tuning of 7B that is 16 bytes times 7 billion, 108 GB, on
+# each. **FSDP** (ZeRO stage 3) cuts every tensor by the number of ranks $W$. Before a layer runs, its weights are gathered;
+# afterwards they are dropped; its gradients are summed and cut. It is torch's own engine (`fully_shard`). It cannot cut
+# NF4's packed bytes, so the base is unquantized here.
+#
+# <details><summary><b>Predict before you run.</b> This base has four layers, which are gathered before forward and again
+# before backward; embeddings and norm are gathered once. How many all-gathers, and how many reduce-scatters?</summary>
+#
+# 4 + 4 + 1 = 9, and 5.
+# </details>
+
+
+# %%
+def fsdp(ids, counted):
+    """Loss and gradient of the base on a rank's rows, with everything cut in two."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from rlhf_helpers import parallel
+    from rlhf_helpers.base import load_base
+    from rlhf_helpers.logprobs import token_logprobs
+    from rlhf_helpers.presets import PRESETS
+
+    base = load_base(PRESETS["pocket"], quantized=False).requires_grad_(True)
+    whole, rank = sum(p.numel() for p in base.parameters()), dist.get_rank()
+    model, size = parallel.shard(base), dist.get_world_size()
+    ids, counted = ids.chunk(size)[rank], counted.chunk(size)[rank]
+    with CommDebugMode() as said:
+        logprobs = token_logprobs(model(ids).logits[:, :-1], ids[:, 1:])
+        loss = -(logprobs * counted).sum() / counted.sum()
+        loss = parallel.mean_over_ranks(loss, counted.sum())
+        (size * loss).backward()  # the engine averages gradients; ours are to be summed
+    kept = sum(p.to_local().numel() for p in model.parameters())
+    sent = {str(name).split(".")[-1]: n for name, n in said.get_comm_counts().items()}
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return {"kept": kept / whole, "sent": sent, "loss": loss.item(), "gradients": gradients}
+
+
+# %%
+generator = torch.Generator().manual_seed(0)
+ids = torch.randint(4, 1258, (4, 12), generator=generator)
+counted = (torch.arange(11) < torch.tensor([[11], [9], [4], [2]])).float()  # 20 tokens and 6
+base = load_base(preset, quantized=False).requires_grad_(True)
+logprobs = token_logprobs(base(ids).logits[:, :-1], ids[:, 1:])
+loss = -(logprobs * counted).sum() / counted.sum()
+loss.backward()
+exact = {name: p.grad.clone() for name, p in base.named_parameters()}
+
+
+def apart_from_one(gradients):
+    """The largest difference to one process, relative to the largest entry of the tensor."""
+    pairs = ((g, exact[name]) for name, g in gradients.items())
+    return max(((g - e).abs().max() / e.abs().max()).item() for g, e in pairs)
+
+
+# %%
+found = spawn(fsdp, 2, LIMIT, ids, counted)[0]
+print(
+    f"one process: loss {loss:.6f}; two, each with {found['kept']:.0%}: {found['loss']:.6f};",
+    end=" ",
+)
+print(f"gradients {apart_from_one(found['gradients']):.1e} apart")
+print("messages:", found["sent"])
+assert apart_from_one(found["gradients"]) < 1e-5
+assert found["sent"]["_allgather_base_"] == 9 and found["sent"]["_reduce_scatter_base_"] == 5
+
+# %% [markdown]
+# The all-reduces are ours, of the numbers of tokens and of the loss. The engine *averages* over ranks: with 20 tokens here
+# and 6 there that would be the mean of means again, hence the factor in the code.
+#
+# ## Cutting a matrix: tensor parallelism
+#
+# A layer can be cut as well. In $y = W_2\,f(W_1 x)$ give each rank some *rows of $W_1$*, so that it computes some of the
+# inner numbers, and the *columns of $W_2$* that read just those. Nothing is sent in between; at the end the ranks' parts
+# of $y$ are summed, by one all-reduce. That is the MLP of a transformer. Attention is cut by heads; this base has three,
+# which two ranks cannot share, so here it is the MLP. In torch the first cut is called *colwise*, the second *rowwise*,
+# after $W^\top$.
+#
+# The output layer is cut by tokens of the vocabulary, and then **no rank has all logits**. A log-probability needs them all:
+#
+# $$\log \pi(a) = z_a - m - \log \sum_v e^{z_v - m}, \qquad m = \max_v z_v.$$
+#
+# The maximum and the sum are over all ranks; $z_a$ is on one rank, and the others add 0.
+
+
+# %%
+def split(hidden, tokens):
+    """The MLP of the first layer by torch's engine, then log-probabilities from half a vocabulary."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    from rlhf_helpers.base import load_base
+    from rlhf_helpers.presets import PRESETS
+    from rlhf_helpers.ranks import split_logprobs
+
+    base = load_base(PRESETS["pocket"], quantized=False)
+    mlp, mesh = base.model.layers[0].mlp, init_device_mesh("cpu", (2,))
+    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+    mlp = parallelize_module(mlp, mesh, plan | {"down_proj": RowwiseParallel()})
+    with CommDebugMode() as said:
+        y = mlp(hidden).clone()  # the engine's own tensor waits for the sum when it is read
+    weight = base.lm_head.weight.chunk(2)[dist.get_rank()]  # half of the vocabulary
+    logits = y @ weight.T
+    logprobs = split_logprobs(logits, tokens, first=dist.get_rank() * len(weight))
+    sent = {str(name).split(".")[-1]: n for name, n in said.get_comm_counts().items()}
+    return {"y": y, "sent": sent, "logits": tuple(logits.shape), "logprobs": logprobs}
+
+
+# %%
+hidden = torch.randn(2, 5, 192, generator=generator)
+tokens = torch.randint(0, 1258, (2, 5), generator=generator)
+with torch.no_grad():
+    y = base.model.layers[0].mlp(hidden)
+    logits = base.lm_head(y)
+found = spawn(split, 2, LIMIT, hidden, tokens)[0]
+apart_tp = (found["logprobs"] - token_logprobs(logits, tokens)).abs().max().item()
+print(f"MLP {(found['y'] - y).abs().max().item():.1e} apart; messages {found['sent']}")
+print(f"logits {tuple(logits.shape)} in one process, {found['logits']} on a rank;", end=" ")
+print(f"log-probabilities {apart_tp:.1e} apart")
+torch.testing.assert_close(found["y"], y, rtol=1e-5, atol=1e-5)
+assert apart_tp < 1e-5
+
+# %% [markdown]
+# What happens without the shared maximum? Each rank would take off its own, and the sums would not be of the same thing.
+# Two tokens on each rank, and the token asked for on the second; on purpose wrong, in one process, step by step:
+
+# %% tags=["nbval-check-output"]
+z = torch.tensor([[1.0, 2.0], [6.0, 4.0]])  # a row for each rank; asked for is the 4
+own = (z - z.amax(-1, keepdim=True)).exp().sum(-1)  # each less its own maximum
+wrong = 4 - z.amax() - own.sum().log()
+right = z.flatten().log_softmax(-1)[3]
+everywhere = right + z[0, 1]  # rank 0 adds the logit that it has at that column
+print(f"right {right:.3f}, own maxima {wrong:.3f}, a logit from every rank {everywhere:.3f}")
+
+# %% [markdown]
+# Both are below 0 and look like log-probabilities. Only the comparison with one process finds them.
+#
+# ## Cutting the depth: a pipeline
+#
+# Rank 0 has the first layers, rank 1 the others; hidden states go forward, their gradients back. With one batch one rank
+# would always wait, so it is cut into microbatches. **1F1B**: a stage that can go backward does, before it takes the next
+# forward, so that it keeps the activations of few. Output layer and embeddings share their weights in this base; on two
+# ranks they would drift apart, so the output layer first gets its own.
+
+
+# %%
+def pipeline(ids, counted, microbatches):
+    """Two stages on two ranks, by torch's schedule; what each did, in which order."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    from rlhf_helpers import parallel
+    from rlhf_helpers.base import load_base
+    from rlhf_helpers.presets import PRESETS
+
+    base = load_base(PRESETS["pocket"], quantized=False).requires_grad_(True)
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    rank, order = dist.get_rank(), []
+    part = parallel.Stage(base, rank, 2)
+
+    def note(module, inputs, output):
+        number = order.count("F") + 1
+        order.append("F")
+        output.register_hook(lambda gradient: order.append(f"B{number}"))
+
+    part.register_forward_hook(note)
+
+    def share(logits, target):
+        """A row's part of the mean over the tokens of all rows."""
+        row, real = target.split([ids.shape[1], counted.shape[1]], -1)
+        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, row[:, 1:, None])[..., 0]
+        return -(logprobs * real).sum() / counted.sum()
+
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, microbatches, loss_fn=share, scale_grads=False)
+    losses, target = [], torch.cat([ids, counted.long()], -1)
+    for _ in range(2):  # in its first step the engine also tries out the shapes, with any numbers
+        part.zero_grad()
+        order.clear()
+        schedule.step(ids) if rank == 0 else schedule.step(target=target, losses=losses)
+    names = {id(p): name for name, p in base.named_parameters()}
+    gradients = {names[id(p)]: p.grad for p in part.parameters()}
+    return {"loss": sum(x.item() for x in losses), "order": order, "gradients": gradients}
+
+
+# %%
+stages = spawn(pipeline, 2, LIMIT, ids, counted, 4)
+gradients = stages[0]["gradients"] | stages[1]["gradients"]
+gradients["model.embed_tokens.weight"] += gradients.pop("lm_head.weight")  # one tensor in the base
+print(f"loss {stages[1]['loss']:.6f}, gradients {apart_from_one(gradients):.1e} apart")
+for rank, stage in enumerate(stages):
+    print(f"rank {rank}:", *stage["order"])
+assert gradients.keys() == exact.keys() and apart_from_one(gradients) < 1e-5
+
+
+# %% [markdown]
+# Drawn on a clock on which a forward and a backward step take one tick each (in life a backward takes two), with the order
+# that was seen. A step begins when the one before it on its rank is done, and when what it needs has come from the other.
+
+
+# %%
+def timetable(orders):
+    """When each step begins: rows of microbatches, above 0 forward, below 0 backward."""
+    done, rows, queues = {}, [{}, {}], [list(order) for order in orders]
+    tick, counts = 0, [0, 0]
+    while any(queues):
+        begun = []
+        for rank, queue in enumerate(queues):
+            if not queue:
+                continue
+            forward = queue[0] == "F"
+            number = counts[rank] + 1 if forward else int(queue[0][1:])
+            needs = ("F", 0, number) if forward and rank else ("B", 1, number)
+            if (forward and not rank) or (rank and not forward) or done.get(needs, tick) < tick:
+                begun.append((rank, forward, number))
+        for rank, forward, number in begun:
+            queues[rank].pop(0)
+            counts[rank] += forward
+            done["F" if forward else "B", rank, number] = tick
+            rows[rank][tick] = number if forward else -number
+        tick += 1
+    return [[row.get(t, float("nan")) for t in range(tick)] for row in rows]
+
+
+clock = timetable([stage["order"] for stage in stages])
+idle = sum(x != x for row in clock for x in row) / sum(map(len, clock))
+ticks = [str(t) for t in range(len(clock[0]))]
+fig = plots.heat_map(
+    clock, ticks, ["stage 0", "stage 1"], "microbatch (above 0 forward, below 0 back)"
+)
+alt = f"Four microbatches through two stages in {len(ticks)} ticks; {idle:.0%} of them are idle."
+plots.show(fig, alt)
+print(f"idle: {idle:.0%}; (W − 1)/(k + W − 1) = {1 / 5:.0%}")
+assert abs(idle - 1 / 5) < 1e-9
+
+# %% [markdown]
+# What is blank is the **bubble**. With $W$ stages and $k$ microbatches it is $(W-1)/(k+W-1)$ of the time: more microbatches
+# make it smaller, more stages larger.
+#
+# ## What it costs, counted
+#
+# For a full fine-tuning of Llama-2-7B and of a 70B in bfloat16 on eight GPUs, with 16,384 tokens in a step. An all-reduce of
+# $x$ bytes makes a rank send at least $2x(W-1)/W$.
+
+# %%
+wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+wide |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+for name, config in (("7B", LlamaConfig()), ("70B", LlamaConfig(**wide))):
+    sizes = memory.model_sizes(config)
+    table = memory.parallel_table(sizes, config.num_hidden_layers, 8, tokens=16384)
+    print(
+        f"{name}, {sizes.parameters / 1e9:.1f}B parameters   GB on a rank  messages  GB sent in a step"
+    )
+    for row in table:
+        print(f"  {row.way:24}{row.total / 1e9:14.1f}{row.messages:10}{row.sent / 1e9:14.1f}")
+
+# %% [markdown]
+# Read the rows against each other, not as seconds: no speed is claimed here, and a message inside of a machine and one
+# between two are different things. DDP of 70B fits nowhere. FSDP needs an eighth of it, which is still more than a GPU of
+# 80 GB has: take more of them. It sends half as much again as DDP, whatever the batch. Tensor parallelism sends *activations*, in the middle of each layer, with nothing to do meanwhile: it stays inside of a
+# machine. A pipeline sends least, and waits. Large runs combine them: tensor parallel inside of a machine, pipeline or
+# FSDP across, data parallel on top.
+#
+# And the four roles of PPO on an NF4 base? With 7B they took 5.5 GB in lesson 04. They fit on one GPU, and data parallel
+# makes them faster; nothing has to be cut.
+#
+# ## The engines
+#
+# All this exists, maintained by others. TRL's trainers run under `accelerate launch`, and a file says how the work is
+# shared. The course's reward model comes along as in lesson 09, whole on each process. `tools/train_trl.py` is that lesson's
+# set-up as a script:
+#
+# | how | command |
+# |---|---|
+# | one process | `python tools/train_trl.py` |
+# | two CPU processes | `accelerate launch --config_file tools/accelerate/two_cpus.yaml tools/train_trl.py` |
+# | four GPUs, DeepSpeed ZeRO-2 | the same with `deepspeed_zero2.yaml` and `--preset single_gpu` |
+# | four GPUs, FSDP | the same with `fsdp.yaml`, `--preset single_gpu --unquantized` |
+#
+# The first two run here. The others' files are checked for what accelerate's parser accepts, and have not been run.
+# A trap on CPUs: `accelerate launch --cpu --num_processes 2` starts *one* process and says nothing.
+
+# %%
+tools = Path("../tools")
+if (tools / "train_trl.py").is_file():
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += [
+        "--config_file",
+        str(tools / "accelerate/two_cpus.yaml"),
+        str(tools / "train_trl.py"),
+    ]
+    command += ["--steps", "2", "--rows", "8", "--out", str(preset.runs / preset.name / "trl_two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout.splitlines()[-1])
+else:
+    print("the tools are in the course's repository; clone it to run this cell")
+
+# %% [markdown]
+# **verl** and **OpenRLHF** go further, and were not run here: they need CUDA. Most of the time of RLHF goes into sampling,
+# so they sample with an inference engine (vLLM, SGLang) that has its own copy of the policy; after each update the weights
+# are *sent over*. With that comes a new question for equality: the engine's log-probabilities differ from the trainer's in
+# the last digits, and the ratio of the first step is no longer 1. Recompute them in the trainer, as this course does since
+# lesson 04, or correct for it. They also place roles: on which GPUs the policy, the reference and the reward model stand, and
+# who waits for whom.
+#
+# ## The number to take along
+
+# %% tags=["headline"]
+print(
+    f"two ranks against one process: PPO's weights {apart:.0e} apart after three updates,", end=" "
+)
+print(f"split log-probabilities {apart_tp:.0e}; bubble {idle:.0%}")
+
+# %% [markdown]
+# ## Recap
+#
+# - Several processes must give what one gives. Make a run equal before you make it fast.
+# - Means are over all ranks' tokens: send the counts. Whiten over all ranks.
+# - FSDP cuts storage and gathers it again; tensor parallelism cuts the arithmetic; a pipeline cuts the depth. Each is
+#   bought with messages of another kind.
+# - No rank needs all logits: one maximum and two sums are enough.
+# - An engine's default is a mean over *ranks*, and launchers may start fewer processes than you asked for. Print the number.
+#
+# **Further reading.** Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), sections 3 and 5. Shoeybi et al. 2019, Megatron-LM
+# (arXiv 1909.08053), section 3: columns, then rows, and the split vocabulary. Narayanan et al. 2021 (arXiv 2104.04473),
+# section 2: 1F1B and the bubble. Sheng et al. 2024, HybridFlow (arXiv 2409.19256), which is verl. Hu et al. 2024, OpenRLHF
+# (arXiv 2405.11143).

@@ -1,0 +1,418 @@
+"""The checks of lesson 10: every known mistake is named, every right answer passes.
+
+The answers, wrong and right, are written here as a learner would write them: for one rank.
+"""
+
+import doctest
+
+import helpers_checks as shared
+import pytest
+import torch
+from helpers_checks import run
+
+from rlhf_helpers import checks
+from rlhf_helpers.checks import lesson_10
+
+EXERCISES = (lesson_10.WHITEN, lesson_10.SPLIT, lesson_10.HELD, lesson_10.SENT)
+NAMES = [exercise.name for exercise in EXERCISES]
+
+
+def test_doctests():
+    assert doctest.testmod(lesson_10).failed == 0
+
+
+# --- whitening ---
+
+
+def over(mean, variance):
+    """With these, each of x and what `all_sum` gives."""
+
+    def whitened(x, mask, all_sum):
+        real = x[mask == 1]
+        m = mean(real, all_sum)
+        v = variance(real, m, all_sum)
+        return (x - m) / (v + 1e-8) ** 0.5 * mask
+
+    return whitened
+
+
+def mean_of_all(real, all_sum):
+    return all_sum(real.sum()) / all_sum(len(real))
+
+
+def variance_of_all(real, mean, all_sum):
+    return all_sum(((real - mean) ** 2).sum()) / (all_sum(len(real)) - 1)
+
+
+def ranks_of(all_sum):
+    return all_sum(1)
+
+
+def from_both(make):
+    """Something else made of the right mean and variance."""
+
+    def whitened(x, mask, all_sum):
+        real = x[mask == 1]
+        mean = mean_of_all(real, all_sum)
+        return make(x, mask, mean, variance_of_all(real, mean, all_sum))
+
+    return whitened
+
+
+def with_padding(x, mask, all_sum):
+    return over(mean_of_all, variance_of_all)(x, torch.ones_like(mask), all_sum)
+
+
+def with_zeros(x, mask, all_sum):
+    return over(mean_of_all, variance_of_all)(x * mask, torch.ones_like(mask), all_sum) * mask
+
+
+BOTH = "mean and spread are "
+WHITEN_MISTAKES = [
+    (BOTH + "those of each rank", over(lambda r, s: r.mean(), lambda r, m, s: r.var())),
+    (
+        BOTH + "made from a mean of the ranks' means",
+        over(lambda r, s: s(r.mean()) / ranks_of(s), variance_of_all),
+    ),
+    (
+        BOTH + "not both over all: the variance is a mean",
+        over(mean_of_all, lambda r, m, s: s(r.var()) / ranks_of(s)),
+    ),
+    (
+        BOTH + "not both over all: the squares are",
+        over(
+            mean_of_all,
+            lambda r, m, s: s(((r - r.mean()) ** 2).sum()) / (s(len(r)) - 1),
+        ),
+    ),
+    (BOTH + "over the padding too", lambda x, m, s: with_padding(x, m, s) * m),
+    (BOTH + "over the padding too", with_zeros),
+    (
+        BOTH + "sums over all ranks, divided",
+        over(
+            lambda r, s: s(r.sum()) / len(r),
+            lambda r, m, s: s(((r - m) ** 2).sum()) / (len(r) - 1),
+        ),
+    ),
+    (
+        BOTH + "right but for the divisor of the variance, which",
+        over(mean_of_all, lambda r, m, s: s(((r - m) ** 2).sum()) / s(len(r))),
+    ),
+    (
+        BOTH + "right but for the divisor of the variance: one",
+        over(mean_of_all, lambda r, m, s: s(((r - m) ** 2).sum()) / s(len(r) - 1)),
+    ),
+    (
+        "it is divided by the spread, but",
+        from_both(lambda x, m, mean, v: x / (v + 1e-8).sqrt() * m),
+    ),
+    ("the mean of all is taken off, but", from_both(lambda x, m, mean, v: (x - mean) * m)),
+    (
+        "it is divided by the variance of all",
+        from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8) * m),
+    ),
+    (
+        "where the mask is 0 something",
+        from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8).sqrt()),
+    ),
+    (
+        "where all entries are equal",
+        from_both(lambda x, m, mean, v: (x - mean) / v.sqrt() * m),
+    ),
+]
+WHITEN_RIGHT = [
+    over(mean_of_all, variance_of_all),
+    from_both(lambda x, m, mean, v: ((x - mean) / (v.sqrt() + 1e-8)).masked_fill(m == 0, 0)),
+]
+
+
+# --- a split vocabulary ---
+
+
+def logprobs(make):
+    """Made of the own columns, the logit of the token if it is here, and the messages."""
+
+    def split(logits, tokens, first, all_max, all_sum):
+        ids = torch.arange(first, first + logits.shape[1])
+        here = ids == tokens[:, None]
+        own = torch.where(here, logits, 0.0).sum(1)
+        return make(logits, own, here.any(1), all_max, all_sum)
+
+    return split
+
+
+def normal(logits, all_max, all_sum):
+    """The logarithm of the sum over the whole vocabulary."""
+    top = all_max(logits.max(1).values)
+    return top + all_sum((logits - top[:, None]).exp().sum(1)).log()
+
+
+def right_split(z, own, here, all_max, all_sum):
+    return all_sum(own) - normal(z, all_max, all_sum)
+
+
+def own_maximum(z, own, here, all_max, all_sum):
+    top = z.max(1).values
+    return all_sum(own) - top - all_sum((z - top[:, None]).exp().sum(1)).log()
+
+
+def own_in_sum(z, own, here, all_max, all_sum):
+    top = z.max(1).values
+    total = all_sum((z - top[:, None]).exp().sum(1))
+    return all_sum(own) - all_max(top) - total.log()
+
+
+def summed_maximum(z, own, here, all_max, all_sum):
+    top = all_sum(z.max(1).values)
+    return all_sum(own) - top - all_sum((z - top[:, None]).exp().sum(1)).log()
+
+
+def shifted(make):
+    """With the sum of exponentials below the right maximum."""
+
+    def split(z, own, here, all_max, all_sum):
+        top = all_max(z.max(1).values)
+        return make((z - top[:, None]).exp().sum(1), top, all_sum(own), all_sum)
+
+    return logprobs(split)
+
+
+def every_rank(logits, tokens, first, all_max, all_sum):
+    column = (tokens - first).clamp(0, logits.shape[1] - 1)
+    own = logits[range(len(tokens)), column]
+    return all_sum(own) - normal(logits, all_max, all_sum)
+
+
+def modulo(logits, tokens, first, all_max, all_sum):
+    own = logits[range(len(tokens)), tokens % logits.shape[1]]
+    return all_sum(own) - normal(logits, all_max, all_sum)
+
+
+TOP = "the maximum that is taken off is "
+SPLIT_MISTAKES = [
+    (TOP + "each rank's own, in the sum", logprobs(own_maximum)),
+    (TOP + "each rank's own in the sum", logprobs(own_in_sum)),
+    (TOP + "missing", logprobs(lambda z, own, h, m, s: s(own) - s(z.exp().sum(1)).log())),
+    (TOP + "the sum of the ranks' maxima", logprobs(summed_maximum)),
+    ("the shared maximum is taken off", shifted(lambda e, top, c, s: c - s(e).log())),
+    (
+        "the sum of exponentials is each rank's own",
+        shifted(lambda e, top, c, s: c - top - e.log()),
+    ),
+    (
+        "each rank takes a log-softmax of its own",
+        logprobs(lambda z, own, here, m, s: s((own - z.logsumexp(1)) * here)),
+    ),
+    (
+        "each rank takes a log-softmax of its own",
+        logprobs(lambda z, own, here, m, s: (own - z.logsumexp(1)) * here),
+    ),
+    (
+        "the sum of exponentials is averaged",
+        shifted(lambda e, top, c, s: c - top - (s(e) / s(1)).log()),
+    ),
+    ("the sum of exponentials is taken off", shifted(lambda e, top, c, s: c - top - s(e))),
+    ("the logit of the token is counted on every rank: those", every_rank),
+    ("the logit of the token is counted on every rank, at", modulo),
+    (
+        "the logit of the token is known on the rank",
+        logprobs(lambda z, own, here, m, s: own - normal(z, m, s)),
+    ),
+    (
+        "it is the logarithm of the sum",
+        logprobs(lambda z, own, here, m, s: normal(z, m, s)),
+    ),
+    (
+        "every sign is the wrong way round",
+        logprobs(lambda z, own, here, m, s: normal(z, m, s) - s(own)),
+    ),
+]
+SPLIT_RIGHT = [logprobs(right_split), shifted(lambda e, top, c, s: c - (top + s(e).log()))]
+
+
+# --- bytes ---
+
+
+def held(weights, gradients, optimizer):
+    """Bytes of each for a parameter, from the stage and the number of ranks."""
+    return lambda n, w, stage: n * (weights(w, stage) + gradients(w, stage) + optimizer(w, stage))
+
+
+def cut(size, since):
+    return lambda ranks, stage: size / ranks if stage >= since else size
+
+
+def whole(size):
+    return lambda ranks, stage: size
+
+
+HELD_MISTAKES = [
+    ("the optimizer is whole", held(cut(2, 3), cut(2, 2), whole(12))),
+    ("the gradients are never", held(cut(2, 3), whole(2), cut(12, 1))),
+    ("the gradients are cut in stage 1", held(cut(2, 3), cut(2, 1), cut(12, 1))),
+    ("the weights are never", held(whole(2), cut(2, 2), cut(12, 1))),
+    ("the weights are cut in stage 2", held(cut(2, 2), cut(2, 2), cut(12, 1))),
+    ("everything is cut", lambda n, ranks, stage: 16 * n / ranks),
+    ("nothing is cut", lambda n, ranks, stage: 16 * n),
+    ("any stage above 0", lambda n, ranks, stage: 16 * n / (ranks if stage else 1)),
+    ("the optimizer has 8 bytes", held(cut(2, 3), cut(2, 2), cut(8, 1))),
+    ("the gradients are left out", held(cut(2, 3), whole(0), cut(12, 1))),
+    ("the weights themselves are left", held(whole(0), cut(2, 2), cut(12, 1))),
+    ("it is what all ranks together hold", lambda n, w, s: w * right_held(n, w, s)),
+    ("weights and gradients are counted with 4", held(cut(4, 3), cut(4, 2), cut(12, 1))),
+]
+right_held = held(cut(2, 3), cut(2, 2), cut(12, 1))
+HELD_RIGHT = [right_held, lesson_10.rank_bytes]
+
+SENT_MISTAKES = [
+    ("a whole is counted for each", lambda x, w, s: (3 if s == 3 else 2) * x),
+    ("the whole is counted for each of", lambda x, w, s: (3 if s == 3 else 2) * x * (w - 1)),
+    ("one part is counted", lambda x, w, s: (3 if s == 3 else 2) * x / w),
+    ("an all-reduce is one pass", lambda x, w, s: (3 if s == 3 else 1) * x * (w - 1) / w),
+    ("stage 3 is counted as the others", lambda x, w, s: 2 * x * (w - 1) / w),
+    ("stage 3 has four passes", lambda x, w, s: (4 if s == 3 else 2) * x * (w - 1) / w),
+    ("in stage 2 the new weights", lambda x, w, s: (2, 2, 1, 3)[s] * x * (w - 1) / w),
+    (
+        "stage 3 is divided by the number",
+        lambda x, w, s: (3 * x / w if s == 3 else 2 * x) * (w - 1) / w,
+    ),
+]
+SENT_RIGHT = [
+    lesson_10.sent_bytes,
+    lambda x, w, s: (2 + (s == 3)) * (x - x / w),
+]
+
+MISTAKES = [
+    (name, answer, message)
+    for name, rows in zip(
+        NAMES, (WHITEN_MISTAKES, SPLIT_MISTAKES, HELD_MISTAKES, SENT_MISTAKES), strict=True
+    )
+    for message, answer in rows
+]
+RIGHT = [
+    (name, answer)
+    for name, rows in zip(NAMES, (WHITEN_RIGHT, SPLIT_RIGHT, HELD_RIGHT, SENT_RIGHT), strict=True)
+    for answer in rows
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
+def test_a_known_mistake_is_named(name, answer, message, capsys):
+    shared.assert_mistake_is_named(name, answer, message, capsys)
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_right_answer_passes(name, answer, capsys):
+    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_at_least_five_mistakes_have_a_name(exercise):
+    assert len(shared.messages_of(exercise)) >= 5
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_two_mistakes_with_different_messages_look_alike(exercise):
+    shared.assert_mistakes_differ(exercise)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_every_message_has_a_test(exercise):
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_all_tested(shared.messages_of(exercise), expected)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_no_message_begins_like_another(exercise):
+    expected = shared.expected_messages(exercise.name, MISTAKES)
+    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_messages_say_why_and_hold_no_code(exercise):
+    shared.assert_say_why(shared.messages_of(exercise))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
+def test_unattempted_says_so(name, answer, capsys):
+    assert run(name, answer, capsys) == f"{name}: not attempted yet."
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_is_named(name, capsys):
+    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        (
+            "whiten_over_ranks",
+            lambda x, m, s: x[m == 1][:1],
+            "the result has shape [2, 1], expected is [2, 3]. Rows are ranks",
+        ),
+        ("whiten_over_ranks", lambda x, m, s: x.tolist(), "it returned list"),
+        ("split_logprobs", lambda z, t, f, m, s: z, "the result has shape [2, 1, 2]"),
+        ("rank_bytes", lambda n, w, s: str(n), "it returned str"),
+    ],
+)
+def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def test_an_error_on_one_rank_is_the_learner_s(capsys):
+    """The others wait for a sum, and must not wait for long."""
+
+    def fails(x, mask, all_sum):
+        if x[0] == 5:
+            raise KeyError("lost")
+        return all_sum(x)
+
+    with pytest.raises(KeyError, match="lost"):
+        checks.check_whiten_over_ranks(fails)
+    assert 'raise KeyError("lost")' in capsys.readouterr().out
+
+
+def test_unequal_shapes_are_named():
+    with pytest.raises(ValueError, match=r"tensors of shapes \[\[3\], \[2\]\]: they must be equal"):
+        checks.check_whiten_over_ranks(lambda x, mask, all_sum: all_sum(x[mask == 1]))
+
+
+def test_messages_that_are_never_sent_are_named(monkeypatch):
+    monkeypatch.setattr(lesson_10, "PATIENCE", 0.5)
+
+    def uneven(x, mask, all_sum):
+        return x if x[0] == 5 else all_sum(x)
+
+    with pytest.raises(RuntimeError, match="some ranks wait for a message that others never send"):
+        checks.check_whiten_over_ranks(uneven)
+
+
+def in_place(x, mask, all_sum):
+    x -= all_sum(x.sum())
+    return x
+
+
+def test_an_argument_changed_in_place_is_named(capsys):
+    shared.assert_change_in_place_is_named("whiten_over_ranks", in_place, "x", RIGHT, capsys)
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
+    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
+
+
+def test_an_unknown_mistake_shows_the_case(capsys):
+    shared.assert_case_is_shown(
+        "rank_bytes", lambda n, w, s: 7 * right_held(n, w, s) + 3 * s * w, ("world_size",), capsys
+    )
+
+
+def test_the_cases_by_hand():
+    x, mask = lesson_10._WHITEN_CASES[0]
+    assert lesson_10.whiten_over_ranks(x, mask)[0, 2].item() == pytest.approx(3 / 5.5**0.5)
+    z, tokens = lesson_10._SPLIT_CASES[0]
+    assert lesson_10.split_logprobs(z, tokens)[0].item() == pytest.approx(-2.1488, abs=1e-4)
+    assert lesson_10.rank_bytes(800, 4, 2) == 4400
+    assert [lesson_10.sent_bytes(800, 4, stage) for stage in (0, 3)] == [1200, 1800]
