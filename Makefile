@@ -78,7 +78,9 @@ build: $(READY)
 check-sync: $(READY)
 	$(RUN) tools/build_notebooks.py check-sync
 
+# Written anew each time: nothing of a build that was interrupted, or of a page that is gone, is left.
 site: $(SITE)/.installed
+	rm -rf build/site
 	$(SITE)/bin/python -m sphinx -c docs -W --keep-going -q -d build/doctrees . build/site
 	@echo "Open build/site/index.html"
 

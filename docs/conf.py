@@ -5,10 +5,12 @@ on the site, in JupyterLab and in a clone. Pages are those of `include_patterns`
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,6 +44,7 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True  # a field with an annotation is documented once, by it
 suppress_warnings = ["autoapi.python_import_resolution"]  # names that the package makes in a loop
 add_module_names = False
+maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
@@ -59,6 +62,10 @@ html_theme_options = {
     "navbar_persistent": [],  # the search stands in the sidebar
 }
 
+QUALIFIED = re.compile(
+    r"\b(?:rlhf_helpers|torch|datasets|transformers|collections\.abc)\.(?:[a-z_]+\.)*"
+)
+
 
 def on_source(app, name, source):
     """Pages as the site shows them; what is downloaded stays as it is."""
@@ -71,7 +78,10 @@ def on_source(app, name, source):
 
 
 def on_doctree(app, doctree):
-    """A cell with several figures gave them all its alt texts, a line each; give each its own."""
+    """Give each figure of a cell its own of the cell's alt texts; shorten names in signatures."""
+    for signature in doctree.findall(addnodes.desc_signature):
+        for text in list(signature.findall(nodes.Text)):
+            text.parent.replace(text, nodes.Text(QUALIFIED.sub("", text)))
     for cell in doctree.findall(nodes.container):
         if cell.get("nb_element") != "cell_code":
             continue

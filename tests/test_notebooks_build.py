@@ -333,7 +333,7 @@ def test_setup_without_an_address_installs_the_uploaded_wheel(course, tmp_path, 
     source = stamped(course, "").cells[1].source
     wheel = write(tmp_path / "my files" / "rlhf_helpers-0.1.0-py3-none-any.whl", "")
     asked = in_colab(source, wheel.parent, monkeypatch)
-    assert asked == [f'install --quiet "{wheel}"']
+    assert asked == [f'install --quiet "{wheel.name}"']
 
 
 def test_setup_without_address_and_wheel_says_what_to_do(course, tmp_path, monkeypatch):

@@ -43,16 +43,14 @@ if "google.colab" in sys.modules:
 # While the course has no address, from a wheel that the learner uploads.
 SETUP_FROM_WHEEL = """\
 import sys
-from pathlib import Path
+from glob import glob
 
 if "google.colab" in sys.modules:
-    wheels = sorted(Path.cwd().glob("{name}-*.whl"))
-    if not wheels:
-        sys.exit(
-            "Upload {name}-*.whl, which `make wheel` writes, beside this notebook, or set "
-            "the address of your copy of the course in pyproject.toml and run `make build`."
-        )
-    %pip install --quiet "{{wheels[-1]}}\""""
+    wheels = glob("{name}-*.whl") or sys.exit(
+        "Upload {name}-*.whl, which `make wheel` writes, beside this notebook, or set "
+        "the address of your copy of the course in pyproject.toml and run `make build`."
+    )
+    %pip install --quiet "{{max(wheels)}}\""""
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 600  # seconds

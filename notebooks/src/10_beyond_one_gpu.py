@@ -30,7 +30,7 @@ from rlhf_helpers.ranks import spawn
 # %%
 preset = PRESETS["pocket"]  # always: every number below is about this model
 notebook.start(preset)
-LIMIT = 900  # seconds that two processes may take; then they are ended
+LIMIT = 300  # seconds that two processes may take; then they are ended
 torch.set_num_threads(1)  # as many as each of them has, so that sums are rounded alike
 
 # %% [markdown]
