@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from transformers import LlamaConfig
 
@@ -186,12 +187,15 @@ assert apart < 1e-6 and same
 #         ...
 # ```
 #
+# On two cores nothing is gained: two ranks with a thread each took 1.07 of the time of one process with two threads
+# ([Speed](../docs/speed.md)). Eight GPUs are another matter, which this course has not measured.
+#
 # SFT, the reward model and DPO share PPO's engine, and so come likewise. Without a critic a group of answers must stay on
 # one rank, or its mean would have to be sent too; settings that split one are refused.
 #
 # ## When the model does not fit: FSDP
 #
-# Data parallel repeats everything on each rank. With a full fine-tuning of 7B that is 16 bytes times 7 billion, 108 GB, on
+# Data parallel repeats everything on each rank. With a full fine-tuning of 7B that is 16 bytes times 6.7 billion, 108 GB, on
 # each. **FSDP** (ZeRO stage 3) cuts every tensor by the number of ranks $W$. Before a layer runs, its weights are gathered;
 # afterwards they are dropped; its gradients are summed and cut. It is torch's own engine (`fully_shard`). It cannot cut
 # NF4's packed bytes, so the base is unquantized here.
@@ -359,8 +363,8 @@ def pipeline(ids, counted, microbatches):
     part = parallel.Stage(base, rank, 2)
 
     def note(module, inputs, output):
-        number = order.count("F") + 1
-        order.append("F")
+        number = 1 + sum(step[0] == "F" for step in order)
+        order.append(f"F{number}")
         output.register_hook(lambda gradient: order.append(f"B{number}"))
 
     part.register_forward_hook(note)
@@ -394,42 +398,38 @@ assert gradients.keys() == exact.keys() and apart_from_one(gradients) < 1e-5
 
 
 # %% [markdown]
-# Drawn on a clock on which a forward and a backward step take one tick each (in life a backward takes two), with the order
-# that was seen. A step begins when the one before it on its rank is done, and when what it needs has come from the other.
+# Drawn on a clock on which a forward and a backward step take one tick each (in life a backward takes two), in the order
+# that was seen. A step begins when the one before it on its rank is done, and what it needs has come from the other.
 
 
 # %%
 def timetable(orders):
-    """When each step begins: rows of microbatches, above 0 forward, below 0 backward."""
-    done, rows, queues = {}, [{}, {}], [list(order) for order in orders]
-    tick, counts = 0, [0, 0]
+    """The tick at which each step begins, for each rank."""
+    begun, queues, tick = [{}, {}], [list(order) for order in orders], 0
     while any(queues):
-        begun = []
         for rank, queue in enumerate(queues):
-            if not queue:
-                continue
-            forward = queue[0] == "F"
-            number = counts[rank] + 1 if forward else int(queue[0][1:])
-            needs = ("F", 0, number) if forward and rank else ("B", 1, number)
-            if (forward and not rank) or (rank and not forward) or done.get(needs, tick) < tick:
-                begun.append((rank, forward, number))
-        for rank, forward, number in begun:
-            queues[rank].pop(0)
-            counts[rank] += forward
-            done["F" if forward else "B", rank, number] = tick
-            rows[rank][tick] = number if forward else -number
+            received = queue and (queue[0][0] == "F") == (rank == 1)  # from the other rank
+            if queue and (not received or begun[1 - rank].get(queue[0], tick) < tick):
+                begun[rank][queue.pop(0)] = tick
         tick += 1
-    return [[row.get(t, float("nan")) for t in range(tick)] for row in rows]
+    return begun
 
 
-clock = timetable([stage["order"] for stage in stages])
-idle = sum(x != x for row in clock for x in row) / sum(map(len, clock))
-ticks = [str(t) for t in range(len(clock[0]))]
-fig = plots.heat_map(
-    clock, ticks, ["stage 0", "stage 1"], "microbatch (above 0 forward, below 0 back)"
+# %%
+begun = timetable([stage["order"] for stage in stages])
+ticks = 1 + max(tick for steps in begun for tick in steps.values())
+idle = 1 - sum(map(len, begun)) / (2 * ticks)
+fig, ax = plt.subplots(figsize=(7, 1.8))
+for rank, steps in enumerate(begun):
+    for step, tick in steps.items():
+        colour = plots.COLOURS["sky" if step[0] == "F" else "orange"]
+        ax.barh(rank, 1, left=tick, color=colour, edgecolor="black")
+        ax.text(tick + 0.5, rank, step, ha="center", va="center")
+ax.set(yticks=[0, 1], yticklabels=["rank 0", "rank 1"], xlabel="ticks", ylim=(1.5, -0.5))
+ax.grid(visible=False)
+plots.show(
+    fig, f"Four microbatches through two stages in {ticks} ticks; {idle:.0%} of them are idle."
 )
-alt = f"Four microbatches through two stages in {len(ticks)} ticks; {idle:.0%} of them are idle."
-plots.show(fig, alt)
 print(f"idle: {idle:.0%}; (W − 1)/(k + W − 1) = {1 / 5:.0%}")
 assert abs(idle - 1 / 5) < 1e-9
 
