@@ -74,6 +74,7 @@ test-isa: $(READY)
 
 build: $(READY)
 	$(OFFLINE) $(RUN) tools/build_notebooks.py build
+	$(RUN) tools/course_figures.py
 
 check-sync: $(READY)
 	$(RUN) tools/build_notebooks.py check-sync

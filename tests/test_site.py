@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import build_notebooks as bn
+import course_figures
 import pytest
 import site_pages
 
@@ -101,3 +102,19 @@ def test_the_tools_of_the_site_need_nothing_of_the_course():
     text = Path(site_pages.__file__).read_text(encoding="utf-8")
     imported = re.findall(r"^(?:import|from) (\w+)", text, flags=re.MULTILINE)
     assert imported and set(imported) <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", course_figures.FIGURES)
+def test_the_five_figures_are_what_the_lessons_show(name):
+    path = course_figures.FOLDER / f"{name}.png"
+    assert path.read_bytes() == course_figures.copies()[path]
+
+
+def test_a_figure_that_is_not_one_is_refused():
+    picture = {"output_type": "display_data", "data": {"image/png": "aGk="}}
+    picture["metadata"] = {"image/png": {"alt": "Two lines cross."}}
+    cell = bn.nbformat.v4.new_code_cell("", outputs=[bn.nbformat.from_dict(picture)])
+    nb = bn.nbformat.v4.new_notebook(cells=[cell])
+    assert course_figures.figure(nb, "Two lines") == b"hi"
+    with pytest.raises(ValueError, match="0 figures have an alt text that begins 'Three'"):
+        course_figures.figure(nb, "Three")

@@ -141,39 +141,62 @@ def train(adapters, settings, together):
         history = list(ppo.train_ppo(roles, load_tokenizer(preset), prompts, config))
     rows = [(s.score, s.kl, s.policy["loss"], s.policy["grad_norm"]) for s in history]
     texts = history[0].experience.rollout.texts
-    return rows, texts, roles.state("policy"), roles.state("value")
+    return rows, texts, {role: roles.state(role) for role in roles.names}
 
 
 # %%
 adapters = {"reference": str(find_adapter(preset, "sft"))}
 adapters["reward"] = str(find_adapter(preset, "reward"))
 settings = {"updates": 3, "batch_size": 16, "minibatch_size": 8, "epochs": 1, "seed": 0}
-rows, _, *expected = train(adapters, settings, False)
+rows, _, one = train(adapters, settings, False)
 ranks = spawn(train, 2, LIMIT, adapters, settings, True)
 print(f"{'':10}{'reward':>9}{'KL':>9}{'loss':>11}{'gradient':>10}")
 for update, (one, two) in enumerate(zip(rows, ranks[0][0], strict=True), 1):
     for name, (score, kl, loss, norm) in (("one", one), ("two", two)):
         print(f"{update} {name:8}{score:9.5f}{kl:9.5f}{loss:11.7f}{norm:10.6f}")
 
+
 # %%
-pairs = zip(expected, ranks[0][2:], strict=True)
-difference = torch.cat([(x - got[n]).flatten() for role, got in pairs for n, x in role.items()])
-apart, worst = difference.square().mean().sqrt().item(), difference.abs().max().item()
-near = (difference.abs() < 1e-6).float().mean().item()
+def trained(states, roles=("policy", "value")):
+    """All weights of two adapters in a row."""
+    return torch.cat([x.flatten() for role in roles for x in states[role].values()])
+
+
+two = ranks[0][2]
+learnt = (trained(one) - trained(one, roles=("reference", "reward"))).abs()
+difference = (trained(one) - trained(two)).abs()
+apart, worst = difference.square().mean().sqrt().item(), difference.max().item()
+near = (difference < 1e-6).float().mean().item()
+print(f"{len(learnt):,} weights of policy and critic, moved by up to {learnt.max().item():.0e};")
 print(
-    f"weights of policy and critic: {apart:.1e} apart (root mean square), {near:.2%} of them by",
-    end=" ",
+    f"one process and two: {apart:.1e} apart (root mean square), {near:.2%} of the weights", end=" "
 )
-print(f"less than 1e-6, the worst by {worst:.1e}")
-same = all(torch.equal(x, ranks[1][2][n]) for n, x in ranks[0][2].items())
+print(f"by less than 1e-6, the worst by {worst:.0e}")
+same = torch.equal(trained(two), trained(ranks[1][2]))
 print("the two ranks' weights are", "the same bits" if same else "not the same")
-for rank, (_, texts, *_) in enumerate(ranks):
+for rank, (_, texts, _) in enumerate(ranks):
     print(f"rank {rank} sampled", texts[:2])
 assert apart < 1e-6 and same
 
+# %%
+fig, ax = plt.subplots(figsize=(7, 2.6))
+edges = torch.logspace(-11, -2, 55).tolist()
+for x, colour, name in (
+    (learnt, "orange", "moved by three updates"),
+    (difference, "blue", "one process and two, apart"),
+):
+    ax.hist(x.clamp(min=edges[0]), edges, color=plots.COLOURS[colour], alpha=0.7, label=name)
+ax.set(xscale="log", xlabel="absolute difference of a weight", ylabel="weights")
+ax.legend(loc="upper left")
+plots.show(
+    fig,
+    f"Histograms on a logarithmic axis: training moves most weights by about {learnt.median():.0e}; "
+    f"one process and two differ by about {difference.median():.0e}, and at most by {worst:.0e}.",
+)
+
 # %% [markdown]
 # One process that samples the same answers and learns from the whole batch gets the same numbers, up to the order in which
-# sums are rounded. The worst weights are those whose gradient is itself of the size of rounding: Adam divides each entry by
+# sums are rounded (the bar at the left edge: no difference at all, or next to none). The worst weights are those whose gradient is itself of the size of rounding: Adam divides each entry by
 # its own size, and takes a step on it all the same. In float64 nothing of it is left (a test holds that to $10^{-9}$).
 # Equality is the claim, and the way to debug such a trainer: **first make it equal, then make it fast.**
 #
