@@ -151,8 +151,8 @@ settings = {"updates": 3, "batch_size": 16, "minibatch_size": 8, "epochs": 1, "s
 rows, _, one = train(adapters, settings, False)
 ranks = spawn(train, 2, LIMIT, adapters, settings, True)
 print(f"{'':10}{'reward':>9}{'KL':>9}{'loss':>11}{'gradient':>10}")
-for update, (one, two) in enumerate(zip(rows, ranks[0][0], strict=True), 1):
-    for name, (score, kl, loss, norm) in (("one", one), ("two", two)):
+for update, pair in enumerate(zip(rows, ranks[0][0], strict=True), 1):
+    for name, (score, kl, loss, norm) in zip(("one", "two"), pair, strict=True):
         print(f"{update} {name:8}{score:9.5f}{kl:9.5f}{loss:11.7f}{norm:10.6f}")
 
 
@@ -187,7 +187,7 @@ for x, colour, name in (
 ):
     ax.hist(x.clamp(min=edges[0]), edges, color=plots.COLOURS[colour], alpha=0.7, label=name)
 ax.set(xscale="log", xlabel="absolute difference of a weight", ylabel="weights")
-ax.legend(loc="upper left")
+ax.legend(loc="upper center")
 plots.show(
     fig,
     f"Histograms on a logarithmic axis: training moves most weights by about {learnt.median():.0e}; "
