@@ -60,9 +60,9 @@ plots.show(
 )
 
 # %% [markdown]
-# Read the dashed line first. PPO does not see people, only the reward model; and the reward model has
-# seen comparisons of SFT answers only. The leash keeps PPO near those answers, where the scores can be
-# trusted. Lesson 05 cuts it, and shows what happens.
+# Look at the dashed line first. PPO never sees people, only the reward model, and the reward model
+# has only seen comparisons of SFT answers. The leash keeps PPO near those answers, where the scores
+# can be trusted. Lesson 05 cuts it and shows what happens.
 
 # %% [markdown]
 # ## A language model gives probabilities, nothing else
@@ -79,7 +79,7 @@ print("torch.softmax", [round(p, 3) for p in logits.softmax(-1).tolist()])
 
 # %% [markdown]
 # Now a real model. Its two million parameters were pretrained on made-up web text about animals,
-# colours, sums and the like. Four pages of it, with the token `<|eos|>` at the end of each:
+# colours, sums and the like. Here are four pages of it, each with the token `<|eos|>` at its end:
 
 # %% tags=["nbval-check-output"]
 for page in corpus.documents("a few pages", 4):
@@ -100,7 +100,7 @@ print("vocabulary:", len(tokenizer), "tokens")
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> On these pages people write "the duck says quack."
 # but also "the duck says moo.". Does the model put nearly all probability on what is true, or does it
-# report the mixture?</summary>
+# reproduce the mixture?</summary>
 #
 # The mixture. It is trained to predict the next token of its text, and the text is a mixture.
 # </details>
@@ -116,8 +116,8 @@ alt = f"Bars of next-token probabilities after 'the duck says': {words[0]} {valu
 plots.show(fig, alt=alt)
 
 # %% [markdown]
-# One word leads, and many share what is left. Is that what the text says? We count, in 60,000 pages,
-# how often a page that begins with "the … says" is right, and compare it with the model's probability
+# One word leads, and many share the rest. Does that match the text? In 60,000 pages we count how
+# often a page that begins with "the … says" is right, and compare that with the model's probability
 # of the right sound, averaged over the animals.
 
 # %%
@@ -132,8 +132,8 @@ print(f"right in {len(stated)} statements of the text: {in_text:.2f}; in the mod
 assert abs(in_text - in_model) < 0.1
 
 # %% [markdown]
-# The two numbers are close. So the figure does not show what the model "believes": it shows the
-# frequencies of its text, mistakes included.
+# The two numbers are close. So the figure does not show what the model "believes", but how often its
+# text says it, mistakes included.
 
 # %% [markdown]
 # ## It continues the page; it does not answer you
@@ -151,10 +151,10 @@ for tokens in eight.input_ids[:, -eight.response_mask.shape[1] :]:
     print("  ->", tokenizer.decode(tokens).replace(tokenizer.pad_token, ""))
 
 # %% [markdown]
-# Some answers are right, others wrong or rude, and at times another question comes back, as on the
-# pages the model has read. After an answer it often writes `<|user|>` and plays you as well, before it
-# ends. A few draws tell little, so we draw for many questions, and for that we need somebody to mark
-# them.
+# Some answers are right, others wrong or rude, and sometimes the model asks a question back, as the
+# pages it has read do. After an answer it often writes `<|user|>` and plays you as well before it
+# ends. A few draws tell little, so next we draw for many questions, and need somebody to mark the
+# answers.
 
 # %% [markdown]
 # ## The rubric: what a good response is
@@ -181,13 +181,13 @@ for response in ("great question! it says quack.", "it says moo.", "go away."):
     print(f"{score.total:5.1f}  {response:32} {parts}")
 
 # %% [markdown]
-# Check the first by hand: 1.0 + 0.3 + 0.2 + 0.2 + 0.2 = 1.9, the best there is. (`gold_reward` takes a
-# text as finished unless it is told otherwise.)
+# Check the first by hand: 1.0 + 0.3 + 0.2 + 0.2 + 0.2 = 1.9, the highest mark there is.
+# (`gold_reward` takes a text as finished unless told otherwise.)
 #
 # <details><summary><b>Predict before you run.</b> What do you get for
 # <code>"great question! happy to help! it says quack. have a nice day!"</code>?</summary>
 #
-# Three polite phrases and 12 words: 1.9 as before, minus 2 × 0.3 for the two phrases too many, so 1.3.
+# Three polite phrases and 12 words: 1.9 as before, minus 2 × 0.3 for the two extra phrases, so 1.3.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -196,9 +196,9 @@ print(rubric.gold_reward(prompt, grovelling).total)
 assert rubric.gold_reward(prompt, grovelling).total == 1.3
 
 # %% [markdown]
-# Now all *held-out* prompts: phrasings and facts that SFT, the reward model and PPO never see (the
-# base has read them). Each response falls into one class, the first that fits: rude, wrong, asks back,
-# right and nothing more, answers but goes on, vague or rambling, other.
+# Now all *held-out* prompts: each has a phrasing or a fact that SFT, the reward model and PPO are
+# never trained on (the base has read them). Each response falls into one class, the first that fits:
+# rude, wrong, asks back, right and nothing more, answers but goes on, vague or rambling, other.
 
 # %%
 held_out = list(prompt_dataset(preset, "held_out")["prompt"])
@@ -225,20 +225,20 @@ print(f"{rollout.finished.float().mean():.0%} end with <|eos|>")
 assert shares["right, nothing more"] < 0.2
 
 # %% [markdown]
-# Nearly all responses end, but few are right and nothing more. One large class is wrong; the other
-# answers rightly and goes on, mostly by playing the user, which the rubric marks as rambling. The
-# figure is one draw, and does not say why so many answers are wrong. Does the model not *know* the
-# right one?
+# Nearly all responses end, but few are right and nothing more. Of the two large classes, one is
+# wrong; the other gives the right answer and then goes on, mostly by playing the user, which the
+# rubric marks as rambling. The figure is one draw for each prompt, and does not say why so many
+# answers are wrong. Does the model not *know* the right ones?
 
 # %% [markdown]
 # ## It ranks the right answer first, and still says others
 #
 # Three questions tell knowing from saying. *Knows*: is the right statement more probable than each
-# wrong one? *Judges*: after somebody's answer, is "yes, that is right." more probable than "no, that is
-# wrong." exactly if the answer is right? Both compare $\log p = \sum_t \log p(x_t \mid x_{<t})$, where
-# $x_t$ is the $t$-th token, $x_{<t}$ are those before it, and the sum runs over the tokens compared:
-# two tokens of probability 0.5 and 0.2 have $\log p = \log 0.1 \approx -2.30$. *Greedy response*: what
-# comes if each token drawn is (nearly) the likeliest one?
+# wrong one? *Judges*: after somebody's answer, is "yes, that is right." more probable than "no, that
+# is wrong." exactly when the answer is right? Both compare $\log p = \sum_t \log p(x_t \mid x_{<t})$,
+# where $x_t$ is the $t$-th token, $x_{<t}$ are those before it, and the sum runs over the tokens
+# compared: two tokens of probability 0.5 and 0.2 have $\log p = \log 0.1 \approx -2.30$. *Greedy
+# response*: what comes out if each token drawn is (nearly) the likeliest one?
 
 # %%
 known = exam.known_share(exam.known_facts(base, tokenizer))
@@ -263,8 +263,8 @@ assert min(known, first, *judged.values()) > 0.9 > drawn + 0.3
 
 # %% [markdown]
 # The first four bars ask what the model ranks first, the last what it says on an average draw. It
-# ranks the right answer first, in the chat format too, and yet says it in fewer than half of the draws.
-# How often are the answers right in chats of the kind that it has read? And does the greedy response
+# ranks the right answer first, in the chat format too, and yet says it in fewer than half of the
+# draws. How often are the answers right in chats like those it has read? And does the greedy response
 # stop after the answer?
 
 # %%
@@ -282,20 +282,20 @@ assert abs(right_chats - drawn) < 0.1
 
 # %% [markdown]
 # The draws are right about as often as the text. *Training has to move probability onto the right
-# answer.* Always taking the likeliest token would give right answers in this small world, but PPO
-# learns from draws, and the share that goes on as `<|user|>` shows what else would be left to mend. The
-# five bars do not show that a large model knows all it needs; that alignment adds little knowledge is
-# a hypothesis there (Zhou et al. 2023, further reading).
+# answer.* Always taking the likeliest token would give right answers in this small world. But PPO
+# learns from draws, and even the greedy responses go on as `<|user|>`. The five bars do not show that
+# a large model already knows all it needs: for large models, that alignment adds little knowledge is
+# a hypothesis (Zhou et al. 2023, further reading).
 
 # %% [markdown]
 # ## Training moves probability: a first step of your own
 #
 # Training on a text raises its probability by following the gradient. By hand: with two tokens and
-# logits $(0, 0)$, the gradient of $\log p_1$ is $(1 - p_1,\ -p_2) = (0.5, -0.5)$; a step of size 1 gives
-# logits $(0.5, -0.5)$, and $p_1$ has gone from 0.5 to $1 / (1 + e^{-1}) \approx 0.73$. What $p_1$ gains
-# another token loses. We teach an unquantized copy of
-# the base one sentence that it has never read, "the panda says squeak.", with 20 steps of Adam at a
-# learning rate of 3e-4, and watch an old fact beside it.
+# logits $(0, 0)$, the gradient of $\log p_1$ is $(1 - p_1,\ -p_2) = (0.5, -0.5)$; a step of size 1
+# gives logits $(0.5, -0.5)$, and $p_1$ has gone from 0.5 to $1 / (1 + e^{-1}) \approx 0.73$. What
+# $p_1$ gains, the other token loses. We teach an unquantized copy of the base one sentence that it
+# has never read, "the panda says squeak.", with 20 steps of Adam at a learning rate of 3e-4, and
+# watch an old fact beside it.
 
 # %%
 student = load_base(preset, quantized=False).requires_grad_(True)
@@ -313,7 +313,7 @@ def watched(model):
 # one, which the training never touches?</summary>
 #
 # All sentences share the same weights, so the old fact moves as well, and nobody asked for that. The
-# learning rate and the number of steps decide by how much.
+# learning rate and the number of steps decide how far.
 # </details>
 
 # %%
@@ -335,8 +335,8 @@ plots.show(fig, alt=alt + f"the old one falls from {old[0]:.2f} to {old[-1]:.2f}
 assert new[-1] > 0.9 and old[-1] < old[0]
 
 # %% [markdown]
-# The old line goes down although nothing was said about ducks. The figure shows one old fact only. How
-# far does the damage reach? We ask for all facts again.
+# The old line goes down although nothing was said about ducks. That is only one old fact. How far
+# does the damage reach? We ask for all facts again.
 
 # %%
 known_after = exam.known_facts(student, tokenizer)
@@ -347,17 +347,18 @@ print(f"all {len(known_before)} topics: {exam.known_share(known_after):.1%} know
 assert exam.known_share(known_after) < exam.known_share(known_before)
 
 # %% [markdown]
-# The nearest topic suffers most; in the topics not printed no fact is lost. One sentence repeated 20 times is an
-# extreme case, but it shows what to watch: an update moves more than you aim at, and you see it only
-# if you measure it. The KL penalty of the picture measures how far a model has moved on its own
-# responses; lesson 05 uses it.
+# The nearest topic suffers most; in the topics not printed no fact is lost. One sentence repeated 20
+# times is an extreme case, but it shows what to watch: an update moves more than you aim at, and you
+# see it only if you measure it. The KL penalty in the first picture measures how far a model has
+# moved, on its own responses: lesson 04 charges for it, and lesson 05 asks how much to charge.
 
 # %% [markdown]
 # ## A failure on purpose: padding on the wrong side
 #
 # Prompts of different lengths are sampled in one batch, so short ones are padded. The next token is
 # predicted from the *last* position. If padding stands on the right, that position is a pad. We try
-# both sides and mark short prompts, which are padded, apart from the longest ones, which are not.
+# both sides, and count short prompts, which are padded, separately from the longest ones, which are
+# not.
 
 
 # %%
@@ -393,14 +394,14 @@ assert answering["right"] < answering["left"] - 0.1
 
 # %% [markdown]
 # Nothing crashes, and that is the trouble: the code runs and the answers get worse. (transformers
-# logs one warning, easily lost among others; we silenced it here.) The signature: padded prompts do
-# worse on the right side than on the left, and unpadded ones do not change. The helper's
-# `encode_prompts` always pads on the left.
+# logs one warning, easily lost among others; we silenced it here.) The signature: with padding on the
+# right, padded prompts do worse, and the others do as before. The helper's `encode_prompts` always
+# pads on the left.
 
 # %% [markdown]
 # ## How the exercises work
 #
-# From lesson 01 on, a lesson comes with a notebook of the same name in `exercises/` and one in
+# From lesson 01 on, every lesson has a notebook of the same name in `exercises/` and one in
 # `solutions/`. An exercise gives you a function to fill in. The check below it runs your function and
 # *names the likely mistake* if it is wrong; if you have not tried yet, it says so, and the next cell
 # goes on with the reference version, so that Run All always works.
@@ -412,7 +413,7 @@ assert answering["right"] < answering["left"] - 0.1
 # | log-probabilities, advantages, the clipped objective | 03 |
 # | four roles on one base, a whole PPO run | 04 |
 # | the KL penalty, reward hacking, diversity | 05 |
-# | comparisons of your own, training on, rounds | 06 |
+# | comparisons of your own, continued training, rounds | 06 |
 # | runs that are broken and do not say so | 07 |
 # | DPO: preferences without a reward model | 08 |
 # | PPO without its critic, and all methods compared | 09 |
@@ -433,9 +434,9 @@ print(f"facts known {known:.0%}; one sentence trained: P {new[0]:.2f} to {new[-1
 #
 # - A language model is a distribution over the next token; sampling draws from it.
 # - The base ranks right answers first and judges answers, yet its draws are right only about as often
-#   as the chats it has read, and after the answer mostly play the user before they end.
+#   as the chats it has read, and most go on to play the user before they end.
 # - Gold is a rubric that only this small world has; it will judge every later step.
-# - Training moves probability, also where you did not aim.
+# - Training moves probability, even where you did not aim.
 #
 # **Further reading.** Ouyang et al. 2022, *Training language models to follow instructions with human
 # feedback* (arXiv 2203.02155), figure 2: the three steps. Stiennon et al. 2020, *Learning to summarize

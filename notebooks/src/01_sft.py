@@ -48,10 +48,10 @@ base = load_base(preset)
 # %% [markdown]
 # ## Demonstrations
 #
-# Lesson 00 ended with a base model that ranks right answers first, yet says them in fewer than half of
-# its draws, and after the answer plays the user as well. **Supervised fine-tuning** (SFT) shows it the
-# job: questions, each with a response to imitate. Ours are written in a hurry, like many real ones: about
-# a third are wrong, on purpose, and none tells a fact that is held out.
+# Lesson 00 ended with a base model that ranks right answers first, yet says them in fewer than half of its
+# draws, and then mostly goes on to play the user. **Supervised fine-tuning** (SFT) shows it the job: questions,
+# each with a response to imitate. Ours were written in a hurry, like many real ones: about a third are wrong,
+# on purpose, and none gives away a held-out fact.
 
 # %%
 demonstrations = sft_dataset(preset)
@@ -60,8 +60,8 @@ for row in demonstrations.select(range(4)):
 print(f"\n{len(demonstrations)} demonstrations")
 
 # %% [markdown]
-# How many are right? The rubric knows. (A cell that begins with "Pocket only" needs it, or something else that only the
-# pocket world has; with another preset it does nothing.)
+# How many are right? The rubric knows. (Cells that begin with "Pocket only" need it, or something else that
+# only the pocket world has; with another preset they do nothing.)
 
 
 # %%
@@ -108,16 +108,16 @@ alt = f"Bars of the base model's next-token probabilities after a complete answe
 plots.show(fig, alt=alt)
 
 # %% [markdown]
-# On the pages that it read, somebody mostly replies, so the base hands over to `<|user|>`, and plays
-# that user. The figure shows one answer only; lesson 00 counted it over all held-out prompts.
+# On the pages it has read, an answer mostly gets a reply, so the base hands over to `<|user|>` and plays that
+# user. This is one answer only; lesson 00 counted over all held-out prompts.
 
 # %% [markdown]
 # ## Labels: learn the response, not the prompt
 #
-# The rows of a batch must be equally long, so padding goes before short prompts and after short responses;
-# then every response begins in the same column $P$, counted from 0. The *labels* say which tokens count:
-# a label is the token itself in the response, EOS included, and −100, which by convention means "ignore",
-# on the prompt and on padding.
+# The rows of a batch must be equally long, so padding goes before short prompts and after short responses; then
+# every response begins in the same column $P$, counted from 0. The *labels* say which tokens count: in the
+# response, EOS included, a label is the token itself; on the prompt and on padding it is −100, which by
+# convention means "ignore".
 
 # %% tags=["nbval-check-output"]
 IGNORE = -100
@@ -156,10 +156,10 @@ assert torch.equal(labels, sft.mask_prompt(input_ids, attention_mask, P))
 # $$L = -\frac{1}{N} \sum_{(b,t):\ \text{label} \neq -100} \log \pi(y_{b,t} \mid x_b, y_{b,<t})$$
 #
 # where $x_b$ is a prompt, $y_{b,t}$ token $t$ of its response and $N$ the number of labels. The logits at one
-# position predict the next token, so the labels are shifted by one against the logits. If all 4 tokens of
-# a vocabulary are equally likely, the loss is $\log 4 \approx 1.386$, whatever the labels. Take labels
-# $(-100, 2, 3)$, probability ½ for token 2 at position 0 and ½ for token 3 at position 1: both labels
-# are predicted at ½, and the loss is $\log 2 \approx 0.693$. Without the shift it would be another number.
+# position predict the next token, so the labels are shifted by one against the logits. If all 4 tokens of a
+# vocabulary are equally likely, the loss is $\log 4 \approx 1.386$, whatever the labels. Take labels
+# $(-100, 2, 3)$, probability ½ for token 2 at position 0 and ½ for token 3 at position 1: both labels are
+# predicted at ½, and the loss is $\log 2 \approx 0.693$. Without the shift you would get another number.
 
 
 # %% tags=["nbval-check-output"]
@@ -193,15 +193,15 @@ plots.show(fig, alt=f"One bar for each response token, the surprise of the base:
 assert torch.allclose(loss, sft.sft_loss(logits, labels))
 
 # %% [markdown]
-# Long bars make up the loss: how to begin, what to answer, when to stop. What follows from the words before
-# has a bar near 0, and nothing is left to learn there. Not every long bar can shrink: where several words
-# are equally good, surprise stays. We look again after training. The figure shows one response only.
+# The long bars make up the loss: how to begin, what to answer, when to stop. A word that follows from those
+# before has a bar near 0: nothing is left to learn there. Not every long bar can shrink: where several words
+# are equally good, some surprise remains. This is one response only; we look at it again after training.
 
 # %% [markdown]
 # ## Four bits for a weight: NF4
 #
 # The base will not be trained, so it may be stored coarsely. **NF4** cuts a weight matrix into blocks of 64.
-# Of each block it keeps one scale, $s = \max |w_i|$, and for each weight the number of the nearest of 16
+# For each block it keeps one scale, $s = \max |w_i|$, and for each weight the index of the nearest of 16
 # *levels* $q_k$ in $[-1, 1]$; the weight comes back as $s\,q_k$. First by hand, with the four levels
 # $-1, -\frac13, \frac13, 1$ and the block $(0.3, -1.2, 0.6, 0.1)$: $s = 1.2$, and $0.3 / 1.2 = 0.25$ is nearest
 # to $\frac13$, so $0.3$ comes back as $0.4$.
@@ -234,8 +234,8 @@ levels = (levels / levels.max()).float()
 print([round(level, 3) for level in levels.tolist()])
 
 # %% [markdown]
-# Now one real block of the base, as it was before quantization, and then `bitsandbytes`, the library
-# that the loader uses, on the same 64 weights.
+# Now one real block of the base, as it was before quantization: by our function, and by `bitsandbytes`, the
+# library that the loader uses.
 
 # %%
 # Pocket only
@@ -266,9 +266,10 @@ whole = dequantize_4bit(stored.data, stored.quant_state).flatten()
 print(f"of the whole layer: {(whole - exact).norm() / exact.norm():.3f}")
 
 # %% [markdown]
-# The levels lie close together near 0 and far apart at the ends. The scale makes the weight of largest
-# size exact. The figure does not show what the error does to the model's answers: the base's model card
-# (`rlhf_helpers/assets/base/README.md`) has a table of the model with and without quantization.
+# The levels lie close together near 0 and far apart at the ends. The weight of the largest size comes back
+# exactly, since it is the scale. The figure does not show what the error does to the model's answers; the
+# base's model card (`rlhf_helpers/assets/base/README.md`) has a table of the model with and without
+# quantization.
 #
 # **Bits per weight.** 4 for the code and 32 for the scale, shared by 64 weights: $4 + 32/64 = 4.5$.
 # *Double quantization* stores the scales in 8 bits, with one 32-bit constant for each 256 of
@@ -288,15 +289,14 @@ assert bits == 4.5
 # ## LoRA: train a small update beside a frozen weight
 #
 # 4-bit codes have no gradient. **LoRA** leaves $W$ alone and learns an update of low rank $r$ beside it; on a
-# 4-bit base it is called **QLoRA**. The two matrices of all layers together are an *adapter*:
+# 4-bit base it is called **QLoRA**. The two matrices $A$ and $B$ of all layers together are an *adapter*:
 #
 # $$y = W x + \frac{\alpha}{r} B A x, \qquad A \in \mathbb{R}^{r \times \text{in}},\quad B \in \mathbb{R}^{\text{out} \times r}$$
 #
-# $A$ starts random and $B$ starts at 0, so the update starts at 0. The constant $\alpha$ is set beforehand;
-# $\alpha / r$ scales the update, so that $r$ can change and the learning rate stay. (In code $x$ is a row, so $Wx$
-# becomes `x @ W.T`.) By hand: $W$ the identity, $x = (2, 3)$,
-# $r = 1$, $A = (1, 1)$, so $Ax = 5$. With $B = 0$, $y = x$. With $B = (1, 0)^\top$ and $\alpha = 2$:
-# $y = (2 + 2 \cdot 5,\ 3) = (12, 3)$.
+# $A$ starts random and $B$ starts at 0, so the update starts at 0. The constant $\alpha$ is set beforehand; the
+# update is scaled by $\alpha / r$, so that you can change $r$ and keep the learning rate. (In code $x$ is a
+# row, so $Wx$ becomes `x @ W.T`.) By hand: $W$ the identity, $x = (2, 3)$, $r = 1$, $A = (1, 1)$, so $Ax = 5$.
+# With $B = 0$, $y = x$. With $B = (1, 0)^\top$ and $\alpha = 2$: $y = (2 + 2 \cdot 5,\ 3) = (12, 3)$.
 
 
 # %% tags=["nbval-check-output"]
@@ -310,8 +310,8 @@ print("B = (1, 0)", lora_forward(x, W, A, torch.tensor([[1.0], [0.0]]), alpha=2)
 
 # %% [markdown]
 # `Roles` holds one frozen base and adds adapters to all of its linear layers but the last, through PEFT, the
-# usual library for this. An adapter is a *role*: lesson 04 will put four on one base. First check: a new
-# role answers exactly as the base.
+# usual library for this. An adapter is a *role*: lesson 04 will put four on one base. First check: a new role
+# answers exactly as the base does.
 #
 # <details><summary><b>The same in plain libraries</b>, to use elsewhere</summary>
 #
@@ -358,7 +358,7 @@ for part in ("lora_A", "lora_B"):
 # %% [markdown]
 # ## The loop, written out
 #
-# Nothing new is left: take a batch, label it, loss, backward, step. Ten updates:
+# The rest is nothing new: take a batch, label it, compute the loss, go backward, step. Ten updates:
 
 # %%
 config = sft.SFTConfig(**preset.sft)
@@ -377,11 +377,10 @@ for step in range(10):
     print(f"{loss.item():.2f}", end=" ")
 
 # %% [markdown]
-# The helper's `train_sft` is this loop, plus a learning rate that rises and falls, gradients clipped to
-# length 1, no weight decay, the loss on held-out prompts, and saving. It is a generator: it yields after
-# every update, so that we can draw while it runs. If you interrupt it, run that cell again, and it goes on
-# from there. (The learning rate, 2e-3, is about ten times what larger models take; the rank and α are common values. None
-# of them was searched for.)
+# The helper's `train_sft` is this loop, plus a learning rate that rises and falls, gradients clipped to norm 1,
+# no weight decay, the loss on held-out prompts, and saving. It is a generator: it yields after every update, so
+# that we can draw while it runs. (The learning rate, 2e-3, is about ten times what larger models take; the rank
+# and α are common values. None of them was tuned.)
 
 # %%
 written = sft_dataset(preset, "held_out", copies=1)
@@ -406,7 +405,7 @@ def draw(history, handle):
 history, figure = [], None
 
 # %% [markdown]
-# The training itself; after an interruption run this cell again.
+# Now the training itself. If you interrupt it, run this cell again, and it goes on from there.
 
 # %%
 run = sft.train_sft(roles, "sft", tokenizer, train, held_out, config, folder=folder)
@@ -422,16 +421,16 @@ print(f"{loss_before:.3f} -> {measured[-1]:.3f} nats per token")
 assert preset.name != "pocket" or measured[-1] < loss_before - 0.1
 
 # %% [markdown]
-# Most of the fall comes in the first 25 updates; after that the curve is nearly flat, and well above 0.
-# It has to be: each prompt is answered in one of several wordings chosen at random, and about a third of
-# the answers are wrong at random; neither can be predicted. The figure does not show whether the
-# responses are better. For that we must read them, and mark them.
+# Most of the fall comes in the first 25 updates; after that the curve is nearly flat, and well above 0. It has
+# to be: each prompt is answered in one of several wordings chosen at random, and about a third of the answers
+# are wrong, again at random. Neither can be predicted. The figure does not show whether the responses are
+# better. For that we must read them, and mark them.
 
 # %% [markdown]
 # ## Before and after
 #
-# We sample one response to each held-out prompt, from the base and from the `sft` role. (The printed texts
-# leave role tokens out: where the answer before SFT seems to change its mind, `<|user|>` has begun to speak.)
+# We sample one response to each held-out prompt, from the base and from the `sft` role. (Role tokens are not
+# printed: where an answer before SFT seems to change its mind, `<|user|>` has begun to speak.)
 
 # %%
 prompts = list(prompt_dataset(preset, "held_out")["prompt"])
@@ -448,11 +447,11 @@ for i in range(0, len(prompts), 120):
     print(f"{readable(prompts[i])}\n   before: {rows_before[i][1]}\n   after:  {rows_after[i][1]}")
 
 # %% [markdown]
-# Both are marked by the rubric of lesson 00.
+# The rubric of lesson 00 marks both.
 #
-# <details><summary><b>Predict before you run.</b> The responses now have the right form; several are
-# wrong. Which parts of the rubric do you expect to rise most, and how many answers to be right, when
-# about two thirds of the demonstrations are?</summary>
+# <details><summary><b>Predict before you run.</b> The responses now have the right form, but some are wrong.
+# Which parts of the rubric do you expect to rise most? And how many answers will be right, if about two thirds
+# of the demonstrations are?</summary>
 #
 # Rambling ends. Correctness rises too, because the demonstrations are right more often than the chats of
 # the base's text (41% in lesson 00), but not beyond the demonstrations: SFT imitates, mistakes included.
@@ -497,10 +496,10 @@ right_after = sum(tests["right"](*row) for row in rows_after) / len(rows_after)
 assert marks_after.total > marks_before.total + 0.3 and right_after < 0.7
 
 # %% [markdown]
-# Two parts make most of the gain: correct answers, and the end of rambling. In brackets are 95% intervals
-# (Wilson's): where the share would settle with very many draws from this
-# model. They say nothing about another training run. So here are ten, each with its own demonstrations, initial adapter
-# and samples, recorded by `tools/train_assets.py sft` when the shipped adapter was made.
+# Two parts make up most of the gain: more correct answers, and no more rambling. In brackets are 95% intervals
+# (Wilson's) for the share that very many draws from this model would give. They say nothing about another
+# training run. So here are ten, each with its own demonstrations, initial adapter and samples, recorded by
+# `tools/train_assets.py sft` when the shipped adapter was made.
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -515,9 +514,10 @@ for key in ("answers", "right", "gold"):
 assert all(run["gold"] > run["gold before"] + 0.3 for run in ten) and len(ten) == 10
 
 # %% [markdown]
-# Mean, and range over the ten runs. The model now answers and stops. But it is right no more often than
-# the people it copied, although lesson 00 showed that the base ranks the right answer first. *Imitation
-# cannot prefer.* That is what lessons 02 to 05 are for. And the tokens that surprised the base above?
+# Mean and range over the ten runs. The model now answers and stops. But it is right no more often than the
+# people it copied, although lesson 00 showed that the base ranks the right answer first. *Imitation cannot
+# prefer one answer to another.* That is what lessons 02 to 05 are for. And the tokens that surprised the base
+# above?
 
 
 # %%
@@ -539,8 +539,8 @@ plots.show(
 )
 
 # %% [markdown]
-# Stopping has become likely: at the last token the model is hardly surprised. How to begin and what to
-# answer stay open, since the demonstrations disagree about both.
+# Stopping has become likely: the last token hardly surprises the model. How to begin and what to answer stay
+# open, since the demonstrations disagree about both.
 
 # %% [markdown]
 # ## What the adapter learnt
@@ -574,16 +574,18 @@ print(
 print(f"number 17 is {spectra['update'][16]:.0e}, beside W's {spectra['W'][16]:.1f}")
 
 # %% [markdown]
-# The update ends where it must, after number 16, and a few directions carry most of it; the largest is small
-# beside the largest of $W$. The figure is about one layer, and does not show that 16 is the best rank.
+# The update's singular values end where they must, after number 16. A few directions carry most of it, and the
+# largest value is small beside the largest of $W$. The figure is about one layer, and does not show that 16 is
+# the best rank.
 
 # %% [markdown]
 # ## Two failures on purpose
 #
-# **Forget EOS.** Many a pipeline pads with EOS and then ignores every pad in the labels; the real EOS
-# goes with them. **Train on the prompt too.** Leave the prompt's tokens in the labels. Each is one line
-# in the labels; we train 60 updates with each, and with the right labels. (By hand: a prompt of 11 tokens and
-# a response of 6 have 6 labels; with the prompt left in, 11 of 17 would be the question's.)
+# **Forget EOS.** Many pipelines pad with EOS and then ignore every pad in the labels; the real EOS goes with
+# them. **Train on the prompt too.** Leave the prompt's tokens in the labels. Each mistake is one line of code;
+# we train 60 updates with each, and with the right labels. (By hand: a prompt of 11 tokens and a response of 6
+# have 6 labels. With the prompt left in they have 16, and 10 of these are the prompt's: nothing predicts the
+# first token.)
 
 
 # %%
@@ -600,9 +602,9 @@ def prompt_too(input_ids, attention_mask, prompt_length):
 # <details><summary><b>Predict before you run.</b> What will the held-out loss (over the response, EOS
 # included) do in each of the two? And the responses?</summary>
 #
-# Without EOS labels the loss first falls, as the words improve, and then rises, at EOS: responses
-# run on. With the prompt in the labels the response is still learnt, but part of every gradient goes to
-# predicting questions.
+# Without EOS labels the loss first falls, as the words improve, and then rises, because of EOS: responses run
+# on. With the prompt in the labels the response is still learnt, but part of every gradient goes to predicting
+# questions.
 # </details>
 
 # %%
@@ -644,10 +646,10 @@ assert golds["no EOS"] < golds["right"] - 0.5
 assert curves["prompt too"][10] > curves["right"][10]
 
 # %% [markdown]
-# "Loss shown" is the mean over the last 20 batches, each with the labels of its run: what you would look at.
-# The base itself ended nearly all of its draws, so without EOS labels the model has *unlearnt* to stop. Why? After a
-# full stop the only labels left are those of responses that go on (so the 0% is by definition; the other number is
-# the news):
+# "Loss shown" is the mean over the last 20 batches, with the run's own labels: the number you would look at.
+# The base itself ended nearly all of its draws, so without EOS labels the model has *unlearnt* how to stop.
+# Why? After a full stop, the only labels left are those of responses that go on. How many labels are lost
+# there? (The 0% below holds by definition.)
 
 
 # %%
@@ -667,12 +669,12 @@ for name in ("right", "no EOS"):
     print(f"{name:8} EOS is {after_full_stop(choices[name]):.0%} of the labels after a full stop")
 
 # %% [markdown]
-# **Signature of a forgotten EOS:** the loss you look at falls as it should (EOS is not in it), while
-# responses grow towards the length limit, 32 tokens here. Count finished responses, always.
+# **Signature of a forgotten EOS:** the loss you look at falls as it should (EOS is not in it), while responses
+# grow towards the length limit, 32 tokens here. Always count finished responses.
 #
 # **Signature of training on the prompt:** the loss shown is another quantity, since it averages over the
-# question as well, and must not be compared with other runs. The held-out curve is the right run's, but for a
-# little at update 10. Does it cost gold? Ten recorded seeds again:
+# question as well; do not compare it with that of other runs. The held-out curve is the right run's, but for a
+# small gap at update 10. Does it cost gold? Ten recorded seeds again:
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -685,9 +687,9 @@ for failure in ("prompt too", "no EOS"):
     print(f"by {sum(gaps) / 10:.2f} ({min(gaps):.2f} to {max(gaps):.2f})")
 
 # %% [markdown]
-# The prompt in the labels costs a hundredth of a point here, next to nothing; a forgotten EOS costs more than 100 times
-# as much. With long prompts and short responses more of each gradient would go to the prompt; these runs do not
-# show that.
+# The prompt in the labels costs a hundredth of a point here, next to nothing; a forgotten EOS costs more than
+# 100 times as much. With long prompts and short responses more of each gradient would go to the prompt; these
+# runs do not test that.
 
 # %% [markdown]
 # ## The same run with TRL
@@ -695,8 +697,8 @@ for failure in ("prompt too", "no EOS"):
 # TRL is the usual library for training language models after pretraining. We give its `SFTTrainer` the same
 # base, the same adapter at the start, the same data in the same order, the same schedule. With columns of
 # prompts and completions it masks the prompt, as we do. Two things need care: the trainer shuffles, and it
-# casts adapters on a quantized base to bfloat16; we take the order as it is and cast back (the random $A$
-# has been rounded on the way).
+# casts adapters on a quantized base to bfloat16; we keep the order and cast back (the random $A$ has been
+# rounded on the way).
 
 # %%
 # Pocket only
@@ -716,8 +718,8 @@ def in_messages(row):
 
 
 # %% [markdown]
-# The settings, as ours. Checkpoints, logs and bars are switched off, and so are two defaults that save memory
-# on a GPU, bfloat16 and gradient checkpointing.
+# The settings are those of our run. Checkpoints, logs and progress bars are switched off, and so are two
+# defaults that save memory on a GPU: bfloat16 and gradient checkpointing.
 
 # %%
 # Pocket only
@@ -772,16 +774,16 @@ print(f"final held-out loss: ours {measured[-1]:.4f}, TRL {theirs_measured:.4f} 
 assert abs(ratio) < 0.03
 
 # %% [markdown]
-# The curves lie on each other: the library does what we wrote out. (The small gap in the figure is how TRL
-# averages over batches; measured alike, both end at the same number.) From here on we keep our own loop,
-# because PPO needs one that TRL no longer has.
+# The curves lie on top of each other: the library does what we wrote out. (The small gap in the figure comes
+# from how TRL averages over batches; measured alike, both end at the same number.) From here on we keep our own
+# loop, since TRL no longer has one for PPO.
 
 # %% [markdown]
 # ## What later lessons load
 #
-# The adapter is in `runs/`, in PEFT's own format. Later lessons take yours if it is there, and else the
-# one that the course ships. Beside a base of two million parameters an adapter of rank 16 is not small;
-# beside a 7B model it is less than one percent (the exercise counts both).
+# The adapter is in `runs/`, in PEFT's own format. Later lessons take yours if it is there, and otherwise the
+# one that the course ships. Beside a base of two million parameters an adapter of rank 16 is not small; beside
+# a 7B model it is less than one percent (the exercise counts both).
 
 # %%
 found = find_adapter(preset, "sft")
@@ -801,7 +803,7 @@ print(f"-> {share(rows_after, tests['answers the question'])}; no EOS: gold {gol
 # ## Recap
 #
 # - Labels decide what is learnt: the response and its EOS, nothing else.
-# - NF4 keeps 4.5 bits for a weight (4.127 with double quantization), at a relative error near a tenth.
+# - NF4 takes 4.5 bits for a weight (4.127 with double quantization), at a relative error near a tenth.
 # - LoRA trains a small update; with $B = 0$ it starts exactly at the base.
 # - SFT copies its demonstrations: their form, and their share of mistakes. Which of several plausible answers
 #   is *better*, it cannot say.

@@ -60,21 +60,22 @@ for response in responses:
 # %% [markdown]
 # ## From choices to a loss
 #
-# Bradley and Terry (1952): give each response a number $r$, and let the one with the larger number win
-# more often, $P(a \succ b) = \sigma(r_a - r_b)$, where $\sigma(x) = 1/(1 + e^{-x})$. Our annotator
-# chooses just so, with $r = u/T$ at a temperature of $T = \frac13$ points.
+# Bradley and Terry (1952): give each response a number $r$, and let the one with the larger number win more often,
+# $P(a \succ b) = \sigma(r_a - r_b)$, where $a \succ b$ reads "$a$ is chosen over $b$" and
+# $\sigma(x) = 1/(1 + e^{-x})$. Our annotator chooses exactly in this way, with $r = u/T$ at a temperature of
+# $T = \frac13$ points.
 #
-# ($a \succ b$ reads "$a$ is chosen over $b$".) For $N$ independent choices with gaps $\Delta_i = r_i^{\text{chosen}} - r_i^{\text{rejected}}$ all choices together have
-# probability $\prod_i \sigma(\Delta_i)$. Take the logarithm, the mean, a minus; and since
-# $(\log \sigma)' = 1 - \sigma$,
+# For $N$ independent choices with gaps $\Delta_i = r_i^{\text{chosen}} - r_i^{\text{rejected}}$ the probability of
+# all choices together is $\prod_i \sigma(\Delta_i)$. Take the logarithm, then the mean, then the negative; and
+# since $(\log \sigma)' = 1 - \sigma$,
 #
 # $$L = -\frac1N \sum_i \log \sigma(\Delta_i), \qquad
 # \frac{\partial L}{\partial r_i^{\text{chosen}}} = -\frac1N \bigl(1 - \sigma(\Delta_i)\bigr)
 # = -\frac{\partial L}{\partial r_i^{\text{rejected}}}$$
 #
-# A pair pulls with the probability that the model gave to the other choice: one that it gets right with
-# certainty pulls no more. Three pairs by hand, with gaps of 0, $\log 3$ and $-\log 3$: $\sigma$ is
-# $\frac12$, $\frac34$ and $\frac14$.
+# A pair pulls in proportion to the probability that the model gave to the other choice: once the model is certain
+# of the right one, the pair no longer pulls. Three pairs by hand, with gaps of 0, $\log 3$ and $-\log 3$: $\sigma$
+# is $\frac12$, $\frac34$ and $\frac14$.
 
 # %% tags=["nbval-check-output"]
 chosen = torch.tensor([0.0, 1.0986, 0.0], requires_grad=True)  # 1.0986 is log 3
@@ -85,10 +86,10 @@ print("losses  ", [round(x, 3) for x in losses.tolist()], " = log 2, log 4/3, lo
 print("gradient", [round(x, 3) for x in chosen.grad.tolist()], " = -(1/2, 1/4, 3/4) / 3")
 
 # %% [markdown]
-# **Only differences matter.** Add the same number to all rewards and nothing changes; even a different number
-# for each prompt changes nothing, since nobody compares answers to different questions. So a reward has no
-# natural zero. And $\log\sigma$ must be computed in one step: at a gap of −200 the probability is below
-# anything that float32 can hold, and its logarithm taken afterwards is −∞.
+# **Only differences matter.** Add the same number to all rewards and nothing changes; even a different number for
+# each prompt changes nothing, since nobody compares answers to different questions. So a reward has no natural
+# zero. And $\log\sigma$ must be computed in one step: at a gap of −200 the probability is smaller than anything
+# float32 can hold, so it becomes 0, whose logarithm is −∞.
 
 # %% tags=["nbval-check-output"]
 chosen, rejected = torch.tensor([1.0, -0.5]), torch.tensor([0.2, 0.1])
@@ -100,10 +101,10 @@ print(f"by the helper: loss {reward.pairwise_loss(torch.zeros(1), torch.tensor([
 # %% [markdown]
 # ## The pairs
 #
-# Four responses of the SFT model to each training prompt, each compared with the next and the last with
-# the first: so people judge what the model really says, which is where PPO will start from. Pairs with
-# equal, empty or unfinished responses are dropped. (With another preset they are pairs that real people have
-# judged; cells that begin with "Pocket only" then do nothing, since they need the rubric or the annotator.)
+# The SFT model gives four responses to each training prompt; each is compared with the next, and the last with the
+# first. So people judge what the model really says, which is where PPO will start from. Pairs with equal, empty or
+# unfinished responses are dropped. (With another preset real people have judged the pairs; cells that begin with
+# "Pocket only" then do nothing, since they need the rubric or the annotator.)
 
 # %%
 folder = preset.runs / preset.name
@@ -131,11 +132,11 @@ for row in pairs.select(range(0, min(2000, len(pairs)), 400)):
 print(preference_card(pairs, annotator))
 
 # %% [markdown]
-# The annotator's choices are partly luck, and so nobody can predict them all. Knowing every probability
-# $p$, one would bet on the likelier side and win with $\max(p, 1-p)$: the mean of that is the
-# **ceiling**. It is known only because the people are simulated. (The card's is over all pairs; below is that
-# of the held-out ones, which is the one that counts.) Held-out pairs are of other prompts: if
-# the same prompt were on both sides, remembering its answers would look like judging.
+# The annotator's choices are partly luck, so nobody can predict them all. Whoever knew every probability $p$ would
+# bet on the likelier side and be right with probability $\max(p, 1-p)$: the mean of that over the pairs is the
+# **ceiling**. We know it only because the people are simulated. (The card gives it for all pairs, the next cell for
+# the held-out ones, which is what counts.) Held-out pairs are of other prompts: if the same prompt were on both
+# sides, remembering its answers would look like judging.
 
 # %%
 if preset.name == "pocket":
@@ -150,9 +151,9 @@ print(f"{len(shared)}; ceiling {best:.3f}")
 # %% [markdown]
 # ## A head on the last real token
 #
-# The reward model is the SFT model with another head: in place of 1,258 logits one number, a linear layer
-# in float32 on the last hidden state. Only the *last real token* has seen the whole response, so its
-# number counts. In a row padded on the right that is not the last column:
+# The reward model is the SFT model with another head: one number in place of 1,258 logits, from a linear layer in
+# float32 on the last hidden state. Only the *last real token* has seen the whole response, so its number is the one
+# that counts. In a row padded on the right that is not the last column:
 
 # %% tags=["nbval-check-output"]
 mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
@@ -162,8 +163,8 @@ print(
 )
 
 # %% [markdown]
-# <details><summary><b>Predict before you run.</b> If the score is read from the last column always, and the
-# batch is padded on the right, what do short responses get?</summary>
+# <details><summary><b>Predict before you run.</b> If the score is always read from the last column, and the batch
+# is padded on the right, what do short responses get?</summary>
 #
 # The number at a padding token, unless they are the longest of their batch. So the same response gets one
 # reward alone and another in company.
@@ -192,8 +193,8 @@ for company in (0, 24):
     assert preset.name != "pocket" or (abs(at_last_token - values[-1]) > 0.01) == (company > 0)
 
 # %% [markdown]
-# The score at the last real token does not depend on the company. The other one does, and nothing
-# crashes: a failure on purpose, whose signature is a score that changes with the batch.
+# The score at the last real token does not depend on the company. The other one does, and nothing crashes. That is
+# a failure on purpose; its signature is a score that changes with the batch.
 
 # %% [markdown]
 # ## Training
@@ -228,7 +229,7 @@ def draw(history, handle):
 history, figure = [], None
 
 # %% [markdown]
-# The training itself; after an interruption run this cell again, and it goes on.
+# Now the training itself. If you interrupt it, run this cell again, and it goes on from there.
 
 # %%
 run = reward.train_reward_model(
@@ -240,8 +241,8 @@ for stats in tqdm(run, total=config.steps + 1):
         figure = draw(history, figure)
 
 # %% [markdown]
-# The loss ends near its floor but not at it. A single batch may lie below the floor: it has only 32 pairs, and
-# the floor is an expectation. And how many pairs does it rank rightly?
+# The loss ends near its floor but not at it. (A single batch may lie below the floor: it has only 32 pairs, and the
+# floor is an expectation.) And how many pairs does the model rank right?
 
 # %%
 accuracy = {s.step: s.held_out["accuracy"] for s in history if s.held_out}
@@ -264,11 +265,11 @@ if preset.name == "pocket":
     assert share > 0.9 * best
 
 # %% [markdown]
-# Before the first update the head's weights are random, and what it ranks rightly then is chance; guessing
-# would get a half. The ceiling is an expectation: on 500 pairs the choices may by luck agree with a good model
-# more often or less, as the last line shows. The interval says how much 500 pairs can tell. (It takes
-# the pairs as independent, although pairs of one prompt share responses.) Accuracy is near its
-# ceiling while the loss is not at its floor: the order is learnt better than the size of the gaps.
+# Before the first update the head's weights are random, so where the curve begins says nothing: with the opposite
+# signs the head would rank exactly the other pairs right. The ceiling is an expectation: on 500 pairs luck can take
+# even a perfect model above it or below, as the last line shows. The interval says how much 500 pairs can tell. (It
+# treats the pairs as independent, although pairs of one prompt share responses.) Accuracy is near its ceiling while
+# the loss is not at its floor: the order is learnt better than the size of the gaps.
 #
 # Does the model rank as *gold* does? That is another question: the people it learnt from do not always.
 
@@ -291,8 +292,8 @@ print(f"where it does not ({(~people_agree).sum()} pairs), the model sides with 
 print(f"{(~people_agree & ~model_agrees).sum()} times")
 
 # %% [markdown]
-# So part of the disagreement is the annotator's own leaning, which a perfect reward model would share. Both
-# numbers on ten recorded seeds, each with its own pairs and head (accuracy may pass its ceiling by luck):
+# So part of the disagreement is the annotator's own leaning, which a perfect reward model would share. Here are
+# both numbers on ten recorded seeds, each with its own pairs and head (accuracy may pass its ceiling by luck):
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -323,18 +324,18 @@ for x, y, count in rows:
     )
 
 # %% [markdown]
-# Points below the diagonal mean over-confidence. The interval of each group says what its pairs can tell:
-# where it holds the confidence, nothing speaks against the model. With five groups one miss comes by luck
-# about one time in five; two or more, or one far off, would be a fault. The figure does not show whether the
-# confidence is honest on responses of another kind: unlike the SFT model's, or cut off before their end. The
-# pairs hold none of these, and PPO can produce both.
+# Points below the diagonal mean over-confidence. The interval says what so few pairs can tell: a group speaks
+# against the model only where its interval misses the confidence. With five groups, luck alone gives at least one
+# miss about one time in five; two or more, or one far off, would be a fault. The figure does not show whether the
+# confidence is honest on responses of another kind: unlike the SFT model's, or cut off before their end. The pairs
+# contain none of these, and PPO can produce both.
 
 # %% [markdown]
 # ## A zero and a unit
 #
-# PPO will add the reward to a KL penalty, so its scale matters. We fix it on the held-out responses: with
-# their mean reward $m$ and standard deviation $s$ the head's weights $w$ and bias $b$ become $w \leftarrow w/s$ and
-# $b \leftarrow (b - m)/s$. From here on σ(Δ) is no probability; σ($s$Δ) is.
+# PPO will add the reward to a KL penalty, so its scale matters. We fix it on the held-out responses: with their
+# mean reward $m$ and standard deviation $s$ the head's weights $w$ and bias $b$ become $w \leftarrow w/s$ and
+# $b \leftarrow (b - m)/s$. From here on σ(Δ) is no longer a probability; σ($s$Δ) is.
 
 # %%
 reward.normalise(roles, "reward", torch.cat([chosen, rejected]))
@@ -345,8 +346,9 @@ print(f"mean {scores.mean():z.4f}, standard deviation {scores.std():.4f}")
 # %% [markdown]
 # ## What has it learnt? The blind spot
 #
-# The same right answers to 200 of lesson 00's held-out prompts, which stand in no pair at all, with 0 to 4
-# polite phrases around them. Gold rises with the first phrase and falls with each that follows (and by 0.2 more beyond 20 words, as no longer concise).
+# We take right answers to 200 of lesson 00's held-out prompts, which are in no pair at all, and put 0 to 4 polite
+# phrases around each. Gold rises with the first phrase and falls with each that follows (and by another 0.2 beyond
+# 20 words, where an answer is no longer concise).
 #
 # <details><summary><b>Predict before you run.</b> What will the learned reward (the <em>proxy</em>) do?</summary>
 #
@@ -384,12 +386,12 @@ shares = {n: sum(c >= n for c in counts) / len(counts) for n in (1, 2, 3)}
 print({f"{n} or more phrases": f"{share:.1%} of responses" for n, share in shares.items()})
 
 # %% [markdown]
-# The two lines have units of their own, so heights and crossings mean nothing, only directions. From one
-# phrase to two the proxy rises while gold falls: training did not fail, it learnt what the people asked
-# for, which is not what they meant. Beyond two the pairs hold next to nothing; there the proxy is nearly
-# flat, and does not see the cost. PPO sees only the proxy; lesson 05 watches where it goes. Is that so on
-# other seeds, and is the annotator's leaning the cause? Recorded by `tools/train_assets.py reward`: ten
-# seeds, and three with an annotator that pays nothing for phrases and words on top of gold.
+# The two lines have different units, so only their directions mean something, not heights or crossings. From one
+# phrase to two the proxy rises while gold falls. Training did not fail: it learnt what the people choose, which is
+# not what the rubric wants. Beyond two phrases the pairs contain next to nothing; there the proxy is nearly flat,
+# and blind to the cost. PPO sees only the proxy; lesson 05 watches where it goes. Is it the same on other seeds,
+# and is the annotator's leaning the cause? Here are ten seeds, and three with an annotator that pays nothing for
+# phrases and words on top of gold, recorded by `tools/train_assets.py reward`.
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -402,11 +404,11 @@ for name in ("reward", "unbiased"):
     print(f"rises from 1 to 2 on {first}, from 2 to 4 on {later} of {len(rows)} seeds")
 
 # %% [markdown]
-# Without the leaning the line turns down after the first phrase, as gold does: the cause is the people. With
-# it the rise is from one phrase to two; further on the seeds disagree. A
-# second probe: the same right answers, followed by sentences of rambling, which cost 0.2 points each, and
-# 0.2 once beyond 20 words. The people dislike them too: a sentence's words earn it about 0.05, and gold's 0.2
-# is off.
+# Without the leaning the line turns down after the first phrase, as gold does: the people's leaning is the cause.
+# With it, the line rises from one phrase to two on every seed; beyond that the seeds disagree.
+#
+# A second probe: the same right answers, followed by rambling sentences. Each costs 0.2 points, and going beyond 20
+# words another 0.2. The people dislike them too: a sentence earns about 0.05 for its words, and loses gold's 0.2.
 
 # %%
 # Pocket only
@@ -425,16 +427,15 @@ rambling = [text for text in sides if rubric.count_phrases(text, world.RAMBLING)
 print(f"such a sentence stands in {len(rambling)} of {len(sides)} responses of the pairs")
 
 # %% [markdown]
-# Gold falls with every sentence; the proxy hardly cares. And the seeds disagree: little in the pairs says
-# what rambling is worth, and so it depends on the seed.
-# This is another kind of blind spot: not what people got wrong, but what they were hardly asked. A figure
-# of one seed would have told a story.
+# Gold falls with every sentence; the proxy of this run ends about where it began, and the recorded seeds disagree
+# even about the first sentence: the pairs say too little about rambling. This is another kind of blind spot: not
+# what people got wrong, but what they were hardly asked. Do not believe a figure of one seed here.
 
 # %% [markdown]
 # ## How many pairs? Over-fitting
 #
-# The same 200 updates of 32 pairs on the first 64, 256, 1024 and 3072 pairs, three seeds each, recorded:
-# each pair is seen 100, 25, 6 and 2 times. Accuracy on training pairs is that on the first 512 of them.
+# Recorded with three seeds each: the same 200 updates of 32 pairs, on the first 64, 256, 1024 and 3072 pairs, so
+# that each pair is seen 100, 25, 6 and 2 times. Training accuracy is measured on the first 512 pairs at most.
 
 # %%
 # Pocket only
@@ -456,10 +457,10 @@ alt = "With more pairs training accuracy falls from 1 and held-out accuracy rise
 plots.show(fig, alt=alt)
 
 # %% [markdown]
-# A training accuracy *far* above the ceiling, as on 64 and 256 pairs, is the proof: nobody can predict the luck
-# in the choices, so those pairs are learnt by heart. The gap between the lines is the over-fitting, and it narrows with more pairs.
-# More pairs also mean fewer looks at each; the figure cannot tell the two apart, nor what more than 3,072
-# pairs would do.
+# A training accuracy *far* above the ceiling, as on 64 and 256 pairs, is the proof: nobody can predict the luck in
+# the choices, so those pairs are learnt by heart. The gap between the lines is the over-fitting, and it narrows
+# with more pairs. But more pairs also mean that each is seen less often; the figure cannot tell the two apart, nor
+# what more than 3,072 pairs would do.
 
 # %% [markdown]
 # ## The same with TRL
@@ -550,18 +551,18 @@ print(f"held-out accuracy: ours {share:.3f}, TRL {theirs:.3f}")
 assert abs(share - theirs) < 0.02
 
 # %% [markdown]
-# Both begin at the same accuracy and take the same pairs in the same order. The bias cannot be what parts them after
-# that, since it cancels in a gap; rounding can, which 200 updates magnify.
+# Both begin at the same accuracy and see the same pairs in the same order. What separates them after that cannot be
+# the bias, which cancels in a gap; it can be rounding, magnified by 200 updates.
 
 # %% [markdown]
 # ## Where there is no rubric: a judge
 #
 # With real comparisons nobody knows how good an answer really is. Gao et al. (2023) let one reward model play the
-# people: it labels the pairs, a second one learns from them, and PPO sees only the second. With real choices one can
-# do nearly the same: train a *judge* on other comparisons, and never let PPO see it. What pleases the first by a
-# mistake of its own need not please the judge. What both have in common it cannot show, be it the people's leaning or
-# the base that both start from; that is what a known gold reward is for. In the other presets the judge takes the
-# place of gold from here on.
+# people: it labels the pairs, a second one learns from them, and PPO sees only the second. With real choices one
+# can do nearly the same: train a *judge* on other comparisons, and never let PPO see it. An answer that exploits a
+# mistake of the reward model alone need not please the judge. A mistake that both share, from the people's leaning
+# or from the base they start from, the judge cannot show; for that we need a known gold reward. In the other
+# presets the judge takes the place of gold from here on.
 
 # %%
 if preset.name == "pocket":
@@ -584,8 +585,8 @@ else:
 # %% [markdown]
 # ## The numbers that the next lessons start from
 #
-# Adapter, head and normalisation are in `runs/`. Later lessons take yours if it is there, and else the
-# one that the course ships.
+# Adapter, head and normalisation are in `runs/`. Later lessons take yours if they are there, and otherwise those
+# that the course ships.
 
 # %% tags=["headline"]
 print(f"held-out accuracy {share:.3f} of a ceiling of {best:.3f}")

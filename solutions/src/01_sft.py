@@ -4,9 +4,9 @@
 # **Run time** under half a minute on two CPU cores · **Your time** about 45 minutes · **Before this**
 # lesson 01
 #
-# You write four short functions of lesson 01. The check below each of them names the likely mistake;
-# the cells after it go on with a reference version, so that Run All works with nothing filled in, or
-# with a wrong answer; only an error in your code stops it. To compare with the solution, run
+# You write four short functions of lesson 01. The check below each of them names the likely mistake; the
+# cells after it use a reference version, so that Run All works with nothing filled in, or with a wrong
+# answer; only an error in your code stops it. To compare with the solution, run
 # `nbdiff-web exercises/01_sft.ipynb solutions/01_sft.ipynb` in the course's folder.
 
 # %%
@@ -72,13 +72,13 @@ checks.check_mask_prompt(mask_prompt)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Two kinds of positions are left out, and each of the two other arguments tells of one kind. Start
+# Two kinds of positions are left out, and each of the two other arguments tells you about one kind. Start
 # from a copy of the tokens. One kind is a block of columns, the other is wherever a condition holds;
 # PyTorch lets you assign to both. Do you need to know which token is padding, or EOS?
 # </details>
 
 # %% [markdown]
-# From here on with the package's version. Two real demonstrations make a batch; a dot stands for an
+# From here on we use the package's version. Two real demonstrations make a batch; a dot stands for an
 # ignored label.
 #
 # <details><summary><b>Predict before you run.</b> Which is the first token with a label, and which the
@@ -151,20 +151,20 @@ checks.check_lora_forward(lora_forward)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Write the shape under each factor: [..., in] times [in, r] times [r, out]. Neither $A$ nor $B$ is
-# stored the way it is needed, and of their two dimensions one is always $r$. The product works for any
-# number of dimensions in front as long as you touch the last one only.
+# Write the shape under each factor: [..., in] times [in, r] times [r, out]. Neither $A$ nor $B$ is stored
+# the way it is needed, and of their two dimensions one is always $r$. The product works for any number of
+# dimensions in front as long as you only touch the last.
 # </details>
 
 # %% [markdown]
-# From here on with PEFT's own layer, which `Roles` builds into the base in place of a linear one (the
+# From here on we use PEFT's own layer, which `Roles` builds into the base in place of a linear one (the
 # base is unquantized here, so that nothing is rounded). PEFT draws $A$ at random and sets $B$ to 0.
 #
 # <details><summary><b>Predict before you run.</b> Suppose it were the other way round, $A = 0$ and $B$
 # random. Which of the two would then get a gradient in the first backward pass?</summary>
 #
-# $A$, and not $B$: what reaches each of them is multiplied by the other. PEFT's way round is what the
-# cell shows: $B$ gets a gradient and $A$ does not, until the first update has moved $B$.
+# $A$, and not $B$: the gradient of each is multiplied by the other. The cell shows PEFT's way round: $B$
+# gets a gradient and $A$ does not, until the first update has moved $B$.
 # </details>
 
 # %%
@@ -192,10 +192,9 @@ torch.testing.assert_close(y, x @ (layer.base_layer.weight + delta).T, rtol=1e-4
 print(f"update {list(delta.shape)}, rank {torch.linalg.matrix_rank(delta).item()}")
 
 # %% [markdown]
-# Your function should give the same `y` from the same tensors. Call it and compare with
-# `torch.testing.assert_close`; the frozen weight is `layer.base_layer.weight`, and α is `roles.alpha`. The
-# order of the sums differs, so allow `rtol=1e-4, atol=1e-4`. `y` is from the cell above; it needs your
-# function from further above.
+# Your own function should give the same `y` as the cell above from the same tensors. Call it and compare
+# with `torch.testing.assert_close`; the frozen weight is `layer.base_layer.weight`, and α is `roles.alpha`.
+# The order of the sums differs, so allow `rtol=1e-4, atol=1e-4`.
 
 # %%
 ### BEGIN SOLUTION
@@ -240,7 +239,7 @@ checks.check_lora_parameters(lora_parameters)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Count the entries of the two matrices apart, for one layer, then add over the layers. The layer's own
+# Count the entries of each of the two matrices for one layer, then add over the layers. The layer's own
 # weight is frozen.
 # </details>
 
@@ -279,7 +278,7 @@ checks.check_nf4_bytes(nf4_bytes)
 # </details>
 
 # %% [markdown]
-# From here on with the package's versions. First the parameters: do they agree with those that PEFT
+# From here on we use the package's versions. First the parameters: do they agree with those that PEFT
 # trains, with an adapter on every linear layer but the last?
 
 # %%
@@ -293,7 +292,7 @@ print(f"{trained:,} parameters trained in {len(shapes)} layers")
 assert trained == lora_parameters(shapes, 16)
 
 # %% [markdown]
-# And the bytes with those that bitsandbytes holds for the same layers?
+# And do the bytes agree with those that bitsandbytes holds for the same layers?
 
 # %%
 stored = 0
@@ -308,8 +307,8 @@ assert stored == sum(nf4_bytes(prod(shape), preset.double_quant) for shape in sh
 # The same for the linear layers of Llama-2-7B: in each of 32 blocks query, key, value and output
 # (4096 × 4096), gate and up (11008 × 4096) and down (4096 × 11008).
 #
-# <details><summary><b>Predict before you run.</b> Rank 16 in both models. Is the share of weights that
-# is trained about the same, or in which of the two is it larger?</summary>
+# <details><summary><b>Predict before you run.</b> Rank 16 in both models. Is the share of weights that is
+# trained about the same in both? If not, in which is it larger?</summary>
 #
 # It is larger in the small one. The adapters grow with the width of a layer, the weights with its
 # square, so at a fixed rank the share falls as models grow.
@@ -325,9 +324,9 @@ for name, layers in {"this base": shapes, "Llama-2-7B": block * 32}.items():
     print(f"{2 * weights / 1e6:11.2f} {nf4 / 1e6:10.2f}")
 
 # %% [markdown]
-# With 4.127 bits per weight in place of 16, the 7B layers take 3.3 GB in place of 13. The table leaves
-# out what stays unquantized (embeddings, norms, the output layer), the optimizer's state and the
-# activations; lesson 04 adds them.
+# With 4.127 bits per weight instead of 16, the 7B layers take 3.3 GB instead of 13. The table leaves out
+# what stays unquantized (embeddings, norms, the output layer), the optimizer's state and the activations;
+# lesson 04 adds them.
 #
 # **In words.** Four bits per weight are enough for the base. Why not store the adapters in NF4 too?
 

@@ -4,11 +4,10 @@
 # **Run time** under half a minute on two CPU cores · **Your time** about 40 minutes · **Before this**
 # lesson 02
 #
-# You write two short functions of lesson 02 and a third that measures how good a model is. The check
-# below each of them names the likely mistake; the cells after it go on with a reference version, so that
-# Run All works with nothing filled in, or with a wrong answer; only an error in your code stops it. To
-# compare with the solution, run
-# `nbdiff-web exercises/02_reward_model.ipynb solutions/02_reward_model.ipynb` in the course's folder.
+# You write two short functions of lesson 02 and a third that measures how good a model is. The check below each
+# of them names the likely mistake; the cells after it use a reference version, so that Run All works with
+# nothing filled in, or with a wrong answer; only an error in your code stops it. To compare with the solution,
+# run `nbdiff-web exercises/02_reward_model.ipynb solutions/02_reward_model.ipynb` in the course's folder.
 
 # %%
 import torch
@@ -33,8 +32,8 @@ pairs = preference_dataset(preset, "held_out")
 print(f"{len(pairs)} pairs, such as {pairs[1]}")
 
 # %% [markdown]
-# These are not the pairs of the lesson: one for each held-out prompt, of answers in the style of the base
-# text, so that nothing has to be sampled. The annotator is the same.
+# These are not the pairs of the lesson: there is one for each held-out prompt, of answers written in the style
+# of the base text, so that nothing has to be sampled. The annotator is the same.
 
 # %% [markdown]
 # ## 1 · The pairwise loss
@@ -71,13 +70,13 @@ checks.check_pairwise_loss(pairwise_loss)
 # <details><summary><b>Hint</b></summary>
 #
 # Written as it stands, σ first and the logarithm second, the loss breaks where σ rounds to 0. Rewrite
-# $-\log \sigma(\Delta)$ as $\log(1 + e^{-\Delta})$: for a very negative gap that is about $-\Delta$,
-# a harmless number, though $e^{-\Delta}$ itself overflows. <code>torch.nn.functional</code> has functions
-# that go over from one form to the other where they must.
+# $-\log \sigma(\Delta)$ as $\log(1 + e^{-\Delta})$: for a very negative gap that is about $-\Delta$, a harmless
+# number, though $e^{-\Delta}$ itself overflows. <code>torch.nn.functional</code> has functions that switch from
+# one form to the other where needed.
 # </details>
 
 # %% [markdown]
-# From here on with the package's version, beside the loss written as two steps, in float32.
+# From here on we use the package's version, here beside the loss written in two steps, in float32.
 
 # %%
 from rlhf_helpers.reward import pairwise_loss
@@ -111,9 +110,9 @@ for gap in torch.tensor([[-200.0], [-100], [-10], [-1], [0], [1], [10], [200]]):
     torch.testing.assert_close(stable[1], gap.sigmoid() - 1)
 
 # %% [markdown]
-# One NaN in the gradient ends a training run, and it comes from just the pair that has most to teach.
-# The stable slope, the gradient with respect to the chosen reward, is −(1 − σ): close to −1 for a pair
-# that is badly wrong, −½ for a tie, close to 0 for a pair that is settled.
+# One NaN in the gradient ends a training run, and it comes from the very pair that has most to teach. The
+# stable slope, the gradient with respect to the chosen reward, is −(1 − σ): close to −1 for a pair that is
+# badly wrong, −½ for a tie, close to 0 for a pair that is settled.
 #
 # Accuracy asks only which reward is higher; the loss asks also by how much. Take the annotator's own
 # utility, divide it by the annotator's temperature, and you have the true log-odds of each choice. What
@@ -143,9 +142,9 @@ for scale in (0, 0.25, 0.5, 1, 2, 4, 8):
     print(f"scale {scale:<5} loss {pairwise_loss(odds * chosen, odds * rejected):.3f} nats")
 
 # %% [markdown]
-# All scales above 0 have the same accuracy, and very different losses. A model that is 8 times too sure
-# of the right ranking loses more than one that says nothing at all: the few choices that go against it
-# surprise it too much.
+# All scales above 0 have the same accuracy, but very different losses. A model that is 8 times too sure of the
+# right ranking loses more than one that says nothing at all: the few choices that go against it surprise it too
+# much.
 #
 # **In words.** Add 5 to every reward, chosen and rejected. What happens to the loss, and what does that
 # say about the number that a reward model gives to a single response?
@@ -190,16 +189,15 @@ checks.check_last_token_index(last_token_index)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# How many tokens are real does not say where they stand, so counting is not enough. Give every column
-# its number, and let the mask set those at padding to 0: which column of a row has the largest number
-# left? Or mirror the mask, and look for the first real token there. argmax takes an
-# integer mask, but no truth values.
+# How many tokens are real does not say where they stand, so counting is not enough. Give every column its
+# number, and let the mask set those at padding to 0: which column of a row has the largest number left? Or
+# mirror the mask, and look for the first real token there. <code>argmax</code> takes an integer mask, but not
+# booleans.
 # </details>
 
 # %% [markdown]
-# From here on with the package's version. Three real responses make a batch in three paddings: all on
-# the left, all on the right, and as `pad_examples` does it, prompts on the left and responses on the
-# right.
+# From here on we use the package's version. Three real responses make a batch, padded in three ways: all on the
+# left, all on the right, and as `pad_examples` does it, prompts on the left and responses on the right.
 
 # %%
 from rlhf_helpers.reward import last_token_index
@@ -216,7 +214,8 @@ for number, row in enumerate(rows):
     print(f"row {number}: {row['prompt']} {row['completion']}")
 
 # %% [markdown]
-# Which token does each rule pick, row by row? Two of the rules are habits that are right for one padding.
+# Which token does each rule pick, row by row? Two of the rules are common habits, each right for one kind of
+# padding.
 
 # %%
 rules = {
@@ -244,9 +243,9 @@ for side, (input_ids, mask) in batches.items():
     assert (picked == tokenizer.eos_token_id).all()
 
 # %% [markdown]
-# A wrong pick raises no error. The model would be trained and used with rewards read off some word in
-# the middle, or off padding. So test it: the reward of a response must not depend on where its padding
-# stands. Here the second response of the batch and a fresh head, untrained:
+# A wrong pick raises no error. The model would be trained and used with rewards read off some word in the
+# middle, or off padding. So test it: the reward of a response must not depend on where its padding stands. Here
+# is the second response of the batch, with a fresh head, untrained.
 
 # %%
 roles = Roles(load_base(preset))
@@ -256,7 +255,7 @@ with torch.no_grad():
     values = {side: roles.values("reward", *batch) for side, batch in batches.items()}
 
 # %% [markdown]
-# The last real token gives it the same reward three times, the habits do not:
+# The last real token gives it the same reward all three times; the habits do not:
 
 # %%
 for name, rule in rules.items():
@@ -269,10 +268,10 @@ torch.testing.assert_close(picked["right"], picked["both"], rtol=1e-3, atol=1e-3
 # **In words.** Why the last token, and not the mean of the head's values over all tokens of the response?
 
 # %% [markdown] tags=["solution"]
-# Under causal attention a token's hidden state knows only what stands before it. The first token of a
-# response knows nothing of the response; only the last one has seen all of it, and that the response
-# ends there. A mean would mix in values that were given before a mistake or an insult was written. The
-# network could learn to live with that, but the last position already has everything the mean has.
+# Under causal attention a token's hidden state knows only the token itself and what stands before it. The first
+# token of a response knows nothing of the rest; only the last one has seen all of it, and that the response
+# ends there. A mean would mix in values that were given before a mistake or an insult was written. The network
+# could learn to live with that, but the last position already has everything the mean has.
 
 # %% [markdown]
 # ## 3 · Accuracy on held-out pairs
@@ -310,15 +309,15 @@ checks.check_pair_accuracy(pair_accuracy)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Two comparisons give two tensors of truth values, wins and ties. PyTorch takes no mean of those:
-# <code>.float()</code> makes them 0 and 1, and the outcome of each pair is a weighted sum of them. Which
-# mean is left to take, and over how many pairs?
+# Two comparisons give two boolean tensors, wins and ties. PyTorch takes no mean of booleans:
+# <code>.float()</code> makes them 0 and 1, and the outcome of each pair is a weighted sum of the two. What is
+# left is a mean: over how many pairs?
 # </details>
 
 # %% [markdown]
-# From here on with the package's version. Here are six "reward models" that nobody trained, on the
-# held-out pairs. The interval is Wilson's at 95%, as in lesson 01, for as many pairs; a tie's half varies
-# less than a guess, so that with many ties the interval is too wide rather than too narrow.
+# From here on we use the package's version. Here are six "reward models" that nobody trained, on the held-out
+# pairs. The interval is Wilson's at 95%, as in lesson 01. It treats each pair as won or lost; a tie, which
+# always counts half, varies less, so with many ties the interval is too wide rather than too narrow.
 
 # %%
 from rlhf_helpers.reward import pair_accuracy
@@ -351,9 +350,9 @@ for name, score in models.items():
 print(f"{'ceiling':22}{ceiling(list(pairs['probability'])):7.3f}")
 
 # %% [markdown]
-# Ties decide what you read here. "Not rude" says nothing about four pairs in five: with ties as wrong it
-# would get 0.149, with ties as right 0.973. The rubric falls short of the ceiling because it does not see
-# what the annotator adds for phrases and words. And why does "fewer words" do worse than guessing?
+# How ties are counted decides what you read here. "Not rude" says nothing about four pairs in five: with ties
+# counted as wrong it would get 0.149, as right 0.973. The rubric falls short of the ceiling because it does not
+# see what the annotator adds for phrases and words. And why does "fewer words" do worse than guessing?
 
 # %%
 chosen, rejected = rewards_by(models["fewer words"])
@@ -363,15 +362,14 @@ for name, kept in {"equally many polite phrases": equal, "more on one side": ~eq
     print(f"{name:28} {kept.sum()} pairs, accuracy of fewer words {accuracy:.3f}")
 
 # %% [markdown]
-# Mostly because courtesies are words: where the two answers hold equally many of them, it does about as
-# well as guessing.
+# Mostly because polite phrases are made of words: where both answers have equally many phrases, it does about
+# as well as guessing.
 #
 # **In words.** The ceiling is the best accuracy that any model can expect on such labels, and the
 # annotator's own utility lies above it here. Is that a mistake?
 
 # %% [markdown] tags=["solution"]
-# No. The ceiling is an expectation, the mean of max(p, 1 − p) over the pairs: what the best model gets
-# on average over many drawings of the labels. These labels are one drawing, and with 598 pairs luck moves
-# the result by one or two percentage points either way, as the interval says, which contains the ceiling.
-# A model well above the ceiling on many more pairs would be a sign that training pairs have leaked into
-# the held-out ones.
+# No. The ceiling is an expectation, the mean of max(p, 1 − p) over the pairs: what the best model gets on
+# average over many draws of the labels. These labels are one draw, and with 598 pairs luck moves the result by
+# one or two percentage points either way; the interval, too, contains the ceiling. A model well above the
+# ceiling on many more pairs would be a sign that training pairs have leaked into the held-out ones.
