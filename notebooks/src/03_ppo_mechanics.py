@@ -39,11 +39,12 @@ roles.load("reward", find_adapter(preset, "reward"))
 # %% [markdown]
 # ## A language model as an agent
 #
-# Reinforcement learning has its own words for what we have. The **state** $s_t$ is the prompt and the
-# response so far. The **action** $a_t$ is the next token, drawn from the **policy** $\pi(a_t \mid s_t)$:
-# the model. A **trajectory** is a whole response, up to EOS or the length limit. The **reward** comes once, at its end, from
-# the reward model; the next state is simply the state with the token appended. So one number has to
-# teach all tokens of a response, and everything below is about sharing it out well.
+# Reinforcement learning has its own words for what we already have. The **state** $s_t$ is the prompt and
+# the response so far. The **action** $a_t$ is the next token, drawn from the **policy**
+# $\pi(a_t \mid s_t)$, which is the model. A **trajectory** is a whole response, up to EOS or the length
+# limit. The **reward** comes once, at its end, from the reward model; the next state is simply the state
+# with the token appended. So a single number has to teach every token of a response, and everything below
+# is about sharing it out well.
 
 # %%
 prompts = world.prompts("held_out")[::38]
@@ -60,10 +61,10 @@ for prompt, text, score in list(zip(prompts, rollout.texts, scores, strict=True)
 # %% [markdown]
 # ## The log-probability of a given token
 #
-# The logits at position $t$ are the distribution of token $t + 1$. So the log-probability of a response
-# token stands one place *before* it: the first is read at the last token of the prompt, and what the
-# model says after EOS is read nowhere. By hand: a vocabulary of three, a prompt of one token, a response
-# of two (tokens 2 and 1). The model gives them 1/2 and 1/4.
+# The logits at position $t$ describe token $t + 1$. So the log-probability of a response token is found one
+# place *before* it: the first is read at the last token of the prompt, and what the model says after EOS is
+# never read. By hand: a vocabulary of three, a prompt of one token, and a response of two tokens (2 and 1),
+# to which the model gives 1/2 and 1/4.
 
 # %% tags=["nbval-check-output"]
 tokens = torch.tensor([[0, 2, 1]])
@@ -75,8 +76,8 @@ print("probability of the response, shifted:  ", shifted.exp().tolist())
 print("and with the shift forgotten:          ", [round(p, 3) for p in unshifted.exp()[0].tolist()])
 
 # %% [markdown]
-# On real responses the forgotten shift is easy to see, if one looks: the model that wrote the text finds
-# its own words next to impossible.
+# On real responses a forgotten shift is easy to see if you look: the model finds the words it wrote itself
+# next to impossible.
 
 # %%
 with torch.no_grad():
@@ -94,15 +95,15 @@ assert logprobs[real].mean() > -1.5 and wrong[real].mean() < -5
 # %% [markdown]
 # ## Policy gradient, and what one step too large does
 #
-# The plain idea (Williams 1992, REINFORCE): make each sampled action likelier in proportion to how good it
-# turned out, $L = -\frac1N \sum_i A_i \log \pi(a_i)$, with the **advantage** $A$: the reward, less what was to be
-# expected (in the code divided by the batch's standard deviation too, of which more below). It is right for one
-# small step on fresh samples. But samples are dear, and we would like to
-# take several steps on each batch; after the first, the samples are those of an older policy.
+# The plain idea (REINFORCE, Williams 1992) is to make each sampled action likelier in proportion to how
+# well it turned out, $L = -\frac1N \sum_i A_i \log \pi(a_i)$. The **advantage** $A$ is the reward minus
+# what was to be expected (the code also divides by the batch's standard deviation; more on that below).
+# This is right for one small step on fresh samples. But samples are expensive, and we would like to take
+# several steps on each batch; after the first, the samples are those of an older policy.
 #
-# A problem small enough to repeat often: one state, ten actions ("arms"), each with a mean reward between
-# 0 and 1 and noise of 1; batches of 32; eight steps, of a size chosen to be too large, on each batch. A
-# hundred runs at once, one in each row.
+# A problem small enough to repeat often: one state, ten actions ("arms"), each with a mean reward between 0
+# and 1 and noise of 1; batches of 32; eight steps on each batch, of a size chosen to be too large. A
+# hundred runs go side by side, one in each row.
 
 
 # %%
@@ -128,8 +129,8 @@ def play(loss_of, steps=8, rate=4.0, batches=40, runs=100):
 
 # %% [markdown]
 # Three losses: REINFORCE as it stands; the same with each sample weighted by the **ratio** of the new to
-# the old probability, $\rho = \pi(a)/\pi_{\text{old}}(a)$, which is what old samples ask for; and PPO, which
-# clips that ratio.
+# the old probability, $\rho = \pi(a)/\pi_{\text{old}}(a)$, which corrects for samples of an older policy;
+# and PPO, which clips that ratio.
 
 # %%
 objectives = {
@@ -162,15 +163,15 @@ print(f"{quarter[0]:.2f}, with one {quarter[1]:.2f}")
 assert found["PPO"] > found["REINFORCE"] > found["ratio"] and quarter[0] > quarter[1] + 0.1
 
 # %% [markdown]
-# The second-best arm has a mean of 0.89, so above 0.95 is mostly the best one. Without the clip the policy
-# can throw itself, in eight steps on 32 lucky or unlucky samples, onto a poor arm; then it samples nothing
-# else and never learns better. The unclipped ratio is worst: it is right on average for a policy that does not
-# depend on these samples; but on a lucky rare arm it can grow to $1/\pi_{\text{old}}$. The clip costs speed at
-# first and is safer, not safe: PPO too can settle on a lesser arm. With steps a fortieth of the size the three
-# hardly differ, and none has arrived yet; and with a single step on each batch the ratio is 1 throughout, so
-# that the clip does nothing. At this size eight steps do not beat the single one, which already goes far. With
-# steps of a quarter of the size they do, as the last line shows. That is the use of the clip: several steps on
-# dear samples at less risk.
+# The second-best arm has a mean of 0.89, so a run above 0.95 mostly plays the best one. Without the clip,
+# eight steps on 32 lucky or unlucky samples can throw the policy onto a poor arm; from then on it samples
+# nothing else and never learns better. The unclipped ratio does worst. It is right on average for a policy
+# that does not depend on these samples; but on a lucky rare arm it can grow to $1/\pi_{\text{old}}$. The
+# clip is slower at first and safer, but not safe: PPO too can settle on a lesser arm. With steps a fortieth
+# of the size the three hardly differ, and none has arrived yet; with a single step on each batch the ratio
+# is always 1, and the clip does nothing. At the full size eight steps are no better than a single one,
+# which already goes far; at a quarter of it they are better, as the last line shows. That is what the clip
+# is for: several steps on expensive samples, at less risk.
 
 # %% [markdown]
 # ## The clip
@@ -178,13 +179,14 @@ assert found["PPO"] > found["REINFORCE"] > found["ratio"] and quarter[0] > quart
 # $$L = -\frac1N \sum_t \min\bigl(\rho_t A_t,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_t\bigr),
 # \qquad \rho_t = \frac{\pi(a_t \mid s_t)}{\pi_{\text{old}}(a_t \mid s_t)}$$
 #
-# The sum is over all response tokens of the batch, $\epsilon$ is 0.2 here. $\pi_{\text{old}}$ is the policy that
-# **sampled**; it moves on with every batch. (The reference, which never moves, comes in with the reward.)
+# The sum runs over all response tokens of the batch, and $\epsilon$ is 0.2 here. $\pi_{\text{old}}$ is the
+# policy that **sampled** the batch; it changes with every batch. (The reference, which never changes, comes
+# in with the reward.)
 #
 # <details><summary><b>Predict before you run.</b> $A = 1$ and the ratio is 1.5. Which way does gradient
 # descent push the token's log-probability? And for $A = -1$ at the same ratio?</summary>
 #
-# For $A = 1$ nowhere: the token is likelier by more than 20% already, enough for this batch. For $A = -1$
+# For $A = 1$ nowhere: the token is already more than 20% likelier, enough for this batch. For $A = -1$
 # down: the token is bad and has become likelier, so the min keeps the unclipped term, which pulls it back.
 # </details>
 
@@ -214,18 +216,21 @@ for advantage, flat in ((1, "above 1 + ε"), (-1, "below 1 − ε")):
     plots.explore(partial(draw_clip, advantage), alt, ε=[0.2, 0.05, 0.1, 0.4])
 
 # %% [markdown]
-# The clip is one-sided on purpose: it takes away the gain from going further in the right direction, and
-# never the way back. The clip does not keep the ratio inside 0.8 to 1.2: another token's gradient can still push
-# it out, and a single large step can jump the fence. (With a running kernel and ipywidgets the sliders move ε.)
+# The clip is one-sided on purpose: it takes away the gain from going further in the right direction, but
+# never blocks the way back. It does not keep the ratio between 0.8 and 1.2: another token's gradient can
+# still push it out, and a single large step can jump the fence. (With a running kernel and ipywidgets,
+# sliders change ε.)
 #
 # ## The reward of each token
 #
-# The score comes at the last token. PPO for language models also takes a price for every token, β times the
+# The score comes at the last token. PPO for language models also charges each token a price: β times the
 # log-ratio of the policy that sampled to the **reference**, the SFT model:
 #
 # $$r_t = -\beta \log \frac{\pi_{\text{old}}(a_t \mid s_t)}{\pi_{\text{ref}}(a_t \mid s_t)} + [t \text{ is the last}] \cdot \text{score}$$
 #
-# While the policy is the reference the price is 0. Lesson 05 is about it. By hand: three tokens, of which the policy finds the first twice as likely as the reference, the last half as likely; a score of 2.
+# As long as the policy is the reference, the price is 0; lesson 05 is about it. By hand, three tokens and a
+# score of 2: the policy finds the first token twice as likely as the reference does, and the last half as
+# likely.
 
 # %% tags=["nbval-check-output"]
 policy, reference = torch.tensor([[0.5, 0.2, 0.3]]).log(), torch.tensor([[0.25, 0.2, 0.6]]).log()
@@ -235,11 +240,12 @@ print([round(x, 4) for x in rewards[0].tolist()], "= -0.1 log 2, 0, 2 + 0.1 log 
 # %% [markdown]
 # ## The critic, TD errors, GAE
 #
-# A second model, the **critic**, predicts at each state what reward is still to come: $V(s_t)$. If
-# the critic is right, a token that changes the prediction is a good or a bad one: the **TD error** (temporal
-# difference) is $\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)$, and after the last token there is no state, so
-# $V = 0$; so too where a response is cut off at the length limit. A discount γ below 1 would make late rewards
-# count less; here γ = 1. Four tokens by hand, with the reward 1 at the end:
+# A second model, the **critic**, predicts at each state what reward is still to come: $V(s_t)$. If the
+# critic is right, a token that raises the prediction is a good one, and a token that lowers it a bad one.
+# The **TD error** (temporal difference) measures that: $\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)$. After
+# the last token there is no state, so $V = 0$; we do the same where a response is cut off at the length
+# limit. A discount γ below 1 would make late rewards count less; here γ = 1. Four tokens by hand, with the
+# reward 1 at the end:
 
 # %% tags=["nbval-check-output"]
 rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
@@ -249,14 +255,15 @@ deltas = rewards + next_values - values
 print("TD errors", [round(x, 2) for x in deltas[0].tolist()])
 
 # %% [markdown]
-# The first token raised the hopes from 0.2 to 0.6, and the second lowered them a little. If the critic is
-# right, that is all one needs. If it is not, the errors that follow say more. GAE (generalised advantage
-# estimation, Schulman et al. 2016) mixes them, each further one multiplied by λ once more:
+# The first token raised hopes from 0.2 to 0.6, and the second lowered them a little. If the critic is
+# right, that is all we need. If it is not, later errors tell more. GAE (generalised advantage estimation,
+# Schulman et al. 2016) mixes them, with one more factor λ for each step further on:
 #
 # $$A_t = \delta_t + \gamma\lambda\,\delta_{t+1} + (\gamma\lambda)^2 \delta_{t+2} + \dots
 # \qquad R_t = A_t + V(s_t)$$
 #
-# The return $R_t$ is what the critic will be trained to predict. Backwards, by hand, with λ = 0.5:
+# The return $R_t$ is what the critic will be trained to predict. By hand, from the last token backwards,
+# with λ = 0.5:
 
 # %% tags=["nbval-check-output"]
 advantage, by_hand = 0.0, []
@@ -270,9 +277,9 @@ for lam in (0.5, 0.0, 1.0):
     print("returns", [round(x, 4) for x in returns[0].tolist()])
 
 # %% [markdown]
-# λ = 0 trusts the critic: the TD error alone. λ = 1 trusts the outcome: the return is 1 everywhere, whatever
-# the critic said. For any λ the loop over tokens is one product with a triangle of weights, and that is
-# how the helper computes it.
+# λ = 0 trusts the critic: the TD error alone. λ = 1 trusts the outcome: the return is 1 everywhere,
+# whatever the critic said. For any λ the loop over tokens equals one product with a triangle of weights,
+# and that is how the helper computes it.
 
 # %%
 weights = losses.gae_weights(8, 0.7)
@@ -284,11 +291,11 @@ by_matrix = deltas @ losses.gae_weights(4, 0.5).float()
 print("advantages as a product:", [round(x, 4) for x in by_matrix[0].tolist()])
 
 # %% [markdown]
-# Each column holds the weights of one advantage. An error never counts for a later token: a
-# token cannot be praised for what was written before it.
+# Each column holds the weights of one advantage. An error never counts for a later token: a token cannot be
+# praised for what was written before it.
 #
-# The same on real responses. For now the reward model itself serves as critic: it has never seen an
-# unfinished response, but it has an opinion.
+# The same on real responses. For now the reward model itself serves as the critic: it has never seen an
+# unfinished response, but it will give an opinion.
 
 # %%
 beta = 0.1
@@ -319,21 +326,22 @@ alt = "One column for each token of a response; rows for log-probability, value,
 plots.show(fig, alt=alt + "The reward is 0 but for the last token; the advantages are not.")
 
 # %% [markdown]
-# This is the map of all indices. In each column stand the numbers of one token $a_t$: its log-probability
-# and the value of the state *before* it, both read at the token before; its reward; its advantage, that is its share
-# of the praise; and the return, which is value plus advantage. The first row is in nats, the others in standard deviations of the reward model. The policy here
-# is still the reference, so the only reward is the score. And even the best response of the batch
-# is blamed for most of its tokens: this critic has never judged half a sentence, and expects too much of most.
+# This is the map of all indices. Each column holds the numbers of one token $a_t$: its log-probability and
+# the value of the state *before* it, both read at the token before; its reward; its advantage, which is its
+# share of the praise; and the return, which is value plus advantage. The first row is in nats, the others
+# in standard deviations of the reward model. The policy here is still the reference, so the only reward is
+# the score. Even in the best response of the batch most tokens are blamed: this critic has never judged
+# half a sentence, and expects too much of most.
 #
 # ## The critic's loss, and whitening
 #
-# The critic minimises half the squared error to the returns, clipped in the same spirit: where it has moved
-# by more than $\epsilon_V$ from what it said at the time of sampling, the larger of two errors counts,
+# The critic minimises half the squared error to the returns, clipped in the same spirit: where its value
+# has moved by more than $\epsilon_V$ since the time of sampling, the larger of two errors counts,
 #
 # $$L_V = \frac1{2N} \sum_t \max\bigl((V_t - R_t)^2,\ (\operatorname{clip}(V_t, V_t^{\text{old}} \pm \epsilon_V) - R_t)^2\bigr)$$
 #
-# By hand, with $\epsilon_V = 0.2$: it said 0, the return is 1, and it says now 0.1, 0.2, 0.5 and −0.5. Beyond
-# 0.2 there is nothing more to gain; the wrong way there is no mercy.
+# By hand, with $\epsilon_V = 0.2$: the critic said 0, the return is 1, and now it says 0.1, 0.2, 0.5 or
+# −0.5. Beyond 0.2 there is nothing more to gain; a move the wrong way counts in full.
 
 # %% tags=["nbval-check-output"]
 old, target, one = torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1)
@@ -343,13 +351,15 @@ for value in (0.1, 0.2, 0.5, -0.5):
 
 # %% [markdown]
 # **Whitening**: before they are used, the batch's advantages are shifted and scaled to mean 0 and standard
-# deviation 1, so that the size of a step does not depend on the unit of the reward. The *returns* are not:
-# the critic has to predict them as they are, or next time its values and the rewards have different units.
+# deviation 1, so that the size of a step does not depend on the unit of the reward. The *returns* are left
+# as they are: the critic has to predict them, and if they were whitened, its values and the rewards would
+# have different units next time.
 #
-# How good is the critic? The **explained variance** is $1 - \operatorname{Var}(R - V)/\operatorname{Var}(R)$: 1 for a
-# perfect critic, 0 for one that says the same always, below 0 for one that is worse than that. It is blind to a
-# constant error, so we print the mean of $R - V$ beside it. (The returns contain the values, by their λ; so the
-# critic is partly judged against itself.)
+# How good is the critic? The **explained variance** is
+# $1 - \operatorname{Var}(R - V)/\operatorname{Var}(R)$: 1 for a perfect critic, 0 for one that always says
+# the same, below 0 for one that is worse still. It is blind to a constant error, so we print the mean of
+# $R - V$ beside it. (With λ below 1 the returns contain the values, so the critic is partly judged against
+# itself.)
 
 # %%
 white = losses.whiten(advantages, mask)
@@ -362,8 +372,8 @@ print(f"mean of R - V {(returns - values)[real].mean():.2f}")
 # %% [markdown]
 # ## An audit
 #
-# A short `ppo_step` is easily written, and easily wrong. This one, in our own words, has four faults that
-# one meets in the wild, and invites a fifth. It runs and returns a loss.
+# A short `ppo_step` is easy to write, and easy to get wrong. This one, in our own words, has four faults
+# that are found in the wild, and invites one more (number 4 below). It runs and returns a loss.
 
 
 # %%
@@ -374,7 +384,7 @@ def ppo_step(logprobs, ref_logprobs, score, epsilon=0.2):
 
 
 # %% [markdown]
-# We try it on the responses from above. As the reference it gets the raw base model, so that policy and
+# We try it on the responses from above, with the raw base model as the reference, so that policy and
 # reference differ, as they will after some updates.
 
 # %%
@@ -386,8 +396,8 @@ loss, doubled = (ppo_step(logprobs, base_logprobs, s) for s in (scores, 2 * scor
 print(f"loss {loss:.4f}; with all scores doubled {doubled:.4f}")
 
 # %% [markdown]
-# **Fault 1: the reward is not used.** The function takes it and forgets it, and so the loss only asks to become
-# likelier than the reference, whatever was said. Mend: weigh with the score.
+# **Fault 1: the reward is not used.** The function takes it and forgets it, so the loss only asks responses
+# to become likelier than under the reference, whatever they say. Mend: multiply by the score.
 
 
 # %%
@@ -404,8 +414,8 @@ print(
 )
 
 # %% [markdown]
-# **Fault 2: padding counts.** What stands behind EOS changes the loss, though nobody wrote it: here that is
-# about half of the batch. Mend: the mean over the response mask.
+# **Fault 2: padding counts.** What stands after EOS changes the loss, though nobody wrote it; here it is
+# about half of the batch. Mend: take the mean over the response mask.
 
 
 # %%
@@ -422,10 +432,10 @@ outside = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
 print(f"mean ratio {ratio.mean():.2f}, outside of the clip {outside:.0%}, before the first step")
 
 # %% [markdown]
-# **Fault 3: the ratio is taken against the reference.** Nothing has been learnt from this batch yet, so every
-# ratio should be 1. Instead many lie outside of the clip, which now decides by the distance to the *reference*
-# what may be learnt from. Mend: compare with the policy that sampled, and let the reference enter where it
-# belongs, through the reward.
+# **Fault 3: the ratio is taken against the reference.** Nothing has been learnt from this batch yet, so
+# every ratio should be 1. Instead many lie outside the clip, and the distance to the *reference* now
+# decides what may be learnt from. Mend: compare with the policy that sampled, and let the reference enter
+# where it belongs, through the reward.
 
 # %%
 A = scores[:, None] * mask.float()
@@ -437,9 +447,10 @@ loss, _ = losses.policy_loss(logprobs, logprobs, A, mask)
 print(f"with the price of KL in the reward: loss {loss:.4f}")
 
 # %% [markdown]
-# **Fault 4: the old log-probabilities are not kept.** The function has nowhere to receive them, so whoever mends
-# fault 3 in a hurry compares with `logprobs.detach()`. For the first step it makes no difference whether they were
-# kept when sampling or are computed anew. After one real step on a copy of the policy it does:
+# **Fault 4: the old log-probabilities are not kept.** The function has no argument for them, so whoever
+# mends fault 3 in a hurry compares with `logprobs.detach()`. In the first step it makes no difference
+# whether they were kept from sampling or are computed anew. After one real step, on a copy of the policy,
+# it does:
 
 # %%
 roles.add("policy", copy_of="sft")
@@ -454,10 +465,11 @@ for name, old in (("kept", logprobs), ("computed anew", new)):
     print(f"old {name:13}: mean ratio {stats['ratio']:.3f}, clipped {stats['clip_fraction']:.0%}")
 
 # %% [markdown]
-# Computed anew the ratio is 1 for ever, and the clip never does anything. Mend: keep them, once per batch.
+# Computed anew, the ratio is always 1, and the clip never does anything. Mend: compute them once per batch,
+# and keep them.
 #
-# **Fault 5: no advantages.** Every token of a response gets the same weight, its whole outcome, and there is no
-# baseline: it is not wrong on average, as REINFORCE is not, but needlessly noisy. Mend: GAE with the critic,
+# **Fault 5: no advantages.** Every token of a response gets the same weight, the whole outcome, and there
+# is no baseline. Like REINFORCE, this is right on average, but needlessly noisy. Mend: GAE with the critic,
 # whitened. How many responses have tokens of both signs?
 
 # %%
@@ -470,9 +482,10 @@ for name, numbers in versions.items():
     print(f"{name:14} loss {loss:+.4f}, tokens of both signs in {both} of {len(prompts)} responses")
 
 # %% [markdown]
-# Unwhitened, this critic blames nearly everybody, since it expects too much. And with an explained variance
-# below 0 nothing says that its praise and blame *within* a response are more than noise; the next lesson trains it. At the
-# first step the loss is minus the mean of the whitened advantages, 0: what matters is its gradient.
+# Without whitening this critic blames nearly everything, since it expects too much. And with an explained
+# variance below 0 there is no sign that its praise and blame *within* a response are more than noise; the
+# next lesson trains it. In the first step the loss is minus the mean of the whitened advantages, 0: what
+# matters is its gradient.
 #
 # ## The whole update
 #
@@ -489,17 +502,17 @@ for name, numbers in versions.items():
 # sample again: the old policy is now the one just trained
 # ```
 #
-# Usual numbers: β 0.1 here (0.01 to 0.1 elsewhere), γ = 1, λ = 0.95, ε = 0.2, two to four epochs. Reference and
-# reward model never change. The two losses share no weight in our set-up, so each has an optimizer of its own
-# and there is no coefficient between them. (Some programs subtract a multiple of the entropy from the loss, a bonus
-# for variety; this one does not.)
+# Usual numbers: β 0.1 here (0.01 to 0.1 elsewhere), γ = 1, λ = 0.95, ε = 0.2, two to four epochs. The
+# reference and the reward model never change. In our set-up the two losses share no weights, so each has an
+# optimizer of its own and there is no coefficient between them. (Some programs subtract a multiple of the
+# entropy from the loss, a bonus for variety; this one does not.)
 #
 # ## Sanity first
 #
 # Before any run, look at the first step. The policy is a copy of the reference and nothing has been learnt
-# from the batch, so two numbers must be *exactly* right: every ratio 1, the KL 0. (KL here: the mean over
-# responses of $\sum_t \log \pi/\pi_{\text{ref}}$; `approx_kl`: the mean over tokens of $\rho - 1 - \log \rho$, an
-# estimate of how far the new policy is from the old.)
+# from the batch, so two numbers must be *exactly* right: every ratio is 1, and the KL is 0. (KL here is the
+# mean over responses of $\sum_t \log \pi/\pi_{\text{ref}}$; `approx_kl`: the mean over tokens of
+# $\rho - 1 - \log \rho$, an estimate of how far the new policy is from the old.)
 
 # %%
 roles.add("fresh", copy_of="sft")
@@ -513,10 +526,11 @@ for name, scored in (("as it should be", new), ("the new one scored at temperatu
 assert torch.equal(new, logprobs)
 
 # %% [markdown]
-# (A KL clearly below 0 is a fault by itself: the samples are not from the policy that scores them.) What differs
-# between the two scorings shows here: a temperature, a shift, dropout. What both share does not:
-# a shift missing in both, or a *sampler* with other settings than the scorer. For that, compare the mean
-# surprise at the samples with the mean entropy of the distributions they came from; on average they are equal.
+# (A KL clearly below 0 is itself a sign of a fault: the samples are not from the policy that scores them.)
+# This test shows what differs between the two scorings: a temperature, a shift, dropout. It does not show
+# what both share: a shift missing in both, or a *sampler* with settings other than the scorer's. For that,
+# compare the mean surprise at the samples with the mean entropy of the distributions they should come from;
+# on average they are equal.
 
 # %%
 from rlhf_helpers.logprobs import token_entropy
@@ -536,9 +550,9 @@ for temperature in (1.0, 0.5):
     )
 
 # %% [markdown]
-# The last line is a failure on purpose: nothing crashes, all ratios would be 1, since the old log-probabilities come
-# from the same scorer, and the samples are not those of the policy that is being trained. On 16 prompts the two
-# numbers differ by luck as well: try other seeds, to see by how much.
+# The last line is a failure on purpose. Nothing crashes, and all ratios would be 1, since the old
+# log-probabilities come from the same scorer; yet the samples are not those of the policy that is being
+# trained. On 16 prompts the two numbers also differ by luck: try other seeds to see by how much.
 #
 # ## The numbers of this lesson
 
@@ -549,7 +563,8 @@ print(", ".join(f"{name} {count}" for name, count in found.items()), "of 100 run
 # %% [markdown]
 # ## Recap
 #
-# - Each response token is an action; the reward comes at the end, and GAE shares it out by means of a critic.
+# - Each response token is an action; the reward comes at the end, and GAE shares it out with the help of a
+#   critic.
 # - The ratio compares the new policy with the one that sampled; the KL compares it with the reference.
 # - The clip takes away the gain from going too far on one batch; the mask keeps padding out of everything.
 # - In the first step of every update each ratio is 1; in the first update of a run the KL to the reference is 0 too.

@@ -48,14 +48,14 @@ roles.add("policy", copy_of="reference")
 # ## The best policy, written down
 #
 # Lessons 02 to 05 took two steps: comparisons became a reward model, and PPO looked for the policy with the largest
-# mean reward $r$ less β times the KL to the reference. Part 4 of exercise 05 found what it looks for:
+# mean reward $r$ minus β times the KL to the reference. Part 4 of exercise 05 found which policy that is:
 #
 # $$\max_\pi\ \mathbb{E}_{y \sim \pi}\,[r(x, y)] - \beta\,\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})
 # \qquad\Longrightarrow\qquad
 # \pi^*(y|x) = \frac{1}{Z(x)}\;\pi_{\text{ref}}(y|x)\; e^{r(x, y)/\beta},$$
 #
-# where $Z(x)$ makes the probabilities sum to 1. Nobody can compute $Z$ for a language model, a sum over all texts; for
-# lesson 05's four made-up answers anybody can.
+# where $Z(x)$ makes the probabilities sum to 1. For a language model $Z$ is a sum over all texts, which nobody can
+# compute; for lesson 05's four made-up answers anybody can.
 
 # %% tags=["nbval-check-output"]
 ref = torch.tensor([0.6, 0.3, 0.09, 0.01], dtype=torch.float64)
@@ -74,8 +74,9 @@ print("best policy", [round(x, 3) for x in best.tolist()], f" Z = {Z:.3f}")
 #
 # $$r(x, y) = \beta \log \frac{\pi^*(y|x)}{\pi_{\text{ref}}(y|x)} + \beta \log Z(x).$$
 #
-# So a policy carries a reward with it: the one for which it is the best. The last term is still unknown. But people
-# compare two answers to the *same* prompt, and of a pair only the difference counts (lesson 02): $Z$ cancels.
+# So every policy carries a reward with it: the one for which it is the best. The last term is still unknown. But
+# people compare two answers to the *same* prompt, and only the difference between the two counts (lesson 02), so $Z$
+# cancels.
 
 # %% tags=["nbval-check-output"]
 implicit = β * (best / ref).log()
@@ -85,14 +86,15 @@ print(f"gap of answers 3 and 1: {implicit[2] - implicit[0]:.3f}, by the reward {
 assert torch.allclose(r - implicit, β * Z.log())
 
 # %% [markdown]
-# Put that into Bradley and Terry's loss in place of a reward model, and what is left is a loss for the policy itself.
-# With $h$ for the log-ratio of the chosen answer less that of the rejected one,
+# Put that into Bradley and Terry's loss in place of a reward model, and you get a loss for the policy itself. With
+# $h$ for the log-ratio of the chosen answer minus that of the rejected one,
 #
 # $$L = -\log \sigma(\beta h), \qquad h = \log \frac{\pi(y_c|x)}{\pi_{\text{ref}}(y_c|x)} - \log
 # \frac{\pi(y_r|x)}{\pi_{\text{ref}}(y_r|x)}.$$
 #
 # That is **DPO**, direct preference optimization (Rafailov et al. 2023): no reward model, no sampling, no critic.
-# Does it find the same policy? With all pairs of the four answers, weighed as Bradley and Terry's people would choose:
+# Does it find the same policy? Take all pairs of the four answers, each weighted by how often Bradley and Terry's
+# people would choose that way:
 
 # %%
 logits = ref.log().requires_grad_()
@@ -110,21 +112,21 @@ print("DPO, from choices alone:  ", [round(x, 3) for x in found.tolist()])
 assert torch.allclose(found, best, atol=2e-3)
 
 # %% [markdown]
-# It does, if every pair has been compared endlessly often and the policy can be anything. Real pairs are few, each was
-# judged once, and they are answers of one model. Keep that in mind for the end of the lesson.
+# It does, provided that every pair has been compared endlessly often and the policy can be anything. Real pairs are
+# few, each was judged once, and all are answers of one model. Keep that in mind for the end of the lesson.
 #
 # ## Four tokens by hand, and the gradient
 #
-# A vocabulary of four, the reference finds all equally likely, the policy begins as a copy. Token 0 was chosen over
-# token 1. Then $h = 0$, the loss is $\log 2 = 0.693$ whatever β is, and the slope with respect to the two
-# log-probabilities is
+# Take a vocabulary of four tokens that the reference finds equally likely, and a policy that begins as its copy.
+# Token 0 was chosen over token 1. Then $h = 0$, the loss is $\log 2 = 0.693$ whatever β is, and the slopes with
+# respect to the two log-probabilities are
 #
 # $$\frac{\partial L}{\partial \log \pi(y_c)} = -\beta\,\sigma(-\beta h) = -\beta\,\sigma(\hat r_r - \hat r_c), \qquad
 # \frac{\partial L}{\partial \log \pi(y_r)} = +\beta\,\sigma(\hat r_r - \hat r_c),$$
 #
-# with $\hat r$ for the implicit reward: β times how wrong the policy still is. A pair that is ranked right with
-# certainty pulls no more. (The slopes for the logits are the same numbers, since $h$ does not depend on the
-# normaliser.)
+# where $\hat r$ is the implicit reward. The size of both is β times how wrong the policy still is: a pair that is
+# ranked right with certainty no longer pulls. (The slopes for the logits are the same numbers, since $h$ does not
+# depend on the normaliser.)
 
 # %% tags=["nbval-check-output"]
 logits = torch.zeros(4, requires_grad=True)
@@ -139,17 +141,17 @@ for step in range(3):
     logits = (logits - 4 * slope).detach().requires_grad_()
 
 # %% [markdown]
-# By hand for step 0: β = ½ and σ(0) = ½, so a slope of −¼ at the chosen token, +¼ at the rejected one, 0 elsewhere.
+# By hand for step 0: β = ½ and σ(0) = ½, so the slope is −¼ at the chosen token, +¼ at the rejected one, 0 elsewhere.
 # After a step $h$ is 2, and the weight has fallen from ½ to $\sigma(-1) = 0.27$.
 #
-# The loss looks at *two* numbers of four: it asks that the gap grows, and not that the chosen token gains. Here it
-# gains, and tokens 2 and 3 pay for it, though they have no slope of their own.
+# The loss looks at *two* of the four numbers: it asks that the gap grow, not that the chosen token gain. Here the
+# chosen token does gain, and tokens 2 and 3 pay for it as well, though they have no slope of their own.
 #
 # ## Real pairs
 #
-# The pairs are those that lesson 02 trained its reward model on: four answers of the SFT model to each training prompt,
-# compared in pairs by the annotator, held-out pairs of other prompts. (With another preset they are pairs that people
-# have judged. Cells that begin with "Pocket only" then do nothing.)
+# The pairs are those that lesson 02 trained its reward model on: four answers of the SFT model to each training
+# prompt, compared in pairs by the annotator. The held-out pairs belong to other prompts. (With another preset they
+# are pairs that people have judged. Cells that begin with "Pocket only" then do nothing.)
 
 # %%
 if preset.name == "pocket":
@@ -167,9 +169,9 @@ held_out = held_out[:256]
 print(f"{len(train)} pairs to train on, {len(held_out)} to measure on")
 
 # %% [markdown]
-# The log-probability of an answer is the **sum** over its tokens, EOS included and none of the prompt's. One base, two
-# roles: each log-probability is computed under one adapter. The reference is the *SFT adapter*, of which the policy is
-# a copy, so before the first step every log-ratio is 0.
+# The log-probability of an answer is the **sum** over its tokens, with EOS and without the prompt's. One base has two
+# roles, and each log-probability is computed under one adapter. The reference is the *SFT adapter*; the policy is a
+# copy of it, so before the first step every log-ratio is 0.
 
 # %%
 some = held_out[:64]
@@ -181,8 +183,8 @@ print(f"loss {dpo.dpo_loss(*of_policy, *of_sft, beta=0.1):.4f}, log 2 = {math.lo
 assert all(torch.allclose(a, b) for a, b in zip(of_policy, of_sft, strict=True))
 
 # %% [markdown]
-# **Broken on purpose**: a mistake that is easily made with adapters. Somebody takes the reference to be "the model
-# with its adapter switched off". That is the *bare base*.
+# **Broken on purpose**: a mistake that is easy to make with adapters is to take "the model with its adapter switched
+# off" as the reference. That is the *bare base*.
 
 # %%
 roles.add("base", trainable=False)  # a new adapter has B = 0 and changes nothing
@@ -197,14 +199,14 @@ except ValueError as error:
 assert preset.name != "pocket" or min(gaps) > 1
 
 # %% [markdown]
-# No exception from the loss, and a number that looks like a loss; `train_dpo` asks whether it is meant. The signature
-# stands in the first row of any log: log-ratios that are not 0, a loss that is not log 2. What it costs is recorded
-# below.
+# The loss raises no exception and gives a plausible number; only `train_dpo` asks whether you mean it. The signature
+# is in the first row of any log: log-ratios that are not 0, a loss that is not log 2. What the mistake costs is
+# recorded below.
 #
 # ## Three steps, written out
 #
-# The reference's log-probabilities first, once and for all. Then each step asks the policy about both answers of each
-# pair, and goes down the slope of the loss:
+# First come the reference's log-probabilities, computed once and for all. Then each step asks the policy about both
+# answers of each pair, and goes down the slope of the loss:
 
 # %%
 batch = train[:32]
@@ -223,13 +225,14 @@ for step in range(3):
 # %% [markdown]
 # ## A short run
 #
-# `train_dpo` does the same, and saves, resumes and measures on held-out pairs. Sixty steps of 32 pairs, about half of
-# the pairs, each once. There is one model, one forward and one backward pass a step, and nothing is sampled.
+# `train_dpo` does the same, and also saves, resumes and measures on held-out pairs. Sixty steps of 32 pairs take
+# about half of the pairs, each once. A step is one forward and one backward pass of one model, and nothing is
+# sampled.
 #
 # <details><summary><b>Predict before you run.</b> The loss falls, so the gap between chosen and rejected grows. Does the
 # log-probability of the chosen answers rise, and that of the rejected ones fall?</summary>
 #
-# The gap must grow; nothing else must. Look at the figure.
+# The gap must grow; nothing else has to. Look at the figure.
 # </details>
 
 # %%
@@ -256,7 +259,7 @@ ends = ", ".join(f"{name} {list(points.values())[-1]:.2f}" for name, points in s
 plots.show(fig, f"Mean log-ratio of held-out pairs over the steps. In the end: {ends}.")
 
 # %% [markdown]
-# The numbers behind it, *margin* being β times the gap:
+# The numbers behind it (*margin* is β times the gap):
 
 # %%
 for step, row in measured.items():
@@ -270,15 +273,17 @@ if preset.name == "pocket":
 #
 # The loss falls, three pairs of four are ranked right, and both lines end below 0. The chosen answers gain at first,
 # then lose more than they had gained; the rejected ones lose far more, and that is how the gap grows. Is DPO broken?
-# Recall lesson 05: the mean of $\log \pi - \log \pi_{\text{ref}}$ over what the *reference* has sampled is
-# $-\mathrm{KL}(\pi_{\text{ref}} \| \pi)$, never positive but by chance. The pairs are nearly that, samples of SFT. So, nearly, with $h$ for the mean gap
+# Recall lesson 05: the mean of $\log \pi - \log \pi_{\text{ref}}$ over samples of the *reference* is
+# $-\mathrm{KL}(\pi_{\text{ref}} \| \pi)$, so it is positive only by chance. The pairs are nearly such samples: they
+# are answers of SFT. So, approximately, with $h$ for the mean gap
 #
 # $$\overline{\log \tfrac{\pi(y_c)}{\pi_{\text{ref}}(y_c)}} = -\mathrm{KL}(\pi_{\text{ref}}\|\pi) + \tfrac{h}{2}, \qquad
 # \overline{\log \tfrac{\pi(y_r)}{\pi_{\text{ref}}(y_r)}} = -\mathrm{KL}(\pi_{\text{ref}}\|\pi) - \tfrac{h}{2}.$$
 #
-# Whatever the policy learns, it pays for with the answers that SFT used to give, chosen ones included: they fall as
-# soon as the KL exceeds half the gap. At first the gap grows with the way and the KL with its square, so the chosen
-# answers gain; then the KL overtakes. The mean of both lines should be that −KL; here it is, beside new samples of SFT:
+# Whatever the policy learns, it pays for with the answers that SFT used to give, chosen ones included: these fall
+# below where they began as soon as the KL exceeds half the gap. At first the gap grows with the distance and the KL with
+# its square, so the chosen answers gain; then the KL overtakes. The mean of both lines should be that −KL; here it
+# is, beside new samples of SFT:
 
 # %%
 asked = list(prompt_dataset(preset, "held_out")["prompt"])[::4]
@@ -311,9 +316,10 @@ print(f"the policy's answers, KL(policy‖SFT) {on_policy.mean():5.2f}")
 assert preset.name != "pocket" or (on_sft.mean() < 0 and middle < 0)
 
 # %% [markdown]
-# Both are below 0. They are not equal (other prompts, pairs without equal answers, and chance: ± is one standard
-# error). So a falling line of chosen answers is no alarm by itself; it is a bad sign if it falls nearly as fast as the
-# rejected one, since then the probability goes to neither side. Where has it gone here? Read what the policy says now:
+# The first two are below 0. They differ because the prompts differ, because no pair has two equal answers, and by
+# chance (± is one standard error). So a falling line of chosen answers is no alarm by itself; it is a bad sign if it
+# falls nearly as fast as the line of rejected ones, since then the probability goes to neither side. Where has it
+# gone here? Read what the policy says now:
 
 
 # %%
@@ -331,14 +337,15 @@ for i in range(0, len(asked), len(asked) // 5):
     print(f"    SFT    {sft.texts[i]}\n    policy {learnt.texts[i]}")
 
 # %% [markdown]
-# Answers have grown longer, in most of these by a courtesy: the annotators love them (lesson 02), and a phrase that
-# fits every question is, we think, quickly learnt.
+# Answers have grown longer, in most of these by a courtesy. The annotators love courtesies (lesson 02), and a phrase
+# that fits every question is, we think, quickly learnt.
 #
 # ## The same with TRL
 #
 # TRL's `DPOTrainer` gets the SFT adapter as a PEFT model and copies it to an adapter "ref", its reference: the right
-# one. (Give it the base model and a `peft_config` instead, and its reference is the bare base: right only if SFT was
-# merged into that.) Eight steps of 16 pairs of each, from the same adapter, in the same order.
+# one. (Give it the base model and a `peft_config` instead, and its reference is the bare base, which is right only if
+# SFT was merged into that base.) Both trainers take eight steps of 16 pairs, from the same adapter and in the same
+# order.
 
 # %%
 # Pocket only
@@ -423,17 +430,17 @@ print(f"margin: ours {ours.held_out['margin']:.4f}, TRL {theirs['eval_rewards/ma
 assert abs(ours.held_out["margin"] / theirs["eval_rewards/margins"] - 1) < 0.05
 
 # %% [markdown]
-# Two programs, one method. (`tests/test_dpo_parity.py` holds losses, rewards and gradients of single batches together
-# at 1e-6.)
+# Two programs, one method. (`tests/test_dpo_parity.py` checks that losses, rewards and gradients of single batches
+# agree within 1e-6.)
 #
 # ## More seeds, and the learning rate
 #
-# Recorded by `tools/record_dpo.py`: runs once through all training pairs, which each seed shuffles anew, judged on the
-# same held-out prompts as the PPO runs of lesson 05. How far the policy gets in one pass depends on the learning rate.
-# For PPO one rate was used throughout; for DPO, at each β, that of the highest mean gold is taken, on three seeds that are
-# used for nothing else. (In practice nobody has gold to choose by; and these are the same held-out prompts, which
-# favours DPO a little.) Here is that pilot. Rates were added until the best lay between two others; those with one run
-# only count for nothing in the choice.
+# The runs recorded by `tools/record_dpo.py` go once through all training pairs, which each seed shuffles anew, and
+# are judged on the same held-out prompts as the PPO runs of lesson 05. How far the policy gets in one pass depends on
+# the learning rate. PPO used one rate throughout; for DPO we take, at each β, the rate with the highest mean gold on
+# three seeds that are used for nothing else. (In practice nobody has gold to choose by; and these are the same
+# held-out prompts, which favours DPO a little.) Here is that pilot. Rates were added until the best lay between two
+# others; a rate with one run only does not count in the choice.
 
 
 # %%
@@ -467,19 +474,19 @@ judge = next(row for row in models if (row["run"], row["seed"]) == ("reward", 0)
 print(f"the reward model's accuracy on the same held-out pairs: {judge['accuracy']:.2f}")
 
 # %% [markdown]
-# (*Accuracy* is that of the implicit rewards on held-out pairs, *chosen* the log-ratio of the chosen answers there.)
+# (*accuracy* is that of the implicit rewards on held-out pairs, *chosen_l* the log-ratio of the chosen answers
+# there.)
 #
-# Look at β = 0.1 and 0.3 first. Up to 5e-4 the policy ends the farther away the larger the rate; right answers rise to
-# about 70% and stay there, and the proxy doubles. Gold does not follow. It is highest at 1.5e-4, lower at 3e-4, three nats
-# away, and at 5e-4, six nats away, below SFT's (1.06 on these prompts, next table). It is no smooth fall: β = 0.1 at 1e-3
-# has 1.20, nine nats away.
-# Yet at 5e-4 the implicit rewards rank 80% of the held-out pairs right, nearly as many as the reward model of lesson 02
-# (82%). To judge well is one thing, to answer well another: the pairs teach the policy which of two SFT answers is
-# better, and say nothing of what it now says instead, such as answers of 17 to 19 tokens, of which one in seven does
-# not end.
+# Look at β = 0.1 and 0.3 first. Up to 5e-4, the larger the rate, the farther away the policy ends; right answers rise
+# to about 70% and stay there, and the proxy rises from 0.2 to 1.1. Gold does not follow. It is highest at 1.5e-4,
+# lower at 3e-4, three nats away, and at 5e-4, six nats away, it is below SFT's (1.06 on these prompts, next table).
+# The fall is not smooth: β = 0.1 at 1e-3 has 1.20, nine nats away. Yet at 5e-4 the implicit rewards rank 80% of the
+# held-out pairs right, nearly as many as the reward model of lesson 02 (82%). To judge well is one thing, to answer
+# well another: the pairs teach the policy which of two SFT answers is better, and say nothing about what it says now,
+# such as answers of 17 to 19 tokens, one in seven of which does not end.
 #
-# At β = 1 the rate of 3e-4 leads 0.4 nats away, not three, and to the highest gold of the table. There β holds the policy
-# back; the next section shows how.
+# At β = 1 the rate of 3e-4 takes the policy 0.4 nats away, not three, and to the highest gold of the table. There β
+# holds the policy back; the next section shows how.
 #
 # Now each β at its best rate, with ten other seeds, and PPO's ten from lesson 05.
 
@@ -495,7 +502,7 @@ ppo_ends = recorded("ppo/held_out.csv")
 ppo_at = {beta: [r for r in ppo_ends if r["beta"] == beta] for beta in (1.0, 0.3, 0.1, 0.03)}
 
 # %% [markdown]
-# A row for each method and price, means over its runs:
+# One row for each method and price, with means over its runs:
 
 # %%
 # Pocket only
@@ -521,22 +528,22 @@ for beta, rows in at.items():
     assert mean(rows, "chosen_log_ratio") > mean(rows, "rejected_log_ratio")
 
 # %% [markdown]
-# (These are all 598 held-out prompts: SFT has 1.06 here, and 1.17 on the 150 above.) The pilot had 1.21 to 1.26 at these
-# rates, and these seeds have less: the best of several looks better than it is, even in means of three. The chosen
-# answers become less likely on every seed where β is 0.3 or smaller, by little, the rejected ones by far more; at β = 1
-# the chosen ones keep what they had. And
-# answers grow, by two or three tokens. Nothing in the loss asks for **length**. But the annotators prefer longer answers, and a
-# longer answer has more tokens whose log-ratios add up.
+# (These are all 598 held-out prompts: SFT has 1.06 here, and 1.17 on the 150 above.) The pilot had 1.21 to 1.26 at
+# these rates, and the new seeds have less: the best of several looks better than it is, even in means of three. Where
+# β is 0.3 or smaller, the chosen answers become less likely on every seed, by little, and the rejected ones by far
+# more; at β = 1 the chosen ones keep what they had. And answers grow by two or three tokens. Nothing in the loss asks
+# for **length**. But the annotators prefer longer answers, and a longer answer has more tokens whose log-ratios add
+# up.
 #
-# Compare DPO at β = 1 with PPO at β = 1: nearly the same KL (0.34 and 0.32 nats) and proxy (0.42 and 0.47), and yet 0.13
-# points less gold; 66% of its answers are right, and 75% of PPO's. Our explanation, not measured: what pleased the reward model
-# was bought with courtesies more than with facts. A courtesy fits every question, and every pair that has one on the
-# better side teaches the same phrase; a fact stands in a few pairs only.
+# Compare DPO and PPO at β = 1: KL (0.34 and 0.32 nats) and proxy (0.42 and 0.47) are nearly the same, yet DPO has
+# 0.13 points less gold; 66% of its answers are right, and 75% of PPO's. Our explanation, not measured: DPO pleases
+# the reward model with courtesies more than with facts. A courtesy fits every question, and every pair that has one
+# on the better side teaches the same phrase; a fact is in a few pairs only.
 #
 # ## β here, and β in PPO
 #
 # One symbol, two units. The reward model's scores are normalised: PPO's reward is $r/s$, with $s$ the standard
-# deviation of SFT's raw rewards. DPO's $\hat r$ is the raw reward of Bradley and Terry. So a price of β for a nat in
+# deviation of SFT's raw rewards. DPO's $\hat r$ is the raw reward of Bradley and Terry. So a price of β per nat in
 # PPO is a price of $s\beta$ in DPO:
 
 # %%
@@ -549,10 +556,10 @@ for beta in (1.0, 0.3, 0.1, 0.1 / s):
     print(f"PPO β = {beta:.3f}  is  DPO β = {s * beta:.2f}")
 
 # %% [markdown]
-# So DPO's 1 is a price as 0.44 would be in PPO, and its 0.1 a low one, as 0.04, where lesson 05 found a cliff below 0.1.
-# That is what the two mean where training has converged. Has it? A pair pulls with the weight
-# $\sigma(-\beta h)$: ½ at first, and β holds the policy back only as this falls. At the mean gap of the held-out pairs, at
-# the end of the recorded runs:
+# So β = 1 in DPO is like 0.44 in PPO, and 0.1 in DPO is like 0.04: a low price, and lesson 05 found a cliff below
+# 0.1. But this comparison holds only where training has converged. Has it? A pair pulls with the weight
+# $\sigma(-\beta h)$: it is ½ at first, and β holds the policy back only as it falls. Here it is for the mean gap of
+# the held-out pairs, at the end of the recorded runs:
 
 # %%
 # Pocket only
@@ -562,16 +569,17 @@ for beta, rows in at.items():
     print(f"βh {mean(rows, 'margin'):.3f}, weight {weight:.3f}")
 
 # %% [markdown]
-# Up to β = 0.3 still nearly ½: at the end of these runs a pair pulls about as hard as at the start. So there it was not β
-# that ended the journey but the last pair, and β mattered less than the size of the steps: at 3e-4 all three end
-# about three nats away. At β = 1 the weight has fallen to 0.38: pairs that are ranked right by half a nat already pull
-# less, and the same rate leads 0.4 nats away. In PPO each nat is paid for in every update, as soon as there is one.
+# Up to β = 0.3 the weight is still nearly ½: at the end of these runs a pair pulls about as hard as at the start. So
+# what ended them was not β but the last pair, and β mattered less than the size of the steps: at 3e-4 all three end
+# about three nats away. At β = 1 the weight has fallen to 0.38: pairs that are ranked right by half a nat already
+# pull less, and the same rate leads only 0.4 nats away. PPO, in contrast, charges for every nat in every update, from
+# the first on.
 #
 # ## DPO, PPO and best-of-n
 #
-# One figure: gold against the way from SFT. PPO's points are the recorded ones of lesson 05, with the same held-out
-# prompts and seeds of sampling. Best-of-n is computed here: of n answers of SFT to 48 prompts the one that the reward
-# model scores highest, at a KL of at most $\log n - (n-1)/n$.
+# One figure: gold against the distance from SFT. PPO's points are the recorded ones of lesson 05, with the same
+# held-out prompts and the same seeds for sampling. Best-of-n is computed here on 48 prompts: of n answers of SFT it
+# takes the one that the reward model scores highest, at a KL of at most $\log n - (n-1)/n$.
 
 # %%
 # Pocket only
@@ -607,7 +615,8 @@ plots.show(
 )
 
 # %% [markdown]
-# At **equal KL**: for each DPO run the gold that PPO has at the same KL, by lines through PPO's means and SFT's.
+# At **equal KL**: each DPO run against the gold that PPO has at the same KL, read off straight lines between SFT's
+# mean and PPO's means.
 
 # %%
 # Pocket only
@@ -634,17 +643,17 @@ for beta, gaps in behind.items():
     print(f"by {sum(gaps) / len(gaps):.2f} ({min(gaps):.2f} to {max(gaps):.2f})")
 
 # %% [markdown]
-# So here DPO loses to PPO, by more than the seeds' spread: with equal pairs, at every β, each with the rate that gold
-# likes best, and at the same distance from SFT. It also lies below best-of-n, which trains no policy (but
+# So here DPO loses to PPO by more than the spread of the seeds: with equal pairs, at every β, each with the rate that
+# has the highest gold, and at the same distance from SFT. It also lies below best-of-n, which trains no policy (but
 # needs the reward model, and here has only 48 prompts). Yet it gains something on every seed, from one pass over the
-# pairs. The pilot's larger rates go three to nine nats away, to between 0.88 and 1.22: distance brings
-# no dependable gain. One base, one kind of task, one biased annotator: with other pairs it may come out
-# otherwise. (Xu et al. 2024 find PPO ahead with large models too.) The way of comparing is what to take along: equal
-# pairs, equal distance, several seeds, and a truth that neither was trained on (though DPO's rate, and PPO's best β,
-# were picked by it).
+# pairs. The pilot's larger rates end three to nine nats away, with gold between 0.88 and 1.22: distance brings no
+# dependable gain. This is one base, one kind of task, one biased annotator; with other pairs it may come out
+# otherwise. (Xu et al. 2024 find PPO ahead with large models too.) What to take along is the way of comparing: equal
+# pairs, equal distance, several seeds, and a truth that neither was trained on (though it was used to pick DPO's rate
+# and PPO's best β).
 #
-# **And the time?** Measured once, one after the other on one thread, in seconds of this process's own CPU time, with nothing
-# evaluated on the way:
+# **And the time?** The three were measured once, one after the other on one thread, in seconds of the process's own
+# CPU time, with nothing evaluated on the way:
 
 # %%
 # Pocket only
@@ -656,15 +665,15 @@ print(f"in DPO's time PPO makes {fit} of its 30 updates;", end=" ")
 print(f"gold at β = {best_ppo:g} is {mean(reached, 'gold'):.2f} there, on training prompts")
 
 # %% [markdown]
-# DPO samples nothing, and needs no reward model and no critic. So for whoever has pairs and nothing else it takes little
-# more than a third of the time. Where the reward model is there already, PPO is ahead at equal time as well. And a
-# second pass over the pairs, which would still be quicker than reward model and PPO, does not help DPO much: it is the
-# control below.
+# DPO samples nothing, and needs no reward model and no critic. So if you have pairs and nothing else, it takes little
+# more than a third of the time. If you have the reward model already, PPO is ahead at equal time as well. And a
+# second pass over the pairs, which would still be quicker than reward model and PPO together, does not help DPO: it
+# is the control two sections below.
 #
 # ## What the wrong reference costs
 #
-# Recorded: with the bare base for a reference, all else equal. In each pair of numbers the right reference stands
-# first.
+# These runs were recorded with the bare base as the reference, all else equal. In each pair of numbers the right
+# reference stands first.
 
 # %%
 # Pocket only
@@ -677,10 +686,10 @@ for row in runs["wrong_reference"]:
     print(f"chosen {right['chosen_log_ratio']:.2f} and {row['chosen_log_ratio']:.2f}")
 
 # %% [markdown]
-# At β = 0.1 nothing, on three seeds; at β = 1 about 0.04 of gold on all three. Why so little? The reference appears in the gradient only in the weight
-# $\sigma(-\beta h)$, and the wrong one adds to each pair's $h$ how much more SFT prefers the chosen answer to the
-# rejected one than the base does. Here are the weights that the 64 pairs above begin with, all ½ with the right
-# reference:
+# At β = 0.1 it costs nothing, on three seeds; at β = 1 it costs about 0.04 of gold on all three. Why so little? The
+# reference enters the gradient only through the weight $\sigma(-\beta h)$. The wrong one adds an offset to each
+# pair's $h$: how much more strongly SFT prefers the chosen answer than the base does. Here are the weights that the
+# 64 pairs above begin with, all ½ with the right reference:
 
 # %%
 offset = (of_policy[0] - of_base[0]) - (of_policy[1] - of_base[1])
@@ -692,19 +701,20 @@ for beta in (0.1, 1.0):
     print(f"β = {beta}: weights from {weights.min():.2f} to {weights.max():.2f}")
 
 # %% [markdown]
-# With β = 0.1 all weights lie between 0.36 and 0.53. With β = 1 some pairs hardly pull from the start and others with
-# 0.8 instead of 0.5, for reasons that have nothing to do with the annotator. And with endless pairs of all answers the
-# policy would go to $\pi_{\text{base}}\,e^{r/\beta}/Z$: of SFT nothing stays but what the reward asks for. In these
-# runs of one pass the bug shows in the first row of the log, and hardly in gold. So do not test for it by results.
+# With β = 0.1 all weights lie between 0.36 and 0.53. With β = 1 some pairs hardly pull from the start and others pull
+# with 0.8 instead of 0.5, for reasons that have nothing to do with the annotator. And with endless pairs of all
+# answers the policy would go to $\pi_{\text{base}}\,e^{r/\beta}/Z$, which keeps nothing of SFT but what the reward
+# asks for. In these runs of one pass the bug shows in the first row of the log, and hardly in gold. So do not test
+# for it by results.
 #
 # ## What DPO cannot do: learn from its own answers
 #
-# PPO judges what the policy says *now*. DPO's pairs are answers of SFT: once the policy says other things, nobody has
-# compared those, and the loss knows nothing of them. The remedy keeps the loss and renews the pairs, **online DPO**
-# (Guo et al. 2024): let the policy answer, have its answers compared, train on. One such round is recorded for each of
-# two judges, from policies at β = 0.1, with SFT as the reference still: pairs made as in lesson 02, but of the
-# policy's own answers, labelled by the reward model of that lesson or by the annotator. The control trains on as long
-# with the old pairs.
+# PPO judges what the policy says *now*. DPO's pairs are answers of SFT: once the policy says something else, nobody
+# has compared it, and the loss knows nothing about it. The remedy, **online DPO** (Guo et al. 2024), keeps the loss
+# and renews the pairs: let the policy answer, have its answers compared, train on. One such round is recorded for
+# each of two judges. It starts from policies trained at β = 0.1 and keeps SFT as the reference. The pairs are made as
+# in lesson 02, but from the policy's own answers, and labelled by the reward model of that lesson or by the
+# annotator. The control trains on with the old pairs, for about as long.
 
 # %%
 # Pocket only
@@ -725,17 +735,17 @@ for label, rows in rounds.items():
     print(f"{mean(rows, 'distinct_2'):12.2f}")
 
 # %% [markdown]
-# All three go about three nats away, more answers are right, the proxy doubles, and gold does not rise. With pairs of its
-# own answers it *falls* on all three seeds, by about a tenth of a point, whoever judges; with the old pairs it rises on
-# one and falls on two, by less. So the reward model's mistakes cannot be the only cause. The annotators' bias, which both judges have, is our
-# suspect: the answers grow to seventeen tokens. Rounds without it are not recorded. New pairs cannot help more than
-# whoever judges them.
+# All three end about three nats away, more answers are right, the proxy more than doubles, and gold does not rise.
+# With pairs of the policy's own answers it *falls* on all three seeds, by about a tenth of a point, whoever judges;
+# with the old pairs it rises on one and falls on two, by less. So the reward model's mistakes cannot be the only
+# cause. We suspect the annotators' bias, which both judges have: the answers grow to 16 or 17 tokens. Rounds without
+# it are not recorded. New pairs cannot help more than whoever judges them.
 #
 # ## IPO, in one line
 #
-# $-\log \sigma(\beta h)$ falls for ever: a pair that is always chosen alike drives $h$ without end, however large β is.
-# IPO (Azar et al. 2023) asks for a gap of a certain size in place of that, $\bigl(h - \tfrac{1}{2\beta}\bigr)^2$; in
-# the package it is `dpo_loss(..., kind="ipo")`.
+# $-\log \sigma(\beta h)$ never stops falling: a pair that is always chosen alike drives $h$ up without end, however
+# large β is. IPO (Azar et al. 2023) asks instead for a gap of a certain size, $\bigl(h - \tfrac{1}{2\beta}\bigr)^2$;
+# in the package it is `dpo_loss(..., kind="ipo")`.
 
 # %% tags=["nbval-check-output"]
 h = torch.tensor([0.0, 5.0, 50.0], requires_grad=True)
@@ -745,7 +755,7 @@ for kind, loss in losses.items():
     print(f"{kind:8} slope at h = 0, 5, 50:", [round(x, 3) for x in slope.tolist()])
 
 # %% [markdown]
-# At β = 0.1 IPO wants $h = 5$: there it stands still, beyond it pulls back.
+# At β = 0.1 IPO wants $h = 5$: there its slope is 0, and beyond it pulls back.
 #
 # ## The number to take along
 
@@ -765,18 +775,18 @@ print(
 # %% [markdown]
 # ## Recap
 #
-# - A policy is the best one for *some* reward: β times its log-ratio to the reference. Between two answers to one prompt
-#   the unknown constant cancels, and comparisons train the policy directly.
-# - In a first round the policy begins as its reference. The first row of the log shows whether it did: log-ratios 0, loss
-#   log 2.
-# - Only the gap is asked for. Answers of SFT, chosen ones included, lose what the policy gives to others.
-# - In single runs far from SFT its implicit rewards still ranked SFT's answers well, while its own were no better or worse.
-#   Stop early, and judge what the policy says now; new pairs alone did not help here.
+# - A policy is the best one for *some* reward: β times its log-ratio to the reference. Between two answers to one
+#   prompt the unknown constant cancels, so comparisons can train the policy directly.
+# - In a first round the policy begins as a copy of its reference. The first row of the log shows whether it did:
+#   log-ratios 0, loss log 2.
+# - The loss asks only for the gap. Answers of SFT, chosen ones included, lose what the policy gives to others.
+# - Far from SFT, in single runs, the policy's implicit rewards still ranked SFT's answers well, while its own answers
+#   were no better than near SFT, or worse. Stop early, and judge what the policy says now; new pairs alone did not
+#   help here.
 #
 # DPO has neither reward model nor critic. Lesson 09 keeps the reward model and drops the critic.
 #
 # **Further reading.** Rafailov et al. 2023 (arXiv 2305.18290): equation 4, the best policy; 5, the reward in terms of
-# it;
-# 7, the loss. Azar et al. 2023 (arXiv 2310.12036), equation 17: IPO. Guo et al. 2024 (arXiv 2402.04792): online DPO, from
-# the feedback of a language model. Razin et al. 2024 (arXiv 2410.08847): why chosen responses become less likely, and
-# when that ends badly. Xu et al. 2024 (arXiv 2404.10719): DPO and PPO compared.
+# it; 7, the loss. Azar et al. 2023 (arXiv 2310.12036), equation 17: IPO. Guo et al. 2024 (arXiv 2402.04792): online
+# DPO, from the feedback of a language model. Razin et al. 2024 (arXiv 2410.08847): why chosen responses become less
+# likely, and when that ends badly. Xu et al. 2024 (arXiv 2404.10719): DPO and PPO compared.

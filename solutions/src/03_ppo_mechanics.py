@@ -4,10 +4,11 @@
 # **Run time** about ten seconds on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 03
 #
-# You write the three functions on which PPO rests, and find the fault in three training logs. The check below each of them names the likely
-# mistake; the cells after it go on with a reference version, so that Run All works with nothing filled
-# in, or with a wrong answer; only an error in your code stops it. To compare with the solution, run
-# `nbdiff-web exercises/03_ppo_mechanics.ipynb solutions/03_ppo_mechanics.ipynb` in the course's folder.
+# You write the three functions that PPO rests on, and find the fault in each of three training logs. The
+# check below each task names the likely mistake; the cells after it go on with a reference version, so
+# that Run All works with nothing filled in, or with a wrong answer; only an error in your code stops it.
+# To compare with the solution, run `nbdiff-web exercises/03_ppo_mechanics.ipynb
+# solutions/03_ppo_mechanics.ipynb` in the course's folder.
 
 # %%
 import math
@@ -41,7 +42,7 @@ roles.load("sft", find_adapter(preset, "sft"))
 #
 # $$\log \pi(x_t \mid x_{<t}) = z_{t-1, x_t} - \log \sum_{v=1}^{V} e^{z_{t-1, v}}$$
 #
-# where $\pi$ is the policy, the model that speaks. By hand: one row (0, 2, 1, 2) is one token of padding,
+# where $\pi$ is the policy, the model that writes. By hand: the row (0, 2, 1, 2) is one token of padding,
 # a prompt of one token and a response of $T = 2$. At position 1 the logits are $(0, \log 2, 0)$, so token
 # 1 had probability $2/4$; at position 2 they are $(\log 2, 0, 0)$, so token 2 had $1/4$. The result is
 # $(\log \tfrac12, \log \tfrac14) = (-0.693, -1.386)$. The logits at position 3 are not needed.
@@ -77,8 +78,8 @@ checks.check_token_logprobs(token_logprobs)
 # </details>
 
 # %% [markdown]
-# From here on with the package's version, which leaves the windows to you. Here is a real response of
-# the SFT model, and the logits of all of it.
+# From here on we use the package's version, which leaves the windows to you. Here is a real response of
+# the SFT model, with the logits of the whole row.
 
 # %%
 from rlhf_helpers.logprobs import response_logprobs, token_logprobs
@@ -94,7 +95,7 @@ tokens = rollout.input_ids[:, -T:]
 print(f"{rollout.texts[0]!r}: {T} tokens of {logits.shape[2]:,}, logits {list(logits.shape)}")
 
 # %% [markdown]
-# Nothing fails if you forget the shift: the windows are as long as they should be.
+# Nothing fails if you forget the shift: the windows still have the right length.
 
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> Without the shift each token is looked up at its own
@@ -119,9 +120,9 @@ with torch.no_grad():
 
 # %% [markdown]
 # That is a symptom worth remembering. Over a model's own samples the mean log-probability is minus the
-# entropy, apart from luck, and no entropy is above that of a blind guess: what a model says itself, it
-# cannot find that unlikely. The last line of the code makes sure that the package's `response_logprobs`,
-# which calls the model itself, agrees with the windows you see.
+# entropy, apart from luck, and no entropy is above that of a blind guess: a model cannot find its own
+# words that unlikely. The last line of the code makes sure that the package's `response_logprobs`, which
+# calls the model itself, agrees with the windows you see.
 #
 # **In words.** PPO compares log-probabilities of the same tokens under two policies. If the shift is
 # missing from both, the ratio before the first step is 1 and the KL is 0, as they should be. What would
@@ -138,9 +139,9 @@ with torch.no_grad():
 #
 # ●●● · 20 minutes
 #
-# Token $t$ got the reward $r_t$; the critic expected $V_t$ in all from there on, before it was chosen. The
-# *TD error* $\delta_t$ is the surprise at one step, the *advantage* $A_t$ a mix of the surprises from $t$
-# on, and the *return* $R_t$ the critic's target:
+# Token $t$ got the reward $r_t$; before it was chosen, the critic expected $V_t$ in all from there on.
+# The *TD error* $\delta_t$ is the surprise at one step, the *advantage* $A_t$ a mix of the surprises from
+# $t$ on, and the *return* $R_t$ the critic's target:
 #
 # $$\delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda\, A_{t+1}, \qquad
 # R_t = A_t + V_t$$
@@ -188,16 +189,16 @@ checks.check_gae(gae)
 # </details>
 
 # %% [markdown]
-# From here on with the package's version. Take a critic that expects the same all the way, $V_t = 0.4$,
-# and a response of six tokens whose reward, 1, comes at the end. With $\gamma = 1$ all TD errors are 0 but
-# the last, $1 - 0.4 = 0.6$. So you see how far back one surprise reaches.
+# From here on we use the package's version. Take a critic that expects the same all the way, $V_t = 0.4$,
+# and a response of six tokens whose reward, 1, comes at the end. With $\gamma = 1$ all TD errors are 0
+# except the last, $1 - 0.4 = 0.6$. This shows how far back one surprise reaches.
 
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> Which tokens get an advantage with λ = 0, which with
 # λ = 1, and what part of the 0.6 does the first token get with λ = 0.95?</summary>
 #
-# With λ = 0 the last token only, with λ = 1 all of them alike. With λ = 0.95 the surprise is weighted
-# with 0.95 for each step back: the first token gets $0.95^5 = 0.774$ of it, 0.464.
+# With λ = 0 the last token only, with λ = 1 all of them alike. With λ = 0.95 the surprise is multiplied
+# by 0.95 for each step back: the first token gets $0.95^5 = 0.774$ of it, 0.464.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -213,9 +214,9 @@ for lam in (0, 0.5, 0.95, 1):
 
 # %% [markdown]
 # The reward of a response is paid at its EOS, so with λ = 0 the words that earned it learn nothing, until
-# the critic has learnt to see the reward coming. With λ = 1 every token is praised alike, the idle ones
-# with the others. At 0.95 a surprise has half its weight 13.5 tokens earlier, longer than most of the SFT
-# model's answers.
+# the critic has learnt to see the reward coming. With λ = 1 every token is praised alike, idle ones
+# included. At 0.95 a surprise still has half its weight 13.5 tokens back, which is longer than most of
+# the SFT model's answers.
 #
 # Now a critic that sees it coming: it expects 0.4 until the fourth token settles the matter, and knows
 # from then on that the reward will be 1.
@@ -238,17 +239,18 @@ for lam in (0, 0.5, 0.95, 1):
 
 # %% [markdown]
 # A critic that is right turns one reward for a whole response into praise for the token that earned it,
-# and λ decides how much of it the tokens before share.
+# and λ decides how much of that praise the earlier tokens share.
 #
 # **In words.** Lengthen a response by ten tokens of padding. What must happen to its advantages? Name one
 # way of computing them in which something else happens.
 
 # %% [markdown] tags=["solution"]
-# Nothing: padding is how rows of different lengths fit into one tensor, and no part of the response. But
-# if the value after EOS is read off the padding, the last TD error is $r + \gamma V_{\text{pad}} - V$, and
-# if the sums run over the TD errors at padding, these flow into all tokens before. In both cases the same
-# response gets other advantages in a batch with a longer one than alone. That makes a good test: compute a
-# row alone and in company, with other numbers under the mask.
+# Nothing: padding is how rows of different lengths fit into one tensor, and is no part of the response.
+# But if the value after EOS is read from the padding, the last TD error is
+# $r + \gamma V_{\text{pad}} - V$, and if the sums include the TD errors at padding, these flow into all
+# earlier tokens. In both cases the same response gets other advantages in a batch with a longer one than
+# alone. That makes a good test: compute a row alone and in company, with different numbers under the
+# mask.
 
 # %% [markdown]
 # ## 3 · The clipped loss
@@ -297,15 +299,15 @@ checks.check_policy_loss(policy_loss)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# The probabilities are there as logarithms only: what does a quotient become? Set the log-ratio at padding
-# to 0 *before* you exponentiate; masking the product afterwards comes too late for the gradient. Build the
-# two terms of the minimum one by one, and compare them token by token. The mean then leaves padding out:
-# divide by the number of ones in the mask.
+# You have the probabilities only as logarithms: what does a quotient become? Set the log-ratio at padding
+# to 0 *before* you exponentiate; masking the product afterwards comes too late for the gradient. Build
+# the two terms of the minimum one by one, and compare them token by token. The mean then leaves padding
+# out: divide by the number of ones in the mask.
 # </details>
 
 # %% [markdown]
-# From here on with the package's version, which returns the loss and a few numbers to log. What does the
-# loss *want*? Its slope with respect to a token's log-probability tells: gradient descent raises the
+# From here on we use the package's version, which returns the loss and a few numbers to log. What does
+# the loss *want*? Its slope with respect to a token's log-probability tells: gradient descent raises the
 # log-probability where the slope is negative, and lowers it where it is positive. At 0 it lets go.
 
 # %%
@@ -335,18 +337,19 @@ for ratio in (0.5, 0.7, 0.79, 0.81, 0.9, 1.0, 1.1, 1.19, 1.21, 1.3, 1.5):
     assert (good == 0) == (ratio > 1.2) and (bad == 0) == (ratio < 0.8)
 
 # %% [markdown]
-# The clip stops the push on a token that has gone far enough where its advantage wanted it, and never the
-# way back; elsewhere the slope is −ρA, so a token that became likelier also pulls harder.
+# The clip stops the push on a token that has already gone far enough in the direction its advantage asks
+# for, and never stops the way back. Elsewhere the slope is −ρA, so a token that has become likelier also
+# pulls harder.
 #
 # **In words.** Before the first step all ratios are 1, and advantages are usually whitened, shifted to
-# mean 0. What is the loss then, and what its gradient? What does that say about a plot of PPO's loss?
+# mean 0. What is the loss then, and what is its gradient? What does that say about a plot of PPO's loss?
 
 # %% [markdown] tags=["solution"]
-# With ρ = 1 nothing is clipped and the loss is minus the mean advantage: 0. The gradient is not 0: each of
-# $N$ real tokens has the slope $-A_t/N$, good ones up and bad ones down. The value of the loss therefore
-# says nothing about how good the policy is. It starts near 0 with every fresh batch, falls a little during
-# the steps on it, and starts again. What tells of progress is the reward and the KL; the loss only
-# carries the gradient.
+# With ρ = 1 nothing is clipped and the loss is minus the mean advantage: 0. The gradient is not 0: each
+# of the $N$ real tokens has the slope $-A_t/N$, which pushes good ones up and bad ones down. The value of
+# the loss therefore says nothing about how good the policy is. It starts near 0 with every fresh batch,
+# falls a little during the steps on it, and starts again. The reward and the KL show progress; the loss
+# only carries the gradient.
 
 # %% [markdown]
 # ## 4 · Three logs
@@ -354,7 +357,7 @@ for ratio in (0.5, 0.7, 0.79, 0.81, 0.9, 1.0, 1.1, 1.19, 1.21, 1.3, 1.5):
 # ●●● · 15 minutes
 #
 # Four short runs of PPO on the pocket world, ten updates each, all with β = 0.1 and the same seed. One is
-# healthy. In each of the three others one line of the code was wrong; the runs are real. The columns:
+# healthy. In each of the other three, one line of the code was wrong; the runs are real. The columns:
 #
 # - `score`: mean reward of the samples, from the reward model; `kl`: to the reference, nats per response;
 # - `length` in tokens, and `finished`, the share of responses that ended by themselves;
@@ -393,22 +396,22 @@ checks.check_diagnosis(answers)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Look at one column at a time, and ask what it has to be whatever the data are. Which ratio must there be
-# before anything has been learnt from a batch? Which number can only be 0 throughout if the new policy is
-# always compared with itself? What would a penalty do to the column it is a price for? And compare the first
-# row with that of the healthy run: a fault that leaves it as it is does nothing while the KL is 0.
+# Look at one column at a time, and ask what it has to be whatever the data are. What must the ratio be
+# before anything has been learnt from a batch? Which number can be 0 throughout only if the new policy is
+# always compared with itself? What would a penalty do to the column it is a price for? And compare the
+# first row with that of the healthy run: a fault that leaves it unchanged does nothing while the KL is 0.
 # </details>
 
 # %% [markdown]
-# (In the healthy run one number stands out: `approx_kl` of 0.13 in update 5. Probably a few tokens moved far in
-# one step; the clip stops them from earning by it, and it does not come again. In B the mean ratio of 15.8 in
-# update 8 comes from two of 339 tokens, more than a thousand times as likely as under the policy they are
-# compared with: a mean of ratios is ruled by the largest.)
+# (In the healthy run one number stands out: `approx_kl` of 0.13 in update 5. Probably a few tokens moved
+# far in one step; the clip gives them no credit for it, and it does not happen again. In B the mean ratio
+# of 15.8 in update 8 comes from two of 339 tokens, each more than a thousand times as likely as under the
+# policy it is compared with: the largest ratios rule a mean.)
 #
 # **In words.** Which of the three would you have noticed from the score alone, with no healthy log beside it?
 
 # %% [markdown] tags=["solution"]
-# One of them at most, and not the worst. B does not learn: its score stays near where it began. But A has the
-# highest score of all four, while its responses run to the length limit and its KL runs away; and C looks
-# like the healthy run, because with few steps on each batch the clip has little to do. Its log only shows
-# that the safety belt is off. Hence the habit: look at the columns that must have a certain value.
+# One of them at most, and not the worst. B does not learn: its score stays near where it began. But A has
+# the highest score of all four, while its responses run to the length limit and its KL runs away; and C
+# looks like the healthy run, because with few steps on each batch the clip has little to do. Its log only
+# shows that the safety belt is off. Hence the habit: look at the columns whose value you know in advance.

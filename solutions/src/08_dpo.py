@@ -5,10 +5,10 @@
 # lesson 08
 #
 # You write DPO's loss and the rewards that are hidden in it, use them to judge pairs, and find out from three logs
-# which run was compared with the wrong reference. The check below each function names the likely mistake; the cells
-# after it go on with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only an
-# error in your code stops it. To compare with the solution, run `nbdiff-web exercises/08_dpo.ipynb
-# solutions/08_dpo.ipynb` in the course's folder.
+# which run had the wrong reference. The check below each function names the likely mistake; the cells after it go on
+# with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only an error in
+# your code stops it. To compare with the solution, run `nbdiff-web exercises/08_dpo.ipynb solutions/08_dpo.ipynb` in
+# the course's folder.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -31,8 +31,7 @@ from rlhf_helpers.text import load_tokenizer, pad_examples
 
 # %% [markdown]
 # Four roles: the policy begins as a copy of its reference, the SFT adapter. The reward model of lesson 02 is there
-# to be compared with, and `base` is an adapter that is new: it has B = 0 and changes nothing, so it answers as the
-# bare base does.
+# for comparison, and `base` is a new adapter: it has B = 0 and changes nothing, so it answers as the bare base does.
 
 # %%
 preset = load_preset(PRESET)
@@ -73,7 +72,7 @@ print(f"{len(train)} pairs to train on, {len(held_out)} held out, of other promp
 # \pi_{\text{ref}}(y_r|x)\bigr]$$
 #
 # the loss of a pair is $-\log \sigma(\beta h)$, and that of a batch the mean over its pairs. No gradient goes to the
-# reference, whoever computed its log-probabilities.
+# reference, even if its log-probabilities come with a graph.
 #
 # By hand: the policy gives the chosen response 0.3 and the rejected one 0.2, the reference 0.1 and 0.2. Then $h =
 # \log 3 - \log 1$; at β = 1 the predicted probability of the choice is $\sigma(\log 3) = \tfrac34$, and the loss
@@ -110,19 +109,19 @@ checks.check_dpo_loss(dpo_loss)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Write h as one line with two minuses of one kind and one that turns a bracket round. Then it is the loss of lesson
-# 02, with βh in the place of the gap, and the same advice holds: logarithm and σ in one step. And what is data has no
-# graph: <code>detach</code>.
+# Write h in one line, and mind the signs when you open the second bracket. The rest is the loss of lesson 02 with βh
+# in the place of the gap, and the same advice holds: logarithm and σ in one step. The reference's numbers are data,
+# and data has no graph: <code>detach</code>.
 # </details>
 
 # %% [markdown]
-# From here on with the reference version, on real pairs. The policy is still a copy.
+# From here on we use the package's version, on real pairs. The policy is still a copy.
 #
 # <details><summary><b>Predict before you run.</b> What is the loss at β = 0.1, and at β = 1? And what if the reference
 # is the bare base?</summary>
 #
 # log 2 = 0.693 for any β and any pairs: all log-ratios are 0. With the base as the reference they are not, and the
-# loss is no round number.
+# loss is some other number, which depends on β.
 # </details>
 
 # %%
@@ -141,11 +140,11 @@ assert preset.name != "pocket" or abs(dpo_loss(*policy, *base, 0.1) - 0.6931) > 
 # **In words.** A loss of 0.693 in the first row of a log: what does it prove, and what does it not?
 
 # %% [markdown] tags=["solution"]
-# It proves that policy and reference gave the same log-probabilities to these responses, so that the policy began as a
-# copy of whatever the reference is (or that the two are one and the same model, which would stay at 0.693 for ever). It
-# does not prove that the reference is the *right* one: had the policy begun as a fresh adapter on the bare base, with
-# the bare base as its reference, the loss would be log 2 as well. Nor does it say anything about the sides: swap chosen
-# and rejected and it is log 2 too.
+# It proves that policy and reference gave the same log-probabilities to these responses, so that the policy began as
+# a copy of whatever the reference is (or that the two are one and the same model, which would stay at 0.693 for
+# ever). It does not prove that the reference is the *right* one: had the policy begun as a fresh adapter on the bare
+# base, with the bare base as its reference, the loss would be log 2 as well. Nor does it say anything about the
+# sides: swap chosen and rejected, and it is still log 2.
 
 # %% [markdown]
 # ## 2 · Implicit rewards
@@ -153,13 +152,13 @@ assert preset.name != "pocket" or abs(dpo_loss(*policy, *base, 0.1) - 0.6931) > 
 # ●●○ · 15 minutes
 #
 # A policy that DPO has trained carries its reward model with it: $\hat r(x, y) = \beta \log \frac{\pi(y|x)}
-# {\pi_{\text{ref}}(y|x)}$. Now from the tokens. A model returns log-probabilities of all tokens in a row: prompt,
-# response, padding. Those of the response are marked by 1 in `response_mask`, EOS included; the log-probability of
-# the response is their *sum*.
+# {\pi_{\text{ref}}(y|x)}$. Now compute it from the tokens. A model returns log-probabilities for all tokens of a row:
+# prompt, response, padding. Those of the response, EOS included, are marked by 1 in `response_mask`; the
+# log-probability of the response is their *sum*.
 #
-# By hand: a prompt of one token, a response of two, one token of padding. On the response the policy is 2 times and
-# $\tfrac32$ times as likely as the reference; with β = 1 the reward is $\log 2 + \log \tfrac32 = \log 3 = 1.099$,
-# whatever stands at prompt and padding.
+# By hand: a prompt of one token, a response of two, one token of padding. The policy finds the two tokens of the
+# response 2 times and $\tfrac32$ times as likely as the reference does; with β = 1 the reward is
+# $\log 2 + \log \tfrac32 = \log 3 = 1.099$, whatever stands at prompt and padding.
 
 
 # %% tags=["nbval-check-output"]
@@ -187,11 +186,12 @@ checks.check_implicit_rewards(implicit_rewards)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# The log-ratio of every token first, then 0 wherever the mask is 0. Which dimension has the tokens of one response?
+# Take the log-ratio of every token first, then 0 wherever the mask is 0. Which dimension has the tokens of one
+# response?
 # </details>
 
 # %% [markdown]
-# From here on with the reference version. The policy has to learn something first: thirty steps of DPO.
+# From here on we use the package's version. First the policy has to learn something: thirty steps of DPO.
 
 # %%
 config = dpo.DPOConfig(**{"steps": 30, "warmup_steps": 3, "eval_every": 10} | preset.dpo)
@@ -201,7 +201,7 @@ for stats in tqdm(run, total=config.steps + 1):
         print(f"step {stats.step:2}", {k: round(v, 3) for k, v in stats.held_out.items()})
 
 # %% [markdown]
-# Its implicit rewards of one pair, token by token: the tokens' log-ratios, times β, add up to the reward.
+# Here are its implicit rewards for one pair, token by token: the tokens' log-ratios, times β, add up to the reward.
 
 # %%
 from rlhf_helpers.checks.lesson_08 import implicit_rewards
@@ -229,12 +229,13 @@ rewards = implicit_rewards(curr, ref, mask, config.beta)
 print("implicit rewards:", [round(x, 2) for x in rewards.tolist()])
 
 # %% [markdown]
-# The words are worth next to nothing: both models would have said them. Nearly all of it stands at EOS, in both answers
-# alike: the policy has become less ready to stop. That does not tell the two answers apart; by a hair this pair is even
-# ranked the wrong way round.
+# The words are worth next to nothing: both models would have said them. Nearly all of the reward is at EOS, and alike
+# in both answers: the policy has become less ready to stop. That does not tell the two answers apart; by a hair this
+# pair is even ranked the wrong way round.
 #
-# And now the whole judge: on how many held-out pairs does it side with the annotator, and on how many with the reward
-# model of lesson 02, which has seen more than three times as many pairs, of these prompts too?
+# Now the judge as a whole: on how many held-out pairs does it side with the annotator, and on how many with the
+# reward model of lesson 02, which was trained on more than three times as many pairs, and on most of these prompts
+# too?
 
 # %%
 examples = [pair[side] for side in dpo.SIDES for pair in held_out]
@@ -253,15 +254,15 @@ print(f"they agree on {agree:.2f}")
 assert preset.name != "pocket" or right["implicit rewards"] > 0.6
 
 # %% [markdown]
-# **In words.** `train_dpo` reports an accuracy of 0.5 before the first step. Why exactly that? And what would a mean
-# over tokens in place of the sum do to a pair of a short and a long answer?
+# **In words.** `train_dpo` reports an accuracy of 0.5 before the first step. Why exactly that? (How does an accuracy
+# count a tie?) And what would a mean over tokens in place of the sum do to a pair of a short and a long answer?
 
 # %% [markdown] tags=["solution"]
-# The policy is a copy, so all implicit rewards are 0: every pair is a tie, and a tie counts half (lesson 02). With a
-# mean over tokens the reward of a long answer would be divided by a larger number, so that the same log-ratio is worth
-# less there; that is another method (it is called length-normalised DPO), and its β has another unit: nats per token,
-# not per response. The derivation needs the sum, since the policy's probability of a response is the product over its
-# tokens.
+# The policy is a copy, so all implicit rewards are 0: every pair is a tie, and a tie counts half (exercise 02). With
+# a mean over tokens the reward of a long answer would be divided by a larger number, so that the same log-ratio is
+# worth less there; that is another method (it is called length-normalised DPO), and its β multiplies nats per token,
+# not nats per response. The derivation needs the sum, since the policy's probability of a response is the product
+# over its tokens.
 
 # %% [markdown]
 # ## 3 · Three logs
@@ -281,7 +282,7 @@ for log, rows in logs.items():
         print(f"{row['step']:4.0f} " + " ".join(f"{row[name]:18.3f}" for name in names))
 
 # %% [markdown]
-# These are the stories to choose from.
+# These are the stories to choose from, one for each log.
 
 # %%
 for origin, what in checks.ORIGINS.items():
@@ -299,12 +300,12 @@ checks.check_origins(answers)
 #
 # Only the first row of each log is needed. What must stand there if policy and reference are one and the same model?
 # The pairs are answers of the SFT model, with all their mistakes. Which model finds them likelier, SFT or the bare
-# base, and is that so for chosen answers only? And which policy ranks pairs rightly before its first step?
+# base, and is that so for chosen answers only? And what kind of policy ranks pairs right before its first step?
 # </details>
 
 # %% [markdown]
-# How far is the wrong reference? The mean log-ratio of responses *sampled from SFT* estimates a KL (lesson 05), and
-# that of the pairs, both sides together, is nearly that. Here are the numbers for the pairs above:
+# How far away is the wrong reference? The mean log-ratio of responses *sampled from SFT* estimates a KL (lesson 05),
+# and the responses of the pairs, both sides together, are nearly such samples. Here are the numbers for the pairs above:
 
 # %%
 # Pocket only
@@ -321,8 +322,8 @@ assert max(abs(a - b) for a, b in zip(gaps, first, strict=True)) < 0.5
 # %% [markdown] tags=["solution"]
 # DPO's objective is reward minus β KL to the *reference*. With the bare base there, the policy pays for having learnt
 # to be an assistant, and every pair is judged with an offset that has nothing to do with the annotator: how much more
-# likely SFT made the one answer than the other. That offset changes how hard each pair pulls: a little at a small β, a
-# lot at a large one. In a run as short as this the results hardly differ (lesson 08), so that only the first row gives
-# it away. In practice the mistake is one line: with adapters, "the reference is the model with the adapter switched
-# off" is right if the policy's adapter is *new*, and wrong if the SFT model was an adapter and the policy goes on from
-# it. Libraries that copy the given adapter to one called "ref" avoid it; those that only switch adapters off do not.
+# SFT raised the one answer than the other. That offset changes how hard each pair pulls: a little at a small β, a lot
+# at a large one. In a run as short as this the results hardly differ (lesson 08), so only the first row gives it
+# away. In practice the mistake is one line: with adapters, "the reference is the model with the adapter switched off"
+# is right if the policy's adapter is *new*, and wrong if the SFT model was an adapter and the policy goes on from it.
+# Libraries that copy the given adapter to one called "ref" avoid it; those that only switch adapters off do not.
