@@ -8,8 +8,8 @@
 #
 # - say what the four models of PPO cost in memory, and why one 4-bit base with four adapters costs least;
 # - write one update of PPO with the four roles, in the right order;
-# - read the curves of a run, and tell a healthy one;
-# - judge the result against SFT and against best-of-n at about the same KL, and read it.
+# - read the curves of a run, and recognise a healthy one;
+# - judge the result against SFT and against best-of-n at about the same KL, and by reading its answers.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -46,14 +46,14 @@ train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("
 # %% [markdown]
 # ## Four models, one GPU
 #
-# PPO asks four models: the **policy** that speaks, the **reference** that it must not leave, the **reward
-# model** that judges, the **critic** that predicts the judgement (here the role `value`). Take them as
-# four full models, of which two are trained, and count: 2 bytes for a weight in bf16; for a trained one 16
-# with its gradient, Adam's two moments and the exact copy in float32. So a 7B model, with 6.74 billion weights,
-# comes to (2·16 + 2·2) · 6.74 = 243 GB, a little less since reward model and critic need no output layer. (The
-# pocket model computes in float32: 4 bytes for a weight.) LoRA trains only the small A and B, here of rank 16, in float32.
-# And since all four begin as the same base, one copy of it can serve all; in NF4 that copy shrinks to
-# less than a third.
+# PPO needs four models: the **policy**, which speaks; the **reference**, which it must not leave; the **reward
+# model**, which judges; and the **critic**, which predicts the judgement (here the role `value`). Suppose they
+# are four full models, two of them trained. A frozen weight takes 2 bytes in bf16; a trained one takes 16, with
+# its gradient, Adam's two moments and the exact copy in float32. So a 7B model, with 6.74 billion weights, needs
+# (2·16 + 2·2) · 6.74 = 243 GB, or a little less, since the reward model and the critic need no output layer. (The
+# pocket model computes in float32: 4 bytes for a weight.) LoRA trains only the small A and B, here of rank 16, in
+# float32. And since all four begin as the same base, one copy of it can serve them all; in NF4 that copy shrinks
+# to less than a third.
 
 # %% tags=["nbval-check-output"]
 from transformers import AutoConfig, LlamaConfig
@@ -72,15 +72,15 @@ for name, (model_config, weight_bytes, double_quant) in models.items():
         print(f"   {way:18} {sum(row.total for row in rows) / 1e6:12,.1f} MB")
 
 # %% [markdown]
-# The four ways from top to bottom: four full models; LoRA on four bases of their own; LoRA on one shared base;
-# the same with the base in NF4. At 7B that leads from 240 GB, as much as three GPUs of 80 GB have in all, to
-# less than 6.
+# In the last two the four roles share one base; the last has it in NF4. At 7B the total goes from 240 GB, all the
+# memory of three 80 GB GPUs, to less than 6.
 #
 # <details><summary><b>Predict before you run.</b> What takes most of these 6 GB: the base, the four adapters, or
 # the optimizer?</summary>
 #
-# The base still does: 3.9 of 5.5 GB, at little more than half a byte for a weight. All four adapters together
-# have less than 3% as many weights, but in float32, and two of them with gradient and Adam's two moments: 1.6 GB.
+# Still the base: 3.9 of 5.5 GB, at little more than half a byte for a weight. All four adapters together have
+# less than 3% as many weights, but they are in float32, and two of them need a gradient and Adam's two moments:
+# 1.6 GB.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -97,17 +97,17 @@ print(
 
 # %% [markdown]
 # At 7B the base is most of it; in the pocket model, whose layers are narrow, the adapters are, as the next cell
-# shows. Not in the table is what comes and goes with each batch: activations, the cache of keys and values during
-# sampling, and the logits: half a GB here for one copy, in a vocabulary of 32,000. With a vocabulary of 152,000 and
-# responses four times as long it would be ten, more than everything in the table; that is why log-probabilities
-# are computed at the response positions only, in pieces.
+# shows. The table leaves out what comes and goes with each batch: activations, the cache of keys and values
+# during sampling, and the logits. One copy of the logits takes half a GB here, with a vocabulary of 32,000. With
+# a vocabulary of 152,000 and responses four times as long it would be ten, more than everything in the table;
+# that is why log-probabilities are computed at the response positions only, and in pieces.
 #
 # ## One base, four adapters
 #
-# So we load one base, in NF4 and frozen, and give it four adapters. The reference is the SFT adapter. The
-# policy starts as a copy of it, and the critic as a copy of the reward model, head included: from features that
-# tell good answers from bad, we hope; it has to learn what an unfinished response is worth. A section below
-# compares.
+# So we load one base, in NF4 and frozen, and give it four adapters. The reference is the SFT adapter. The policy
+# starts as a copy of it, and the critic as a copy of the reward model, head included. That gives it, we hope,
+# features that tell good answers from bad ones; it still has to learn what an unfinished response is worth. A
+# section below compares two starts.
 
 
 # %%
@@ -170,11 +170,11 @@ advantages, returns = ppo.gae(rewards, values, mask)
 advantages = ppo.whiten(advantages, mask)
 
 # %% [markdown]
-# **Learn**: one step for the policy, one for the critic. The order is not free. The four roles share
-# layers, in which one adapter is active at a time, and PEFT switches `requires_grad` off for all others. Autograd
-# looks at that flag when it goes *backward*: for a matrix whose flag is off by then it drops the gradient, without
-# a word. (With checkpointing it is worse: the forward pass is computed again, through whichever adapter is active
-# then.) So a role is used, gets its forward and its backward pass, and only then comes the next.
+# **Learn**: one step for the policy, one for the critic. The order matters. The four roles share layers in which
+# only one adapter is active at a time, and PEFT switches `requires_grad` off for all the others. Autograd looks
+# at that flag in the *backward* pass: if it is off by then, the gradient is dropped without a word. (With
+# checkpointing it is worse: the forward pass is computed again, through whichever adapter is active then.) So
+# finish one role, forward and backward, before you use the next.
 
 # %%
 optimizers = {
@@ -200,8 +200,8 @@ optimizers["value"].step()
 print({name: round(number, 4) for name, number in stats.items()})
 
 # %% [markdown]
-# And the memory that comes and goes: the *activations*, which autograd keeps from the forward to the backward pass, and
-# the keys and values of all tokens so far, which sampling keeps.
+# Now the memory that comes and goes: the *activations*, which autograd keeps from the forward to the backward
+# pass, and the keys and values of all tokens so far, which sampling keeps.
 
 # %%
 kept = memory.activation_bytes(
@@ -215,12 +215,12 @@ if preset.device == "cuda":
     print(f"peak so far {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 # %% [markdown]
-# So in this small model the activations of sixteen short sequences take more than all its weights; they grow with every
-# token of a minibatch, and they are why minibatches are small and why activation checkpointing exists, which keeps
-# only what enters each layer and computes the rest again.
+# So in this small model the activations of sixteen short sequences take more memory than all its weights, and
+# they grow with every token of a minibatch. They are why minibatches are small, and why there is activation
+# checkpointing, which keeps only what enters each layer and computes the rest again.
 #
-# What if the order is wrong? Both forward passes first, and then one backward pass for the sum, as one usually
-# writes it. PEFT itself says nothing and loses the policy's gradients (the exercise shows it). `Roles` refuses:
+# What if the order is wrong? One would normally write both forward passes first, and then one backward pass for
+# the sum. PEFT loses the policy's gradients and says nothing (the exercise shows it). `Roles` refuses:
 
 # %%
 new_logprobs = response_logprobs(roles.use("policy"), ids, attention, T)
@@ -245,19 +245,21 @@ assert torch.equal(same, ref_logprobs)
 # %% [markdown]
 # ## The run
 #
-# `train_ppo` does that again and again: 64 prompts an update, two passes over the batch in two minibatches.
-# The green bands are rules of thumb for a run of *this* kind; outside of one, read the answers and look for a fault:
+# `train_ppo` repeats that: 64 prompts an update, two passes over the batch in two minibatches. The green bands in
+# its figure are rules of thumb for a run of *this* kind; if a curve leaves its band, read the answers and look
+# for a fault:
 #
-# - **KL** beyond about 10 nats: the policy has gone far from the reference; look whether it hacks (lesson 05).
-# - **Entropy** below 0.3: it says nearly the same thing whatever the dice say; above 1: it gets random.
-# - **Length**, running up to the limit of 32: it has found that more is better; below 3: it stops before it answers.
+# - **KL** beyond about 10 nats: the policy has gone far from the reference; see whether it is hacking the reward
+#   (lesson 05).
+# - **Entropy** below 0.3: it says nearly the same thing in every sample; above 1: it is becoming random.
+# - **Length** rising to the limit of 32: it has found that more is better; below 3: it stops before it answers.
 # - **Clip fraction** above about 0.2: the steps are too large; at 0 throughout: the clip does nothing.
-# - **Explained variance** below 0: the critic is worse than a constant. In the first updates it may be, since it has
-#   only seen finished responses; it must not stay there. The **value loss** has no band, since its unit is the score's;
-#   it should fall and stay low.
+# - **Explained variance** below 0: the critic is worse than a constant. In the first updates it may be, since it
+#   has only seen finished responses, but that must not last. The **value loss** has no band, since it depends on
+#   the unit of the score; it should fall and stay low.
 #
-# Gold, in the last panel, is what nobody would have in real life. (With another preset than `pocket` a judge stands in
-# for it: a second reward model, from lesson 02, trained on comparisons that the first has not seen.)
+# In real life nobody has gold, the last panel. (With a preset other than `pocket` a judge stands in for it: a
+# second reward model, from lesson 02, trained on comparisons that the first has not seen.)
 
 # %%
 BANDS = {
@@ -290,7 +292,7 @@ def curves(history):
 # <details><summary><b>Predict before you run.</b> The score will rise. Will gold rise with it from the first
 # update on?</summary>
 #
-# See the reading below the figure; then come back to what you thought.
+# The text below the figure has the answer; compare it with yours.
 # </details>
 
 # %%
@@ -299,7 +301,7 @@ config = ppo.PPOConfig(seed=preset.seed, **preset.ppo)
 history, figure = [], None
 
 # %% [markdown]
-# The run itself, saved after every update; after an interruption run this cell again, and it goes on.
+# The run itself is saved after every update; if it is interrupted, run this cell again, and it goes on.
 
 # %%
 for stats in tqdm(
@@ -313,7 +315,7 @@ for stats in tqdm(
         figure = plots.redraw(fig, f"Eight curves over the updates. At the end: {ends}.", figure)
 
 # %% [markdown]
-# Before the curves are read, the two numbers that must be exact:
+# Before the curves, two numbers that must be exact:
 
 # %%
 first, last = history[0], history[-1]
@@ -324,13 +326,13 @@ assert first.kl == 0 or first.update > 1  # a run that was resumed in a new kern
 assert all(abs(s.first_ratio - 1) < 1e-6 for s in history)
 
 # %% [markdown]
-# The score rises fast at first and slowly later. KL goes up with it and settles near three nats; is it the price that
-# holds it there? Lesson 05 takes the price away and looks. Length doubles to 17 tokens and comes back to 13;
-# entropy falls at first quickly, then slowly, and stays inside its band; the clip is rarely touched, about 1% after
-# the first updates.
+# The score rises fast at first and slowly later. KL goes up with it and settles near three nats; is it the price
+# that holds it there? Lesson 05 takes the price away to find out. Length doubles to more than 17 tokens and comes
+# back to less than 14; entropy falls, quickly at first, and stays inside its band; the clip is rarely reached, by
+# about 1% of the tokens after the first updates.
 #
-# Gold *falls* from 1.2 to 0.9 while the score rises fastest and the length doubles, and only then does it rise (on
-# this seed; ten are below). What the added words are the panels do not show. The rubric knows:
+# Gold *falls* from 1.2 to 0.9 while the score rises fastest and the length doubles, and only then does it rise
+# (on this seed; ten are below). The panels do not show what the extra words are, but the rubric can tell:
 
 
 # %%
@@ -347,12 +349,12 @@ for s in history:
         print(f"grovelling {marks.grovelling:.2f}, rambling {marks.rambling:.2f}")
 
 # %% [markdown]
-# Whoever sees the proxy alone does not see that. Each point is a batch of 64 other prompts, so do not read much into
-# a wiggle of a tenth.
+# From the proxy alone you would not know that. Each point is a different batch of 64 prompts, so do not read much
+# into a wiggle of a tenth.
 #
 # ## Does it answer better? Held-out prompts
 #
-# Prompts that neither SFT nor the reward model nor PPO has seen, one sample each.
+# None of these prompts was seen by SFT, the reward model or PPO. One sample each:
 
 
 # %%
@@ -375,8 +377,8 @@ row("SFT", before.scores.mean(), gold_before, before.kl.mean())
 row("PPO", after.scores.mean(), gold_after, after.kl.mean())
 
 # %% [markdown]
-# The rubric says more than one number: how many answers are right, and what is taken off for grovelling. (A cell that
-# begins with "Pocket only" needs the rubric, or runs recorded with it; with another preset it does nothing.)
+# The rubric also says how many answers are right, and how much is taken off for grovelling. (A cell that begins
+# with "Pocket only" needs the rubric, or runs recorded with it; with another preset it does nothing.)
 
 
 # %%
@@ -399,13 +401,13 @@ gain = gold_after.mean() - gold_before.mean()
 assert gain > 0.3 and right[1] > right[0] + 0.15 and after.kl.mean() < 10
 
 # %% [markdown]
-# The interval says how far the share is known for these two models; other seeds give other models, see below.
-# Grovelling is what PPO has lost: −0.3 for each courtesy after the first. That fits a reward model that likes
-# courtesies (lesson 02).
+# The interval says how precisely the share is known for these two models; other seeds give other models, see
+# below. PPO loses points for grovelling, 0.3 for each courtesy after the first. That fits a reward model that
+# likes courtesies (lesson 02).
 #
-# **Best-of-n** is the honest rival: no training at all, draw $n$ responses from SFT and keep the one that the
-# reward model likes best. That moves away from SFT by at most $\log n - (n-1)/n$ nats (Beirami et al. 2024),
-# so we can choose the largest power of two that goes no further than PPO did.
+# **Best-of-n** is the rival to beat. It trains nothing: draw $n$ responses from SFT and keep the one that the
+# reward model likes best. That moves away from SFT by at most $\log n - (n-1)/n$ nats (Beirami et al. 2024), so
+# we take the largest power of two that goes no further than PPO did.
 
 # %%
 bound = {n: math.log(n) - (n - 1) / n for n in (2, 4, 8, 16, 32, 64)}
@@ -435,13 +437,13 @@ for name, marks in (("best of n", chosen), ("PPO", marks_of(ours))):
     print(f"{name:10} correct {correct:.0%}, grovelling {rubric.mean_score(marks).grovelling:.2f}")
 
 # %% [markdown]
-# The KL of best-of-n is the bound, that of PPO is measured. Though it has moved less, best-of-n has the higher proxy
-# and gold here, as it often has (Gao et al. 2023). It is chosen by the same reward model, and grovels too. And it pays
-# at every question again, $n$ times the sampling; PPO has paid once.
+# The KL of best-of-n is the bound, that of PPO is measured. Best-of-n has moved less and still has the higher
+# proxy and gold here, as it often does (Gao et al. 2023). Its answers are chosen by the same reward model, and
+# grovel too. And it pays for $n$ samples at every question; PPO has paid once.
 #
 # ## Read it
 #
-# Numbers can be right and the text odd. Ten prompts, before and after:
+# The numbers can be good and the text odd. Ten prompts, before and after:
 
 # %%
 read = range(0, min(600, len(held_out)), 60)
@@ -451,13 +453,13 @@ for i in read:
         print(f"{start:38} {name} {points[i]:5.2f}  {experience.rollout.texts[i]}")
 
 # %% [markdown]
-# Look at the last pair: "it nine." is no sentence. The rubric takes 0.2 off for it as for rambling, and gives 0.2 for
-# the courtesy, so both answers get 1.70: a courtesy has paid for a broken sentence, and one total can hide that. All
-# ten answers of PPO end in a courtesy; in one, the opposite of weak, gold is lower than before.
+# Look at the last pair: "it nine." is not a sentence. The rubric takes 0.2 off for it, as for rambling, and gives
+# 0.2 for the courtesy, so both answers get 1.70: a courtesy has paid for a broken sentence, and the total hides
+# it. All ten of PPO's answers end in a courtesy; in one, the opposite of weak, gold is lower than before.
 #
-# And one response token by token, of the ten the one with the largest KL, so not a typical one: its log-ratio to the
-# reference, what the critic expected before each token, and the advantage. (`examine` leaves out the price of KL,
-# β = 0, so the advantage is that of the score alone; in training each token would pay 0.1 of its log-ratio besides.
+# And one response token by token: the one of the ten with the largest KL, so not a typical one. The rows are its
+# log-ratio to the reference, what the critic expected before each token, and the advantage. (`examine` sets
+# β = 0, so the advantage is that of the score alone; in training each token would also pay 0.1 of its log-ratio.
 # Advantages are whitened over all held-out samples.)
 
 # %%
@@ -478,15 +480,16 @@ plots.show(
 )
 
 # %% [markdown]
-# The first row is in nats, the second in units of the score, the third in standard deviations. A value stands
-# *before* its token: about 1.5 is what the critic expects before "nine", 1.1 once it is said, and next to nothing after
-# the full stop that follows; the score is 0.44. So it sees a part of the fault at once and most of it a token later, and then
-# thinks too little of the rest. GAE looks ahead: of all tokens "nine" gets the most blame. Most of the KL is in two
-# tokens: to end that sentence there, and to begin a courtesy.
+# The first row is in nats, the second in units of the score, the third in standard deviations. A value is
+# taken *before* its token: the critic expects about 1.5 before "nine", 1.1 once it is said, and next to
+# nothing after the full stop that follows. The score is 0.44. So the critic sees part of the fault at once and
+# most of it a token later, and then expects too little. GAE looks ahead: of all tokens "nine" gets the most
+# blame. Most of the KL is in two tokens: the full stop that ends that sentence, and the first word of the
+# courtesy.
 #
 # ## Where should the critic start?
 #
-# From the reward model, we said. The other way is from the SFT adapter with a head at random. Four updates of
+# Ours starts from the reward model; it could also start from the SFT adapter, with a random head. Four updates of
 # each, all else equal:
 
 
@@ -513,9 +516,9 @@ for name, values in series.items():
 #
 # ## Interrupt and resume
 #
-# A run with a folder is saved after each update. Stop it (here by leaving the loop; the notebook's stop
-# button or a lost connection do the same) and call it again: it goes on where it was, to the same weights
-# as one that was never stopped, bit for bit on a CPU.
+# A run that has a folder is saved after each update. Stop it (here by leaving the loop; the notebook's stop
+# button or a lost connection does the same) and call it again: it goes on where it was, and arrives at the same
+# weights as a run that was never stopped, bit for bit on a CPU.
 
 # %%
 sizes = {"updates": 4, "batch_size": 16, "minibatch_size": 8}
@@ -530,7 +533,7 @@ for stats in ppo.train_ppo(roles, tokenizer, train, small, folder / "interrupted
         break
 
 # %% [markdown]
-# Two updates are done and kept. Now as after a restart, with nothing left in memory:
+# Two updates are done and saved. Now restart, with nothing left in memory:
 
 # %%
 roles = four_roles()  # as after a restart: nothing is left in memory
@@ -544,7 +547,7 @@ assert same
 # %% [markdown]
 # ## Take it home
 #
-# The policy is an adapter in PEFT's own format. Whoever has the base loads it with a few lines, without this
+# The policy is an adapter in PEFT's own format. Anyone who has the base can load it in a few lines, without this
 # course:
 
 # %%
@@ -576,16 +579,18 @@ print(tokenizer.decode(said[0]))
 # %% [markdown]
 # ### Without adapters: which weights?
 #
-# An engine that knows no adapters wants one set of weights, $W + \frac{\alpha}{r}BA$. But which $W$? The adapter was
-# trained on top of the NF4 weights, so decode those, and add $BA$ to them: `roles.merged` does. Most recipes add it to
-# the *original* weights, which are better ones; but that is a model that nobody has trained.
+# An engine that does not support adapters wants one set of weights, $W + \frac{\alpha}{r}BA$. But which $W$? The
+# adapter was trained on top of the NF4 weights, so decode those and add $BA$ to them, as `roles.merged` does. A
+# common recipe adds it to the *original* weights instead. They are more exact, but the result is a model that
+# nobody has trained.
 #
-# <details><summary><b>Predict before you run.</b> Of 120 answers sampled with the same seed, how many will be word by
-# word the same under either model? And which has the higher gold?</summary>
+# <details><summary><b>Predict before you run.</b> Of 120 answers sampled with the same seed, how many will be
+# word for word those of the adapter, with the decoded weights and with the original ones? And which has the
+# higher gold?</summary>
 #
-# With the decoded weights all of them, but for rounding. With the original ones many differ, since a token near the
-# border of two falls on the other side, and the answer goes on from there. Whether gold suffers is not said by that:
-# other answers need not be worse ones.
+# With the decoded weights all of them, but for rounding. With the original ones about one in six differs: where a
+# draw is close to the border between two tokens it can fall on the other side, and the answer goes on from there.
+# That does not say whether gold suffers: other answers need not be worse.
 # </details>
 
 # %%
@@ -624,15 +629,15 @@ for name, model in ways.items():
 assert preset.name != "pocket" or same < len(some)
 
 # %% [markdown]
-# The decoded weights give the trained model again, but for rounding. The original ones give another: some logits
-# move by half a nat, and about one answer in six is not the same. Its gold is no worse here; what $BA$ learnt on
-# rounded weights has carried over. Nothing promises that, so measure the model that you ship, not the one that
+# But for rounding, the decoded weights are the trained model again. The original ones give another: logits move
+# by up to 0.6 nats, and about one answer in six is different. Its gold is no worse here: what $BA$ learnt on
+# rounded weights has carried over. Nothing guarantees that, so measure the model that you ship, not the one that
 # you trained.
 
 # %% [markdown]
 # ## Ten seeds
 #
-# One run is an anecdote. Recorded: ten runs of this lesson, which differ in the prompts drawn and in all
+# One run is an anecdote. Here are ten recorded runs of this lesson. They differ in the prompts drawn and in all
 # samples; SFT and reward model are the same throughout.
 
 
@@ -664,11 +669,11 @@ for name in ("gold", "correct", "kl", "proxy"):
     print(f"{name:8} {values[0]:.2f} to {values[-1]:.2f}, mean {sum(values) / len(values):.2f}")
 
 # %% [markdown]
-# (The first update's batch is sampled before any step.) On all ten seeds the share of right answers is up by more
-# than 20 points from SFT's 57%, and gold is up from 1.05 to what the table shows, at a KL of about three nats. The run
-# above is seed 0, the one with the deepest dip. In the mean gold first rises, and is a little below its start at the
-# fifth update, when the score has made most of its way: whoever stops there, at the end of the steep part, gets
-# nothing of the gain in gold.
+# On all ten seeds the share of right answers is more than 20 points above SFT's 57%, and gold is up from 1.05 to
+# at least 1.37, at a KL of about three nats. The run above is seed 0, one of the two in which gold dips most. The
+# mean gold first rises, and is a little below its start at the fifth update, when the score has made most of its
+# gain: if you stop there, at the end of the steep part, you get none of the gain in gold. (The batch of the first
+# update is sampled before any step.)
 
 # %% [markdown]
 # ## The numbers that the next lesson starts from
@@ -685,11 +690,11 @@ print(f"correct {right[0]:.0%} to {right[1]:.0%}")
 # %% [markdown]
 # ## Recap
 #
-# - Four roles share one frozen 4-bit base; what each adds is an adapter, and for two of them a head.
+# - Four roles share one frozen 4-bit base; each adds an adapter, and two of them a head.
 # - Use, forward, clear, backward, step: one role at a time.
 # - The first ratio is 1 and the first KL 0, exactly; if not, look for the fault before you go on.
-# - PPO has made the model answer more questions rightly, and grovel more. What would it do without the price on KL?
-#   Lesson 05.
+# - PPO has made the model answer more questions correctly, and grovel more. What would it do without the price on
+#   KL? Lesson 05 finds out.
 #
 # **Further reading.** Santacroce et al. 2023, Hydra-RLHF (arXiv 2309.00754): one base for all roles. Dettmers
 # et al. 2023, QLoRA (arXiv 2305.14314). Stiennon et al. 2020 (arXiv 2009.01325), figure 5: reward and KL.

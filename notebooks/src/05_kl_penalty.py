@@ -9,7 +9,7 @@
 # - compute a KL divergence exactly, estimate it from samples, and say when the estimate is valid;
 # - say what the penalty β does to reward, KL and the diversity of the answers;
 # - recognise a hacked reward, in the curves and in the text, and find out what the policy exploits;
-# - choose β, and let a controller choose it.
+# - choose β, or let a controller choose it.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -46,9 +46,9 @@ train, held_out = (list(prompt_dataset(preset, split)["prompt"]) for split in ("
 # %% [markdown]
 # ## Three runs, to have something to measure
 #
-# In lesson 04 the policy paid β = 0.1 for each nat of KL to the reference, and ended near three nats. What
-# did the price do? So here are three runs, equal but for β: free of charge, the usual price, and ten times that. Eight
-# updates each; longer runs at six prices are recorded, and come later. They take a minute; read on meanwhile.
+# In lesson 04 the policy paid β = 0.1 for each nat of KL to the reference, and ended near three nats. What did the
+# price do? To see, we make three runs that differ only in β: no price, the usual one, and ten times that. They have
+# eight updates each and take a minute; read on meanwhile. Longer runs at six prices are recorded, and come later.
 #
 # <details><summary><b>Predict before you run.</b> Which run ends with the highest score? Which with the highest gold?
 # Which with the most varied answers?</summary>
@@ -98,10 +98,10 @@ print(f"by hand {by_hand:.4f}, torch.distributions {by_torch:.4f}, rlhf_helpers 
 print(f"the other way round, KL(q‖p): {kl.exact_kl(q.log(), p.log()):.4f}")
 
 # %% [markdown]
-# It is no distance: the two directions differ. The penalty of RLHF has the policy as $p$ and the reference as $q$.
+# It is not a distance: the two directions differ. In RLHF's penalty the policy is $p$ and the reference is $q$.
 #
-# Now two real models: the policy of the run without a price, and the reference. At each position of a
-# response each has a distribution over the whole vocabulary, so that the sum over all tokens can be taken there.
+# Now two real models: the policy of the run without a price, and the reference. At each position of a response each has
+# a distribution over the whole vocabulary, so there the sum over all tokens can be taken.
 
 # %%
 roles = four_roles()
@@ -142,21 +142,21 @@ print(f"exact KL: {exact.mean():.3f} nats per token, {exact.sum() / len(some):.1
 # %% [markdown]
 # ## The mean difference, and when it is valid
 #
-# In practice nobody keeps two distributions over 150,000 tokens for each position. The definition is a mean over
+# In practice nobody keeps two distributions over 150,000 tokens for each position. But the definition is a mean over
 # tokens drawn from $p$, and the policy has drawn tokens: those of its responses. So
 #
 # $$\widehat{\mathrm{KL}} = \tfrac1n \sum_t \bigl(\log \pi(a_t) - \log \pi_{\text{ref}}(a_t)\bigr)$$
 #
-# in code `(log_probs_curr - log_probs_ref).mean()`. It is right for tokens *sampled from the current policy*, and for no
-# other set of tokens.
+# in code `(log_probs_curr - log_probs_ref).mean()`. It is right for tokens *sampled from the current policy*, and for
+# no other set of tokens.
 #
-# <details><summary><b>Predict before you run.</b> The same expression averaged over the whole vocabulary, each token
-# once; over tokens that the reference has sampled; over each position's most likely token. Which of them can be
-# negative?</summary>
+# <details><summary><b>Predict before you run.</b> Take the mean of the same expression over the whole vocabulary, each
+# token once; over tokens that the reference has sampled; or over each position's most likely token. Which of the three
+# can be negative?</summary>
 #
-# All three: none is a mean under the policy. Under the reference's samples it is, on average, −KL(π_ref‖π), so it is
-# negative but for chance. Only the mean under the policy itself is a KL. (On few samples it can fall below 0 as well, if the
-# KL is small: in the recorded runs once, to −0.03. Its expectation cannot.)
+# All three: none is a mean under the policy. Over the reference's samples it is, on average, −KL(π_ref‖π), so it is
+# negative except by chance. Only the mean under the policy itself is a KL. (Over few samples it can also fall below 0,
+# if the KL is small: in the recorded runs it does once, to −0.03. Its expectation cannot.)
 # </details>
 
 # %%
@@ -171,7 +171,7 @@ print(f"every token of the vocabulary, once    {(log_p - log_q).mean():7.3f}")
 assert preset.name != "pocket" or abs(sampled.mean() - exact.mean()) < 3 * error
 
 # %% [markdown]
-# Now two of the other sets: the reference's own samples, and the likeliest token at each position.
+# Now the other two sets: the reference's own samples, and the likeliest token at each position.
 
 # %%
 sft = answers_of("reference")
@@ -186,24 +186,24 @@ print(f"the most likely token of each position {(log_p - log_q).gather(-1, top).
 assert preset.name != "pocket" or (wrong[0] - wrong[1]).mean() < 0
 
 # %% [markdown]
-# The mean over the policy's own samples is within three of its standard errors of the exact value, and more responses would
-# bring it nearer. Averaged over the vocabulary every token counts alike, so nearly all of the number is about tokens
-# that neither model would say; here it comes out too large, with other models it can be negative. The reference's
-# samples give minus the KL of the other direction. And the likeliest token at these positions is off by
-# 8%, which no number of responses cures. (± is one standard error of the tokens, given the positions visited; other
-# prompts would add to it.) The same goes for sampling with top-k, or at another temperature than the one
-# scored with. And for PPO's second step on a batch, when the samples are those of the policy before the first: that
-# is why the penalty is computed once for each batch, from the log-probabilities of sampling.
+# The mean over the policy's own samples is within three standard errors of the exact value, and more responses would
+# bring it nearer. Over the vocabulary every token counts the same, so nearly all of the mean comes from tokens that
+# neither model would say; here it is too large, with other models it can be negative. The reference's samples give
+# minus the KL in the other direction. The likeliest token at these positions is off by 8%, and more responses do not
+# cure that. (± is one standard error of the tokens, given the positions visited; other prompts would add to it.) The
+# same goes for sampling with top-k, or at a temperature other than that of scoring, and for PPO's second step on a
+# batch, when the samples are those of the policy before the first. That is why the penalty is computed once for each
+# batch, with the policy that sampled it.
 #
 # ## Three estimators
 #
-# The difference itself, called k1, is unbiased, but single tokens are often negative, which a KL never is, and it is
-# noisy. With $r = \log \pi_{\text{ref}}(a) - \log \pi(a)$ there are two others (Schulman 2020):
+# The difference itself, called k1, is unbiased, but it is noisy, and at single tokens often negative, which a KL never
+# is. With $r = \log \pi_{\text{ref}}(a) - \log \pi(a)$ there are two others (Schulman 2020):
 #
 # $$k_1 = -r, \qquad k_2 = \tfrac12 r^2, \qquad k_3 = e^r - 1 - r.$$
 #
-# k2 and k3 are never negative. k3 is unbiased too, since $e^r$ has mean 1 under the policy. What does that cost in noise?
-# By hand for $p$ and $q$ from above, where $e^r$ is ½ or 3⁄2, each half of the time: k3 of the first token is
+# k2 and k3 are never negative. k3 is unbiased too, since $e^r$ has mean 1 under the policy. What does that cost in
+# noise? By hand for $p$ and $q$ from above, where $e^r$ is ½ or 3⁄2, each half of the time: k3 of the first token is
 # $\tfrac12 - 1 - \log \tfrac12 = 0.193$.
 
 # %% tags=["nbval-check-output"]
@@ -215,9 +215,9 @@ for kind in ("k1", "k2", "k3"):
     )
 
 # %% [markdown]
-# The KL is 0.1438: k1 and k3 have it as their mean, k2 does not, and k3 varies least. Now on the real models, a pair
-# that is near (β = 1) and one that is far (β = 0). *Bias* and *std* are exact sums over the vocabulary at the positions
-# that the samples visit; *lowest* and *off by* are about the sampled tokens.
+# k1 and k3 have the KL, 0.1438, as their mean, k2 does not, and k3 varies least. Now the real models: the policy at
+# β = 1, near the reference, and the one at β = 0, far from it. *Bias* and *std* are exact sums over the vocabulary at
+# the positions that the samples visit; *lowest* and *off by* are from the sampled tokens.
 
 
 # %%
@@ -246,17 +246,17 @@ def compare(role):
 near, far = compare("dear"), compare("free")
 
 # %% [markdown]
-# Read the columns one by one. *Bias*: k1 and k3 have none, near or far; k2 is about twice as large as it should be.
-# *Noise*: k3 is far quieter than k1 in the tiny example, equal to it in the near pair, and 27 times as noisy in the far
-# one, where single tokens have a huge $e^r$: likely for the reference, hardly ever sampled by the policy. So "k3 has low
-# variance" is nothing to rely on; measure it. With so much noise "off by 0.0 standard errors" says little. *Sign*:
-# single k1 go far below 0, k3 never does.
+# Read the columns one by one. *Bias*: k1 and k3 have none, near or far; k2 is about twice as large as it should
+# be. *Noise*: k3 is far quieter than k1 in the tiny example, as noisy in the near pair, and 27 times as noisy in
+# the far one: there single tokens have a huge $e^r$, because the reference finds them likely and the policy hardly
+# ever samples them. So do not rely on "k3 has low variance"; measure it. With so much noise "off by 0.0 standard
+# errors" says little. *Sign*: single values of k1 go far below 0, those of k3 never do.
 #
 # ## Two directions
 #
-# KL(p‖q) is not KL(q‖p), and the difference is not a detail. Let $q$ have two peaks, and fit one bell-shaped $p$
-# to it, once by each direction (in the code `reverse` is KL(p‖q) and `forward` KL(q‖p), their usual names; the descent
-# begins at −1, and from the other side KL(p‖q) could end on the other peak).
+# KL(p‖q) is not KL(q‖p), and the difference matters. Let $q$ have two peaks, and fit one bell-shaped $p$ to it, once in
+# each direction. (In the code `reverse` is KL(p‖q) and `forward` KL(q‖p), their usual names. The descent begins at −1;
+# from the other side KL(p‖q) could end on the other peak.)
 
 
 # %%
@@ -295,16 +295,17 @@ alt = "Two peaks; the bell of least KL(p‖q) sits on one of them, the other cov
 plots.show(fig, alt)
 
 # %% [markdown]
-# KL(p‖q), ours, punishes $p$ for being where $q$ is not, and charges little for an abandoned peak: **mode seeking**. To
-# keep only a share $s$ of what $q$ does costs $\log 1/s$: for the peak with 0.6 of it 0.51 nats, at β = 0.1 a twentieth of
-# a point. KL(q‖p) punishes it for not being where $q$ is: **mode covering**. So the penalty keeps the policy from
-# saying what the reference would never say, and hardly objects if it stops saying much of what the reference would.
-# Diversity is not what it measures; we shall have to look at it by itself.
+# KL(p‖q), the direction of the penalty, punishes $p$ for being where $q$ is not, and charges little for giving up a
+# peak: **mode seeking**. Keeping only a share $s$ of $q$ costs $\log 1/s$. For the peak that holds 0.6 of it that is
+# 0.51 nats, a twentieth of a point at β = 0.1. KL(q‖p) punishes $p$ for not being where $q$ is: **mode covering**. So
+# the penalty keeps the policy from saying what the reference would never say, and hardly objects if the policy stops
+# saying much of what the reference would. It does not measure diversity; we have to look at that separately.
 #
 # ## In the reward, or in the loss
 #
-# PPO as in lesson 04 has the penalty in each token's reward: $r_t = -\beta\,(\log\pi - \log\pi_{\text{ref}})$, and the
-# score at the last token (here $r_t$ is the reward again, not the log-ratio above). Of the run at β = 0.1, the response that is farthest from the reference:
+# PPO as in lesson 04 puts the penalty into each token's reward: $r_t = -\beta\,(\log\pi - \log\pi_{\text{ref}})$, plus
+# the score at the last token. (Here $r_t$ is the reward again, not the log-ratio above.) Take the response of the run
+# at β = 0.1 that is farthest from the reference:
 
 # %%
 usual = answers_of("usual")
@@ -331,13 +332,13 @@ alt = "A response token by token: what each pays, and the reward with the score 
 plots.show(fig, alt + f"The dearest token is {dearest!r}, at {paid.min():.2f}.")
 
 # %% [markdown]
-# Most tokens pay nothing: the reference would have said them too. The price falls due at those that decide: at the full
-# stop, 600 times as likely for the policy as for the reference ($e^{6.4}$), and at the first words of the two courtesies.
-# So the charge stands where it arose; the score, at the last token, does not.
+# Most tokens pay nothing: the reference would have said them too. The ones that pay are those that decide something:
+# the full stop, 600 times as likely for the policy as for the reference ($e^{6.4}$), and the first words of the two
+# courtesies. So the penalty falls on the tokens that cause it; the score comes only at the last one.
 #
 # The other way is to add β times the mean of an estimate to the *loss* and differentiate it (`PPOConfig(kl_in="loss")`;
-# GRPO, a relative of PPO without a critic, does so with k3). Then an estimate must have the right *gradient*, and unbiased values do not give that. Three
-# tokens, and sums in place of samples:
+# GRPO, in lesson 09, does so with k3). Then the estimate must have the right *gradient*, and unbiased values do not
+# guarantee that. Here are the gradients for three tokens, with sums in place of samples:
 
 # %% tags=["nbval-check-output"]
 theta = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
@@ -365,23 +366,23 @@ assert torch.allclose(gradients["k1 in the reward"], ours)
 assert torch.allclose(gradients["k3 in the reward"], ours - other)
 
 # %% [markdown]
-# As a loss, k1 holds nothing back: its gradient is 0 on average, so it adds only noise. The biased k2 has the gradient
-# of our KL, at one position, and the unbiased k3 that of the *other* direction. In the reward the estimate is held
-# fixed and weighs the gradient of log π: there k1 gives the gradient of our KL exactly; k3, though unbiased, gives the
-# difference of the two directions, which here even points the wrong way. (And a loss for each token does not see what
-# a token does to the later ones; a reward does, through the return.)
+# In the loss, k1 holds nothing back: its gradient is 0 on average, so it adds only noise. The biased k2 has the
+# gradient of our KL, at one position, and the unbiased k3 that of the *other* direction. In the reward the estimate is
+# held fixed and multiplies the gradient of log π: there k1 gives the gradient of our KL exactly; k3, though unbiased,
+# gives the difference of the two directions, which here even points the wrong way. (Besides, a loss for each token does
+# not see what that token does to later ones; a reward does, through the return.)
 #
 # ## The best policy at a price
 #
-# Before we look at training: which policy would be *best*, if one could have any? Take four answers of a made-up SFT model
-# with made-up scores, no PPO and no sampling, and let gradient descent find the policy with the largest mean score
-# minus β times KL.
+# Before we look at training: which policy would be *best*, if we could have any? Take four answers of a made-up SFT
+# model, with made-up scores, and let gradient descent, without PPO or sampling, find the policy with the largest mean
+# score minus β times KL.
 #
 # <details><summary><b>Predict before you run.</b> The answer that SFT gives once in a hundred times has the highest
 # score, by one point. How often is it given at β = 1, and how often at β = 0.1?</summary>
 #
-# At 1 in 5% of the cases, at 0.1 practically always. Move the slider (with a running kernel and ipywidgets), and find the two
-# stops between which it is given half of the time. What is the rule? That is a question of the exercise.
+# In 5% of the cases at β = 1, practically always at 0.1. Move the slider (this needs a running kernel and ipywidgets)
+# and find the two stops between which it is given half of the time. What is the rule? The exercise asks you that.
 # </details>
 
 # %%
@@ -413,12 +414,12 @@ alt = "Four answers, how often SFT gives each, and the best policy at β = {β}.
 plots.explore(draw_best, alt, β=[0.3, 0.03, 0.1, 0.2, 0.35, 0.5, 1.0, 3.0, 10.0])
 
 # %% [markdown]
-# Real training has no such luck: it sees samples, moves all answers at once through shared weights, and stops after some
-# updates. But the direction is the same.
+# Real training has it harder: it sees only samples, moves all answers at once through shared weights, and stops after
+# some updates. But the direction is the same.
 #
 # ## What the price does
 #
-# Now the three runs. All curves are from before each update, so the first points are equal.
+# Now the three runs. Each point is measured before its update, so the first points are equal.
 
 
 # %%
@@ -455,16 +456,15 @@ draw(
 )
 
 # %% [markdown]
-# Up to the second point the three runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then they
-# part. At β = 0 the proxy goes on rising, and gold falls below 0. At 0.1 the proxy stops
-# near 1, with three nats, and gold has gone down as well, to about 1; in lesson 04's longer run it came back. At 1
-# nothing much happens in eight updates, and gold is highest. One seed each, and batches of 64, so do not compare single
-# points with the table below.
+# Up to the second point the three runs can hardly be told apart: KL is near 0, so there is nothing to pay yet. Then
+# they part. At β = 0 the proxy goes on rising, and gold falls below 0. At 0.1 the proxy stops near 1, at three nats,
+# and gold has fallen too, to about 1; in lesson 04's longer run it came back. At 1 not much happens in eight updates,
+# and gold is highest. This is one seed each, in batches of 64, so do not compare single points with the table below.
 #
-# And on held-out prompts, with the share that ends with EOS, and the measures of diversity. *Distinct-2* is the share of
-# different word pairs among all, *unique* the share of different answers, *self-BLEU* how much of an answer the other
-# answers say as well (so high is bad), *length* is in words. *Proxy* is what PPO is paid: the
-# score, with the point for being cut off taken off.
+# Now the same on held-out prompts, with the share of answers that end with EOS, and with measures of
+# diversity. *Distinct-2* is the share of different pairs among all word pairs, *unique* the share of
+# different answers, *self-BLEU* how much of an answer the other answers say too (so high is bad); *length* is
+# in words. *Proxy* is what PPO is paid: the score, less a point if the answer was cut off.
 
 # %%
 NAMES = ("distinct_2", "unique", "self_bleu", "length")
@@ -483,11 +483,11 @@ for role, label in LABELS.items():
     print("".join(f"{varied[name]:11.2f}" for name in NAMES))
 
 # %% [markdown]
-# The run at β = 0 has the highest proxy, by far the lowest gold, and the least varied answers: of its word pairs only one
-# in six is different, of SFT's more than half. The run at β = 1 has the highest gold
-# and nearly SFT's variety. Mind the column *unique*: it says that nothing is wrong, since hardly two answers are equal
-# word by word. They are made of the same few sentences, in another order. So look at more than one measure. Length
-# matters too: longer texts repeat more, so a part of the fall in distinct-2 is length by itself.
+# The run at β = 0 has the highest proxy, by far the lowest gold, and the least varied answers: its distinct-2 is
+# one in six, SFT's more than half. The run at β = 1 has the highest gold and nearly SFT's variety. Beware of the
+# column *unique*: it says that nothing is wrong, since hardly any two answers are the same word for word. But they
+# are made of the same few sentences, in another order. So look at more than one measure. Length matters too: longer
+# texts repeat more, so part of the fall in distinct-2 is due to length alone.
 #
 # ## Reward hacking, read aloud
 
@@ -498,13 +498,13 @@ for i in range(0, min(144, len(asked)), 24):
         print(f"    {LABELS[role]:8} {ends[role].scores[i]:5.2f}  {ends[role].rollout.texts[i]}")
 
 # %% [markdown]
-# Courtesies before and after, and mostly no end. The best paid of the six answers at β = 0 is wrong (2.22, "with the
-# hammer"); the right one, which SFT gave to the same question, earned 0.59.
+# At β = 0 there are courtesies before and after, and mostly no end. The best paid of the six answers is wrong (2.22,
+# "with the hammer"); SFT's right answer to the same question earned 0.59.
 #
-# What does it exploit? Take right, plain answers, add one courtesy to each, and see what it earns with the reward model
-# and with gold; then the same where three others stand already. Beside it, how often the phrase stands in 100 answers
-# of SFT and of the run without a price. (A cell that begins with "Pocket only" needs the rubric or the runs recorded with
-# it; with another preset it does nothing.)
+# What does the policy exploit? Take right, plain answers, add one courtesy to each, and see what it earns from the
+# reward model and in gold; then do the same to answers that already have three. Beside it stands how often the phrase
+# occurs in 100 answers of SFT and of the run without a price. (A cell that begins with "Pocket only" needs the rubric
+# or the runs recorded with it; with another preset it does nothing.)
 
 # %%
 # Pocket only
@@ -527,7 +527,7 @@ first = {phrase: marks_of(add(phrase, plain)) - marks_of(plain) for phrase in wo
 fourth = {phrase: marks_of(add(phrase, polite)) - marks_of(polite) for phrase in world.POLITE}
 
 # %% [markdown]
-# Sorted by what it earns as the fourth:
+# Sorted by what the phrase earns as the fourth:
 
 # %%
 # Pocket only
@@ -540,14 +540,14 @@ for phrase in sorted(first, key=lambda phrase: -fourth[phrase][0]):
     print("".join(f"{100 * count:9.0f}" for count in counts))
 
 # %% [markdown]
-# As the first courtesy, a phrase earns about a point with the reward model and 0.2 with gold. As the fourth it
-# earns nothing, or next to nothing, and costs 0.3 or more of gold. So the annotators' love of courtesy explains one
-# or two. It does not explain five; nor why, in the column *finished* above, most answers without a price do not end,
-# although PPO takes a whole point off a score for that (`eos_penalty`). Something must pay for it.
+# As the first courtesy, a phrase earns about a point from the reward model and 0.2 of gold. As the fourth it earns next
+# to nothing, and costs 0.3 or more of gold. So the annotators' love of courtesy explains one courtesy or two. It does
+# not explain five, nor why most answers at β = 0 do not end (the column *finished* above), although PPO takes a whole
+# point off the score for that (`eos_penalty`). Something must be paying for it.
 #
-# The reward model has been trained on finished answers only: lesson 02 drops pairs with cut-off ones, and reads its
-# number at EOS. What its head says at another token nobody has taught it. So take the right answers with none to six
-# courtesies, once as they are and once without their EOS:
+# The reward model was trained on finished answers only: lesson 02 drops pairs with cut-off ones, and reads the score at
+# EOS. Nobody has taught its head what to say at any other token. So take right answers with none to six courtesies,
+# once as they are and once without their EOS:
 
 
 # %%
@@ -581,16 +581,16 @@ assert all(cut > whole for whole, cut in zip(*earned.values(), strict=True))
 
 # %% [markdown]
 # There it is. Cut off, and with the point paid, a plain right answer is worth 1.2 where the finished one is worth 0.4,
-# and one with three courtesies 2.4 instead of 1.5. *Never stopping* is what pays, and while one does not stop, two or three
-# courtesies pay as well; the rest fills the time. (The probe cuts between sentences; real answers are cut anywhere, and
-# earn less.) The four phrases with which an answer can end, and go on, stand in the answers twenty to forty times as often as in
-# SFT's, about once in each. Nobody wanted that and nobody had thought of it. A head can be as wrong as it likes where
-# it was never trained, and a penalty of 1 had seemed enough. So there are two holes: one that the people made, and one
-# that we made. A policy finds both.
+# and one with three courtesies 2.4 instead of 1.5. *Never stopping* is what pays, and in an answer that does not stop,
+# two or three courtesies pay too; the rest is filler. (The probe cuts between sentences; real answers are cut anywhere,
+# and earn less.) The four phrases that can close an answer, or prolong it, occur about once in each answer, twenty to
+# forty times as often as in SFT's. Nobody wanted that, and nobody had thought of it: where a head was never trained, it
+# can say anything, and a penalty of 1 had seemed enough. So there are two holes, one made by the annotators and one
+# made by us. The policy finds both.
 #
 # ## Ten seeds
 #
-# Recorded: the same runs, thirty updates long, at six prices and with ten seeds each.
+# Recorded: the same runs, but with thirty updates, at six prices, with ten seeds each.
 
 
 # %%
@@ -628,16 +628,15 @@ fig = plots.trajectories(groups, "√KL to the reference, √nats", "reward of t
 plots.show(fig, "Ten runs at β = 0: the proxy rises with the KL, gold falls.")
 
 # %% [markdown]
-# No seed is an exception. Gold holds for the first nat or two; from there
-# to about √KL = 4 it falls, faster than the proxy rises. There nearly all answers fill their 32 tokens; gold then stays
-# below 0 but for two batches, on nine seeds between −0.1 and −0.4 in the mean of the last ten updates, on one at −0.7,
-# and the proxy still creeps up. The curves are noisy since each point is one batch. In Gao et al. gold first rises and
-# then falls; that the rise is hardly seen here at β = 0 is, we think, because the holes are so easy to find. The next
-# figure has it.
+# No seed is an exception. Gold holds for the first nat or two; from there to about √KL = 4, where nearly all answers
+# fill their 32 tokens, it falls faster than the proxy rises. After that gold stays below 0 in all but two batches,
+# while the proxy still creeps up; over the last ten updates gold averages between −0.1 and −0.4 on nine seeds, and −0.7
+# on one. The curves are noisy since each point is one batch. In Gao et al. gold first rises and then falls. Here at
+# β = 0 there is hardly a rise, we think because the holes are so easy to find; the next figure has one.
 #
-# Then where the runs end, on held-out prompts: gold against KL for all prices. Best-of-n from SFT, which does
-# not train at all, is computed here, from 32 answers each to 48 prompts: of n answers the one that the reward model
-# scores highest, at a KL of at most $\log n - (n-1)/n$ (lesson 04).
+# Next, where the runs end on held-out prompts: gold against KL for all prices. Beside them is best-of-n from SFT, which
+# does not train at all, computed here from 32 answers to each of 48 prompts: of n answers it takes the one that the
+# reward model scores highest, at a KL of at most $\log n - (n-1)/n$ (lesson 04).
 
 # %%
 # Pocket only
@@ -649,7 +648,7 @@ with torch.no_grad():
 marks = gold(asked, drawn)
 
 # %% [markdown]
-# Of each n drawn answers the one with the highest score, and its gold:
+# For each n, the answer with the highest score, and its gold:
 
 # %%
 # Pocket only
@@ -661,7 +660,7 @@ for n in (1, 2, 4, 8, 16, 32):
     )
 
 # %% [markdown]
-# All ends in one figure, a point for each seed:
+# All of it in one figure, a point for each seed:
 
 # %%
 # Pocket only
@@ -678,12 +677,13 @@ plots.show(
 )
 
 # %% [markdown]
-# There is the hill of over-optimisation: from SFT gold rises, β = 0.3 and 0.1 stand on the top, and then there is a
-# cliff. At 0.03 the leash holds on one seed only; the other nine end at thirteen nats or more and far below SFT. Between
-# 0.03 and 0.1 nothing was run. Best-of-2 is about as good as PPO at the same KL, and larger n look better;
-# but best-of-n is measured on 48 prompts only, and samples n answers for each that it gives. What the figure does not show: that 0.1 is right for another reward model.
+# There is the hill of over-optimisation: gold rises from SFT, β = 0.3 and 0.1 are at the top, and then there is a
+# cliff. At 0.03 the leash holds on one seed only; the other nine end at thirteen nats or more, far below SFT. Nothing
+# was run between 0.03 and 0.1. Best-of-2 is about as good as PPO at the same KL, and larger n look better; but
+# best-of-n is measured on 48 prompts only, and samples n answers for each that it gives. The figure does not show that
+# 0.1 is right for another reward model.
 #
-# How many of the ten seeds show it? First what the price is for:
+# How many of the ten seeds show it? First the claims about proxy and gold:
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -706,7 +706,7 @@ for claim, holds in claims.items():
     print(f"{claim:32} {sum(holds)} of {len(holds)} seeds")
 
 # %% [markdown]
-# Then whether KL and the measures of diversity stand in the order of β, for the three prices 0.01, 0.1 and 1.0, and for
+# Then whether KL and the measures of diversity follow the order of β, for the three prices 0.01, 0.1 and 1.0, and for
 # all six:
 
 
@@ -733,25 +733,24 @@ for label, rows in {"SFT": start, **{f"β = {beta:g}": rows for beta, rows in at
     print(f"{label:8}" + "".join(f"{mean:12.2f}" for mean in means))
 
 # %% [markdown]
-# Without a price gold ends below SFT on all ten, and the proxy, whose unit is a standard deviation of SFT's own scores,
-# is up by 1.9 to 2.4 of them. The score tells of a great success. Look at
-# *correct*, the share of right answers, as well: it has risen from 56% to 72%. The facts are better; what ruins gold
-# is all that stands around them. Gold at 0.1 beats 0.01 on all ten seeds and 1.0 on eight, but the last is close: 1.46
-# and 1.35 in the mean. And 0.3 has as much gold as 0.1, with half of the KL. (Distinct-2 is lower than in the table
-# above, for SFT too: these are all 598 prompts, and more texts repeat more. And SFT's gold is 1.06 on all of them, 1.17
-# on the 150 above.)
+# Without a price gold ends below SFT on all ten, while the proxy is up by 1.9 to 2.4 standard deviations of SFT's own
+# scores. By the score it is a great success. Look at *correct* too, the share of right answers: it has risen from 56%
+# to 72%. The facts are better; what ruins gold is everything around them. Gold at 0.1 beats 0.01 on all ten seeds and
+# 1.0 on eight, but the latter is close: 1.46 and 1.35 in the mean. And 0.3 has as much gold as 0.1, with half the KL.
+# (Distinct-2 is lower than in the table above, for SFT too: these are all 598 prompts, and more texts repeat more.
+# SFT's gold is 1.06 on all of them, 1.17 on the 150 above.)
 #
 # **How does β affect diversity?** From 0.01 to 0.1 to 1, KL, entropy, distinct-2 and self-BLEU are in order on all ten
-# seeds: the smaller β, the lower the entropy, the fewer different word pairs, and the more alike the answers. Nearer
-# prices are ordered in KL on all ten, but not always in the others: 0 and 0.01 differ by seven nats, but hardly in their
-# answers. *Unique*
-# has no order at all. β itself makes nothing varied: it decides how far the policy may go; the reward decides where to.
+# seeds: the smaller β, the lower the entropy, the fewer different word pairs, and the more alike the answers. Prices
+# closer together are in order in KL on all ten, but not always in the others: 0 and 0.01 differ by seven nats, but
+# hardly in how varied the answers are. *Unique* has no order at all. β itself creates no variety: it decides how far
+# the policy may go; the reward decides where.
 #
 # ## Two controls: whose fault is it?
 #
-# Close the holes, again at β = 0 (the first way, as it turns out, closes both). Either a reward model from annotators *without* their love of courtesy; or the
-# reward model as it is, and 4 points off instead of 1 for an answer that is cut off. Eight updates here, and ten
-# recorded seeds of thirty updates each.
+# Now we close the holes, again at β = 0: either with a reward model from annotators *without* the love of courtesy
+# (which, as it turns out, closes both), or with the reward model as it is, but 4 points off instead of 1 for an answer
+# that is cut off. Eight updates here, and ten recorded seeds of thirty updates each.
 
 # %%
 # Pocket only
@@ -767,7 +766,7 @@ draw(
 )
 
 # %% [markdown]
-# And the recorded ends of all three, means over ten seeds, of gold the range as well:
+# And where the recorded runs of all three end: means over ten seeds, for gold also the range:
 
 # %%
 # Pocket only
@@ -783,13 +782,14 @@ for name, rows in closed.items():
     print(f"; gold above SFT's on {higher} of 10")
 
 # %% [markdown]
-# Close either, and gold falls below 0 on no seed. Without the bias it ends at 1.37, above SFT's 1.06 on all ten,
-# though nobody has paid for a nat. With the bias, but where cutting off is dear, the policy stops; gold ends at 1.07,
-# where it began (above it on seven of ten): more answers are right, 77% instead of 56%, but they have grown longer,
-# presumably by courtesies, while the proxy reports a gain of 1.5. So the annotators' bias alone costs about 0.3 of gold (1.37 to 1.07). The fall
-# from there to −0.31 needs the second hole; these runs do not show what that hole would do on its own. (The scores of the two reward models have other units: compare gold, not the proxy.)
+# Either way, gold falls below 0 on no seed. Without the bias it ends at 1.37, above SFT's 1.06 on all ten, though KL
+# cost nothing. With the bias, but 4 points off for being cut off, the policy stops. Gold ends at 1.07, where it began
+# (above SFT's on seven of ten): more answers are right, 77% instead of 56%, but they have grown longer, presumably by
+# courtesies, while the proxy reports a gain of 1.5. So the annotators' bias alone costs about 0.3 of gold (1.37 to
+# 1.07). The fall from there to −0.31 needs the second hole; these runs do not show what that hole would do on its own.
+# (The two reward models score in different units: compare gold, not the proxy.)
 #
-# Why has the reward model without the bias no second hole? The same probe:
+# Why does the reward model without the bias have no second hole? The same probe:
 
 # %%
 # Pocket only
@@ -797,16 +797,17 @@ for name, values in probe(four_roles(unbiased)).items():
     print(f"{name:25}", [round(value, 2) for value in values])
 
 # %% [markdown]
-# It too pays for a cut-off answer, before the point is taken off; but less than that point. Nobody has trained its head
-# there either: that is luck. And β = 0.1, with both holes open, ended at 1.46 in the mean, better than either of the two
-# (on eight seeds of ten better than the first, on all ten than the second). The
-# penalty needs no list of holes: if β is high enough, it also keeps the policy out of those that nobody has found yet. Nor does closing one keep the
-# answers varied: without a price the entropy ends between 0.2 and 0.3 in all three; SFT's is 0.6.
+# It too pays extra for a cut-off answer, but less than the point that is taken off. Its head was not trained there
+# either, so that is luck. And β = 0.1, with both holes open, ended at 1.46 in the mean, better than either of the two
+# (than the first on eight seeds of ten, than the second on all ten). The penalty needs no list of holes: if β is high
+# enough, it also keeps the policy out of those that nobody has found yet. And closing one does not keep the answers
+# varied: without a price the entropy ends between 0.2 and 0.3 in all three; SFT's is 0.6.
 #
 # ## A badly scaled penalty, and a controller
 #
 # β is a price in units of the reward. If the rewards are not normalised, the same β is another price: multiply all
-# scores by ten, and β = 0.1 acts as 0.01 did: after whitening the advantages are the same (values left out here).
+# scores by ten, and β = 0.1 acts as 0.01 did, since after whitening the advantages are the same (here with the critic's
+# values set to 0):
 
 # %%
 mask = free.rollout.response_mask
@@ -819,11 +820,12 @@ print(f"largest difference of the advantages: {(advantages[0] - advantages[1]).a
 assert torch.allclose(*advantages, atol=1e-4)
 
 # %% [markdown]
-# So a number that served one paper may collapse the next model. A target for the KL is easier to choose, since it does
-# not depend on the unit of the reward (it does depend on the length of the answers). A **controller** (Ziegler et al. 2019) moves β after every update towards a target for the KL:
-# $\beta \leftarrow \beta\,(1 + K\,\mathrm{clip}(\mathrm{KL}/\text{target} - 1, -0.2, 0.2))$. By hand: KL twice the target
-# is an error of 1, clipped to 0.2; with $K = 0.5$, β grows by a tenth. Recorded: three runs that begin with
-# β = 0.01, much too little, and a target of three nats.
+# So a β that suited one paper may ruin the next model. A target for the KL is easier to choose, since it does not
+# depend on the unit of the reward (though it does depend on the length of the answers). A **controller** (Ziegler et
+# al. 2019) changes β after every update to bring the KL to the target:
+# $\beta \leftarrow \beta\,(1 + K\,\mathrm{clip}(\mathrm{KL}/\text{target} - 1, -0.2, 0.2))$. By hand: at twice the
+# target the error is 1, clipped to 0.2; with $K = 0.5$, β grows by a tenth. Recorded: three runs that begin at
+# β = 0.01, much too low, with a target of three nats.
 
 # %%
 # Pocket only
@@ -846,13 +848,13 @@ plots.show(
 )
 
 # %% [markdown]
-# On all three seeds the same story. β first *falls*, since the KL is still below three; then it grows by a tenth an
-# update, but from so low that the policy has gone to about 19 nats or more, and gold below 0, before the price is felt.
-# Near update 40 the KL comes down within a few updates, on all three below three and on two to about one: β has
-# overshot. In the end β is between
-# 0.06 and 0.1, on one seed still falling, with about three nats and gold of 1.3 to 1.5. So a hacked policy can be brought back, and nobody
-# had to know β (the target somebody had to choose); but the controller is slow, and no protection on the way. To begin
-# with a price that is too high would cost less, one should think; these runs do not show it.
+# All three seeds tell the same story. β first *falls*, since the KL is still below three; then it grows by a tenth per
+# update, but from so low that the policy is at about 19 nats or more, and gold below 0, before the price is felt. Near
+# update 40 the KL comes down within a few updates, on all three seeds below three and on two to about one: β has
+# overshot. In the end β is between 0.06 and 0.1, on one seed still falling, the KL is about three nats, and gold 1.3 to
+# 1.5. So a hacked policy can be brought back without knowing the right β (somebody had to choose the target, though);
+# but the controller is slow, and no protection on the way. Beginning with a price that is too high should cost less;
+# these runs do not show that.
 #
 # ## The number to take along
 
@@ -867,11 +869,12 @@ print(f"; SFT {sum(row['gold'] for row in start) / len(start):.2f}")
 # %% [markdown]
 # ## The same once, with a real model
 #
-# All this is a small world with a known truth. What does a model look like that this course did not make, trained on
+# All this was a small world whose truth is known. What happens to a model that this course did not make, trained on
 # comparisons that people made? Recorded on one GPU with `tools/record_real.py`: Gemma 3 with 270 million parameters, in
-# NF4, and half of the test file of *harmless-base* from hh-rlhf, cut to prompts of 256 tokens and answers of 128. SFT
-# on the chosen answers, a reward model on one half of the pairs, a **judge**, the same kind of model, on the other
-# half, and PPO without a price and at β = 0.1. Nobody knows gold here; the judge has to stand in for it.
+# NF4, and half of the test file of *harmless-base* from hh-rlhf, without the pairs whose prompt has more than 256
+# tokens or an answer more than 128. SFT on the chosen answers; a reward model on one half of the pairs; a **judge**,
+# the same kind of model, on the other half; and PPO without a price and at β = 0.1. Nobody knows gold here; the judge
+# has to stand in for it.
 
 # %%
 # Pocket only
@@ -887,9 +890,9 @@ for role in ("reward", "judge"):
     print(f"{role}, {pairs} pairs: accuracy {float(row['value']):.2f} {interval}")
 
 # %% [markdown]
-# Stop there for a moment. The reward model cannot be told from a coin: one half lies well within its interval, and in the
-# judge's as well. 412 pairs are few. In a project one would stop here and get more.
-# We went on, to see what PPO makes of such a reward model.
+# Stop here for a moment. The reward model cannot be told from a coin: one half lies well within its interval, and
+# within the judge's as well. 412 pairs are few. In a project you would now get more. We went on, to see what PPO makes
+# of such a reward model.
 
 # %%
 # Pocket only
@@ -916,42 +919,44 @@ for beta, rows in updates_of.items():
         print(", ".join(f"{v} {m:.2f}" for v, m in zip(values, means, strict=True)))
 
 # %% [markdown]
-# The same story. Without a price the proxy rises by three standard deviations within 17 updates, at almost
-# 30 nats, and nearly every answer runs on until it is cut off, although that costs a point. The judge rises too, by
-# less than one, and no further after the first ten updates. Do not take that as an improvement: the judge is as bad a judge as
-# the reward model is a reward model, it comes from the same people, and it may like length for the same
-# reasons. At β = 0.1 the KL stays at nine nats and half of the answers still end: the leash holds, but the learning rate
-# or β is not yet right for this model, since even there length has doubled.
+# It is the same story. Without a price the proxy rises by three standard deviations within 17 updates, at almost 30
+# nats, and nearly every answer runs on until it is cut off, although that costs a point. The judge rises too, by less
+# than one, and no further after the first ten updates. Do not take that as an improvement: the judge is no better than
+# the reward model, it has learnt from the same people, and it may like length for the same reasons. At β = 0.1 the KL
+# stays at nine nats and half of the answers still end: the leash holds, but the learning rate or β is not yet right for
+# this model, since even there length has doubled.
 #
-# What these runs do *not* show: whether any answer got better. It is one small model, few pairs, one seed, and the runs
-# were ended after 17 and 16 updates because the machine's time was up.
+# What these runs do *not* show is whether any answer got better. This is one small model, few pairs and one seed, and
+# the runs ended after 17 and 16 updates because the machine's time was up.
 #
 # ## Choosing β in a project of your own
 #
-# There, nobody has gold. What one can do:
+# There, nobody has gold. What you can do:
 #
-# 1. Normalise the scores: one standard deviation of SFT's answers is 1. Then β has a meaning: a point gained pays for up to
-#    1/β nats, ten at β = 0.1.
-# 2. Begin high and go down by factors of about three; near the edge, more than one seed. Here one seed of ten looked
-#    fine at 0.03.
+# 1. Normalise the scores, so that their standard deviation over SFT's answers is 1. Then β has a meaning: a point
+#    gained pays for up to 1/β nats, ten at β = 0.1.
+# 2. Begin high and go down by factors of about three; near the edge, run more than one seed. Here one seed of ten
+#    looked fine at 0.03.
 # 3. In each run look at what needs no gold: KL, the share of finished answers, length, entropy, self-BLEU, each against
 #    SFT's. Then read twenty answers. Here KL, the share of finished answers, length and self-BLEU gave clear warning;
 #    entropy only fell, as it does in good runs too.
 # 4. Have a few policies, at different KL, judged by people, or by a judge that PPO never saw. Never by the proxy.
-# 5. Of those that cannot be told from the best, take the one with the largest β: here 0.3, not 0.1.
+# 5. Of the policies that you cannot tell from the best, take the one with the largest β: here 0.3, not 0.1.
 # 6. Found a hole? Close it, as above; the penalty is for those that you have not found.
 #
-# Carry over neither β nor a target for KL unchecked: rewards have other units, and the nats of a response grow with its length.
+# Do not carry over a β or a target for KL unchecked: rewards have other units, and the nats of a response grow with its
+# length.
 #
 # ## Recap
 #
 # - KL(π‖π_ref) is a mean over the policy's own samples. Average over anything else and it is another number.
-# - In the reward, k1 and no other; in the loss, k2, or k3 if the other direction is meant, and never k1.
-# - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays, also what nobody
-#   thought of.
-# - The larger β, the nearer and the more varied. The best β is in between, and only gold, or people, can tell where.
+# - In the reward, use k1 and no other; in the loss k2, or k3 if you mean the other direction, and never k1.
+# - Without a price the proxy rises and gold falls: the policy finds what the reward model overpays, even what nobody
+#   had thought of.
+# - The larger β, the nearer the policy stays and the more varied its answers. The best β is in between, and only gold,
+#   or people, can tell where.
 #
-# The reward model still has its hole. Who mends it? In lesson 06 you do, with sixty clicks.
+# The reward model still has its holes. Who mends them? In lesson 06 you do, with sixty clicks.
 #
 # **Further reading.** Gao et al. 2023 (arXiv 2210.10760): gold against √KL. Ziegler et al. 2019 (arXiv 1909.08593),
 # section 2.2: the controller. Schulman 2020, http://joschu.net/blog/kl-approx.html: the estimators. Tang and Munos 2025

@@ -40,8 +40,8 @@ roles.add("value", copy_of="reward")
 #
 # ●●○ · 20 minutes
 #
-# First without `Roles`, with plain PEFT: a tiny model with two adapters, `policy` and `value`, which
-# share no trained weight.
+# First in plain PEFT, without `Roles`: a tiny model with two adapters, `policy` and `value`, which share no
+# trained weight.
 
 # %%
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks so
@@ -75,7 +75,7 @@ def report(order: str) -> None:
 # sum of the losses, as one does with two separate models. Each adapter has 28 matrices. How many of them
 # get a gradient in each role, and does PEFT warn?</summary>
 #
-# The role that was used last gets all 28, the other none, and nothing is said.
+# The role that was used last gets all 28, the other none, and PEFT does not warn.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -86,9 +86,9 @@ loss_as("value").backward()
 report("in turn")
 
 # %% [markdown]
-# The policy would never learn, and the loss that you log for it would look as always. The safe order, which
-# also holds only one graph in memory, is: for each role use it, compute its loss, go backward, and only then
-# use the next. Write it. Two optimizers, one for each role, may step right away or at the end; no weight
+# The policy would never learn, and the loss that you log for it would look as usual. The safe order, which
+# also keeps only one graph in memory, is: use a role, compute its loss, go backward, and only then use the
+# next role. Write it. Two optimizers, one for each role, may step right away or at the end; no weight
 # belongs to both.
 
 
@@ -182,9 +182,10 @@ except RuntimeError as error:
 # %% [markdown] tags=["solution"]
 # Because of `requires_grad`. One adapter is active at a time, and PEFT switches `requires_grad` off for all
 # others. The graph of the policy's forward pass is still there, and gradients flow through it; but autograd
-# looks at the flag when it goes backward, and at the leaves, the policy's A and B, it is off by then: the
-# gradient is dropped, without a word. With activation checkpointing it is worse: the forward pass is
-# computed again, through whichever adapter is active then, so that gradients can be wrong instead of missing.
+# looks at the flag in the backward pass, and at the leaves, the policy's A and B, it is off by then: the
+# gradient is dropped without a word. With activation checkpointing it is worse: the forward pass is
+# computed again, through whichever adapter is active then, so that gradients can be wrong instead of
+# missing.
 
 # %% [markdown]
 # ## 2 · The reward of each token
@@ -192,14 +193,14 @@ except RuntimeError as error:
 # ●●○ · 15 minutes
 #
 # The reward model gives a whole response one score $s$. PPO needs a reward for each token $x_t$. The policy
-# $\pi$ pays at every token for leaving the reference $\pi_{\text{ref}}$, at the price $\beta$ for a nat; at
-# the last real token, EOS if the response has ended, the score is added:
+# $\pi$ pays at every token for leaving the reference $\pi_{\text{ref}}$, at a price of $\beta$ for each
+# nat; at the last real token, EOS if the response has ended, the score is added:
 #
 # $$r_t = -\beta\,\bigl(\log \pi(x_t) - \log \pi_{\text{ref}}(x_t)\bigr) + [t \text{ is last}]\; s$$
 #
-# where $[\ldots]$ is 1 if it is so and 0 if not. By hand, with $\beta = 0.1$ and $s = 2$: two tokens had
-# probability $(0.5, 0.2)$ under the policy and $(0.25, 0.4)$ under the reference, and one token of padding
-# follows. The log-ratios are $(\log 2, -\log 2) = (0.693, -0.693)$, so
+# where $[\ldots]$ is 1 if that is true and 0 if not. By hand, with $\beta = 0.1$ and $s = 2$: two tokens
+# had probability $(0.5, 0.2)$ under the policy and $(0.25, 0.4)$ under the reference, and one token of
+# padding follows. The log-ratios are $(\log 2, -\log 2) = (0.693, -0.693)$, so
 # $r = (-0.069,\; 0.069 + 2,\; 0) = (-0.069, 2.069, 0)$: the second token gets something back.
 
 
@@ -239,7 +240,7 @@ checks.check_shape_rewards(shape_rewards)
 
 # %% [markdown]
 # From here on with the package's version. What would the SFT model pay if it were the policy and the
-# pretrained base its reference? A fresh adapter has B = 0 and answers as the base.
+# pretrained base its reference? A new adapter has B = 0 and answers as the base does.
 
 # %%
 from rlhf_helpers.ppo import shape_rewards
@@ -256,8 +257,8 @@ with torch.no_grad():
 # <details><summary><b>Predict before you run.</b> Which token of a response pays the most: the first word,
 # the word that answers the question, or EOS?</summary>
 #
-# EOS, by far. The base has seen text that goes on after a sentence; to stop after the answer is what SFT
-# has taught it. The words themselves the base would have chosen nearly as often.
+# EOS, by far. The base has seen text that goes on after a sentence; stopping after the answer is what SFT
+# has taught. The words themselves are nearly as likely under the base.
 # </details>
 
 # %%
@@ -269,7 +270,7 @@ for t in range(int(mask[0].sum())):
     print(f"{token:8}{sft[0, t]:z8.2f}{base[0, t]:z8.2f}{ratio:z12.2f}{rewards[0, t]:z9.3f}")
 
 # %% [markdown]
-# That is one response. How much of what all 64 pay do they pay at their last token?
+# That is one response. Of what all 64 pay, how much is paid at the last token?
 
 # %%
 log_ratio = (sft - base) * mask
@@ -279,36 +280,37 @@ print(f"{share:.0%} of {log_ratio.sum() / len(mask):.1f} nats per response")
 assert share > 0.5
 
 # %% [markdown]
-# So SFT lies not far from the base, and nearly all of the way is one lesson: to stop. The last token gets
-# the score as well, and the two must be added: had the score *replaced* the penalty there, most of the KL
-# would have been free.
+# So SFT is not far from the base, and nearly all of the distance is one thing: SFT stops. The last token
+# gets the score as well, and the two must be added: had the score *replaced* the penalty there, most of the
+# KL would have been free.
 #
 # **In words.** A token that the reference likes better than the policy does gets something back. (The mean
-# of the log-ratio over samples of the policy is the KL to the reference, which is never negative; lesson 05.)
-# Can a policy earn money with the penalty alone, by choosing such tokens?
+# of the log-ratio over samples of the policy is the KL to the reference, which is never negative; lesson
+# 05.) Can a policy earn something with the penalty alone, by choosing such tokens?
 
 # %% [markdown] tags=["solution"]
-# Not on average. A policy that chooses a token often is, by that, the one that likes it better: the tokens
-# that bring something back are those which it seldom samples. Over its own samples the mean of the
-# log-ratio is the KL, which is never negative, and 0 only where policy and reference agree. Single tokens
-# and single responses can earn, by luck; the expected penalty is a price.
+# Not on average. To choose a token often is to give it a high probability; the tokens that pay something
+# back are those that the policy seldom samples. Over its own samples the mean of the log-ratio is the KL,
+# which is never negative, and 0 only where policy and reference agree. Single tokens and single responses
+# can earn something, by luck; the expected penalty is a cost.
 
 # %% [markdown]
 # ## 3 · What four roles cost
 #
 # ●●○ · 15 minutes
 #
-# The base is there once, frozen. Its $N$ weights in linear layers are in NF4 with double quantization,
-# 4.127 bits each; all $M$ others, embeddings, norms and biases, take 2 bytes. Each role has an adapter of
+# There is one base, frozen. Its $N$ weights in linear layers are in NF4 with double quantization, 4.127
+# bits each; the $M$ others (embeddings, norms and biases) take 2 bytes each. Each role has an adapter of
 # rank $r$ on all linear layers, A of $r \times \text{in}$ and B of $\text{out} \times r$: $L$ parameters in
-# float32. A trained role needs 16 bytes for each, weight, gradient and Adam's two moments; a frozen one 4.
+# float32. A trained role needs 16 bytes for each of them (weight, gradient and Adam's two moments), a
+# frozen one 4.
 #
 # $$\text{bytes} = \frac{4.127}{8} N + 2 M + (16\, n_{\text{trained}} + 4\, n_{\text{frozen}})\, L,
 # \qquad L = r \sum_{\text{layers}} (\text{in} + \text{out})$$
 #
-# By hand: one layer of 64 × 64, 100 other weights, rank 1, a trained policy and a frozen reference. $N =
-# 4096$ takes 2113 bytes, $M$ takes 200, and with $L = 64 + 64 = 128$ the adapters take $(16 + 4) \cdot 128
-# = 2560$: 4873 bytes. Scalar heads are left out, a few thousand parameters.
+# By hand: one layer of 64 × 64, 100 other weights, rank 1, a trained policy and a frozen reference.
+# $N = 4096$ takes 2113 bytes, $M$ takes 200, and with $L = 64 + 64 = 128$ the adapters take
+# $(16 + 4) \cdot 128 = 2560$: 4873 bytes. Scalar heads, a few thousand parameters, are left out.
 
 
 # %% tags=["nbval-check-output"]
@@ -336,8 +338,8 @@ checks.check_predict_bytes(predict_bytes)
 # <details><summary><b>Hint</b></summary>
 #
 # Name three numbers first: the weights of all linear layers, the parameters of one adapter, and what a
-# parameter of each role costs, added up. Mind that the shapes are those of one block. The check lets 5%
-# pass: the scales of NF4 are worth 3%, so 4 bits would do; 4.5, without double quantization, would not.
+# parameter of each role costs, added up. Note that the shapes are those of one block. The check allows 5%:
+# the scales of NF4 make up 3%, so 4 bits would do; 4.5, without double quantization, would not.
 # </details>
 
 # %% [markdown]
@@ -359,8 +361,8 @@ def qwen_sizes(*numbers) -> memory.ModelSizes:
 sizes = qwen_sizes(1536, 8960, 28, 12, 2, 151_936, True)
 
 # %% [markdown]
-# <details><summary><b>Predict before you run.</b> Four full models take 56 GB. What do four roles on one
-# NF4 base of rank 16 take, to the nearest GB? And which is more, the base's linear layers in NF4 or all
+# <details><summary><b>Predict before you run.</b> Four full models take 56 GB. What do four roles of rank
+# 16 on one NF4 base take, to the nearest GB? And which takes more, the base's linear layers in NF4 or all
 # four adapters?</summary>
 #
 # 2 GB. The linear layers, 1.3 billion weights at half a byte, take 0.7 GB; the adapters, 18 million
@@ -376,10 +378,10 @@ print(f"predicted {predicted / 1e9:.3f} GB, memory_table {exact / 1e9:.3f} GB")
 assert abs(predicted / exact - 1) < 0.05
 
 # %% [markdown]
-# What of that fits into 15 GB, about what a T4 has to give? Two neighbours of the same family beside it.
+# Which of the four ways fit into 15 GB, about what a T4 has? We add two other sizes of the same family.
 #
-# <details><summary><b>Predict before you run.</b> For the smallest model, which of the four ways does not
-# fit? For the largest, which one does?</summary>
+# <details><summary><b>Predict before you run.</b> For the smallest model, which way does not fit? For the
+# largest, which one does?</summary>
 #
 # Four full models do not fit even at 0.5B. At 7B only the NF4 base does: a single base in 16 bits takes 15
 # GB for its weights alone.
@@ -400,7 +402,7 @@ print("* more than 15 GB")
 # smaller part, and sharing and four bits save more.
 #
 # **In words.** The 1.5B model with four bases takes 13 of 15 GB. Would you start PPO that way, with 8
-# responses of 512 tokens to a step?
+# responses of 512 tokens in each step?
 
 # %% [markdown] tags=["solution"]
 # No. The table holds only what is there all the time. Logits of one such batch, in float32, are 8 · 512 ·

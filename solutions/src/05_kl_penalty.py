@@ -4,12 +4,12 @@
 # **Run time** about two minutes on two CPU cores · **Your time** about 90 minutes · **Before this**
 # lesson 05
 #
-# You write the KL penalty from its parts: the log-probabilities under two policies, the exact KL, its estimate
-# from samples, the final reward. Then you train with three prices of a nat and see what they do to the variety of
-# the answers. The check below each function names the likely mistake; the cells after it go on with a reference
-# version, so that Run All works with nothing filled in, or with a wrong answer; only an error in your code stops
-# it. To compare with the solution, run `nbdiff-web exercises/05_kl_penalty.ipynb solutions/05_kl_penalty.ipynb`
-# in the course's folder.
+# You write the KL penalty from its parts: the log-probabilities under two policies, the exact KL, its estimate from
+# samples, the final reward. Then you train at three prices per nat and see what they do to the variety of the
+# answers. The check below each function names the likely mistake; the cells after it go on with a reference version,
+# so that Run All works with nothing filled in, or with a wrong answer; only an error in your code stops it. To
+# compare with the solution, run `nbdiff-web exercises/05_kl_penalty.ipynb solutions/05_kl_penalty.ipynb` in the
+# course's folder.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -30,8 +30,8 @@ from rlhf_helpers.sources import prompt_dataset
 from rlhf_helpers.text import load_tokenizer, readable
 
 # %% [markdown]
-# In parts 1 to 4 nothing is trained. The current policy is the SFT model there, and its reference the pretrained
-# base: an adapter that is new has B = 0 and changes nothing.
+# In parts 1 to 4 nothing is trained. There the current policy is the SFT model, and its reference the pretrained
+# base: a new adapter has B = 0 and changes nothing.
 
 # %%
 preset = load_preset(PRESET)
@@ -52,8 +52,8 @@ asked = held_out[::5][: 120 if preset.name == "pocket" else 24]
 rollout = sample_responses(roles.use("sft"), tokenizer, asked, preset.response_length, seed=1)
 
 # %% [markdown]
-# Both models read the same responses. `response_logits` returns the logits that belong to the response's tokens, moved
-# by one position already: those at $t$ predict token $t$ of the response.
+# Both models read the same responses. `response_logits` returns the logits that belong to the response's tokens,
+# already shifted by one position: those at $t$ predict token $t$ of the response.
 
 # %%
 mask, T = rollout.response_mask, rollout.response_mask.shape[1]
@@ -84,9 +84,9 @@ print(f"tokens {list(tokens.shape)}, {real.sum()} of them real; logits {list(cur
 #
 # By hand: three tokens, two positions, and token 1 was sampled at both. The policy's logits $(0, \log 2, 0)$ and
 # $(\log 3, 0, 0)$ are the probabilities $(\tfrac14, \tfrac12, \tfrac14)$ and $(\tfrac35, \tfrac15, \tfrac15)$; the
-# reference's $(\log 2, 0, 0)$ and $(0, 0, 0)$ are $(\tfrac12, \tfrac14, \tfrac14)$ and $(\tfrac13, \tfrac13,
-# \tfrac13)$. So `log_probs_curr` is $(\log \tfrac12, \log \tfrac15) = (-0.693, -1.609)$ and `log_probs_ref` is
-# $(\log \tfrac14, \log \tfrac13) = (-1.386, -1.099)$. These numbers go with you through part 4.
+# reference's $(\log 2, 0, 0)$ and $(0, 0, 0)$ are $(\tfrac12, \tfrac14, \tfrac14)$ and
+# $(\tfrac13, \tfrac13, \tfrac13)$. So `log_probs_curr` is $(\log \tfrac12, \log \tfrac15) = (-0.693, -1.609)$ and
+# `log_probs_ref` is $(\log \tfrac14, \log \tfrac13) = (-1.386, -1.099)$. You will use these numbers up to part 4.
 
 
 # %% tags=["nbval-check-output"]
@@ -144,8 +144,8 @@ print(f"all:     {log_probs_curr[real].mean():9.2f}{log_probs_ref[real].mean():1
 assert preset.name != "pocket" or log_probs_curr[real].mean() > log_probs_ref[real].mean()
 
 # %% [markdown]
-# The two models agree about nearly every word. What tells them apart is the last token, EOS: to stop after the answer
-# is what SFT has taught.
+# The two models agree about nearly every word. What tells them apart is the last token, EOS: stopping after the
+# answer is what SFT has taught.
 #
 # **In words.** Somebody lets the policy and the reference each sample its own answers, takes the mean
 # log-probability of each model's answers under that model, and subtracts. What does that measure? Could it be 0
@@ -209,9 +209,9 @@ checks.check_exact_kl(exact_kl)
 # <details><summary><b>Predict before you run.</b> Where SFT stops, the base would rather go on. Which direction is the
 # larger one there: KL(SFT‖base) or KL(base‖SFT)?</summary>
 #
-# KL(base‖SFT). SFT mostly stops; the base gives to stopping a small probability, but not a tiny one, and to going on a
-# large one. What the base would say next SFT finds unlikely, and many of these words nearly impossible: their
-# log-ratios are huge.
+# KL(base‖SFT). SFT mostly stops; the base mostly goes on, and gives stopping a small probability, but not a tiny one.
+# What the base would say next, SFT finds unlikely, and many of the words nearly impossible: their log-ratios are
+# huge.
 # </details>
 
 # %%
@@ -228,27 +228,27 @@ assert preset.name != "pocket" or reverse[real].mean() > 2 * exact[real].mean()
 
 # %% [markdown]
 # The log-ratio belongs to one token and may have either sign. The KL belongs to the position; it is never negative,
-# and where the two models agree it is 0. See "have": a sentence has ended before it, and there SFT stops with a
-# probability of 83%, the base with 12%, so the KL is large. This sample went on, by a word that both find unlikely.
+# and where the two models agree it is 0. Look at "have": a sentence has just ended, and there SFT stops with a
+# probability of 83%, the base with 12%, so the KL is large. This sample went on, with a word that both find unlikely.
 #
-# **In words.** A penalty is to keep the policy from saying what the reference would never say. Which direction does
+# **In words.** A penalty should keep the policy from saying what the reference would never say. Which direction does
 # that, and what does the other one punish?
 
 # %% [markdown] tags=["solution"]
-# $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$ weighs with what the policy says: a token that the policy says often and
-# the reference never makes it huge. It does not mind if the policy leaves out half of what the reference says; a
+# $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$ is weighted by what the policy says: a token that the policy says often
+# and the reference never makes it huge. It hardly minds if the policy leaves out half of what the reference says; a
 # reference that says $k$ things equally often and a policy that has settled on one of them are $\log k$ apart. The
-# other direction weighs with what the reference says: it punishes the policy for leaving things out, and hardly for
-# adding something of its own. RLHF takes the first, so that the penalty by itself allows the policy to become
-# narrow; keep that for part 5. It is also the one that can be estimated from the policy's samples, which we have.
+# other direction is weighted by what the reference says: it punishes the policy for leaving things out, and hardly
+# for adding something of its own. RLHF takes the first, so the penalty by itself lets the policy become narrow;
+# remember that in part 5. It is also the one that can be estimated from the policy's samples, which we have.
 
 # %% [markdown]
 # ## 3 · The estimate, and when it is valid
 #
 # ●●○ · 20 minutes
 #
-# With 152,000 tokens in the vocabulary the sum at each position is expensive, and two tensors of the logits' size are
-# in memory. But the KL is a mean over the policy's samples, and samples are there. So the code that you will meet
+# With 152,000 tokens in the vocabulary the sum at each position is expensive, and keeps two tensors the size of the
+# logits in memory. But the KL is a mean over the policy's samples, and those we have. So the code that you will meet
 # most often is `kl_div = (log_probs_curr - log_probs_ref).mean()`, over the $N$ real tokens of the batch, padding
 # left out:
 #
@@ -282,8 +282,8 @@ checks.check_estimate_kl(estimate_kl)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# A tensor of truth values as an index picks the entries where it is true, of all rows, into one long row. The mask is
-# one such tensor, once it is made from zeros and ones into truth values.
+# A boolean tensor as an index picks the entries where it is true, from all rows, into one long row. The mask becomes
+# such a tensor when its zeros and ones are turned into booleans.
 # </details>
 
 # %% [markdown]
@@ -307,15 +307,15 @@ ways = {
 }
 
 # %% [markdown]
-# If the token is drawn from the policy, the log-ratio at a position is the exact KL in the mean, so that the errors
-# have mean 0 and the standard error of the estimate is their standard deviation divided by $\sqrt N$.
+# If the token is drawn from the policy, the mean log-ratio at a position is the exact KL. So the errors have mean 0,
+# and the standard error of the estimate is their standard deviation divided by $\sqrt N$.
 #
-# <details><summary><b>Predict before you run.</b> The exact mean is 0.27. Which of the five estimates lie within two or
-# three standard errors of it? Which is too large, and which is negative?</summary>
+# <details><summary><b>Predict before you run.</b> The exact mean is 0.27. Which of the five estimates lie within two
+# or three standard errors of it? Which are too large, and which is negative?</summary>
 #
-# The first two are right. From the reference it is negative: its own tokens are those that it finds likelier than the
-# policy does. The likeliest token, and one of the likeliest two, give too much: greedy choice picks what SFT is sure
-# of, and leaves out the rare tokens with a negative log-ratio.
+# The first two are right. With tokens from the reference it is negative: they are mostly those that the reference
+# finds likelier than the policy does. The likeliest token, and one of the likeliest two, give too much: greedy choice
+# picks what SFT is sure of, and leaves out the rare tokens with a negative log-ratio.
 # </details>
 
 # %%
@@ -334,9 +334,10 @@ if preset.name == "pocket":
     assert off["the likeliest"] > 6 and off["one of the likeliest two"] > 6
 
 # %% [markdown]
-# The same line of code, five numbers, and only two of them estimate our KL. What is the negative one? With tokens from the
-# reference the mean of $\log \pi_{\text{ref}} - \log \pi$ is an estimate of the KL in the other direction, so that
-# ours is minus that. And averaged over the vocabulary, which some code does with whole tensors of logits:
+# The same line of code, five numbers, and only two of them estimate our KL. What is the negative one? With tokens
+# from the reference the mean of $\log \pi_{\text{ref}} - \log \pi$ is an estimate of the KL in the other direction,
+# so ours is minus that. And here is the mean over the vocabulary, which some code takes, with whole tensors of
+# logits:
 
 # %%
 pair = sampled_log_probs(curr_logits, ref_logits, ways["from the reference"])
@@ -351,8 +352,8 @@ for name, x in (("SFT, base", log_ratios), ("base, SFT", -log_ratios)):
 assert preset.name != "pocket" or not 0.5 < log_ratios[real].mean() / exact[real].mean() < 2
 
 # %% [markdown]
-# The mean over the vocabulary gives each of 1,258 tokens the same weight, and nearly all of them are said by
-# neither model. Exchange the two and it changes its sign, so that one of the two is negative: that is no KL.
+# The mean over the vocabulary gives each of 1,258 tokens the same weight, though nearly all are tokens that neither
+# model would say. Swap the models and it changes sign, so one of the two numbers is negative: that is no KL.
 #
 # **In words.** When is `(log_probs_curr - log_probs_ref).mean()` an estimate of the KL? Say what must hold of the
 # tokens, and whether it still holds at the second step of PPO on the same batch.
@@ -371,7 +372,7 @@ assert preset.name != "pocket" or not 0.5 < log_ratios[real].mean() / exact[real
 #
 # ●●○ · 15 minutes
 #
-# The reward model gives the whole response $y$ a reward; from it the policy pays $\beta$ for each nat. The KL of a
+# The reward model gives the whole response $y$ a reward, from which the policy pays $\beta$ for each nat. The KL of a
 # *response* is the log-ratio of its probability, the sum over its real tokens:
 #
 # $$R_{\text{final}} = R_{\text{model}} - \beta \cdot \mathrm{KL}, \qquad \mathrm{KL} = \sum_{t\ \text{real}}
@@ -412,8 +413,8 @@ checks.check_final_reward(final_reward)
 # <details><summary><b>Hint</b></summary>
 #
 # The log-ratio of every token first, then 0 at padding: multiply by the mask, or select with `response_mask.bool()`
-# (the mask holds integers, and integers in square brackets are row numbers). Which dimension has the tokens of one response? The sum over
-# it leaves one number for each response, as many as there are rewards.
+# (the mask holds integers, and integers in square brackets are row numbers). Which dimension has the tokens of one
+# response? The sum over it leaves one number for each response, as many as there are rewards.
 # </details>
 
 # %% [markdown]
@@ -422,8 +423,8 @@ checks.check_final_reward(final_reward)
 # <details><summary><b>Predict before you run.</b> In part 3 the estimate was 0.26 nats per token, and a response has
 # 8.8 tokens on average. By how much does β = 0.1 lower the mean reward? And β = 1?</summary>
 #
-# By 0.1 · 0.26 · 8.8 = 0.23, and by 2.3. Mind the units: a KL per token and one per response differ by the length,
-# and so does what a β is worth.
+# By 0.1 · 0.26 · 8.8 = 0.23, and by 2.3. Mind the units: a KL per token and one per response differ by a factor of
+# the length, and so does what a β is worth.
 # </details>
 
 # %%
@@ -443,8 +444,8 @@ print(f"the mean falls by {falls[0]:.2f} at β = 0.1 and by {falls[1]:.2f} at β
 assert abs(falls[0] - 0.1 * estimate_kl(*arguments) * real.sum() / len(mask)) < 1e-4
 
 # %% [markdown]
-# PPO wants a reward for each token, and lesson 03 shared this one out: each token pays its own part, and the last
-# one gets the score. Added up over a response that is the final reward again:
+# PPO wants a reward for each token, and lesson 03 shared this one out: each token pays its own part, and the last one
+# gets the score. Summed over a response, that gives the final reward again:
 
 # %%
 per_token = ppo.shape_rewards(rewards_model, *arguments, beta=0.1)
@@ -454,18 +455,19 @@ print(f"sum {per_token[0].sum():z.2f}, final reward {final[0.1][0]:z.2f}")
 
 # %% [markdown]
 # **In words.** Which policy has the largest mean final reward? Take one prompt with two possible answers that the
-# reference finds equally likely, with rewards 1 and 2. By what factor does the best policy prefer the second at β =
-# 1, at β = 0.1, at β = 0.01? (Write the mean of $R - \beta \log(\pi/\pi_{\text{ref}})$ as minus β times a KL, and a
-# constant: take −β out of the bracket, and $e^{R/\beta}$ into the denominator. What makes that denominator sum to 1?)
+# reference finds equally likely, with rewards 1 and 2. By what factor does the best policy prefer the second at
+# β = 1, at β = 0.1, at β = 0.01? (Write the mean of $R - \beta \log(\pi/\pi_{\text{ref}})$ as minus β times a KL,
+# plus a constant: take −β out of the bracket, and $e^{R/\beta}$ into the denominator. What makes that denominator sum
+# to 1?)
 
 # %% [markdown] tags=["solution"]
 # $R - \beta \log \frac{\pi}{\pi_{\text{ref}}} = -\beta \log \frac{\pi}{\pi_{\text{ref}}\, e^{R/\beta}}$. Let $\pi^*$
-# be $\pi_{\text{ref}}\, e^{R/\beta}$ divided by its sum $Z$. Then the mean over $\pi$ is $-\beta\, \mathrm{KL}(\pi
-# \,\|\, \pi^*) + \beta \log Z$, largest where that KL is 0: for $\pi = \pi^*$ (Rafailov et al. 2023, arXiv
-# 2305.18290, equation 4). The second answer is $e^{1/\beta}$ times as likely: 2.7 times at β = 1, 22,026 times at
-# 0.1, and $2.7 \cdot 10^{43}$ times at 0.01. So β says how much a small difference in reward matters. With a large
-# one the best policy is the reference itself; with a small one it says the one answer that the reward model likes
-# best.
+# be $\pi_{\text{ref}}\, e^{R/\beta}$ divided by its sum $Z$. Then the mean over $\pi$ is
+# $-\beta\, \mathrm{KL}(\pi \,\|\, \pi^*) + \beta \log Z$, largest where that KL is 0: for $\pi = \pi^*$ (Rafailov et
+# al. 2023, arXiv 2305.18290, equation 4). The second answer is $e^{1/\beta}$ times as likely: 2.7 times at β = 1,
+# 22,026 times at 0.1, and $2.7 \cdot 10^{43}$ times at 0.01. So β says how much a small difference in reward matters.
+# With a large β the best policy is nearly the reference itself; with a small one it nearly always gives the one
+# answer that the reward model likes best.
 
 # %% [markdown]
 # ## 5 · Three prices
@@ -473,10 +475,10 @@ print(f"sum {per_token[0].sum():z.2f}, final reward {final[0.1][0]:z.2f}")
 # ●●○ · 35 minutes
 #
 # Now with training: the four roles of lesson 04, where SFT is the *reference* and the policy begins as a copy of it.
-# Three runs, all alike but for β: 0.01, 0.1 and 1.0. After each the policy answers the 120 prompts above, and we
+# Three runs that differ only in β: 0.01, 0.1 and 1.0. After each the policy answers the 120 prompts above, and we
 # measure how varied its answers are: the entropy of its tokens; *distinct-2*, the share of different pairs of words
-# among all pairs; the share of different answers; and *self-BLEU*, how much of an answer the others say too, which
-# is high where variety is low.
+# among all pairs; the share of different answers; and *self-BLEU*, how much of an answer the others say too, which is
+# high where variety is low.
 #
 # **Predict, and write it down before you run:** at which β is the KL largest, and about how large is it? At which is
 # the score highest? What happens to the variety of the answers as β falls, and what will they look like at 0.01?
@@ -498,7 +500,7 @@ def four_roles() -> Roles:
 
 
 # %% [markdown]
-# Each run keeps its history and its four roles, the policy as it is after the last update.
+# We keep each run's history and its four roles, with the policy as it is after the last update.
 
 # %%
 histories, trained = {}, {}
@@ -524,11 +526,11 @@ alt = f"Score, KL and entropy over the updates, a line for each β. In the last 
 plots.show(plots.panels(curves, "updates", {}), alt=alt)
 
 # %% [markdown]
-# For three updates the price makes little difference: there is hardly any KL to pay for. Then the lines part. At
-# β = 0.01 score and KL go on rising, and entropy falls; at 0.1 the KL stops at about three nats; at 1.0 it never
-# reaches half a nat. Each point is a batch of 64 other prompts.
+# Up to the second point the price makes no visible difference: there is hardly any KL to pay for. Then the lines
+# part. At β = 0.01 score and KL go on rising, and entropy falls; at 0.1 the KL stops at about three nats; at 1.0 it
+# never reaches half a nat. Each point is a different batch of 64 prompts.
 #
-# Now the same 120 prompts for all of them, one sample each, and SFT beside them.
+# Now all of them answer the same 120 prompts, one sample each, with SFT beside them.
 
 
 # %%
@@ -574,8 +576,8 @@ plots.show(fig, alt=f"Diversity for SFT and three β. Distinct-2 is {pairs}.")
 
 # %% [markdown]
 # At β = 0.01 distinct-2 is a third of SFT's, and self-BLEU nearly twice as high; at 1.0 both are close to SFT's. The
-# share of different answers sees nothing of it: hardly two are the same word by word, at any β. Distinct-2 is lower
-# for longer texts too, since they repeat more; so look at self-BLEU and at the entropy beside it.
+# share of different answers shows nothing of it: at any β, hardly two are the same word for word. Distinct-2 is also
+# lower for longer texts, since they repeat more; so look at self-BLEU and at the entropy as well.
 #
 # And as always: read them. Four prompts, all four models.
 
@@ -593,20 +595,20 @@ for i in range(0, len(asked), len(asked) // 4):
 # - Which of the three would you ship, and what would you want to know that neither table nor figure shows?
 
 # %% [markdown] tags=["solution"]
-# *Diversity.* The smaller β, the less diverse. The best policy is the reference reweighted by $e^{R/\beta}$: a small β
-# turns small differences in reward into large factors, so that nearly all probability goes to the few answers that
-# the reward model likes best, and these are alike, since it likes the same in all of them. At β = 0.01 the entropy is
-# 0.38 nats per token and distinct-2 0.18; SFT has 0.57 and 0.54. At β = 1 they are 0.58 and 0.51, nearly as diverse
-# as SFT. The KL goes the other way: 16, 2.7 and 0.1 nats. The penalty does not ask for diversity; it asks to stay near
-# a reference that is diverse. KL(policy‖reference) allows a policy to narrow, at the price of $\log k$ nats for settling
-# on one of $k$ equally likely answers.
+# *Diversity.* The smaller β, the less diverse. The best policy is the reference reweighted by $e^{R/\beta}$: a small
+# β turns small differences in reward into large factors, so that nearly all probability goes to the few answers that
+# the reward model likes best, and these are alike, since it likes the same things in all of them. At β = 0.01 the
+# entropy is 0.38 nats per token and distinct-2 0.18; SFT has 0.57 and 0.54. At β = 1 they are 0.58 and 0.51, nearly
+# as diverse as SFT. The KL goes the other way: 16, 2.7 and 0.1 nats. The penalty does not ask for diversity; it asks
+# to stay near a reference that is diverse. KL(policy‖reference) allows a policy to narrow, at the price of $\log k$
+# nats for settling on one of $k$ equally likely answers.
 #
-# *Beside the prediction.* At 0.01 the KL is well above 10 nats, for a score of 1.6; at 0.1 two thirds of the gain in score
-# are there for a sixth of the nats. And the share of different answers does not fall at all: the answers are put
-# together from the same courtesies, in ever other orders. And most of those printed above do not end: they are cut off
-# at 32 tokens, although each pays a point for that. Lesson 05 finds out why.
+# *Against the prediction.* At 0.01 the KL is well above 10 nats, for a score of 1.6; at 0.1 two thirds of the gain in
+# score come for a sixth of the nats. The share of different answers does not fall at all: the answers are put
+# together from the same courtesies, always in another order. And at 0.01 most of those printed above do not end: they
+# are cut off at 32 tokens, although each pays a point for that. Lesson 05 shows why.
 #
-# *To ship.* Of these three 0.1: two thirds of the gain in score (1.1 of 1.7) for 2.7 nats, and still varied. But
-# the score is the proxy. What is missing is whether the answers are *right*: gold in the pocket world, people's
-# judgement outside of it; lesson 05 draws it. Missing, too, is a second seed: these are three runs of 8 updates, one
-# for each β.
+# *To ship.* Of these three 0.1: two thirds of the gain in score (1.1 of 1.7) for 2.7 nats, and still varied. But the
+# score is the proxy. What is missing is whether the answers are *right*: gold in the pocket world (lesson 05 draws
+# it), people's judgement outside of it. A second seed is missing too: these are three runs of 8 updates, one for each
+# β.
