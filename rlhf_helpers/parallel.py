@@ -416,3 +416,29 @@ class Stage(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, position_ids=positions, position_embeddings=turns)
         return self.last(hidden) if self.last else hidden
+
+
+def passes(module: nn.Module) -> list[str]:
+    """A list that grows as a module runs: F1 is its first forward pass, B1 the backward pass to it.
+
+    Clear it to begin again.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> order = passes(layer)
+        >>> first, second = layer(torch.ones(1)), layer(torch.ones(1))
+        >>> second.backward(), first.backward()
+        (None, None)
+        >>> order
+        ['F1', 'F2', 'B2', 'B1']
+    """
+    order: list[str] = []
+
+    def note(module, inputs, output: Tensor) -> None:
+        number = 1 + sum(step.startswith("F") for step in order)
+        order.append(f"F{number}")
+        if output.requires_grad:
+            output.register_hook(lambda gradient: order.append(f"B{number}"))
+
+    module.register_forward_hook(note)
+    return order

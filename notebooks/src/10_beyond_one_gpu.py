@@ -376,27 +376,19 @@ def pipeline(ids, counted, microbatches):
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-    from rlhf_helpers import parallel
-    from rlhf_helpers.base import load_base
-    from rlhf_helpers.presets import PRESETS
+    from rlhf_helpers import base, logprobs, parallel, presets
 
-    base = load_base(PRESETS["pocket"], quantized=False).requires_grad_(True)
-    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
-    rank, order = dist.get_rank(), []
-    part = parallel.Stage(base, rank, 2)
-
-    def note(module, inputs, output):
-        number = 1 + sum(step[0] == "F" for step in order)
-        order.append(f"F{number}")
-        output.register_hook(lambda gradient: order.append(f"B{number}"))
-
-    part.register_forward_hook(note)
+    model = base.load_base(presets.PRESETS["pocket"], quantized=False).requires_grad_(True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    rank = dist.get_rank()
+    part = parallel.Stage(model, rank, 2)
+    order = parallel.passes(part)
 
     def share(logits, target):
         """A row's part of the mean over the tokens of all rows."""
         row, real = target.split([ids.shape[1], counted.shape[1]], -1)
-        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, row[:, 1:, None])[..., 0]
-        return -(logprobs * real).sum() / counted.sum()
+        chosen = logprobs.token_logprobs(logits[:, :-1], row[:, 1:])
+        return -(chosen * real).sum() / counted.sum()
 
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, microbatches, loss_fn=share, scale_grads=False)
@@ -405,7 +397,7 @@ def pipeline(ids, counted, microbatches):
         part.zero_grad()
         order.clear()
         schedule.step(ids) if rank == 0 else schedule.step(target=target, losses=losses)
-    names = {id(p): name for name, p in base.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     gradients = {names[id(p)]: p.grad for p in part.parameters()}
     return {"loss": sum(x.item() for x in losses), "order": order, "gradients": gradients}
 

@@ -129,6 +129,7 @@ logits = torch.randn(3, 1258, generator=torch.Generator().manual_seed(0)) * 4
 tokens = torch.tensor([7, 628, 1257])
 
 
+# %%
 def halves(logits, tokens):
     import torch.distributed as dist
 
@@ -138,6 +139,7 @@ def halves(logits, tokens):
     return split_logprobs(logits[:, rank * half : (rank + 1) * half], tokens, first=rank * half)
 
 
+# %%
 whole = logits.log_softmax(-1)[range(3), tokens]
 for rank, found in enumerate(spawn(halves, 2, 600, logits, tokens)):
     print(f"rank {rank}: at most {(found - whole).abs().max().item():.1e} from one process")
