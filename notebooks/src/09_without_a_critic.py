@@ -6,11 +6,11 @@
 #
 # After this lesson you will be able to
 #
-# - replace the critic by other answers to the same prompt, and say why that stays unbiased and GRPO's division does not;
+# - replace the critic by other answers to the same prompt, and say why that is unbiased and GRPO's division is not;
 # - read Dr. GRPO, DAPO, GSPO and BNPO as settings of one loss;
 # - train with TRL's GRPOTrainer and RLOOTrainer against a reward model of your own, from an SFT adapter, and take that reward
 #   model along;
-# - say what a reward that is a program improves, and what it leaves alone.
+# - say what a reward that is a program improves, and what it leaves as it was.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -49,9 +49,9 @@ print("roles:", ", ".join(roles.names))
 #
 # ## Other answers are the baseline
 #
-# A critic guesses, before an answer is written, what it will score. Its guess is taken off the score, so that only what
-# was better or worse than expected counts. There is a way without a network: ask for several answers to one prompt, and
-# take off the mean score of the *others*. With a group of $G$ answers that score $r_1 \dots r_G$,
+# A critic predicts the reward that is still to come. Its prediction is taken off, so that only what was better or worse
+# than expected counts. This can be done without a network: sample several answers to one prompt, and take off the mean
+# score of the *others*. With a group of $G$ answers that score $r_1 \dots r_G$,
 #
 # $$A_i = r_i - \frac{1}{G-1} \sum_{j \ne i} r_j.$$
 #
@@ -64,15 +64,16 @@ for kind in losses.GROUPED:
     print(f"{kind:8}", losses.group_advantages(scores, 3, kind).tolist())
 
 # %% [markdown]
-# By hand for the first answer: the others score 1 and 2, so 3 − 1.5. `centred` takes off the mean of the whole group,
-# its own score included, and is smaller by the factor $(G-1)/G$: the same direction. `grpo` divides that by the group's
-# standard deviation (here 1). The second prompt teaches nothing: all its answers are equally good.
+# By hand for the first answer: the others score 1 and 2, so it gets 3 − 1.5. `centred` takes off the mean of the whole
+# group, the answer's own score included; the result is smaller by the factor $(G-1)/G$, in the same direction. `grpo`
+# divides that by the group's standard deviation (here 1). The second prompt teaches nothing: all its answers are
+# equally good.
 #
 # ## Why leaving one out is unbiased
 #
-# What is taken off $r_i$ does not depend on answer $i$, and $\mathbb{E}[b\,\nabla\log\pi(y_i)] = b\,\nabla\sum_y \pi(y) =
-# 0$ for any such $b$. So the expected gradient is that of the expected score, for every size of group. With three
-# possible answers that need not be believed: list every group.
+# What is taken off $r_i$ does not depend on answer $i$, and $\mathbb{E}[b\,\nabla\log\pi(y_i)] = b\,\nabla\sum_y \pi(y)
+# = 0$ for any such $b$. So the expected gradient is that of the expected score, whatever the size of the group. With
+# only three possible answers you can check this by listing every group.
 
 # %% tags=["nbval-check-output"]
 logits = torch.tensor([0.5, 0.0, -0.5], dtype=torch.float64)
@@ -101,13 +102,14 @@ for kind in losses.GROUPED:
 assert torch.allclose(expected("rloo"), truth)
 
 # %% [markdown]
-# Leave-one-out: 1, in every coordinate. `centred`: two thirds, in every coordinate, which a learning rate makes good. GRPO's
-# numbers differ from coordinate to coordinate: it goes somewhere else. Where to?
+# Leave-one-out has the true gradient, and `centred` two thirds of it in every coordinate, which a larger learning rate
+# makes up for. GRPO's factor differs from coordinate to coordinate, so it points elsewhere. Where?
 #
 # ## What the division does
 #
-# **GRPO** (Shao et al. 2024) divides by the spread of each group. Say an answer is right, 1, or wrong, 0, and $k$ of eight
-# are right. Then the spread is about $\sqrt{p(1-p)}$ with $p = k/8$. Below, how much one group pulls in all.
+# **GRPO** (Shao et al. 2024) divides by the spread of each group. Say that an answer scores 1 if it is right and 0 if
+# it is wrong, and that $k$ of eight are right. Then the spread is about $\sqrt{p(1-p)}$ with $p = k/8$. Below, how hard
+# one group pulls: the sum of $\lvert A_i \rvert$.
 
 # %% tags=["nbval-check-output"]
 for k in (0, 1, 2, 4, 7, 8):
@@ -116,11 +118,11 @@ for k in (0, 1, 2, 4, 7, 8):
     print(f"{k} of 8 right:", ", ".join(f"{kind} {x:.2f}" for kind, x in pull.items()))
 
 # %% [markdown]
-# Without the division a prompt that is answered right one time in eight pulls less than half as hard as one in two;
-# with it, two thirds as hard. So GRPO gives hard and easy prompts more weight, and measures scores in units of their own
-# spread, whatever their scale. (With scores that are not 0 or 1, it also makes noise loud: a group whose scores differ by a
-# hair pulls as hard as any.) Groups that are all right or all wrong pull not at all, under any of the three. Such groups
-# cost as much to sample as others, so count them:
+# Without the division, a prompt that is answered right one time in eight pulls less than half as hard as one that is
+# answered right half of the time; with it, two thirds as hard. So GRPO gives hard and easy prompts more weight. It also
+# makes the scale of the scores irrelevant. (With scores other than 0 and 1 it amplifies noise as well: a group whose
+# scores hardly differ pulls about as hard as any other.) Groups that are all right or all wrong do not pull at all,
+# under any of the three. They cost as much to sample as others, so count them:
 
 # %%
 asked = [prompt for prompt in prompts[::8][:24] for _ in range(4)]
@@ -146,12 +148,12 @@ print(f"verifier: {losses.equal_groups(right, 4).float().mean():.0%},", end=" ")
 print(f"with {right.mean():.0%} of the answers right")
 
 # %% [markdown]
-# A reward model's scores are hardly ever all equal, unless the answers are. A program's are, often.
+# A reward model hardly ever gives a whole group the same score, unless the answers are the same. A program often does.
 #
 # ## Long answers and short ones
 #
-# A loss is one number, made of many tokens in answers of unequal length, and there are three ways to make it. An answer of
-# one token with a loss of 4, and one of three tokens with a loss of 1 each:
+# A loss is one number, averaged over many tokens in answers of unequal length, and there are three ways to average.
+# Take an answer of one token with a loss of 4, and one of three tokens with a loss of 1 each:
 
 # %% tags=["nbval-check-output"]
 x = torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 1.0]], requires_grad=True)
@@ -163,16 +165,18 @@ for over, length in (("tokens", None), ("responses", None), ("length", 5)):
     print(f"mean over {over:9} {value:.2f}, weight of each token {weights}")
 
 # %% [markdown]
-# Over *tokens* (lesson 03's, DAPO's) all tokens weigh the same, but how much depends on who else is in the batch. Over
-# *responses* (GRPO's) a token of a long answer weighs less: a long wrong answer is punished less for each token than a
-# short wrong one. With a constant *length* (Dr. GRPO's) it is a plain sum. With a ratio for each token, only the sum has
-# the gradient of the expected score (the package's tests list every group over a vocabulary of three).
+# In the mean over *tokens* (lesson 03, DAPO) all tokens weigh the same, but how much depends on the other answers in
+# the batch. In the mean over *responses* (GRPO) a token of a long answer weighs less, so a long wrong answer is
+# punished less per token than a short one. With a constant *length* (Dr. GRPO) it is a sum, up to a constant factor.
+# With a ratio for each token, only this sum has the gradient of the expected score (the package's tests check that,
+# again by listing every group).
 #
 # ## One loss, many names
 #
 # The rest is the clipped loss of lesson 03, with two more switches: whether a ratio belongs to a token or to the whole
-# answer, and whether the upper clip is the lower one. What the literature calls by its own name is a row of this
-# table. `PPOConfig` takes the settings; each row is tested against TRL's own code, loss and gradient, to $10^{-6}$.
+# answer, and whether the upper clip is the lower one. The methods that have names of their own in the literature are
+# the rows of this table. `PPOConfig` takes the settings; each row is tested against TRL's own code, loss and gradient,
+# to $10^{-6}$.
 #
 # | name | `advantages` | `mean_over` | `ratio_of` | clips | in TRL 1.16 |
 # |---|---|---|---|---|---|
@@ -183,12 +187,12 @@ for over, length in (("tokens", None), ("responses", None), ("length", 5)):
 # | DAPO (Yu et al. 2025, eq. 8) | `grpo` | `tokens` of the whole batch | `token` | two, 0.2 and 0.28 | `loss_type="dapo"`, `epsilon_high=0.28` |
 # | GSPO (Zheng et al. 2025, eq. 5 and 7) | `grpo` | `responses` | `mean`: $(\prod_t \rho_t)^{1/\lvert y \rvert}$ | one, far smaller | `importance_sampling_level="sequence"`, `loss_type="grpo"` |
 #
-# (DAPO also samples until no group is without variance, which is no part of a loss. `tokens` is of a minibatch; of the
-# whole batch it is `length` with the batch's mean length.)
+# (DAPO also samples until no group is without variance, which is not part of the loss. `tokens` averages over a
+# minibatch; for a mean over the whole batch, use `length` with the batch's mean length.)
 #
-# A ratio of the whole answer is the honest one, the answer being the action: with it the mean over responses has the
-# gradient of the expected score as well. But it is a product of many numbers, and clipping cuts off the whole answer at
-# once:
+# If the action is the whole answer, its ratio should be that of the whole answer; then the mean over responses has the
+# gradient of the expected score as well. But this ratio is a product of many numbers, and the clip cuts off all tokens
+# of the answer at once:
 
 # %% tags=["nbval-check-output"]
 old = torch.tensor([[0.2, 0.3, 0.5, 0.4]]).log()
@@ -205,8 +209,8 @@ for ratio_of in losses.RATIOS:
 # <details><summary><b>Predict before you run.</b> Before the first step, with GRPO's advantages and mean: what is the loss,
 # and what is its gradient?</summary>
 #
-# The ratio is 1, so an answer contributes its advantage, and the advantages of a group sum to 0. The loss is 0. Its
-# gradient is not: each answer's is its own advantage times its own slope.
+# The ratio is 1, so an answer contributes its advantage, and the advantages of a group sum to 0. So the loss is 0. Its
+# gradient is not: each answer contributes the gradient of its own log-probability, times its own advantage.
 # </details>
 
 # %%
@@ -222,15 +226,15 @@ roles.model.zero_grad()
 assert abs(loss) < 1e-4 < norm
 
 # %% [markdown]
-# Users report "loss 0" as a bug again and again. It shows nothing; watch the reward, the KL, and the share of groups
-# without variance.
+# Users report "loss 0" as a bug again and again. It tells you nothing; watch the reward, the KL, and the share of
+# groups without variance.
 #
 # ## KL in the reward, or in the loss
 #
 # RLOO takes β times the KL of the whole answer off its score, before the group is compared (`kl_in="reward"`, k1). GRPO
-# adds β times the mean of k3 to the loss (`kl_in="loss"`). Lesson 05 found k3 unbiased *as a number*. Its gradient is
-# another matter. With $r = \log\pi_{\text{ref}} - \log\pi$, the gradient of $k_3$ at a sampled token is
-# $(1 - e^{r})\,\nabla\log\pi$; averaged over the policy's samples:
+# adds β times the mean of k3 to the loss (`kl_in="loss"`). In lesson 05 k3 was unbiased *as a number*, but as a loss it
+# had the gradient of the other direction's KL. To see why, let $r = \log\pi_{\text{ref}} - \log\pi$: at a sampled token
+# the gradient of $k_3$ is $(1 - e^{r})\,\nabla\log\pi$. Averaged over the policy's samples:
 
 # %% tags=["nbval-check-output"]
 ref = torch.tensor([0.0, 0.8, -0.4], dtype=torch.float64).log_softmax(-1)
@@ -252,8 +256,8 @@ for name, value in shown.items():
 assert torch.allclose(in_loss, other_way) and torch.allclose(with_ratio, true_slope)
 
 # %% [markdown]
-# k3 in the loss pulls along the gradient of the KL *the other way round*. Near the reference the two agree; far from it
-# they do not. Multiplied with the ratio (TRL's `use_bias_correction_kl`, on by default in 1.16) it is the right one.
+# k3 in the loss has the gradient of the KL *in the other direction*. Near the reference the two agree; far from it they
+# do not. Multiplied by the ratio (TRL's `use_bias_correction_kl`, on by default in 1.16) it has the right one.
 #
 # ## Three roles: what is saved
 
@@ -269,12 +273,13 @@ for name, model in known.items():
         print(f"{name}, GB: {ways}")
 
 # %% [markdown]
-# With full models the critic is more than two fifths of the bill, since it trains. With adapters on one base it is an
-# eighth. What groups cost instead is variety: 64 answers to 16 prompts, in place of 64 prompts.
+# Of four full models the critic takes more than two fifths of the memory, since it is trained. With adapters on one NF4
+# base of 7B it takes about an eighth. Groups cost variety instead: the 64 answers of an update go to 16 prompts, not to
+# 64.
 #
 # ## A short run
 #
-# The same `train_ppo` as in lesson 04, with the row RLOO of the table as its settings, and no `value` role.
+# The same `train_ppo` as in lesson 04, with the settings of the table's row RLOO, and no `value` role.
 
 # %%
 short = replace(config, updates=8)
@@ -295,14 +300,14 @@ assert history[0][0].kl == 0 and history[0][0].first_ratio == 1
 assert preset.name != "pocket" or history[-1][0].score > history[0][0].score
 
 # %% [markdown]
-# Each update draws other prompts, 16 of them, so the curves are rough.
+# Each update draws 16 other prompts, so the curves are rough.
 #
 # ## In production: TRL's trainers
 #
 # TRL has no PPO any more; GRPOTrainer and RLOOTrainer are what it maintains. They take a reward *function*. Ours scores
 # token ids, on a base of its own. Why not hand over the reward model itself? TRL would give it text without special
-# tokens: it could not see whether EOS came. And the policy starts from the **SFT adapter**, not from a fresh one, or TRL's
-# reference would be the bare base.
+# tokens, so that it could not see whether EOS came. And the policy has to start from the **SFT adapter**, not from a
+# fresh one: otherwise TRL's reference is the bare base.
 
 # %%
 import warnings
@@ -317,7 +322,7 @@ from rlhf_helpers.trl_rewards import keep_float32, reward_function
 warnings.filterwarnings("ignore", ".*gradient_checkpointing`", FutureWarning)  # of the libraries
 
 # %% [markdown]
-# First a policy as one should not give it: the bare base.
+# First, a policy that you should not give it: the bare base.
 
 # %%
 judge = Roles(load_base(preset))
@@ -328,7 +333,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(caught[-1].message)
 
 # %% [markdown]
-# And now the SFT adapter. The function scores a response with its EOS, and one that was cut off before it:
+# Now the SFT adapter. The function scores a response with its EOS, and the same one cut off before it:
 
 # %%
 sft = find_adapter(preset, "sft")
@@ -340,11 +345,12 @@ for name, ids in both.items():
     print(f"{name:9} {score(prompts=['what does the duck say?'], completion_ids=[ids])[0]:.2f}")
 
 # %% [markdown]
-# Without EOS the reward model reads its number at a token that ended no response in training, so it means nothing; here it
-# is the higher one, even after the point that `reward_function` takes off. Nobody sees that in a text.
+# Without EOS the reward model reads its number at a token that ended no response in training, so the number means
+# nothing; here it is the higher one, even though `reward_function` takes a point off for the missing EOS. The text of
+# the two is the same.
 #
-# Every setting that differs from TRL's default, with its reason. To take it to a GPU and a real model, change the lines
-# under *machine*.
+# These settings make TRL's run like ours; the comments name the defaults that would surprise you. For a GPU and a real
+# model, change the lines under *machine*.
 
 # %%
 args = GRPOConfig(
@@ -373,8 +379,8 @@ args = GRPOConfig(
 )
 
 # %% [markdown]
-# Prompts are given as messages: TRL applies the chat template to those, and leaves plain text as it is. On a 4-bit base it
-# rounds what it trains to bfloat16; `keep_float32` gives the adapter back.
+# Prompts are given as messages: TRL applies the chat template to messages, and leaves plain text as it is. On a 4-bit
+# base TRL rounds what it trains to bfloat16; `keep_float32` puts the adapter back in float32.
 
 # %%
 messages = [{"prompt": [{"role": "user", "content": text}]} for text in prompts]
@@ -397,8 +403,9 @@ for row in sampled:
     print(f"{1 - row['completions/clipped_ratio']:.0%} finished")
 
 # %% [markdown]
-# Two updates show that it runs. How far thirty take it is recorded, for our loop and for TRL's trainers, from the same
-# adapter and with the same settings. (`RLOO, tokens` is our loop with the ratio and the mean of lesson 03, both by token.)
+# Two updates only show that it runs. Runs of thirty are recorded, of our loop and of TRL's trainers, from the same
+# adapter and with the same settings. (`RLOO, tokens` is our loop with the ratio and the mean of lesson 03, both by
+# token.)
 
 
 # %%
@@ -429,14 +436,14 @@ for method in ("RLOO", "RLOO by TRL", "RLOO, tokens", "GRPO", "GRPO by TRL"):
     print(f"KL {mean(method, 'kl'):.1f}, {mean(method, 'cpu_seconds') / 60:.1f} min of one core")
 
 # %% [markdown]
-# TRL ends where our loop does, for RLOO and for GRPO alike: the difference is smaller than that between seeds. And what
-# looks like bookkeeping is none: `RLOO, tokens` has the same advantages, but its mean by token is not the gradient of the
-# expected score, and it ends 0.07 lower.
+# For RLOO and GRPO alike, TRL reaches the same gold as our loop: the two differ by less than the seeds do. (TRL's GRPO
+# ends 0.5 nats farther from SFT, though.) And what looks like bookkeeping matters: `RLOO, tokens` has the same
+# advantages, but with its mean over tokens the gradient is not that of the expected score, and it ends 0.07 lower.
 #
 # ## The reward model, to take along
 #
-# Other libraries know neither roles nor heads. `export_reward_model` writes adapter, head and tokenizer into a folder, with a
-# README that has the lines to load it:
+# Other libraries do not know our roles and heads. `export_reward_model` writes adapter, head and tokenizer into a
+# folder, with a README that has the lines to load them:
 
 # %%
 from rlhf_helpers.reward import score_examples
@@ -449,7 +456,8 @@ export_reward_model(ours, "reward", tokenizer, folder)
 print(*sorted(path.name for path in folder.iterdir()))
 
 # %% [markdown]
-# Here they are, with transformers and PEFT alone. Three answers, scored by it with padding on either side, and by our roles:
+# Here are those lines, which need only transformers and PEFT. Three answers are scored by our roles, and by the loaded
+# model with padding on either side:
 
 # %%
 import transformers
@@ -480,8 +488,9 @@ for side in ("left", "right"):
 # %% [markdown]
 # ## A reward that is a program
 #
-# The verifier above knows one thing, whether an answer is right. It needs no pairs, no people and no reward model, and it
-# cannot be flattered. `train_ppo(..., reward_function=verifier)` trains on it. Its control gives points by chance.
+# The verifier above knows one thing, whether an answer is right. It needs no pairs, no people and no reward model, and
+# courtesies do not impress it. `train_ppo(..., reward_function=verifier)` trains on it. Its control, a coin, gives
+# points by chance.
 
 # %%
 # Pocket only
@@ -495,7 +504,7 @@ for stats in runs:
     print(f"update {stats.update}: right {stats.score:.0%}, {flat:.0%} of groups silent")
 
 # %% [markdown]
-# Thirty updates of each, recorded:
+# Recorded runs of thirty updates:
 
 # %%
 # Pocket only
@@ -509,14 +518,15 @@ for method in ("SFT", "GRPO", "GRPO, verifier", "GRPO, coin"):
     print(f"{silent:>15}")
 
 # %% [markdown]
-# The program raises what it asks for: nearly as many answers are right as after PPO (82%, in the next table), at less KL.
-# What it does not ask for stays as it was, length and courtesies, or goes down a little. A third of the groups teach
-# nothing. And points by chance teach nothing at all, though that policy moves, too: KL by itself is no sign of learning.
+# What the program asks for goes up: nearly as many answers are right as after PPO (82%, in the next table), at less KL.
+# What it does not ask for does not rise with it: answers stay as short as they were, and fewer are polite. A third of
+# the groups teach nothing. The coin teaches nothing at all, yet its policy moves too: KL by itself is no sign of
+# learning.
 #
 # ## The league
 #
-# All methods of this course, on the same base, judged by the same rubric on the same held-out prompts. Those that train
-# without pairs sample as many answers as PPO does, 1,920. `python tools/league.py --table` prints all columns.
+# All methods of this course, on the same base, judged by the same rubric on the same held-out prompts. The methods that
+# train without pairs all sample 1,920 answers. `python tools/league.py --table` prints all columns.
 
 # %%
 # Pocket only
@@ -535,9 +545,9 @@ for method in league:
     print(f"{mean(method, 'kl'):5.1f}{far:>10}")
 
 # %% [markdown]
-# (*answers*: sampled for training; for best-of-n, to the held-out prompts. The last column counts the seeds on which a
-# method is 0.3 of gold or more above SFT. The KL of best-of-n is its bound,
-# $\log n - (n-1)/n$.) And the same as a figure:
+# (*answers*: those sampled for training; for best-of-n, those to the held-out prompts. The last column counts the seeds
+# on which a method is at least 0.3 above SFT in gold. The KL of best-of-n is its bound, $\log n - (n-1)/n$.) The same
+# as a figure:
 
 # %%
 # Pocket only
@@ -555,27 +565,28 @@ plots.show(
 )
 
 # %% [markdown]
-# First of all, no training: **best-of-n** stands above every trained policy, and nearer to SFT. The reward model judges
-# SFT's own answers well, and best-of-n asks it for nothing else. The price is paid for every answer, 4 or 16 samples
-# and scores, forever. Training on its answers instead (*SFT on the best*, 120 examples) keeps little of them: 60% right, in
-# place of 98%.
+# The best is not trained at all: **best-of-n** stands above every trained policy, and nearer to SFT than PPO, RLOO and
+# GRPO. The reward model judges SFT's own answers well, and best-of-n asks it about no others. The price is that each
+# answer costs 4 or 16 samples and scores, for as long as the model is used. Training on the best of 16 instead (*SFT on
+# the best*, 120 examples) keeps little of the gain: 60% right, not 98%.
 #
-# Of the trained ones **PPO and RLOO** are level. The critic of lesson 04 buys nothing here: an answer is short, its score comes
-# at the end, and three other answers to the same prompt are as good a guess. **GRPO** gains less, at more KL. One reason can be
-# read from its formula: as the answers of a group become alike, the division makes their differences louder, while the price
-# of KL stays what it was. (Ratio, place of the KL and its estimate differ as well; the table does not tell these apart.)
-# **DPO** gains little at β = 0.1, from twice as many answers (1.22 at β = 1, lesson 08), and its second round, *online
-# DPO*, nothing.
+# Among the trained policies **PPO and RLOO** lead, and are level. The critic of lesson 04 buys nothing here: answers
+# are short, the score comes at the end, and three other answers to the same prompt predict it as well. **GRPO** gains
+# less, at more KL. Its formula suggests one reason: as the answers of a group become alike, the division amplifies
+# their differences, while the price of KL stays the same. (GRPO also differs in its ratio, in its estimate of KL and in
+# where that enters; the table cannot tell these apart.) **DPO** gains little at β = 0.1, from twice as many answers
+# (1.22 at β = 1, lesson 08), and a second round, *online DPO*, takes that away again.
 #
-# What the table does not say: one base, a hundred facts, answers of ten tokens, one learning rate, which was chosen for
-# PPO. Elsewhere the order may be another. What carries over is how it was made: equal samples, held-out prompts, ten
-# seeds, KL beside gold, and a control. (Rows that matter less have fewer seeds; the table says how many.)
+# All this is for one base, a few hundred facts, short answers, and one learning rate, which was chosen for PPO.
+# Elsewhere the order may be different. What carries over is how the table was made: equal samples where there are no
+# pairs, held-out prompts, ten seeds, KL beside gold, and a control. (Some rows have fewer seeds; the column *runs* says
+# how many.)
 #
 # ## At equal minutes
 #
-# Without a critic an update is cheaper: there is one adapter less to train and to ask. So PPO makes fewer updates in the
-# same time. Measured turn by turn on one machine, and the gold of the answers that each then samples (training prompts,
-# means of three updates, over all seeds):
+# Without a critic an update is cheaper: there is one adapter less to train and to run. So PPO makes fewer updates in
+# the same time. The times were measured with the methods taking turns on one machine; the gold is that of the answers
+# sampled in the last three updates (training prompts, mean over all seeds):
 
 
 # %%
@@ -602,6 +613,7 @@ for method in ("RLOO", "GRPO"):
 
 # %% [markdown]
 # At equal samples RLOO was level with PPO. At equal minutes it is 0.1 ahead: that is what leaving out the critic buys.
+# GRPO is not ahead of PPO even so.
 #
 # ## The number to take along
 
@@ -620,11 +632,12 @@ print(f"PPO {mean('PPO', 'gold'):.2f}, DPO {mean('DPO', 'gold'):.2f}")
 # ## Recap
 #
 # - Other answers to a prompt are a baseline without a network. Leaving one out keeps the gradient unbiased; dividing by
-#   the spread gives every prompt the same voice, and is another objective.
+#   the spread gives easy and hard prompts more weight, and changes the objective.
 # - A group without variance teaches nothing. Count them.
 # - The names are settings: which advantage, which mean, which ratio, one clip or two.
-# - k3 in the loss has the gradient of the KL the other way round, unless it is multiplied with the ratio.
-# - TRL's trainers need three things said: the SFT adapter as the policy, a reward function on token ids, and a β above 0.
+# - k3 in the loss has the gradient of the KL in the other direction, unless it is multiplied by the ratio.
+# - TRL's trainers must be given three things: the SFT adapter as the policy, a reward function on token ids, and a β
+#   above 0.
 #
 # **Further reading.** Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!". Ahmadian et al.
 # 2024 (arXiv 2402.14740): RLOO for language models. Shao et al. 2024 (arXiv 2402.03300), equations 3 and 4:

@@ -4,10 +4,10 @@
 # **Run time** about half a minute on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 09
 #
-# You write both advantages of groups and the KL penalty of GRPO with its gradient, and find out from the numbers of a run
-# why nothing is learnt in it. The check below each function names the likely mistake; the cells after it go on with a
-# reference version, so that Run All works with nothing filled in, or with a wrong answer; only an error in your code
-# stops it. To compare with the solution, run `nbdiff-web exercises/09_without_a_critic.ipynb
+# You write both kinds of group advantage and GRPO's KL penalty, derive that penalty's gradient, and find out from the
+# numbers of a run why nothing is learnt in it. The check below each function names the likely mistake; the cells after
+# it go on with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only an error
+# in your code stops it. To compare with the solution, run `nbdiff-web exercises/09_without_a_critic.ipynb
 # solutions/09_without_a_critic.ipynb` in the course's folder.
 
 # %%
@@ -36,8 +36,8 @@ prompts = list(prompt_dataset(preset)["prompt"])
 #
 # ●○○ · 10 minutes
 #
-# `scores` are `[B]`; those of one prompt stand side by side, `group_size` of them. The advantage of a response is its score
-# less the mean of the *other* scores of its group.
+# `scores` are `[B]`; those of one prompt stand side by side, `group_size` of them. The advantage of a response is its
+# score less the mean of the *other* scores in its group.
 #
 # By hand: a group of 3, 1 and 2. The first response is compared with (1 + 2)/2 = 1.5, so it gets 1.5; the second with 2.5,
 # so −1.5; the third with 2, so 0.
@@ -66,16 +66,17 @@ checks.check_leave_one_out(leave_one_out)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Let each row be a group. The sum of the others is the sum of the row less the own score. How many others are there?
+# Let each row be a group. The sum of the others is the sum of the row less the response's own score. How many others
+# are there?
 # </details>
 #
 # ## 2 · Divide by the spread
 #
 # ●○○ · 10 minutes
 #
-# GRPO takes off the mean of the *whole* group and divides by the group's standard deviation plus $10^{-4}$, with $G - 1$
-# below the sum of squares, as torch computes it. By hand: 3, 1 and 2 have the mean 2 and the deviation 1, so nearly 1,
-# −1 and 0.
+# GRPO takes off the mean of the *whole* group and divides by the group's standard deviation plus $10^{-4}$. The
+# deviation has $G - 1$ in its denominator, as torch computes it. By hand: 3, 1 and 2 have the mean 2 and the deviation
+# 1, so the advantages are nearly 1, −1 and 0.
 
 
 # %% tags=["nbval-check-output"]
@@ -104,7 +105,8 @@ checks.check_grpo_advantages(grpo_advantages)
 # Without the $10^{-4}$ a group of equal scores is 0/0.
 # </details>
 #
-# From here on with the reference versions. Two prompts with a verifier's scores, one easy and one hard:
+# From here on the reference versions are used. Take two prompts with a verifier's scores, one easy and one hard, and
+# one whose scores hardly differ:
 
 # %% tags=["nbval-check-output"]
 from rlhf_helpers.checks.lesson_09 import grpo_advantages, leave_one_out
@@ -116,13 +118,14 @@ noise = torch.tensor([0.500, 0.501, 0.499, 0.500])  # a prompt to which all answ
 print("hardly any spread:", [round(x, 2) for x in grpo_advantages(noise, 4).tolist()])
 
 # %% [markdown]
-# **In words.** What does the division do to that last prompt, and when is this a danger?
+# **In words.** What does the division do to the last prompt, and when is this a danger?
 
 # %% [markdown] tags=["solution"]
-# It makes a difference of a thousandth as loud as one between right and wrong: the answers of such a group pull nearly as
-# hard as those of any other. With a verifier this cannot happen, a score is 0 or 1. With a reward model scores always
-# differ a little, by chance or by the model's whims, and the policy is then trained on those for every prompt that it
-# already answers well. Leave-one-out gives them the weight that they have in the score.
+# It makes a difference of a thousandth count about as much as one between right and wrong: this group's advantages sum
+# to 2.2 in size, those of the other two to 3 each. With a verifier this cannot happen, since a score is 0 or 1. With a
+# reward model, scores nearly always differ a little, by chance or by the model's whims, and on every prompt that the
+# policy already answers well it is then trained on just that. Leave-one-out gives such differences no more weight than
+# they have in the score.
 
 # %% [markdown]
 # ## 3 · k3 in the loss
@@ -134,7 +137,7 @@ print("hardly any spread:", [round(x, 2) for x in grpo_advantages(noise, 4).toli
 # $$k_3 = e^{r} - 1 - r, \qquad r = \log \pi_{\text{ref}}(a_t) - \log \pi(a_t).$$
 #
 # By hand: the policy gave both tokens ½, the reference ¼ and ¾. Then $r$ is $\log \tfrac12$ and $\log \tfrac32$, k3 is
-# 0.193 and 0.095, and the penalty 0.144. The gradient goes to the policy, and to nobody else.
+# 0.193 and 0.095, and the penalty 0.144. The gradient goes to the policy only, not to the reference.
 
 
 # %% tags=["nbval-check-output"]
@@ -164,8 +167,8 @@ checks.check_k3_penalty(k3_penalty)
 # Which way round is r? At a token that the policy likes better than the reference does, r is below 0.
 # </details>
 #
-# From here on with the reference version. Its gradient, at a token that the policy finds twice, equally and half as likely as
-# the reference does:
+# From here on the reference version is used. Here is its gradient at three tokens, which the policy finds twice,
+# equally and half as likely as the reference does:
 
 # %% tags=["nbval-check-output"]
 from rlhf_helpers.checks.lesson_09 import k3_penalty
@@ -177,23 +180,24 @@ penalty = k3_penalty(logprobs, ref_logprobs, torch.ones(1, 3, dtype=torch.long))
 print("3 × gradient:", [round(x, 3) for x in (3 * gradient[0]).tolist()])
 
 # %% [markdown]
-# **In words.** Derive those three numbers. k1 in the loss has the gradient 1 at every token (for its value, −r); why does
-# k1 in the loss then not hold the policy back, on average, and k3 does?
+# **In words.** Derive those three numbers. k1, whose value is $-r$, has the gradient 1 at every token. Why then does k1
+# in the loss, on average, not hold the policy back, while k3 does?
 
 # %% [markdown] tags=["solution"]
-# With $r$'s derivative −1, that of k3 is $1 - e^{r}$: $1 - \tfrac12$, $1 - 1$ and $1 - 2$. Going down, the policy makes
-# a token less likely that it likes better than the reference, and more likely one that it likes less. k1 pushes every
-# sampled token down by the same amount, and $\mathbb{E}_\pi[\nabla \log \pi] = 0$: what is pushed down everywhere goes
-# nowhere. k3's push differs from token to token, and its mean is $-\mathbb{E}_\pi[e^{r} \nabla \log \pi]$, the gradient
-# of $\mathrm{KL}(\pi_{\text{ref}} \| \pi)$: not that of the KL that was asked for, but one that is 0 in the same place.
+# The derivative of $r$ is −1, so that of k3 is $1 - e^{r}$: $1 - \tfrac12$, $1 - 1$ and $1 - 2$. A step downhill makes
+# a token less likely if the policy likes it better than the reference does, and more likely if it likes it less. k1
+# pushes every sampled token down by the same amount, and since $\mathbb{E}_\pi[\nabla \log \pi] = 0$, these pushes
+# cancel on average. k3's push differs from token to token, and its mean is $-\mathbb{E}_\pi[e^{r} \nabla \log \pi]$,
+# the gradient of $\mathrm{KL}(\pi_{\text{ref}} \| \pi)$: not that of the KL that was asked for, but one that is 0 in
+# the same place.
 
 # %% [markdown]
 # ## 4 · A run in which nothing is learnt
 #
 # ●●○ · 15 minutes
 #
-# Users ask again and again why their reward stands still. First a number to look at: the share of groups that teach at
-# all, those in which not all scores are equal.
+# Users ask again and again why their reward does not move. A number to look at first is the share of groups that teach
+# anything: those in which not all scores are equal.
 
 
 # %% tags=["nbval-check-output"]
@@ -222,7 +226,7 @@ checks.check_teaching_share(teaching_share)
 # A group teaches if its best score is above its worst.
 # </details>
 #
-# From here on with the reference version. Three short runs follow, of the same loop, each from the same three roles:
+# From here on the reference version is used. Three short runs of the same loop follow, each from the same three roles:
 
 # %%
 from rlhf_helpers.checks.lesson_09 import teaching_share
@@ -237,8 +241,8 @@ def three_roles():
 
 
 # %% [markdown]
-# Two rewards are programs: A pays for an answer that ends, B for one that has fewer than eight tokens. C is the reward model
-# of lesson 02.
+# Two rewards are programs: A pays for an answer that ends by itself, B for one of fewer than eight tokens. C is the
+# reward model of lesson 02.
 
 
 # %%
@@ -260,7 +264,7 @@ for name, reward_function in (("A", ends), ("B", is_short), ("C", None)):
     logs[name] = list(tqdm(run, total=config.updates, desc=name))
 
 # %% [markdown]
-# What each update reports, and your number beside it:
+# What each update reports, with the share of groups that teach beside it:
 
 # %%
 print(f"{'':10}{'reward':>8}{'loss':>9}{'gradient':>10}{'KL':>7}{'teaching':>10}")
@@ -275,10 +279,10 @@ for name, rows in logs.items():
 # Which column would have misled you? And what would you change?
 
 # %% [markdown] tags=["solution"]
-# A. SFT's answers nearly all end by themselves, so nearly every group has four equal scores, and the few that do not are
-# answers cut off by chance. The advantages of the others are 0, so their gradient is, and a higher rate times 0 is 0; more
-# updates only sample more of the same. The reward does not help, it stands near its best (it would look the same with a
-# reward that is always 0). The loss misleads: with a mean over responses it is near 0 before the first step in *every*
-# run, the healthy ones too, and what is left is noise and KL. What to change is the reward or the prompts: ask what is
-# sometimes right and sometimes wrong, take larger groups, or leave out groups that teach nothing and sample others, which
-# is what DAPO does.
+# A. SFT's answers nearly all end by themselves, so nearly every group has four equal scores; now and then one may
+# differ because an answer was cut off. Equal scores have advantages of 0, so there is no gradient, and a higher
+# learning rate times 0 is 0; more updates only sample more of the same. The reward does not show it: it is near its
+# maximum, as after a successful run (and a reward that is always 0 would stand just as still). The loss misleads: it is
+# near 0 in *every* run, the healthy ones too, since the advantages of a group sum to 0. What to change is the reward or
+# the prompts: ask what is sometimes right and sometimes wrong, take larger groups, or leave out groups that teach
+# nothing and sample others, as DAPO does.
