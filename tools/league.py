@@ -77,7 +77,7 @@ LLAMA_7B = LlamaConfig()  # its defaults are those of Llama-2-7B
 
 
 def verifier(prompts: list[str], rollout: Rollout) -> torch.Tensor:
-    """1 for an answer that is right and says nothing wrong, 0 for any other: a program."""
+    """1 for an answer that says something right and nothing wrong, 0 for any other: a program."""
     rows = zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True)
     return torch.tensor([float(rubric.gold_reward(*row).correct > 0) for row in rows])
 

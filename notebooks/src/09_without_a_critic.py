@@ -138,7 +138,7 @@ from rlhf_helpers.pocket import rubric
 
 
 def verifier(prompts, rollout):
-    """1 for an answer that is right and says nothing wrong, 0 for any other."""
+    """1 for an answer that says something right and nothing wrong, 0 for any other."""
     rows = zip(prompts, rollout.texts, rollout.finished.tolist(), strict=True)
     return torch.tensor([float(rubric.gold_reward(*row).correct > 0) for row in rows])
 
@@ -288,7 +288,9 @@ for stats in tqdm(ppo.train_ppo(roles, tokenizer, prompts, short), total=short.u
     marks = gold(stats.experience.prompts, stats.experience.rollout).mean().item()
     history.append((stats, marks))
 series = {"proxy": [s.score for s, _ in history], gold.name: [g for _, g in history]}
-fig = plots.lines(series, "updates", "mean of the sampled answers")
+updates = [s.update for s, _ in history]
+curves = {name: dict(zip(updates, values, strict=True)) for name, values in series.items()}
+fig = plots.lines(curves, "update", "mean of the sampled answers")
 ends = ", ".join(f"{name} from {v[0]:.2f} to {v[-1]:.2f}" for name, v in series.items())
 plots.show(fig, f"Proxy and {gold.name} over {short.updates} updates of RLOO: {ends}.")
 
@@ -368,9 +370,8 @@ args = GRPOConfig(
     learning_rate=config.learning_rate,  # default: 1e-6, for all weights of a large model
     lr_scheduler_type="constant",
     max_completion_length=preset.response_length,
-    # as GRPO's paper
-    beta=0.1,  # default: 0, no KL at all, and no reference is kept
-    loss_type="grpo",  # default: "dapo"
+    beta=0.1,  # as our loop; default: 0, no KL at all, and no reference is kept
+    loss_type="grpo",  # as in GRPO's paper; default: "dapo"
     use_bias_correction_kl=False,  # default: on, see above
     report_to="none",
     logging_steps=1,
