@@ -7,8 +7,8 @@
 # After this lesson you will be able to
 #
 # - collect comparisons yourself, and say how far they can be trusted;
-# - train a reward model on from where it was, and look at what it forgets;
-# - mend a hacked reward, and say on which answers a label pulls hardest;
+# - go on training a reward model, and see what it forgets;
+# - mend a hacked reward model, and say on which answers a label pulls hardest;
 # - say why RLHF is run in rounds.
 
 # %%
@@ -51,12 +51,12 @@ lengths = preset.prompt_length + 8, 2 * preset.response_length  # of a prompt, a
 # %% [markdown]
 # ## A run that has gone wrong
 #
-# Lesson 05 has left a hole. At a price of β = 0.01 for a nat the policy finds what the reward model overpays: answers
+# Lesson 05 left a hole open. At a price of β = 0.01 per nat the policy finds what the reward model overpays: answers
 # full of courtesies that never end. The proxy rises, gold falls. A higher price keeps the policy away from the hole,
-# but the hole is still there. Who mends it? Nothing in the run can: the reward model is content. It takes somebody
-# who *reads the answers*.
+# but does not mend it. Nothing in the run can: by the reward model's own numbers all is well. It takes somebody who
+# *reads the answers*.
 #
-# First we need the patient: twelve updates of PPO at β = 0.01, from SFT.
+# First we need the patient: twelve updates of PPO from SFT, at β = 0.01.
 
 
 # %%
@@ -70,7 +70,7 @@ def four_roles(reward_folder):
 
 
 # %% [markdown]
-# What to draw of an update, and the run itself, always with the same prompts and seed:
+# What we draw of each update, and the run itself, always with the same prompts and seed:
 
 
 # %%
@@ -89,7 +89,7 @@ def run_ppo(roles, updates, name):
 
 
 # %% [markdown]
-# It is kept in `runs/`, its log too, so that a session of clicks can go on another day with the same answers.
+# Policy and log are kept in `runs/`, so that you can go on clicking another day, on the same answers.
 
 # %%
 roles, log = four_roles(adapters["reward"]), RowFile(folder / "hacking.jsonl")
@@ -103,7 +103,7 @@ before = log.rows()
 print(", ".join(f"{name} {before[0][name]:.2f} to {before[-1][name]:.2f}" for name in before[0]))
 
 # %% [markdown]
-# What does it say now? Two helpers, the answers of a role and the reward model's scores of answers:
+# What does the policy say now? Two helpers: a role's answers, and the reward model's scores for them:
 
 
 # %%
@@ -117,8 +117,8 @@ def scores(roles, prompts, texts):
 
 
 # %% [markdown]
-# For three prompts: what SFT answers, then the hacked policy, each with its score (in standard deviations of SFT's
-# scores).
+# Three prompts, each with SFT's answer and then the hacked policy's. The number is the score, in standard deviations of
+# SFT's scores.
 
 # %%
 shown = held_out[:: max(1, len(held_out) // 3)][:3]
@@ -131,10 +131,10 @@ for i, prompt in enumerate(shown):
 # %% [markdown]
 # ## You are the annotator
 #
-# Sixty prompts; to each one answer of the hacked policy and one of SFT, sides at random. You say which is better,
-# with the mouse or the keys, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice
-# is saved before the next pair comes, in the columns `prompt`, `chosen`, `rejected` of lesson 02; close the notebook
-# and go on tomorrow. The pairs are saved too, since your clicks make sense for exactly these answers.
+# Sixty prompts, each with one answer of the hacked policy and one of SFT, sides at random. With the mouse or the keys
+# you say which is better, or "cannot tell". Eight pairs come a second time, with the sides exchanged. Each choice is
+# saved before the next pair comes, in lesson 02's columns `prompt`, `chosen` and `rejected`, so you can close the
+# notebook and go on tomorrow. The pairs are saved too, since your clicks are about exactly these answers.
 
 # %%
 file = RowFile(folder / "pairs.jsonl")
@@ -149,10 +149,11 @@ for text in sorted(pairs[0][1:]):
     print(f"   {text}")
 
 # %% [markdown]
-# For Run All there is a simulated clicker, an honest one: it knows how good each answer is and takes the better one. In
-# the pocket world that is the rubric's gold; with another preset it is the judge of lesson 02, which PPO has not seen.
-# Like you, it sees the text alone: an answer that was cut off counts as ended. To click yourself, set `CLICK_YOURSELF =
-# True` at the top and run the cells down to this panel; click to the end, then run the cells below.
+# For Run All there is a simulated, honest clicker: it knows how good each answer is and takes the better one. In the
+# pocket world the rubric's gold says what is better; with another preset the judge of lesson 02 does, which PPO has not
+# seen. Like you, the clicker sees only the text, so an answer that was cut off counts as finished. To click yourself,
+# set `CLICK_YOURSELF = True` at the top, run the cells down to the panel, click to the end, and then run the cells
+# below it.
 
 
 # %%
@@ -165,7 +166,7 @@ def points(prompt, answer):
 
 
 # %% [markdown]
-# And the session, one file for you and one for the simulated clicker:
+# And the session, with one file for you and another for the simulated clicker:
 
 # %%
 honest = simulated(points)
@@ -181,11 +182,11 @@ else:
 # ## Whose labels are these?
 #
 # <details><summary><b>Predict before you run.</b> How often will you agree with yourself on the eight pairs that come
-# twice? Will you lean to the longer answer, to the politer one, to the left?</summary>
+# twice? Will you lean towards the longer answer, the politer one, the left one?</summary>
 #
-# The simulated clicker agrees with itself always and leans nowhere, by construction. People differ: in Stiennon et al.
-# (2020) labellers agreed with the researchers in 77% of comparisons, and the researchers with each other in 73%. How
-# often *you* agree with yourself, only asking twice can tell.
+# The simulated clicker always agrees with itself and has no leanings, by construction. People differ: in Stiennon et
+# al. (2020) labellers agreed with the researchers in 77% of comparisons, and the researchers with each other in 73%.
+# How often *you* agree with yourself, you can only find out by being asked twice.
 # </details>
 
 
@@ -204,15 +205,16 @@ told("chose the answer on the left", [row["side"] == "first" for row in decided]
 print(f"cannot tell: {sum(row['side'] is None for row in clicks.rows)} of {len(clicks.rows)}")
 
 # %% [markdown]
-# Agreement with yourself says how much can be learnt from you: whoever slips in one click of ten agrees with himself in
-# $0.9^2 + 0.1^2 = 82\%$ of the pairs, and even a perfect model predicts only 90% of his clicks. But
-# look at the interval: eight of eight only says that it is probably above two thirds. Whoever always clicks left
-# agrees with himself in none of the pairs, since the sides are exchanged, and whoever clicks blindly in half of them;
-# what remains above chance is the first part of the exercise. Nor do sixty clicks say much about a preference for the
-# left: the interval is so wide that it contains one half and much else.
+# Agreement with yourself says how much can be learnt from you. Somebody who errs in one click of ten agrees with
+# himself in $0.9^2 + 0.1^2 = 82\%$ of the pairs, and even a perfect model predicts only 90% of his clicks. But look at
+# the interval: eight of eight only says that the share is probably above two thirds. Since the sides are exchanged,
+# somebody who always clicks left never agrees with himself, and somebody who clicks blindly agrees in half of the
+# pairs; how much is left above chance is the first part of the exercise. Sixty clicks do not say much about a
+# preference for the left either: the interval contains one half, and much else.
 #
-# In this world we can ask what in life nobody can: are the labels right? And do they favour longer answers, or
-# politer ones? Beside the clicks stands what gold, and what the annotator of lesson 02 would choose on the same pairs.
+# In this world we can ask what nobody can ask in life: are the labels right? And do they favour longer or politer
+# answers? Below the lines about longer and politer answers stands what gold, and what the annotator of lesson 02, would
+# choose on the same pairs.
 
 
 # %%
@@ -231,7 +233,7 @@ def courtesies(prompt, answer):
 
 
 # %% [markdown]
-# With intervals as above:
+# With intervals, as above:
 
 # %%
 # Pocket only
@@ -243,19 +245,18 @@ for name, of in {"longer": words, "politer": courtesies}.items():
         told(f"   {who} would", [gap(row, of) * gap(row, worth) > 0 for row in differ])
 
 # %% [markdown]
-# Compare each line "chose" with "gold would" below it. (The simulated clicker is gold, so the two must agree; your own
-# need not.) Choosing the shorter answer in seven of ten pairs is not a bias: gold does the
-# same, on the same pairs. A bias is a *difference* between you and the truth, and in life the line "gold would" is
-# missing. The annotator of lesson 02, whose labels the reward model was trained on, would have chosen the longer,
-# politer answer in nine of ten. (That gold prefers some hacked answers is no slip: as a table below shows, they are
-# right more often than SFT's. What ruins them is what stands around the facts.)
+# Compare each "chose" line with the "gold would" line below it. (The simulated clicker is gold, so the two must agree;
+# yours need not.) Choosing the shorter answer in seven of ten pairs is not a bias: gold does the same, on the same
+# pairs. A bias is a *difference* between you and the truth, and in life there is no "gold would" line. The annotator of
+# lesson 02, from whose labels the reward model learnt, would have chosen the longer answer, and the politer one, in
+# nine of ten. (That gold prefers some hacked answers is no slip: as a table below shows, they are right more often than
+# SFT's. What ruins them is what stands around the facts.)
 #
 # ## What a click tells the reward model
 #
-# A pair pulls at the reward model with $1 - \sigma(\Delta)$, the probability that it gives to the other choice
-# (lesson 02): by hand, 0.5 where it cannot tell, and $1 - \sigma(2) = 0.12$ where it is rather sure already and
-# right. So a click teaches most where the reward model is *wrong*. How hard do these clicks pull, and how hard would
-# clicks on two answers of SFT?
+# A pair pulls at the reward model with $1 - \sigma(\Delta)$ (lesson 02). By hand: 0.5 where it cannot tell, and
+# $1 - \sigma(2) = 0.12$ where it is right and already rather sure. So a click teaches most where the reward model is
+# *wrong*. How hard do these clicks pull, and how hard would clicks on pairs of SFT answers?
 
 # %%
 asked = [prompt for prompt, *_ in pairs]
@@ -283,15 +284,15 @@ means = [pull.mean() for pull in pulled.values()]
 assert CLICK_YOURSELF or preset.name != "pocket" or means[0] > 1.5 * means[1]
 
 # %% [markdown]
-# On answers of SFT the reward model is nearly always right: it was trained on them. (And of sixty such pairs many
-# cannot be decided at all, since both answers have the same gold.) On the policy's answers it is wrong more often
+# On pairs of SFT answers the reward model is nearly always right: it was trained on such pairs. (Many of these pairs
+# cannot be decided at all, since both answers have the same gold.) With the policy's answers it is wrong more often
 # than right: PPO has gone where it errs, and that is what hacking is. So clicks pull hardest *where the policy now is*.
-# Whether clicks on two answers of SFT would mend anything is another question, which these numbers do not answer.
+# Whether clicks on SFT's own pairs would mend anything is another question, which these numbers do not answer.
 #
 # ## Training on, with a replay
 #
-# Sixty pairs are few, and nothing in their loss asks for what the four thousand of lesson 02 have
-# taught. So half of each batch are old pairs, a **replay**. By hand, with three new pairs, five old ones, batches of
+# Sixty pairs are few, and nothing in their loss asks the reward model to keep what the 3,572 pairs of lesson 02 taught
+# it. So half of each batch is old pairs, a **replay**. By hand, with three new pairs, five old ones and batches of
 # four:
 
 
@@ -308,8 +309,8 @@ for step in range(3):
     print(by_hand[4 * step : 4 * step + 4])
 
 # %% [markdown]
-# The old pairs are SFT's answers and the annotator's choices, collected as in lesson 02, to one in twelve of its
-# prompts. Those to other prompts are kept apart, to see what is forgotten.
+# The old pairs are SFT's answers to every twelfth prompt of lesson 02, with the annotator's choices, collected as
+# there. About as many pairs of other prompts are kept apart, to see what is forgotten.
 
 
 # %%
@@ -327,7 +328,7 @@ def annotated(first):
 
 
 # %% [markdown]
-# As tokens, with the clicks beside them:
+# As tokens, and the clicks with them:
 
 # %%
 old_pairs, unseen = annotated(0), annotated(6)
@@ -335,8 +336,8 @@ new_pairs = reward.encode_pairs(tokenizer, labels, *lengths)
 print(f"{len(new_pairs)} new pairs, {len(old_pairs)} old ones, {len(unseen)} kept apart")
 
 # %% [markdown]
-# Forty steps at 0.3 of the learning rate that the reward model was trained with: it should move, not start over.
-# Then its scores are normalised again on SFT's answers, so that β keeps its meaning.
+# Forty steps at 0.3 times the learning rate of lesson 02: the reward model should move, not start over. Then its scores
+# are normalised again on SFT's answers, so that β keeps its meaning.
 
 
 # %%
@@ -359,7 +360,7 @@ def train_on(start, new, name, replay=0.5, steps=40, size=16):
 
 
 # %% [markdown]
-# Once with the replay, and once with the clicks alone:
+# Once with the replay, and once on the clicks alone:
 
 # %%
 models = {"before": adapters["reward"]}
@@ -368,11 +369,11 @@ models["clicks alone"] = train_on(models["before"], new_pairs, "alone", replay=0
 
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> The probe of lesson 02: the same right answers with none to four
-# courtesies around them. The reward model paid for the first ones and took nothing off for more. What will it do
-# after the clicks?</summary>
+# courtesies around them. The reward model paid for the first two and took nothing off for more. What will it do after
+# the clicks?</summary>
 #
 # The hacked answers are full of courtesies, and the clicks mostly chose the others. So courtesies should cost something
-# now. It might also throw out the first one, which gold likes: a reward model has no rubric, only examples.
+# now. The first one, which gold likes, might be thrown out as well: a reward model has no rubric, only examples.
 # </details>
 
 # %%
@@ -401,14 +402,15 @@ assert CLICK_YOURSELF or falls["before"] < 0
 assert CLICK_YOURSELF or falls["clicks and replay"] > 0.2
 
 # %% [markdown]
-# Before, each of the first two courtesies was paid for, and more cost nothing. After, the curve has the *shape* of
-# gold: one is worth something, and from then on each costs. Nobody told the reward model that rule; it has only seen
-# some sixty choices. (Compare shapes, not heights: gold is in points, a score in standard deviations of SFT's scores.)
-# The probe shows one hole. It cannot show that there is no other.
+# Before the clicks, each of the first two courtesies was paid for, and more cost nothing. After them, the curve has the
+# *shape* of gold's: the first courtesy earns something, and every further one costs. Nobody told the reward model that
+# rule; it has only seen some sixty choices. (Compare shapes, not heights: gold is in points, a score in standard
+# deviations of SFT's scores.) The probe shows one hole. It cannot show that there is no other.
 #
-# And what has been forgotten? *SFT twice* is the share of pairs of SFT's answers to a held-out prompt, different in
-# gold, that the reward model ranks as gold does; *hacked and SFT* the same with one answer of the hacked policy, which
-# the clicks were for; *annotator* the share of the annotator's choices kept apart above that it would make as well.
+# And what has been forgotten? The table has three shares. *SFT twice*: of pairs of SFT answers to a held-out prompt,
+# different in gold, the share that the reward model ranks as gold does. *Hacked and SFT*: the same with one answer of
+# the hacked policy, which is what the clicks were for. *Annotator*: of the annotator's choices kept apart above, the
+# share that the reward model would make too.
 
 
 # %%
@@ -423,7 +425,7 @@ def agreement(its_roles, prompts, first, second):
 
 
 # %% [markdown]
-# Each answer is sampled once, so that all three are asked about the same:
+# The answers are sampled once, so that all three reward models judge the same ones:
 
 # %%
 # Pocket only
@@ -450,17 +452,17 @@ for name in ("clicks and replay", "clicks alone"):
     assert CLICK_YOURSELF or agreed[name][0] > agreed["before"][0] - 0.05
 
 # %% [markdown]
-# Where the policy now is, both reward models judge far better than before. And with or without the replay, nothing is
-# lost on SFT's own answers that this measure would show. So by these measures forty small steps forget nothing, and the
-# replay costs a little of the cure, 0.81 in place of 0.86. (The last column counts the annotator's choices, bias
-# included. A reward model that has lost the bias must disagree with some of them, so a fall there is not damage in
-# itself.) This is one seed and an honest clicker, and no policy has been trained here on the reward model without replay.
+# Where the policy now is, both new reward models judge far better than before. With the replay or without, this measure
+# shows no loss on SFT's own answers. So by these measures forty small steps forget nothing, and the replay costs a
+# little of the cure: 0.81 instead of 0.86. (The last column counts the annotator's choices, bias included. A reward
+# model that has lost the bias must disagree with some of them, so a fall there is not damage in itself.) This is one
+# seed and an honest clicker, and no policy is trained here on the reward model without replay.
 #
 # ## The same run again
 #
-# All as at the beginning: from SFT, the same prompts, the same seed, the same price of 0.01. Only the reward model is
-# another, and with it the critic, which starts as its copy. And it goes on for fifteen updates instead of twelve, to
-# give a second fall time to begin.
+# Everything is as in the first run: it starts from SFT, with the same prompts, the same seed and the same price of
+# 0.01. Only the reward model is another one, and with it the critic, which starts as its copy. And the run takes
+# fifteen updates instead of twelve, to give a second fall time to begin.
 
 # %%
 mended = four_roles(models["clicks and replay"])
@@ -468,7 +470,7 @@ after = run_ppo(mended, 15, "mending")
 print(f"from nothing to here {(time.perf_counter() - begun) / 60:.1f} minutes")
 
 # %% [markdown]
-# Both runs, each scored by the reward model that it was trained on:
+# Both runs, each scored by the reward model that it was trained with:
 
 # %%
 logs = {"before the clicks": before, "after": after}
@@ -481,10 +483,9 @@ alt = f"Score, gold, KL and share finished over the updates. In the end gold and
 plots.show(plots.panels(panels, "updates", {}), alt)
 
 # %% [markdown]
-# In the old run the score climbs while gold falls below 0 and hardly an answer ends. The
-# new run's gold ends above where it began, and nearly all answers end. The scores of the two runs are in units of two
-# reward models: compare their shapes, not their heights. The KL says it as well: at the same price the policy stays far
-# nearer to SFT.
+# In the old run the score climbs while gold falls below 0, and in the end hardly any answer is finished. In the new run
+# gold ends above where it began, nearly all answers are finished, and at the same price the policy stays far nearer to
+# SFT. (The two scores are in units of two reward models: compare their shapes, not their heights.)
 #
 # On held-out prompts:
 
@@ -540,19 +541,19 @@ if not CLICK_YOURSELF:
     assert table["hacked"]["finished"] < 0.2 and table["cured"]["finished"] > 0.95
 
 # %% [markdown]
-# The cured policy is above SFT, and ends its answers. The hacked one had more right answers than SFT; the cured one
-# keeps that, and leaves out what ruined it. The clicks need not have taught it facts: the reward model ranked SFT's
-# answers well before them (0.90) and hardly better after (0.91), so what has changed is mostly the price of courtesies.
-# Not every answer has got better: the driver of the bus was right in SFT's sample, and is a trout in the other two.
-# And the table does not show that no other hole is left. This was fifteen updates; a longer run may find one, and then
-# somebody has to click again.
+# The cured policy has more gold than SFT, and its answers end. The hacked policy had more right answers than SFT; the
+# cured one keeps that gain, and leaves out what ruined it. The clicks need not have taught it facts: the reward model
+# ranked SFT's answers well before them (0.90) and hardly better after (0.91), so what has changed is mostly the price
+# of courtesies. Not every answer has improved: SFT's sample has the driver of the bus right; in the other two it is a
+# trout. And the table does not show that no hole is left. These were fifteen updates; a longer run may find another,
+# and then somebody has to click again.
 #
 # ## Ten seeds
 #
-# One run is one run. So all of this was recorded on ten seeds of the prompts, of all samples, of the clicker; and
-# beside sixty honest clicks fewer and more of them, *careless* clickers, who are wrong one time in five, *biased* ones,
-# who click as the annotators of lesson 02 do, and honest clicks on pairs of which SFT wrote both answers. All begin
-# from the one SFT and the one reward model of the course; how much those matter is not measured.
+# One run is only one run. So all of this was recorded with ten seeds for the prompts, all samples and the clicker.
+# Besides sixty honest clicks there are fewer and more of them; *careless* clickers, who are wrong one time in five;
+# *biased* ones, who click as the annotators of lesson 02 do; and honest clicks on pairs in which SFT wrote both
+# answers. All runs begin from the course's one SFT model and one reward model; how much those matter is not measured.
 
 
 # %%
@@ -568,7 +569,7 @@ about = json.loads((ASSETS / "clicks" / "about.json").read_text(encoding="utf-8"
 print(f"recorded on {about['machine']}, {about['date']}, {about['versions']}")
 
 # %% [markdown]
-# What was measured before the clicks, and after, by row and seed:
+# The measurements before the clicks and after, by row and seed:
 
 # %%
 # Pocket only
@@ -579,10 +580,10 @@ for row in sorted(recorded("after.csv"), key=lambda row: (row["clicker"], row["c
     study.setdefault(row["row"], {})[int(row["seed"])] = row
 
 # %% [markdown]
-# Means over the seeds, and of gold the range. *On SFT* is the agreement with gold on pairs of SFT's answers, as above,
-# *on hacked* on pairs with one answer of the hacked policy; SFT and the hacked policy have the same reward model, that
-# before the clicks. *Above* counts the seeds on which gold is above SFT's, *up* those with at least ten points more
-# right answers than SFT.
+# Means over the seeds, and for gold the range as well. *On SFT* is the reward model's agreement with gold on pairs of
+# SFT answers, as above; *on hacked*, on pairs with one answer of the hacked policy. (The rows "SFT" and "hacked" have
+# the same reward model, the one before the clicks.) *Above* counts the seeds on which gold is above SFT's; *up*, those
+# on which the share of right answers is at least ten points above SFT's.
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -599,26 +600,26 @@ for name, rows in (start | study).items():
     print(f"{min(golds):9.2f}{max(golds):6.2f}{above:7}{up:4}")
 
 # %% [markdown]
-# With sixty honest clicks on pairs of the policy's own answers gold ends above SFT's on every seed, and right answers are
-# at least ten points above SFT's on all ten. The hacked policy had that on nine, so most of this is PPO's doing, and the
-# cure keeps it. What the cure brings is all else: the answers end. The reward model judges SFT's own answers as well as
-# before, and pairs with a hacked answer far better.
+# With sixty honest clicks on pairs with an answer of the policy, gold ends above SFT's on all ten seeds, and the share
+# of right answers at least ten points above SFT's. The hacked policy had that second gain on nine seeds already, so
+# most of it is PPO's doing, and the cure keeps it. What the cure adds is all the rest: the answers end. The reward
+# model judges pairs of SFT answers as well as before, and pairs with a hacked answer far better.
 #
-# **Where one clicks** matters more than how often. Sixty honest clicks on two answers of SFT leave gold about where SFT
-# is, above it on only 2 of 10 seeds, after seven nats; of the pairs with a hacked answer this reward model ranks hardly
-# more as gold does than before. SFT's answers do not hold what has to be learnt. (Nearly all of these policies' answers
-# do end again. These rows do not say why.) Twelve clicks where the policy is do more.
+# **Where you click** matters more than how often. Sixty honest clicks on pairs of SFT answers leave gold about where
+# SFT is, and above it on only 2 of 10 seeds, at a KL of seven nats; on pairs with a hacked answer the reward model
+# agrees with gold hardly more often than before. SFT's answers do not contain what has to be learnt. (Nearly all of
+# these policies' answers do end again; the table does not say why.) Twelve clicks where the policy is do more.
 #
-# **Who clicks** matters as much. A careless clicker, wrong one time in five, mends the model on 9 seeds of 10, but once
-# gold stays far below SFT's; and more such clicks do not make it safe: with 120, on one seed of ten, the model
-# is hacked as before. With biased clickers gold stays below SFT's on every seed. Nearly all of their answers end, but
-# they are nearly twice as long as the honest ones': the love of courtesies is what dug one of the holes, and these
-# clicks dig on.
+# **Who clicks** matters as much. Careless clickers, wrong one time in five, mend the model on 9 seeds of 10; on the
+# other one gold stays far below SFT's. More such clicks do not make it safe: with 120, the policy is hacked as before
+# on one seed of ten. With biased clickers gold stays below SFT's on every seed. Nearly all of their answers end, but
+# are nearly twice as long as with honest clickers: the love of courtesies dug one of the holes, and these clicks dig
+# on.
 #
-# Without the replay, on three seeds, the policy stays nearer to SFT and has a little less gold than with it; what is
-# known of SFT's answers has hardly suffered.
+# Without the replay, on three seeds, the policy stays nearer to SFT and ends with a little less gold than with it; what
+# the reward model knows of SFT's answers has hardly suffered.
 #
-# The same as a figure, a point for each seed (moved sideways a little, to be told apart):
+# The same as a figure, a point for each seed (the groups are moved sideways a little, to be told apart):
 
 # %%
 # Pocket only
@@ -652,16 +653,17 @@ plots.show(
 )
 
 # %% [markdown]
-# So few honest clicks are enough, in this world: twelve on each of ten seeds, and from 24 on the points hardly
-# rise. But this is one wide hole, and the pairs are full of it. Do not carry the number over to a hole that is rare.
+# So in this world a few honest clicks are enough: twelve, on each of ten seeds; from 24 on the points hardly rise. But
+# this is one wide hole, and the pairs are full of it. Do not carry the number over to a hole that is rare.
 #
 # ## Rounds
 #
-# The cure has moved the policy, by three nats, and no click has yet compared two of *its* answers. So comparisons are
-# collected on the newest policy, reward model and policy are trained again, and so on: Bai et al. (2022, section 4.5)
-# put new policies before the annotators week by week, Ouyang et al. (2022) describe the same loop, and already Ziegler
-# et al. (2019) collected labels while the policy was training. Here sixty more honest clicks, on three seeds, each on
-# an answer of the cured policy and one of SFT; the pairs of the first round are replayed with the old ones:
+# The cure has moved the policy by three nats, and nobody has clicked on *its* answers yet. So RLHF goes in rounds:
+# collect comparisons on the newest policy, train the reward model and the policy again, and so on. Bai et al. (2022,
+# section 4.5) put new policies before the annotators week by week, Ouyang et al. (2022) describe the same loop, and
+# Ziegler et al. (2019) already collected labels while the policy was training. Here are sixty more honest clicks, on
+# three seeds, each between an answer of the cured policy and one of SFT; the pairs of the first round are replayed with
+# the old ones:
 
 # %% tags=["nbval-check-output"]
 # Pocket only
@@ -671,23 +673,22 @@ for seed, row in study["second-round-60"].items():
     print(f"seed {seed}: {moved}; {row['asked']:.0f} pairs asked")
 
 # %% [markdown]
-# Gold is higher on two seeds and lower on one: three seeds show no dependable gain. The
-# first round had closed the hole; more of the pairs are now undecided (it took 65 to 70 questions for sixty clicks, 60 to
-# 62 before), since the answers are more often equally good. What a round is worth where the policy has found
-# something new, these runs do not show.
+# Gold is higher on two seeds and lower on one: three seeds show no dependable gain. The first round had closed the
+# hole. The answers are now more often equally good, so more pairs are undecided: it took 65 to 70 questions to get
+# sixty clicks, 60 to 62 before. What a round is worth once the policy has found something new, these runs do not show.
 #
 # ## Teach it a taste of your own
 #
-# So far the clicks followed gold, which is what a teacher wants. They need not. Say you want no courtesies at all,
-# though the rubric pays for one; or short answers; or whatever you like: forty clicks on answers of the cured policy
-# and of SFT, the mended reward model trained on, twelve updates from SFT. A rule clicks here; with
-# `CLICK_YOURSELF = True` a panel opens instead: stop after about forty, and run the cells below.
+# So far gold was the aim. It need not be. Say you want no courtesies at all, though the rubric pays for one; or short
+# answers; or whatever you like. Forty clicks on answers of the cured policy and of SFT, forty more steps for the mended
+# reward model, and twelve updates from SFT. Here a rule clicks; with `CLICK_YOURSELF = True` a panel opens instead:
+# stop after about forty, and run the cells below.
 #
 # <details><summary><b>Predict before you run.</b> Will it drop the courtesies? What will that do to gold, and to the share
 # of right answers?</summary>
 #
 # Gold should fall by the 0.2 that one courtesy earns, wherever the policy had one. The facts are another matter: no
-# click asked for them, and none asked against them, but half of each batch is old pairs. </details>
+# click asked for them or against them, but the old pairs, half of each batch, do ask for them. </details>
 
 # %%
 # Pocket only
@@ -720,7 +721,7 @@ liked = liked.select(range(min(40, len(liked))))
 print(f"{len(liked)} clicks for {taste!r}")
 
 # %% [markdown]
-# Reward model, policy, and what came of it:
+# Train the reward model, then the policy, and measure:
 
 # %%
 # Pocket only
@@ -746,14 +747,15 @@ for name, seen in ends.items():
 assert CLICK_YOURSELF or table["taste"]["courtesies"] < table["cured"]["courtesies"] / 2
 
 # %% [markdown]
-# From SFT the first cure went up to one courtesy an answer; this policy, which began from SFT too, has gone down, from
-# 0.23 to 0.10. Gold is 0.11 below the cured policy's, and right answers are about as many: the policy now serves the
-# clicker, not the rubric. That is the same mechanism as
-# the cure, and as the hole: a reward model learns what is clicked. Whose clicks those are is not a technical question.
+# The cured policy went up to one courtesy an answer, from SFT's 0.23; this one, which began from SFT too, has gone down
+# to 0.10. Gold is 0.11 below the cured policy's, and about as many answers are right: the policy now serves the
+# clicker, not the rubric. The mechanism is that of the cure, and of the hole: a reward model learns what is clicked.
+# Whose clicks those are is not a technical question.
 #
-# A trait on the surface, which most pairs show and which the model can already leave out, forty clicks can teach.
+# Forty clicks can teach a trait on the surface, which most pairs show and which the model can already leave out.
 # Whether they could teach a fact, or a rule with exceptions ("courtesies only for those who say please"), was not
-# tried; hardly any pair would show it. What else they did, nobody has looked at but for the columns above. One seed.
+# tried; hardly any pair would show it. Nobody has looked at what else they changed, beyond the columns above. And this
+# is one seed.
 #
 # ## The number to take along
 
@@ -770,13 +772,14 @@ print(f"{mean['cured']:.2f} after (SFT {mean['SFT']:.2f}); above SFT on {ahead} 
 # ## Recap
 #
 # - Clicks pull hardest where the policy now is: there the reward model is wrong.
-# - Train on from where the reward model was, mix in old pairs, normalise again, and measure what was forgotten.
+# - Go on training the reward model from where it was; mix in old pairs, normalise again, and measure what was
+#   forgotten.
 # - Ask some pairs twice: where you do not agree with yourself, nobody can learn from you.
 # - A reward model learns what is clicked, bias and taste included.
-# - The cure holds where somebody has looked. So it goes in rounds.
+# - The cure holds where somebody has looked. That is why RLHF goes in rounds.
 #
-# The hole is mended, because somebody read the answers. This run was broken in a way that its score did not show.
-# Lesson 07 collects others, and what finds them.
+# The hole is mended because somebody read the answers. The first run was broken in a way that its score did not show.
+# Lesson 07 collects other such runs, and what finds them.
 #
 # **Further reading.** Bai et al. 2022 (arXiv 2204.05862), section 4.5: rounds with people. Ouyang et al. 2022 (arXiv
 # 2203.02155), section 3: comparisons, and doing it again. Ziegler et al. 2019 (arXiv 1909.08593): labels collected

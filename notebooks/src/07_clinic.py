@@ -7,7 +7,7 @@
 # After this lesson you will be able to
 #
 # - name the numbers of a PPO run that are known beforehand, whatever the data are;
-# - check a trainer before its run, in seconds, and a log during and after it, your own or TRL's;
+# - check a trainer in seconds before its run, and a log during the run or after it, your own or TRL's;
 # - say which faults no number shows, and what to read then.
 
 # %%
@@ -51,10 +51,10 @@ def four_roles():
 # %% [markdown]
 # ## Nothing stops
 #
-# An ordinary program with a fault crashes, or its tests fail. A learning program does neither: it learns something
-# else, or nothing, and draws curves of it. Here are fourteen faults of the kind that fill the issue trackers of RLHF
-# libraries. Each was planted in the course's own trainer and run for thirty updates with lesson 04's settings and three
-# seeds, beside three runs without a fault. The runs are recorded:
+# An ordinary program with a fault crashes, or its tests fail. A program that learns does neither: it learns something
+# else, or nothing, and draws curves of that. Here are fourteen faults that are easily made in RLHF code. Each was
+# planted in the course's own trainer and run for thirty updates with lesson 04's settings and three seeds, beside three
+# runs without a fault. The runs are recorded:
 
 
 # %%
@@ -91,20 +91,20 @@ assert all(len(rows) == 30 for rows in runs.values())
 assert all(end["warnings"] == 0 for end in ends.values())
 
 # %% [markdown]
-# Not one of these runs has stopped or said a word. And each fault is a few lines. This is how one is made:
+# Not one of these runs stopped or said a word. And each fault is only a few lines. This is how one is made:
 
 # %%
 print(inspect.getsource(clinic.kl_sign))
 
 # %% [markdown]
-# The trainer itself knows nothing of it. While the `with` block is open the trainer finds the wrong function in the
-# place of the right one; afterwards all is as it was.
+# The trainer itself knows nothing of it. While the `with` block is open it finds the wrong function in place of the
+# right one; afterwards all is as it was.
 #
-# <details><summary><b>Predict before you run.</b> The sign of the KL penalty is wrong. What does the score do, beside that
-# of a healthy run? And which number would you look at to find the fault?</summary>
+# <details><summary><b>Predict before you run.</b> The sign of the KL penalty is wrong. What does the score do, compared
+# with that of a healthy run? And which number would you look at to find the fault?</summary>
 #
-# The score still rises: nothing holds the policy back, and it is even paid for leaving. So the score is the last place to
-# look at. KL shows it.
+# The score still rises: nothing holds the policy back, and it is even paid for leaving. So the score is the last place
+# to look. KL shows the fault.
 # </details>
 
 # %%
@@ -120,13 +120,14 @@ for name in ("score", "kl"):
 assert preset.name != "pocket" or live["kl_sign"][-1].kl > 1.5 * live["healthy"][-1].kl
 
 # %% [markdown]
-# (Change a name in the tuple and run the cell again: any fault of the list will do.)
+# (Add a name to the tuple and run the cell again: any fault in the list will do.)
 
 # %% [markdown]
 # ## Numbers that are known beforehand
 #
-# A healthy score is a matter of taste. Some other numbers are not. The first you know from lesson 05: **KL is not negative
-# in the mean**, if its samples come from the policy. Three tokens by hand, the full sums instead of samples:
+# There is no right value for a score. For some other numbers there is one. The first you know from lesson 05: **KL is
+# not negative in the mean**, if its samples come from the policy. Three tokens by hand, with full sums instead of
+# samples:
 
 # %% tags=["nbval-check-output"]
 policy, reference = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.3, 0.6, 0.1])
@@ -137,12 +138,12 @@ print(f"the difference turned round       {-(policy * k1).sum():+.3f}")
 print(f"mean over another one's samples   {(reference * k1).sum():+.3f}")
 
 # %% [markdown]
-# By hand: $(0.6 - 0.3)\ln 2 = 0.208$. So a KL that stays below 0 has two causes: the difference is taken the wrong way
-# round, or the tokens were not drawn from what is scored.
+# By hand: $(0.6 - 0.3)\ln 2 = 0.208$. So a KL that stays below 0 has one of two causes: the difference is taken the
+# wrong way round, or the tokens were not drawn from the policy that is scored.
 #
 # The second: **the last return is the last reward**. At the last token $A = r - V$, whatever γ and λ are, so
-# $R = A + V = r$. And advantages, which are whitened, have mean 0 and spread 1 over the real tokens. An answer of three
-# tokens with a score of 2, and one of two with a score of −1:
+# $R = A + V = r$. The third: advantages that were whitened have **mean 0 and spread 1** over the real tokens. Take an
+# answer of three tokens with a score of 2, and one of two with a score of −1:
 
 # %% tags=["nbval-check-output"]
 mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -158,16 +159,17 @@ for name, x in (("whitened", white), ("with padding", padded)):
     print(f"{name:12} {round(mean.item(), 3) + 0.0:.3f} ± {std:.3f}")
 
 # %% [markdown]
-# Where padding takes part in the whitening, the mean of the real tokens is not 0: a bias that has nothing to do with
-# how good an answer was. That is a number one can watch; the loss is not.
+# If the padding takes part in the whitening, the mean over the real tokens is not 0: a bias that has nothing to do with
+# how good an answer was. That is a number worth watching; the loss is not.
 
 # %% [markdown]
 # ## First aid: checks before a run
 #
-# Other numbers are known before the first step. The policy *is* the reference, so KL is exactly 0; the policy that
-# is trained *is* the one that sampled, so the ratio is exactly 1; a score does not depend on what an answer is batched with.
-# And some behaviour is known: one prompt can be overfitted, and a heavy price of KL calls the policy back. `preflight`
-# tries it all, with the very functions that the run will call, and leaves every weight as it was.
+# Other numbers are known before the first step. The policy *is* the reference, so KL is exactly 0; the policy that is
+# trained *is* the one that sampled, so the ratio is exactly 1; a score does not depend on what an answer is batched
+# with. And some behaviour is known: a single prompt can be overfitted, and a high price of KL brings the policy back to
+# the reference. `preflight` tries all of this, with the very functions that the run will call, and leaves every weight
+# as it was.
 
 # %%
 findings = preflight(four_roles(), tokenizer, prompts)
@@ -185,11 +187,11 @@ print(*failed, sep="\n")
 assert "scored as it was sampled" in {finding.name for finding in failed}
 
 # %% [markdown]
-# First ratio and first KL do *not* show this fault: both are differences of two log-probabilities that are off in the
-# same way. What shows it is a comparison with the sampler's own log-probabilities. So one exact number is not enough; it
-# takes several, each about another part of the trainer.
+# The first ratio and the first KL do *not* show this fault: both are differences of two log-probabilities that are off
+# in the same way. What shows it is a comparison with the sampler's own log-probabilities. So one exact number is not
+# enough; it takes several, each about another part of the trainer.
 #
-# What `preflight` has found for each fault, recorded:
+# What `preflight` finds for each fault, recorded:
 
 # %%
 # Pocket only
@@ -202,15 +204,15 @@ for fault in faults:
 assert not caught["healthy"]
 
 # %% [markdown]
-# Twelve of the fourteen, before the run begins. The names of the checks also say where to look. Two slip
-# through. `swapped_labels` is no fault of the trainer: it trains well, towards the wrong thing. And
-# `adapter_in_bfloat16` is none at this learning rate; the next section shows at which it is.
+# Twelve of the fourteen are found before the run begins, and the names of the checks say where to look. Two slip
+# through. `swapped_labels` is no fault of the trainer, which trains well, towards the wrong thing. And
+# `adapter_in_bfloat16` is hardly a fault at this learning rate; the next section shows at which it is one.
 
 # %% [markdown]
 # ## A step that rounds to nothing
 #
-# The adapter in bfloat16 passes at this course's learning rate. A model of billions of weights is trained at 1e-5 or
-# less, and then something happens that no curve shows. bfloat16 has eight bits for a number's digits:
+# At this course's learning rate an adapter in bfloat16 passes. A model of billions of weights is often trained at 1e-5
+# or less, and then something happens that no curve shows. bfloat16 has only eight bits for a number's digits:
 
 # %% tags=["nbval-check-output"]
 weight = torch.tensor(0.1, dtype=torch.bfloat16)
@@ -219,9 +221,9 @@ for step in (1e-3, 1e-4, 1e-5):
     print(f"{weight.item():.6f} + {step:g} = {moved.item():.6f}")
 
 # %% [markdown]
-# Between 0.0625 and 0.125 its neighbours are 0.0005 apart, and a step of less than half of that is lost. Adam's first step is
-# as long as the learning rate, whatever the gradient is. So the gradient is there, its norm looks healthy, and the
-# weights stay:
+# Between 0.0625 and 0.125 neighbouring numbers are 0.0005 apart, and a step of less than half of that is lost. Adam's
+# first step is as long as the learning rate, however large the gradient is. So the gradient is there, its norm looks
+# healthy, and the weights stay:
 
 # %%
 for rate in (1e-3, 1e-5):
@@ -232,13 +234,14 @@ for rate in (1e-3, 1e-5):
 assert not found["a step moves every weight"].passed
 
 # %% [markdown]
-# Hence the rule of lesson 04: the base may be in 4 bits, what is trained is in float32.
+# That is why in lesson 04 the base is in 4 bits, but what is trained is in float32.
 
 # %% [markdown]
 # ## During the run: what must stay in its band
 #
-# `examine` reads a history, or a log. It says "broken" for what cannot be in a run that is as it should be, and "look"
-# for what can be, but is worth reading answers and code. Its bands are those of lesson 04.
+# `examine` reads a history or a log. It says "broken" for what cannot happen in a sound run, and "look" for what can
+# happen, but is a reason to read answers and code. Its bands are those of lesson 04 and two more, for `finished` and
+# `approx_kl`; [what the logs say](../docs/glossary.md) lists them.
 
 # %%
 for fault, history in live.items():
@@ -246,7 +249,8 @@ for fault, history in live.items():
 print(sorted(log_row(live["healthy"][-1])))
 
 # %% [markdown]
-# It takes TRL's logs too, `trainer.state.log_history`. Five rows in the columns of TRL 1.12's PPO, with made-up numbers:
+# It also takes TRL's logs, `trainer.state.log_history`. Five rows in the columns of TRL 1.12's PPO (1.12 was the last
+# release with a PPO trainer), with made-up numbers:
 
 # %% tags=["nbval-check-output"]
 log = [
@@ -284,7 +288,7 @@ plots.show(fig, alt=f"Which alarms each fault trips, as the share of seeds. {'; 
 assert not any(signals["healthy"].values())
 
 # %% [markdown]
-# Lesson 05 has recorded ten more healthy runs, at β = 0.1. How many of them trip an alarm?
+# Lesson 05 recorded ten more healthy runs, at β = 0.1. How many of them trip an alarm?
 
 # %%
 # Pocket only
@@ -297,17 +301,21 @@ print(f"{false_alarms} of {len(others)}")
 assert false_alarms == 0 and len(others) == 10
 
 # %% [markdown]
-# Read it by columns. An alarm that says "broken" points at one place: a first ratio that is not 1, advantages that are
-# not whitened, returns that do not come out, a gradient of 0. "Look" is less precise. A score that does not begin near 0
-# has four causes here: what is sampled and counted (`bare_prompt`, `eos_masked_out`), where the score is read, and who
-# reads it. (The same column has a score that hardly rises: `lost_gradient`, `one_token_off`.) A large KL has two: a penalty of the wrong sign, and one without a gradient. And by rows: two faults trip something on some seeds
-# only. An alarm about `approx_kl` on one run of `swapped_labels` says that its steps are large, which is true, and
-# nothing about what is wrong.
+# Now read the figure by columns. An alarm that says "broken" nearly always points at one place: a first ratio that is
+# not 1, advantages that are not whitened, returns that do not come out, a gradient of 0. (Only a broken `kl` has two
+# causes here: a policy that does not move, and a mask that leaves out EOS.) "Look" is less precise. A score that does
+# not begin near 0 has four causes here: what is sampled (`bare_prompt`), what is counted (`eos_masked_out`), where the
+# score is read (`score_at_padding`), and who reads it (`lost_head`). (The same column has scores that hardly rise:
+# `lost_gradient`, `one_token_off`.) A large KL has two: a penalty of the wrong sign, which pays for every nat, so that
+# KL grows into the hundreds; and one without a gradient, where it stays near thirty.
+#
+# And by rows: two faults trip something on some seeds only. The `approx_kl` alarm on one run of `swapped_labels` says
+# that its steps are large, which is true, and nothing about what is wrong.
 
 # %% [markdown]
 # ## The autopsy
 #
-# Gold has not been used so far. Now it is: what did each fault cost, on held-out prompts, and was it found without gold?
+# So far gold has not been used. Now it is: what did each fault cost on held-out prompts, and was it found without gold?
 
 
 # %%
@@ -333,8 +341,8 @@ for fault in faults:
     print(f"{fault:20} {before:>9} {during:>8} {span:>15} {correct:8.0%} {kl:6.1f} {least:6.2f}")
 
 # %% [markdown]
-# (The last column: how far the score rose, on the seed on which it rose least.) And what neither has found, on every
-# seed:
+# (The last column is how far the score rose, on the seed on which it rose least.) And the faults that neither
+# `preflight` finds, nor `examine` on every seed:
 
 # %%
 # Pocket only
@@ -344,17 +352,17 @@ assert not any(found_by["healthy"])
 assert sum(map(any, found_by.values())) >= 10
 
 # %% [markdown]
-# A fault and its price are two things. The two penalties that do not hold the policy back end below 0: their answers run to the
-# limit. `lost_gradient` ends where SFT began, since it never moves, `one_token_off` and `lost_head` lower: all that training
-# for nothing. Three faults cost nothing: the padding in the whitening, the whitened returns, and the score that is read
-# at padding, whose runs even end above the healthy ones. Three more, `bare_prompt`,
-# `generate_defaults` and `adapter_in_bfloat16`, cost less than 0.1. So a good result does not prove that the code is right: the same four lines may ruin the next run,
-# with another model, rate or length. And a fault need not look bad: under ten of the fourteen the score rose by more than
-# 0.3 on every seed.
+# A fault and its price are two things. The two penalties that do not hold the policy back end below 0, with answers
+# that mostly run to the limit. `lost_gradient` ends where SFT began, since its policy never moves; `one_token_off` and
+# `lost_head` end lower: all that training for nothing. Three faults cost nothing: padding in the whitening, whitened
+# returns, and a score read at padding; the runs of the last two even end above the healthy ones. Three more,
+# `bare_prompt`, `generate_defaults` and `adapter_in_bfloat16`, cost less than 0.1. So a good result does not prove that
+# the code is right: with another model, rate or length the same four lines may ruin the run. And a fault need not look
+# bad: under ten of the fourteen the score rose by more than 0.3 on every seed.
 #
-# `swapped_labels` is the costliest of all that nothing finds. No check of the trainer can: it does what it is told, and the
-# score rises. A reward that is the opposite of what was wanted is as good a number as any. Then there is one thing left
-# to do.
+# `swapped_labels` is by far the costlier of the two that nothing finds. No check of the trainer can find it: the
+# trainer does what it is told, and the score rises. A reward that is the opposite of what was wanted is a number like
+# any other. So there is one thing left to do.
 
 # %% [markdown]
 # ## Read ten answers
@@ -366,7 +374,7 @@ for row in read("texts"):
         print(f"{row['fault']:15} {row['prompt'][:36]:36} {row['text'][:60]}")
 
 # %% [markdown]
-# Two plus six is four, the camel lives in the pond. Ten seconds of reading, and no number in the log says so.
+# Two plus six is four, the camel lives in the pond. Ten seconds of reading show what no number in the log does.
 
 # %% [markdown]
 # ## An order of examination
@@ -374,8 +382,8 @@ for row in read("texts"):
 # 1. `preflight`, on the CPU if need be: what it finds never becomes a run.
 # 2. The first row of the log: first ratio 1, first KL 0, score near 0.
 # 3. The sign of KL, and whether it moves at all.
-# 4. The bands: which number stays outside, from which update on.
-# 5. Ten answers, read aloud; beside them those that the reward model likes best, and least.
+# 4. The bands: which number leaves its own and stays outside, and from which update on.
+# 5. Ten answers, read aloud; beside them those that the reward model likes best and least.
 # 6. What no log can say: is the score what you wanted? Compare a few dozen pairs by hand (lesson 06).
 
 # %% [markdown]
@@ -392,11 +400,11 @@ print(f"no alarm on {seeds['healthy'] + len(others)} healthy runs; none of the r
 #
 # - A broken run learns something else, and says nothing.
 # - Know the numbers that must be exact, and check them first; it takes several.
-# - An alarm finds a fault; no alarm does not prove that there is none.
-# - What is trained against the wrong wish looks healthy. Read the answers.
+# - An alarm finds a fault; silence does not prove that there is none.
+# - A run that is trained towards the wrong goal looks healthy. Read the answers.
 #
-# All faults here were in PPO's many parts: four roles, a sampler, a critic. Lesson 08 has fewer parts, and one fault
-# of its own.
+# PPO has many parts that can go wrong: four roles, a sampler, a critic. DPO, in lesson 08, has fewer, and one fault of
+# its own.
 #
 # **Further reading.** Huang et al. 2024 (arXiv 2403.17031): the details of PPO for language models, most of which are a
 # fault if left out. Henderson et al. 2018 (arXiv 1709.06560): why a single seed shows nothing. Karpathy 2019, *A Recipe

@@ -3,10 +3,11 @@
 #
 # **Run time** under two minutes on two CPU cores · **Your time** about 60 minutes · **Before this** lesson 06
 #
-# Three questions that anybody who collects comparisons has to answer: how far does one person agree with himself
-# beyond chance; which pairs are worth a click; and how are old pairs kept among the new. The check below each
-# function names the likely mistake; the cells after it go on with a reference version, so that Run All works with
-# nothing filled in, or with a wrong answer; only an error in your code stops it.
+# Three questions for anybody who collects comparisons: how far does one person agree with himself beyond chance; which
+# pairs are worth a click; and how are old pairs kept among the new? The check below each function names the likely
+# mistake. The cells after it go on with a reference version, so that Run All works with nothing filled in, or with a
+# wrong answer; only an error in your code stops it. To compare with the solution, run
+# `nbdiff-web exercises/06_your_clicks.ipynb solutions/06_your_clicks.ipynb` in the course's folder.
 
 # %%
 PRESET = "pocket"  # every number below is from this preset
@@ -40,19 +41,20 @@ adapters = {name: find_adapter(preset, name) for name in ("sft", "reward")}
 #
 # ●○○ · 15 minutes
 #
-# Some pairs come twice, the second time with the sides exchanged. How often was the same *answer* chosen? By clicking
-# blindly one would agree in half of them, so the share says too much. Cohen's κ takes chance off, and divides by what
-# chance leaves:
+# Some pairs come twice, the second time with the sides exchanged. How often was the same *answer* chosen? Blind clicks
+# would agree in half of the pairs, so this share says too much. Cohen's κ subtracts chance, and divides by what chance
+# leaves:
 #
 # $$\kappa = \frac{p_{\text{same}} - p_{\text{chance}}}{1 - p_{\text{chance}}}$$
 #
-# with $p_{\text{chance}}$ the agreement of two passes that have nothing to do with each other, but click left and right
-# as often as these two did. By hand, four pairs, 0 for left and 1 for right: the first time $(0, 0, 1, 1)$, the second
-# time $(1, 1, 0, 1)$. The sides were exchanged, so the same answer was chosen in the first three: $p_{\text{same}} =
-# \tfrac34$. Left was clicked in $\tfrac24$ the first time, and right in $\tfrac34$ the second, so
-# $p_{\text{chance}} = \tfrac24 \cdot \tfrac34 + \tfrac24 \cdot \tfrac14 = \tfrac12$ and $\kappa = \tfrac12$.
+# where $p_{\text{chance}}$ is the agreement of two passes that have nothing to do with each other, but click left and
+# right as often as these two. By hand, four pairs, 0 for left and 1 for right: the first time $(0, 0, 1, 1)$, the
+# second time $(1, 1, 0, 1)$. The sides were exchanged, so the same answer was chosen in the first three pairs:
+# $p_{\text{same}} = \tfrac34$. The first time, left was clicked in $\tfrac24$ of the pairs, the second time right in
+# $\tfrac34$. Chance agrees if it clicks left and then right, or right and then left:
+# $p_{\text{chance}} = \tfrac24 \cdot \tfrac34 + \tfrac24 \cdot \tfrac14 = \tfrac12$, and $\kappa = \tfrac12$.
 #
-# If chance alone agrees everywhere, return 0.
+# If chance alone agrees everywhere, $p_{\text{chance}} = 1$, return 0.
 
 
 # %% tags=["nbval-check-output"]
@@ -80,13 +82,13 @@ checks.check_self_agreement(self_agreement)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Turn the second pass round first, to the sides of the first time: whoever clicked right then has chosen the answer
-# that stood on the left before. Then agreement is equality, and chance has two terms: left both times, and right both
+# First turn the second pass round, to the sides of the first: a click on the right has then chosen the answer that
+# stood on the left before. After that, agreement is equality, and chance has two terms: left both times, and right both
 # times. </details>
 
 # %% [markdown]
-# From here on with the reference version. Three people click through sixty pairs of made-up answers, of which
-# thirty come twice: one who reads, one who clicks left whatever stands there, one who clicks left in four of five cases
+# From here on the reference version is used. Three people click through sixty pairs of made-up answers, thirty of which
+# come twice: one who reads; one who clicks left whatever stands there; and one who clicks left in four of five cases
 # and reads in the others.
 
 # %%
@@ -107,7 +109,7 @@ people = {
 }
 
 # %% [markdown]
-# Each of them, and what κ makes of it:
+# What κ makes of each of them:
 
 # %%
 for name, clicker in people.items():
@@ -125,31 +127,32 @@ for name, clicker in people.items():
     )
 
 # %% [markdown]
-# The reader errs in one click of ten, and by that alone agrees with himself in about four of five pairs. Whoever
-# always clicks left never chooses the same answer twice, and chance would not either: κ is 0, as it should be.
-# Whoever mostly clicks left agrees more often than that, and κ says that hardly any of it is more than chance. Thirty
-# repeats are few; the interval of a share of 30 is some 30 points wide.
+# The reader errs in one click of ten, and for that reason alone agrees with himself in only about four of five pairs.
+# Somebody who always clicks left never chooses the same answer twice, and chance would not either: κ is 0, as it should
+# be. Somebody who mostly clicks left agrees more often, but κ says that hardly any of it is more than chance. Thirty
+# repeats are few: the interval of a share of 30 is some 30 points wide.
 #
-# **In words.** Somebody labels sixty pairs "one of the old policy, one of the new" and takes as categories not left
-# and right, but *old* and *new*. The new one is nearly always better. What does κ say then, and is it to blame?
+# **In words.** Somebody labels sixty pairs twice, each with one answer of the old policy and one of the new, and
+# computes κ with the categories *old* and *new* instead of left and right. The new answer is nearly always better. What
+# does κ say then, and is it to blame?
 
 # %% [markdown] tags=["solution"]
 # If both passes say *new* in 95% of the cases, chance alone agrees in 0.95² + 0.05² = 90.5%, and there is hardly
-# anything left to show: one pair decided differently makes κ jump. That is no fault of the arithmetic: on pairs that
-# are all easy for the same reason, agreement says little about how carefully one has read. With the sides as
-# categories, drawn at random, chance is near a half, whatever the answers are; and it catches the one who does not
-# read.
+# anything left to show: one pair decided differently makes κ jump. The arithmetic is not to blame: on pairs that are
+# all easy for the same reason, agreement says little about how carefully somebody has read. With the sides as
+# categories, which are drawn at random, chance is near one half, whatever the answers are; and κ catches the one who
+# does not read.
 
 # %% [markdown]
 # ## 2 · Which pairs to ask about
 #
 # ●●○ · 20 minutes
 #
-# A click costs five seconds of a person's life. A pool of pairs is there; which should be asked about? One idea:
-# where the reward model is *unsure*. By Bradley and Terry its choice is a coin with probability $\sigma(\Delta)$, and
-# the coin is fairest where $|\Delta|$, the distance of the two scores, is least. By hand: scores $(1.0, 0.5, 2.0,
-# -1.0)$ of the first answers and $(0.75, 1.5, -1.0, -0.9)$ of the second are $(0.25, 1.0, 3.0, 0.1)$ apart. With two
-# clicks to spend, ask about row 3, then row 0.
+# A click costs five seconds of a person's life. Which pairs of a pool should be asked about? One idea: those about
+# which the reward model is *unsure*. By Bradley and Terry its choice is a coin with probability $\sigma(\Delta)$, and
+# the coin is fairest where $|\Delta|$, the distance of the two scores, is least. By hand: scores
+# $(1.0, 0.5, 2.0, -1.0)$ of the first answers and $(0.75, 1.5, -1.0, -0.9)$ of the second are $(0.25, 1.0, 3.0, 0.1)$
+# apart. With two clicks to spend, ask about row 3, then row 0.
 
 
 # %% tags=["nbval-check-output"]
@@ -174,15 +177,15 @@ checks.check_most_unsure(most_unsure)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# First a distance for each pair, which has no sign. Sorting can return the values, or the places that they come from;
-# row numbers are places.
+# First compute the distance of each pair; it has no sign. Sorting can return the values, or the places that they come
+# from; row numbers are places.
 # </details>
 
 # %% [markdown]
-# From here on with the reference version. What is a click worth? A pool of 240 pairs, one answer of SFT, one in the
-# manner of a hacked policy: a right or wrong answer and three or four courtesies. The budget is 24 clicks of an honest
-# clicker, spent in three ways: at random; where the reward model is unsure; and where *proxy and length part*, that is,
-# where the reward model prefers the shorter answer by most.
+# From here on the reference version is used. What is a click worth? The pool has 240 pairs, each with one answer of SFT
+# and one in the manner of a hacked policy: a right or wrong answer with three or four courtesies. The budget is 24
+# clicks of an honest clicker, spent in three ways: at random; where the reward model is unsure; and where *proxy and
+# length part*, that is, where the reward model most prefers the shorter answer.
 
 # %%
 # Pocket only
@@ -258,9 +261,9 @@ for name, rows in chosen.items():
 #
 # ●●○ · 20 minutes
 #
-# Whatever the clicks are, the reward model must not forget what it knew. So each batch has a fixed share of old
-# pairs. Of both lists the batch takes the next ones, from where the batch before ended, and from the beginning when
-# all have been: few new pairs come again often, many old ones hardly ever.
+# Whatever the clicks are, the reward model must not forget what it knew. So each batch has a fixed share of old pairs.
+# From both lists a batch takes the next pairs, going on where the batch before ended, and starting again at the
+# beginning once a list is used up. So a few new pairs come again often, many old ones hardly ever.
 #
 # By hand: new pairs 10, 11, 12, old ones 20 to 24, batches of four, half of them old. The first batch is 10, 11, 20,
 # 21, the second 12, 10, 22, 23.
@@ -293,14 +296,14 @@ checks.check_mixture(mixture)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# Look at one of the lists alone: over all steps it gives steps · count pairs in a row, round and round. The remainder
-# of a division by its length brings a counter back to the beginning. Then cut that row into the steps, and put the
-# two side by side. </details>
+# Look at one list alone: over all steps it gives steps · count pairs in one long row, round and round. The remainder of
+# a division by its length brings a counter back to the beginning. Cut that row into the steps, and put the two lists
+# side by side. </details>
 
 # %% [markdown]
-# From here on with the reference version. Each way of choosing from part 2, with half of each batch old; and the
-# clicks at random with no old pairs, and with three in four. *Pool* is how the reward model ranks other pairs of the
-# same kind, *SFT* two answers of SFT: what it could do before.
+# From here on the reference version is used: with each way of choosing from part 2 and half of each batch old; and with
+# the random clicks and no old pairs, or three in four. *Pool* is the share of other pairs of the same kind that the
+# reward model ranks as gold does; *SFT*, the same for pairs of SFT answers, is what it could do before.
 
 # %%
 # Pocket only
@@ -312,7 +315,7 @@ old = collect_preferences(
 old_pairs = reward.encode_pairs(tokenizer, old, 32, 64)
 
 # %% [markdown]
-# And two answers of SFT to prompts that are not among those of the pool:
+# And pairs of SFT answers, to prompts that are not in the pool:
 
 # %%
 # Pocket only
@@ -331,7 +334,7 @@ def agreement(roles, pairs):
 
 
 # %% [markdown]
-# The clicks on some rows of the pool, mixed with old pairs:
+# Clicks on some rows of the pool, mixed with old pairs:
 
 
 # %%
@@ -376,7 +379,7 @@ for name, (there, here) in found.items():
     print(f"{name:32} pool {there:.2f}, a click {gain:+.3f}; SFT {here:.2f}")
 
 # %% [markdown]
-# What the readings below say, asserted:
+# The claims below, asserted:
 
 # %%
 # Pocket only
@@ -388,22 +391,21 @@ assert there["at random, half old"] > there["unsure, half old"]
 assert min(here.values()) > here["before"] - 0.05
 
 # %% [markdown]
-# Clicks at random are worth more than clicks where the reward model is unsure, in this pool. There it is *sure and
-# wrong*: it would choose otherwise than gold in most pairs. Where it is unsure it is wrong in
-# half of them, and such a click pulls with one half only; and where it prefers the shorter answer it is right
-# already. Uncertainty finds what a model knows that it does not know. A hole is what it does not know that it does
-# not know: of these three ways, asking at random finds it best. (One pool, one budget, one seed: do not carry it over
-# unmeasured.)
+# In this pool random clicks are worth more than clicks where the reward model is unsure. The reward model is *sure and
+# wrong* here: in most pairs it would choose otherwise than gold. Where it is unsure it is wrong in half of them, and
+# such a click pulls with one half only; and where it prefers the shorter answer it is right already. Uncertainty finds
+# what a model knows that it does not know. A hole is what it does not know that it does not know: of these three ways,
+# asking at random finds it best. (One pool, one budget, one seed: do not carry it over unmeasured.)
 #
-# The replay slows the cure: of the three runs with clicks at random, no old pairs mends most in thirty steps, three in
-# four old ones least; they also see each new pair least often. What it is for, to
-# keep what was known, shows little here: on two answers of SFT all stay within a few points of before.
+# The replay slows the cure. Of the three runs with random clicks, the one without old pairs mends most in thirty steps,
+# and the one with three in four of them old mends least; it also sees each new pair least often. What the replay is
+# for, keeping what was known, shows little here: on pairs of SFT answers all runs stay within a few points of before.
 #
-# **In words.** You have 1,000 new clicks, all by one person with a strong bias. Which replay would you choose, and
-# what would you look at?
+# **In words.** You have 1,000 new clicks, all by one person with a strong bias. What share of old pairs would you
+# choose, and what would you look at?
 
 # %% [markdown] tags=["solution"]
-# A larger share of old pairs, and more people: the bias is in every click, so it will be learnt, and only
-# other labels speak against it. Look at a probe for the bias you suspect (length, courtesies, the side), before
-# and after; at held-out pairs labelled by *others*; and at agreement with oneself, which a bias does not lower:
-# one can be wrong very consistently.
+# A larger share of old pairs, and more people: the bias is in every click, so it will be learnt, and only other labels
+# speak against it. Before and after, look at a probe for the bias you suspect (length, courtesies), and at held-out
+# pairs labelled by *others*. Agreement with oneself shows a bias for one side, but no bias for a kind of answer: one
+# can be wrong very consistently.

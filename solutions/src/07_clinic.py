@@ -3,9 +3,9 @@
 #
 # **Run time** about half a minute on two CPU cores · **Your time** about 50 minutes · **Before this** lesson 07
 #
-# Six patients to diagnose, and a trainer to mend. The checks name what speaks against a wrong answer; Run All works
-# with nothing filled in. To compare with the solution, run `nbdiff-web exercises/07_clinic.ipynb
-# solutions/07_clinic.ipynb` in the course's folder.
+# Six patients to diagnose, and a trainer to mend. The checks say what speaks against a wrong answer; Run All works with
+# nothing filled in. To compare with the solution, run `nbdiff-web exercises/07_clinic.ipynb solutions/07_clinic.ipynb`
+# in the course's folder.
 
 # %%
 from rlhf_helpers import checks, notebook, ppo
@@ -25,8 +25,9 @@ notebook.start(preset)
 #
 # ●●● · 25 minutes
 #
-# Six recorded runs of thirty updates, with lesson 04's settings and one fault each, and a run without a fault, on the same
-# seed. You get what you would have in life: the log, and ten answers of the last batch. First what `examine` says:
+# Six recorded runs of thirty updates, with lesson 04's settings and one fault each, and a run without a fault, all with
+# the same seed. You get what you would have in life: the log, and ten answers of the last batch. First, what `examine`
+# says:
 
 # %%
 for name in "ABCDEF":
@@ -34,8 +35,8 @@ for name in "ABCDEF":
     print(name, *(str(alarm)[:98] for alarm in examine(rows)), sep="\n  ")
 
 # %% [markdown]
-# Alarms are where one begins to look, no diagnosis: one fault trips several, and several faults trip the same one. The
-# first and the last row of each log, beside those of the healthy run:
+# An alarm is where to begin looking, not a diagnosis: one fault trips several, and several faults trip the same one.
+# The first and the last row of each log, beside those of the healthy run:
 
 # %%
 logs = {name: checks.patient(name)[0] for name in ("healthy", *"ABCDEF")}
@@ -48,7 +49,7 @@ lowest = [min(row["kl"] for row in rows) for rows in logs.values()]
 print("of all updates\n" + f"{'lowest kl':18}" + "".join(f"{kl:9.3f}" for kl in lowest))
 
 # %% [markdown]
-# And what they say, five answers each; change the number to read all ten:
+# And what the policies say, five answers each; change the 5 to read all ten:
 
 # %%
 for name in ("healthy", *"ABCDEF"):
@@ -57,7 +58,8 @@ for name in ("healthy", *"ABCDEF"):
         print(f"  {row['prompt'][:38]:38} {row['text'][:56]}")
 
 # %% [markdown]
-# These are the illnesses to choose from, two more than there are patients, and one is none.
+# Choose from these: eight illnesses, two more than there are patients, and `healthy`. The name on the left is the
+# answer to fill in.
 
 # %%
 for illness, what in checks.ILLNESSES.items():
@@ -80,33 +82,33 @@ checks.check_patients(answers)
 # %% [markdown]
 # <details><summary><b>Hint</b></summary>
 #
-# In the first row nothing has been learnt yet, and all runs have the same seed. Which columns must then be equal to the
-# healthy run's, whatever the trainer does afterwards? Where one is not, the fault is in what that column is computed from.
-# Where all are, look at what grows, or does not move at all. One patient has a log in which nothing is odd but a sign.
+# At the first update nothing has been learnt yet, and all runs have the same seed. Which columns must then be equal to
+# the healthy run's, whatever the trainer does afterwards? If one is not, the fault is in what that column is computed
+# from. If all are, look for what grows, or does not move at all. In the log of one patient nothing is odd but a sign.
 # </details>
 
 # %% [markdown]
-# **In words.** In two logs `kl` is below 0 in some updates, as the last line of the table shows. KL cannot be negative in
-# the mean; what would make its estimate so? Which two are they? And why does no number in the log of patient D show that
-# its answers are bad?
+# **In words.** In which two logs is `kl` below 0 in some updates? (See the last line of the table.) KL cannot be
+# negative in the mean; what makes its estimate so there? And why does no number in the log of patient D show that its
+# answers are bad?
 
 # %% [markdown] tags=["solution"]
-# The estimate is the mean of $\log \pi - \log \pi_{\text{ref}}$ over the tokens that were sampled. It is that of a KL only
-# if the tokens come from π, all of them. If they come from another distribution (another temperature, top-k, a model that
-# has been updated in between), or if the number that is called $\log \pi$ is not that of the token, the mean can have any
-# sign; by chance it can fall below 0, too, while the policy is still close to the reference. Patient A's numbers are not
-# those of its tokens. B leaves out a token because of what it is, the EOS: what is left is a mean under no policy.
+# The estimate is the mean of $\log \pi - \log \pi_{\text{ref}}$ over the tokens that were sampled. It estimates a KL
+# only if all of them come from π. If they come from another distribution (another temperature, top-k, a model that has
+# been updated in between), or if the number that is called $\log \pi$ is not that of the token, the mean can have any
+# sign. (By chance, too, it can fall below 0 while the policy is still close to the reference.) In A the numbers are not
+# those of its tokens. B leaves out a token because of what it is, EOS: what is left is a mean under no policy.
 #
-# Patient D was trained on a reward with the opposite sign. The trainer raises that score, as it should, and every number
-# it reports is about that score. What is wrong is the wish, and that is written in no log; only somebody who reads the
-# answers, or a few dozen pairs beside the scores, can see it.
+# Patient D was trained on a reward with the opposite sign. The trainer raises that score, as it should, and every
+# number it reports is about that score. What is wrong is the goal, and no log says what the goal should have been; only
+# somebody who reads the answers, or a few dozen pairs beside their scores, can see it.
 
 # %% [markdown]
 # ## 2 · A trainer to mend
 #
 # ●●○ · 20 minutes
 #
-# Three functions of somebody's trainer, with a mistake in each. All of them run, none warns.
+# Three functions of somebody's trainer, with a mistake in each. All of them run; none warns.
 
 
 # %%
@@ -131,8 +133,8 @@ def policy_objective(roles, experience, part, config, beta):
 
 
 # %% [markdown]
-# The roles for it, and what the check says of it as it is. It looks at the mask by itself, and when that is right it runs
-# `preflight` on a trainer with the three functions, which takes some seconds.
+# The roles, and what the check says of the trainer as it is. It first looks at the mask by itself. Once that is right,
+# it runs `preflight` on a trainer with the three functions, which takes ten seconds or more.
 
 # %%
 tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
@@ -146,7 +148,8 @@ checks.check_mended(
 )
 
 # %% [markdown]
-# Write those anew that need it. Begin with one, run the check, and let it tell you what is next.
+# Write the functions anew, one at a time: run the check, and let it tell you what is next. One mistake can fail several
+# of its tests, so begin with the first that it names. (`help(ppo.Experience)` says what an `experience` holds.)
 
 
 # %%
@@ -183,9 +186,9 @@ checks.check_mended(
 
 # %% [markdown]
 # **In words.** `first ratio is 1` holds in the first update even for the broken `policy_objective`. Why, and what does
-# that say about checks that are made once, at the start?
+# that say about checks that are made only once, at the start?
 
 # %% [markdown] tags=["solution"]
-# In the first update policy and reference are equal, so a ratio to the reference is 1 as well. The fault shows as soon as
-# the policy has moved. So a check belongs into every update, or at least has to be made after some steps, and `preflight`
-# takes some for that reason. Each update's `first_ratio` stands in the log.
+# In the first update policy and reference are equal, so a ratio to the reference is 1 as well. The fault shows as soon
+# as the policy has moved. So such a check belongs in every update, or at least after some steps, which is why
+# `preflight` takes some. Each update's `first_ratio` is in the log.
