@@ -55,6 +55,7 @@ def greet(numbers):
     return f"rank {dist.get_rank()} of {dist.get_world_size()}: {mine}, in all {all_sum(mine)}"
 
 
+# %%
 print(*spawn(greet, 2, LIMIT, torch.tensor([3.0, 4.0])), sep="\n")
 
 # %% [markdown]
@@ -267,6 +268,7 @@ loss.backward()
 exact = {name: p.grad.clone() for name, p in base.named_parameters()}
 
 
+# %%
 def apart_from_one(gradients):
     """The largest difference to one process, relative to the largest entry of the tensor."""
     pairs = ((g, exact[name]) for name, g in gradients.items())
@@ -376,7 +378,7 @@ def pipeline(ids, counted, microbatches):
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-    from rlhf_helpers import base, logprobs, parallel, presets
+    from rlhf_helpers import base, parallel, presets
 
     model = base.load_base(presets.PRESETS["pocket"], quantized=False).requires_grad_(True)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -387,8 +389,8 @@ def pipeline(ids, counted, microbatches):
     def share(logits, target):
         """A row's part of the mean over the tokens of all rows."""
         row, real = target.split([ids.shape[1], counted.shape[1]], -1)
-        chosen = logprobs.token_logprobs(logits[:, :-1], row[:, 1:])
-        return -(chosen * real).sum() / counted.sum()
+        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, row[:, 1:, None])[..., 0]
+        return -(logprobs * real).sum() / counted.sum()
 
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, microbatches, loss_fn=share, scale_grads=False)
