@@ -438,7 +438,7 @@ for method in ("RLOO", "RLOO by TRL", "RLOO, tokens", "GRPO", "GRPO by TRL"):
 
 # %% [markdown]
 # For RLOO and GRPO alike, TRL reaches the same gold as our loop: the two differ by less than the seeds do. (TRL's GRPO
-# ends 0.5 nats farther from SFT, though.) And what looks like bookkeeping matters: `RLOO, tokens` has the same
+# ends 0.4 nats farther from SFT, though.) And what looks like bookkeeping matters: `RLOO, tokens` has the same
 # advantages, but with its mean over tokens the gradient is not that of the expected score, and it ends 0.07 lower.
 #
 # ## The reward model, to take along
@@ -521,8 +521,8 @@ for method in ("SFT", "GRPO", "GRPO, verifier", "GRPO, coin"):
 # %% [markdown]
 # What the program asks for goes up: nearly as many answers are right as after PPO (82%, in the next table), at less KL.
 # What it does not ask for does not rise with it: answers stay as short as they were, and fewer are polite. A third of
-# the groups teach nothing. The coin teaches nothing at all, yet its policy moves too: KL by itself is no sign of
-# learning.
+# the groups teach nothing. The coin teaches nothing, and gold falls by a tenth, yet its policy moves too: KL by
+# itself is no sign of learning.
 #
 # ## The league
 #
@@ -580,8 +580,7 @@ plots.show(
 #
 # All this is for one base, a few hundred facts, short answers, and one learning rate, which was chosen for PPO.
 # Elsewhere the order may be different. What carries over is how the table was made: equal samples where there are no
-# pairs, held-out prompts, ten seeds, KL beside gold, and a control. (Some rows have fewer seeds; the column *runs* says
-# how many.)
+# pairs, held-out prompts, ten seeds, KL beside gold, and a control. (Online DPO, which lesson 08 recorded, has three.)
 #
 # ## At equal minutes
 #
