@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 from site_pages import as_page, home, rst_safe, unbuilt, unlinked  # noqa: E402
 
 project = "RLHF from first principles"
-copyright = "the authors of the course, Apache-2.0"
+author = "the authors of the course"
+copyright = f"{author}, Apache-2.0"
 root_doc = "docs/index"
 cards = [f"rlhf_helpers/assets/{name}/README.md" for name in ("base", "sft", "reward")]
 folders = ["notebooks/*.ipynb", "exercises/*.ipynb", "solutions/*.ipynb", "docs/*.md"]
