@@ -668,8 +668,7 @@ def test_a_program_raises_what_it_asks_for_and_a_coin_nothing(standings):
     assert fmean(column(program, "polite")) < fmean(column(start, "polite"))
     assert 0.2 < fmean(column(program, "flat_groups")) < 0.5
     for number in ("correct", "gold"):
-        pairs = zip(column(coin, number), column(start, number), strict=True)
-        assert sum(after < before for after, before in pairs) == 8
+        assert sum(coin[seed][number] < start[seed][number] for seed in start) == 8
     assert fmean(column(coin, "kl")) > 0.2
 
 
