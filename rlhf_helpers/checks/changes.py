@@ -438,9 +438,14 @@ def miscounted(parts: Sequence, terms: Sequence, results: Sequence, within: floa
 
 
 def easier(
-    names: Sequence[str], reference: Callable, cases: Sequence[tuple], fn: Callable, same: Callable
+    names: Sequence[str],
+    reference: Callable,
+    cases: Sequence[tuple],
+    fn: Callable,
+    same: Callable,
+    rows_mix: str = ROWS_MIX,
 ) -> str:
-    """The easier arguments on which `fn` is right."""
+    """The easier arguments on which `fn` is right; `rows_mix` where each row alone is."""
 
     def right_on(cases: Sequence[tuple], told: Callable = torch.any) -> bool:
         try:
@@ -452,7 +457,7 @@ def easier(
 
     rows = [row for case in cases for row in _rows(case)]
     if len(rows) > len(cases) and right_on(rows):
-        return ROWS_MIX
+        return rows_mix
     for i, name in enumerate(names[: len(cases[0])]):
         for value, change in _easy(cases, i):
             told = (lambda x: len(x.unique()) > 1) if _is_float(cases[0][i]) else torch.any
