@@ -5,6 +5,7 @@ The answers, wrong and right, are written here as a learner would write them.
 
 import doctest
 import re
+import statistics
 from math import nan
 
 import helpers_checks as shared
@@ -97,6 +98,12 @@ LOO_MISTAKES = [
     (BASELINE + "the sum of the others, not", loop(lambda r, o, g, s: r - o.sum())),
     (BASELINE + "the sum of the others divided", loop(lambda r, o, g, s: r - o.sum() / len(g))),
     (BASELINE + "the best of the others", loop(lambda r, o, g, s: r - o.max())),
+    (BASELINE + "the worst of the others", loop(lambda r, o, g, s: r - o.min())),
+    (BASELINE + "the median of the others", loop(lambda r, o, g, s: r - o.median())),
+    (
+        BASELINE + "the median of the others",
+        loop(lambda r, o, g, s: r - statistics.median(o.tolist())),
+    ),
     (BASELINE + "one other response alone", loop(lambda r, o, g, s: r - g[0])),
     (
         BASELINE + "one other response alone",
@@ -127,6 +134,10 @@ LOO_MISTAKES = [
         "it is the score less the mean of the whole group, made smaller",
         loop(lambda r, o, g, s: (r - g.mean()) * (len(g) - 1) / len(g)),
     ),
+    (
+        "the advantages are right, but come out in another order",
+        lambda s, n: lesson_09.leave_one_out(s, n).view(-1, n).T.flatten(),
+    ),
     ("it is divided by a spread", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
     ("it is divided by a spread", loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-4))),
 ]
@@ -151,6 +162,11 @@ def columns(scores, group_size):
         groups.var(0, correction=0) * len(groups) / (len(groups) - 1 or nan),
     )
     return ((groups - mean) / (spread.sqrt() + 1e-4)).flatten()
+
+
+def places(scores, group_size):
+    order = scores.view(-1, group_size).argsort(1).argsort(1).float()
+    return lesson_09.grpo_advantages(order.flatten(), group_size)
 
 
 def flat_groups_kept(scores, group_size):
@@ -219,6 +235,36 @@ GRPO_MISTAKES = [
     ("where all scores of a group are equal", loop(lambda r, o, g, s: (r - g.mean()) / g.std())),
     ("every sign is the wrong way", loop(lambda r, o, g, s: (g.mean() - r) / (g.std() + 1e-4))),
     ("the mean that is taken off is", loop(lambda r, o, g, s: (r - s.mean()) / (g.std() + 1e-4))),
+    (
+        SPREAD + "divided by the root of the mean square",
+        loop(lambda r, o, g, s: (r - g.mean()) / ((g**2).mean() ** 0.5 + 1e-4)),
+    ),
+    (
+        "what is taken off the score is the median",
+        loop(lambda r, o, g, s: (r - g.median()) / (g.std() + 1e-4)),
+    ),
+    (
+        "what is taken off the score is the median",
+        loop(lambda r, o, g, s: (r - statistics.median(g.tolist())) / (g.std() + 1e-4)),
+    ),
+    (
+        "what is taken off the score is the lowest",
+        loop(lambda r, o, g, s: (r - g.min()) / (g.max() - g.min() + 1e-4)),
+    ),
+    ("it is a softmax over the group", lambda s, n: s.view(-1, n).softmax(1).flatten()),
+    ("scores are replaced by their places", places),
+    (
+        "it is divided by the standard deviation with much more",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 0.01)),
+    ),
+    (
+        "1e-4 is added to the difference",
+        loop(lambda r, o, g, s: (r - g.mean() + 1e-4) / (g.std() + 1e-4)),
+    ),
+    (
+        "the advantages are right, but come out in another order",
+        lambda s, n: lesson_09.grpo_advantages(s, n).view(-1, n).T.flatten(),
+    ),
     ("the scores are divided by the spread", loop(lambda r, o, g, s: r / (g.std() + 1e-4))),
     ("1e-4 is added to the quotient", loop(lambda r, o, g, s: (r - g.mean()) / g.std() + 1e-4)),
     ("the mean alone is divided", loop(lambda r, o, g, s: r - g.mean() / (g.std() + 1e-4))),
@@ -286,6 +332,13 @@ def k1_weighted(logprobs, ref_logprobs, mask):
     return (k1 * mask).sum() / mask.sum()
 
 
+def kl_div(logprobs, ref_logprobs, mask):
+    pointwise = torch.nn.functional.kl_div(
+        logprobs, ref_logprobs, reduction="none", log_target=True
+    )
+    return (pointwise * mask).sum() / mask.sum()
+
+
 def without_eos(logprobs, ref_logprobs, mask):
     before = mask.clone()
     before[range(len(mask)), mask.sum(1) - 1] = 0
@@ -306,7 +359,16 @@ K3_MISTAKES = [
     (TOKEN + "the size of r", tokens(lambda r: r.abs())),
     (TOKEN + "a k3 that is weighed", policy_weighted),
     (TOKEN + "k1 weighed", k1_weighted),
+    (TOKEN + "what torch's kl_div makes", kl_div),
     (MEAN + "a mean that leaves out the last token", without_eos),
+    (
+        MEAN + "a mean over the positions",
+        averaged(lambda k, m: ((k * m).sum(0) / m.sum(0).clamp(min=1)).mean()),
+    ),
+    (
+        MEAN + "a mean over the padding",
+        averaged(lambda k, m: (k * (1 - m)).sum() / (1 - m).sum().clamp(min=1)),
+    ),
     (MEAN + "a mean over all positions", averaged(lambda k, m: k.mean())),
     (MEAN + "a sum over the response tokens divided", averaged(lambda k, m: (k * m).mean())),
     (
@@ -372,6 +434,29 @@ SHARE_MISTAKES = [
     (TEACH + "the share of the groups in which some score is not", share(any)),
     (TEACH + "the share of the groups whose mean lies", share(lambda g: 0 < sum(g) / len(g) < 1)),
     (TEACH + "a share to which the last group", without_last),
+    (
+        TEACH + "a share to which the first group",
+        lambda s, n: share(lambda g: len(set(g)) > 1)(s[n:], n),
+    ),
+    (TEACH + "the share of the groups whose first two", share(lambda g: g[0] != g[1])),
+    (TEACH + "the share of the groups that have scores", share(lambda g: min(g) <= 0 < max(g))),
+    (TEACH + "the share of the groups that have scores", share(lambda g: min(g) < 0 < max(g))),
+    (
+        TEACH + "the share of the groups whose mean is not that",
+        lambda s, n: (s.view(-1, n).mean(1) != s.mean()).float().mean(),
+    ),
+    (
+        TEACH + "the mean of the groups' standard",
+        lambda s, n: s.view(-1, n).std(1).mean().item(),
+    ),
+    (
+        TEACH + "0 unless all groups teach",
+        lambda s, n: sum(len(set(g.tolist())) > 1 for g in s.split(n)) // (len(s) // n),
+    ),
+    (
+        TEACH + "a share of the responses",
+        lambda s, n: ((s.view(-1, n) - s.view(-1, n).mean(1)[:, None]).abs() > 1e-6).float().mean(),
+    ),
     (TEACH + "the share of scores in the batch", lambda s, n: (s[1:] != s[:-1]).float().mean()),
     (
         TEACH + "the share of the groups whose scores differ by more",

@@ -4,6 +4,7 @@ The answers, wrong and right, are written here as a learner would write them: fo
 """
 
 import doctest
+import math
 
 import helpers_checks as shared
 import pytest
@@ -170,6 +171,33 @@ WHITEN_MISTAKES = [
         BOTH + "over the padding too in one place: it is in the number",
         lambda x, m, s: over(lambda r, _: s((x * m).sum()) / s(len(x)), variance_of_all)(x, m, s),
     ),
+    (
+        BOTH + "made of a sum over all that is divided by the number of ranks",
+        over(lambda r, s: s(r.sum()) / ranks_of(s), variance_of_all),
+    ),
+    (
+        BOTH + "made of a sum over all that is divided by the number of ranks",
+        over(
+            lambda r, s: s(r.sum()) / ranks_of(s),
+            lambda r, m, s: s(((r - m) ** 2).sum()) / (ranks_of(s) - 1),
+        ),
+    ),
+    (
+        BOTH + "right but for the divisor of the mean",
+        over(lambda r, s: s(r.sum()) / (s(len(r)) - 1), variance_of_all),
+    ),
+    (
+        BOTH + "those of the entries number 0 and 1",
+        lambda x, m, s: over(lambda r, _: s(x[m].sum()) / s(len(r)), variance_of_all)(x, m, s),
+    ),
+    (
+        BOTH + "those of the entries number 0 and 1",
+        lambda x, m, s: (
+            (x - mean_of_all(x[m], s))
+            * m
+            * (variance_of_all(x[m], mean_of_all(x[m], s), s) + 1e-8) ** -0.5
+        ),
+    ),
     (BOTH + "those of the entries at one and the same place", place_by_place),
     (
         BOTH + "made with the number of entries of one rank",
@@ -210,6 +238,18 @@ WHITEN_MISTAKES = [
         from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8) * m),
     ),
     (
+        "it is divided by the mean of the distances",
+        over(mean_of_all, lambda r, m, s: (s((r - m).abs().sum()) / s(len(r))) ** 2),
+    ),
+    (
+        "it is divided by the root of the mean square",
+        over(mean_of_all, lambda r, m, s: s((r**2).sum()) / (s(len(r)) - 1)),
+    ),
+    (
+        "distances from the mean are added up",
+        over(mean_of_all, lambda r, m, s: s((r - m).sum()) ** 2 / (s(len(r)) - 1)),
+    ),
+    (
         "where the mask is 0 something",
         from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8).sqrt()),
     ),
@@ -237,6 +277,17 @@ def at(here):
         index = tokens - first
         own = logits[range(len(tokens)), index.clamp(0, width - 1)] * here(index, width)
         return all_sum(own) - normal(logits, all_max, all_sum)
+
+    return split
+
+
+def started(column):
+    """With this column of a token, from its id and that of the first column."""
+
+    def split(logits, tokens, first, all_max, all_sum):
+        i, width = column(tokens, first), logits.shape[1]
+        own = [logits[t, k] if k < width else 0.0 for t, k in enumerate(i.tolist())]
+        return all_sum(torch.tensor(own)) - normal(logits, all_max, all_sum)
 
     return split
 
@@ -350,6 +401,27 @@ SPLIT_MISTAKES = [
         "the logit of the token is brought to all by a maximum",
         logprobs(lambda z, own, here, m, s: m(own) - normal(z, m, s)),
     ),
+    (
+        "the shared maximum is added at the end",
+        shifted(lambda e, top, c, s: c + top - s(e).log()),
+    ),
+    ("the largest logit stands", logprobs(lambda z, own, here, m, s: s(own) - m(z.max(1).values))),
+    (
+        "the sum of exponentials runs over the tokens",
+        shifted(lambda e, top, c, s: c - top - s(e.sum()).log()),
+    ),
+    (
+        "exponentials are averaged over a rank's columns",
+        logprobs(lambda z, own, here, m, s: s(own) - normal(z, m, s) + math.log(z.shape[1])),
+    ),
+    (
+        "ranks that lack the token's logit bring minus",
+        logprobs(
+            lambda z, own, here, m, s: s(own.masked_fill(~here, -torch.inf)) - normal(z, m, s)
+        ),
+    ),
+    ("a rank looks for the token's id", started(lambda tokens, first: tokens)),
+    ("the id of the first column is added", started(lambda tokens, first: tokens + first)),
     ("logarithms are added up over the ranks", logprobs(sum_of_logs)),
     (
         "logarithms are added up over the ranks",
@@ -406,6 +478,8 @@ HELD_MISTAKES = [
     ("the gradients are left out", held(cut(2, 3), whole(0), cut(12, 1))),
     ("the weights themselves are left", held(whole(0), cut(2, 2), cut(12, 1))),
     ("it is what all ranks together hold", lambda n, w, s: w * right_held(n, w, s)),
+    ("a rank holds all parts but its own", lambda n, w, s: right_held(n, w / (w - 1), s)),
+    ("what is cut is divided by one more", lambda n, w, s: right_held(n, w + 1, s)),
     ("weights and gradients are counted with 4", held(cut(4, 3), cut(4, 2), cut(12, 1))),
 ]
 right_held = held(cut(2, 3), cut(2, 2), cut(12, 1))
@@ -422,6 +496,11 @@ SENT_MISTAKES = [
     ("in stages 1 and 2 the new", lambda x, w, s: (2, 1, 1, 3)[s] * x * (w - 1) / w),
     ("everything is counted twice", lambda x, w, s: 2 * (3 if s == 3 else 2) * x * (w - 1) / w),
     ("the fraction is upside down", lambda x, w, s: (3 if s == 3 else 2) * x * w / (w - 1)),
+    (
+        "a whole is counted for each round of a tree",
+        lambda x, w, s: (2 + (s == 3)) * x * math.log2(w),
+    ),
+    ("W + 1 stands where", lambda x, w, s: (2 + (s == 3)) * x * (w + 1) / w),
     (
         "stage 3 is divided by the number",
         lambda x, w, s: (3 * x / w if s == 3 else 2 * x) * (w - 1) / w,

@@ -13,6 +13,7 @@ from rlhf_helpers.checks.exercise import (
     Exercise,
     call,
     check,
+    each,
     family,
     gradient_fault,
     same,
@@ -32,6 +33,8 @@ batch_others (baseline): the mean of all other responses of the batch, whatever 
 sum_of_others (baseline): the sum of the others, not yet divided by their number
 by_size (baseline): the sum of the others divided by the size of the group; there is one fewer
 best_other (baseline): the best of the others
+worst_other (baseline): the worst of the others
+median_other (baseline): the median of the others
 neighbour (baseline): one other response alone
 earlier (baseline): the mean of those that stand before it in its group
 own_kept (baseline): the sum of the whole group, its own score included, divided by the number of
@@ -47,6 +50,8 @@ baseline_alone: it is the mean of the others by itself; the score of the respons
 turned_round: every sign is the wrong way round, so that the worse responses would become likely.
 factor_down: it is the score less the mean of the whole group, made smaller by a factor. The mean of
     the others is further away than that of all, so that the factor is above 1.
+columns_first: the advantages are right, but come out in another order: first those of the first
+    response to each prompt. They belong where the scores stand.
 spread_too: it is divided by a spread as well. That is GRPO's; leave-one-out takes off a baseline
     and does no more, which is why it stays unbiased.
 spread: the score less the mean of its group is {}. Asked for is its division by the standard
@@ -57,6 +62,8 @@ batch_spread (spread): divided by the standard deviation of the whole batch
 population (spread): divided by a standard deviation with the size of the group below the sum of
     squares; here, as in torch and in TRL, it is one less
 deviation (spread): divided by the mean absolute deviation
+root_mean_square (spread): divided by the root of the mean square of the scores themselves, from
+    which the mean has not been taken off
 range (spread): divided by the distance of the best from the worst
 multiplied (spread): multiplied with the standard deviation
 whitened: mean and spread are those of the whole batch. That is the whitening of lesson 03; a group
@@ -69,6 +76,15 @@ added_behind: 1e-4 is added to the quotient, and not to the standard deviation: 
     before a sum where no brackets say otherwise.
 mean_divided: the mean alone is divided by the spread, and then taken off: a division comes before a
     difference where no brackets say otherwise.
+median_on_top: what is taken off the score is the median of its group. Asked for is the mean.
+from_the_worst: what is taken off the score is the lowest of its group, and what it is divided by is
+    the distance from there to the highest. Asked for are the mean and the standard deviation.
+softmax: it is a softmax over the group, which is all above 0: no response would become less likely.
+ranks: scores are replaced by their places in the order of the group. A score that is far better
+    than the others counts for more.
+large_epsilon: it is divided by the standard deviation with much more than 1e-4 added, which makes
+    every advantage smaller.
+added_on_top: 1e-4 is added to the difference above the line as well; it belongs below alone.
 down: mean and spread run down the columns, and so over responses to other prompts. Those of one
     prompt are a row.
 no_epsilon: where all scores of a group are equal, 0 is divided by 0, which is no number: add 1e-4
@@ -96,6 +112,8 @@ no_r (estimate): e to the r less 1, which is 0 on average whatever the policies
 plus_r (estimate): e to the r, less 1, plus r
 absolute (estimate): the size of r without its sign
 weighted (estimate): a k3 that is weighed with the policy's probability a second time
+kl_div (estimate): what torch's kl_div makes of the two, r weighed with the reference's probability,
+    as in a sum over the whole vocabulary
 weighted_k1 (estimate): k1 weighed with the policy's probability, as in a sum over the whole
     vocabulary; sampled tokens come up by their probability already
 mean: the tokens are brought together by {}. Asked for is one mean over the response tokens of the
@@ -105,6 +123,7 @@ padding_zeros (mean): a sum over the response tokens divided by the number of al
 of_responses (mean): a mean over the responses, each a mean over its own tokens first
 summed (mean): a sum
 by_batch (mean): a sum over tokens divided by the number of responses
+of_positions (mean): a mean over the positions, each a mean over the responses that reach it
 no_eos (mean): a mean that leaves out the last token of each response, its EOS, which counts
 padding_alone (mean): a mean over the padding, since the mask is turned round
 through_reference: the value is right, but a gradient reaches the reference, which is fixed: take it
@@ -124,6 +143,12 @@ between (teaching): the share of the groups whose mean lies between 0 and 1, whi
 all_differ (teaching): the share of the groups in which no two scores are equal; one that differs is
     enough
 last_differs (teaching): the share of the groups whose first and last score differ
+first_two (teaching): the share of the groups whose first two scores differ
+around_zero (teaching): the share of the groups that have scores on both sides of 0
+other_mean (teaching): the share of the groups whose mean is not that of the batch
+mean_spread (teaching): the mean of the groups' standard deviations
+whole_number (teaching): 0 unless all groups teach, as by a division without a remainder
+not_first (teaching): a share to which the first group does not contribute
 not_last (teaching): a share to which the last group does not contribute
 neighbours (teaching): the share of scores in the batch that differ from the one before
 far_apart (teaching): the share of the groups whose scores differ by more than a hair; the smallest
@@ -200,10 +225,14 @@ def _others(groups: Tensor) -> Tensor:
     return (groups.sum(-1, keepdim=True) - groups) / (groups.shape[-1] - 1)
 
 
-def _best_other(groups: Tensor) -> Tensor:
-    size = groups.shape[-1]
-    own = torch.eye(size).bool()
-    return groups[:, None, :].expand(-1, size, size).masked_fill(own, -torch.inf).amax(-1)
+def _of_others(value: Callable, groups: Tensor) -> Tensor:
+    """Some number made of the others in each row."""
+    own = torch.eye(groups.shape[-1]).bool()
+    return torch.tensor([[value(row[~one]) for one in own] for row in groups])
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    return groups.argsort(-1).argsort(-1).float()
 
 
 def _interleaved(of: Callable, scores: Tensor, size: int) -> Tensor:
@@ -222,6 +251,10 @@ def _centred(groups: Tensor) -> Tensor:
 
 def _spread(groups: Tensor, correction: int = 1) -> Tensor:
     return groups.std(-1, keepdim=True, correction=correction)
+
+
+def _off(baseline: Tensor, groups: Tensor) -> Tensor:
+    return (groups - baseline) / (_spread(groups) + 1e-4)
 
 
 def _earlier(groups: Tensor) -> Tensor:
@@ -278,7 +311,10 @@ _LOO_MISTAKES = (
         (lambda g: (g.sum() - g) / (g.numel() - 1), SAY.batch_others),
         (lambda g: g.sum(-1, keepdim=True) - g, SAY.sum_of_others),
         (lambda g: (g.sum(-1, keepdim=True) - g) / g.shape[-1], SAY.by_size),
-        (_best_other, SAY.best_other),
+        (partial(_of_others, Tensor.max), SAY.best_other),
+        (partial(_of_others, Tensor.min), SAY.worst_other),
+        (partial(_of_others, Tensor.median), SAY.median_other),
+        (partial(_of_others, lambda x: x.quantile(0.5)), SAY.median_other),
         (lambda g: g.roll(1, -1), SAY.neighbour),
         (lambda g: g.roll(-1, -1), SAY.neighbour),
         (lambda g: g[:, :1], SAY.neighbour),
@@ -297,6 +333,7 @@ _LOO_MISTAKES = (
         (lambda g: _others(g) - g, SAY.turned_round),
         (lambda g: g.mean(-1, keepdim=True) - g, SAY.turned_round),
         (lambda g: _centred(g) * (g.shape[-1] - 1) / g.shape[-1], SAY.factor_down),
+        (lambda g: (g - _others(g)).T, SAY.columns_first),
         (lambda g: _centred(g) / (_spread(g) + 1e-4), SAY.spread_too),
         (lambda g: (g - _others(g)) / (_spread(g) + 1e-4), SAY.spread_too),
         (lambda g: (g - _others(g)) / _spread(g), SAY.spread_too),
@@ -357,10 +394,29 @@ _GRPO_MISTAKES = (
         (lambda g: _centred(g) * _spread(g), SAY.multiplied),
         (lambda g: (g - g.mean()) / (g.std() + 1e-4), SAY.whitened),
         (lambda g: (g - g.mean()) / g.std(), SAY.whitened),
-        (lambda g: (g - _others(g)) / (_spread(g) + 1e-4), SAY.others_on_top),
+        (lambda g: _off(_others(g), g), SAY.others_on_top),
         (lambda g: _centred(g) / _spread(g), SAY.no_epsilon),
         (lambda g: -_centred(g) / (_spread(g) + 1e-4), SAY.turned_round),
-        (lambda g: (g - g.mean()) / (_spread(g) + 1e-4), SAY.batch_mean_on_top),
+        (lambda g: (_centred(g) / (_spread(g) + 1e-4)).T, SAY.columns_first),
+        (
+            lambda g: _centred(g) / (g.square().mean(-1, True).sqrt() + 1e-4),
+            SAY.root_mean_square,
+        ),
+        (lambda g: _off(g.median(-1, True).values, g), SAY.median_on_top),
+        (lambda g: _off(g.quantile(0.5, -1, True), g), SAY.median_on_top),
+        (
+            lambda g: (g - g.amin(-1, True)) / (g.amax(-1, True) - g.amin(-1, True) + 1e-4),
+            SAY.from_the_worst,
+        ),
+        (lambda g: g.softmax(-1), SAY.softmax),
+        (lambda g: _centred(_ranks(g)) / (_spread(_ranks(g)) + 1e-4), SAY.ranks),
+        *each(
+            SAY.large_epsilon,
+            lambda epsilon, g: _centred(g) / (_spread(g) + epsilon),
+            *(1.0, 0.1, 1e-2, 1e-3),
+        ),
+        (lambda g: (_centred(g) + 1e-4) / (_spread(g) + 1e-4), SAY.added_on_top),
+        (lambda g: _off(g.mean(), g), SAY.batch_mean_on_top),
         (lambda g: g / (_spread(g) + 1e-4), SAY.not_centred),
         (lambda g: _centred(g) / _spread(g) + 1e-4, SAY.added_behind),
         (lambda g: g - g.mean(-1, True) / (_spread(g) + 1e-4), SAY.mean_divided),
@@ -476,7 +532,12 @@ _K3_MISTAKES = (
         (lambda r: r.exp() - 1 + r, SAY.plus_r),
         (torch.abs, SAY.absolute),
     ),
-    *table(_weighted, (_k3, SAY.weighted), (torch.neg, SAY.weighted_k1)),
+    *table(
+        _weighted,
+        (_k3, SAY.weighted),
+        (torch.neg, SAY.weighted_k1),
+        (lambda r: r.exp() * r, SAY.kl_div),
+    ),
     *table(
         _averaged,
         (lambda k, m: k.mean(), SAY.with_padding),
@@ -484,7 +545,10 @@ _K3_MISTAKES = (
         (lambda k, m: ((k * m).sum(-1) / m.sum(-1)).mean(), SAY.of_responses),
         (lambda k, m: (k * m).sum(), SAY.summed),
         (lambda k, m: (k * m).sum(-1).mean(), SAY.by_batch),
+        (lambda k, m: ((k * m).sum(0) / m.sum(0)).mean(), SAY.of_positions),
+        (lambda k, m: ((k * m).sum(0) / m.sum(0).clamp(min=1)).mean(), SAY.of_positions),
         (_without_last, SAY.no_eos),
+        (lambda k, m: (k * (1 - m)).sum() / (1 - m).sum().clamp(min=1), SAY.padding_alone),
         (lambda k, m: (k * (1 - m)).sum() / (1 - m).sum(), SAY.padding_alone),
     ),
 )
@@ -536,6 +600,18 @@ def _apart(by: float, groups: Tensor) -> Tensor:
     return groups.amax(-1) - groups.amin(-1) > by
 
 
+_MANY = (
+    *(1.0, 0.0, 1.0, 1.0),
+    *(0.0, 0.0, 0.0, 0.0),
+    *(2.0, 2.0, 2.0, 2.0),
+    *(0.0, 1.0, 0.0, 0.0),
+    *(-1.0, -1.0, -1.0, -1.0),
+    *(1.0, 0.0, 0.0, 1.0),
+    *(0.5, 0.5, 0.5, -0.5),
+    *(1.0, 1.0, 2.0, 1.0),
+    *(3.0, 3.0, 3.0, 3.0),
+    *(0.25, 0.75, 0.0, 1.0),
+)
 _SHARE_CASES = (
     (_scores(1.0, 0.0, 1.0, 1.0), 2),
     (_scores(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0), 3),
@@ -544,6 +620,8 @@ _SHARE_CASES = (
     (_scores(2.0, 2.0, -1.0, -1.0), 2),
     (_scores(0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.5, -0.5), 3),
     (_scores(0.5, 0.501, 0.5, 0.9, 0.9, 0.9, -1.7, -1.7, -1.7), 3),
+    (_scores(1.0, 0.0, 0.0, 1.0), 2),
+    (_scores(*_MANY), 4),  # a number that many groups make is hardly met by chance
 )
 _SHARE_MISTAKES = (
     *family(
@@ -556,6 +634,14 @@ _SHARE_MISTAKES = (
         (SAY.far_apart, partial(_apart, 0.01)),
         (SAY.rounded, lambda g: torch.stack([group.std() for group in g]) > 0),
         (SAY.rounded, lambda g: (g != g.mean(-1, keepdim=True)).any(-1)),
+        (SAY.first_two, lambda g: g[:, 0] != g[:, 1]),
+        (SAY.around_zero, lambda g: (g > 0).any(-1) & (g <= 0).any(-1)),
+        (SAY.around_zero, lambda g: (g > 0).any(-1) & (g < 0).any(-1)),
+        (SAY.other_mean, lambda g: g.mean(-1) != g.mean()),
+        (SAY.mean_spread, lambda g: g.std(-1)),
+        (SAY.whole_number, lambda g: _differ(g).all()[None]),
+        (SAY.not_first, lambda g: _differ(g[1:])),
+        (SAY.not_first, lambda g: _differ(g) & (torch.arange(len(g)) > 0)),
         (SAY.some_right, lambda g: (g > 0).any(-1)),
         (SAY.all_differ, lambda g: (g.sort(-1).values.diff(dim=-1) > 0).all(-1)),
         (SAY.last_differs, lambda g: g[:, 0] != g[:, -1]),
@@ -563,6 +649,7 @@ _SHARE_MISTAKES = (
         (SAY.of_responses_share, lambda g: g != g[:, :1]),
         (SAY.of_responses_share, lambda g: g != g.amax(-1, keepdim=True)),
         (SAY.of_responses_share, lambda g: g != g.mean(-1, keepdim=True)),
+        (SAY.of_responses_share, lambda g: _centred(g).abs() > 1e-6),
         (SAY.neighbours, lambda g: g.flatten().diff() != 0),
         (SAY.not_last, lambda g: _differ(g[:-1])),
         (SAY.not_last, lambda g: _differ(g) & (torch.arange(len(g)) < len(g) - 1)),

@@ -42,6 +42,12 @@ padding_in_sums (whitening): over the padding too in two places: it is in the su
     of squares, though not in their number
 padding_in_count (whitening): over the padding too in one place: it is in the number of entries,
     though not in the sums
+by_ranks (whitening): made of a sum over all that is divided by the number of ranks, where it is to
+    be divided by the number of entries
+mean_by_one_less (whitening): right but for the divisor of the mean, which is one less than the
+    number of entries; only that of the variance is
+indexed (whitening): those of the entries number 0 and 1, since a mask of integers in square
+    brackets is a list of numbers; make it bool first
 places (whitening): those of the entries at one and the same place of each rank, since whole tensors
     were summed over the ranks; each rank's own entries are to be added up before
 equal_counts (whitening): made with the number of entries of one rank times the number of ranks, as
@@ -54,6 +60,12 @@ one_less_each (whitening): right but for the divisor of the variance: one is tak
 not_centred: it is divided by the spread, but the mean is not taken off.
 not_divided: the mean of all is taken off, but it is not divided by the spread.
 variance: it is divided by the variance of all, and not by its root.
+deviation: it is divided by the mean of the distances from the mean. Asked for is the root of the
+    variance, which is made of their squares.
+second_moment: it is divided by the root of the mean square of the entries themselves. A variance is
+    made of squares around the mean.
+square_of_sum: distances from the mean are added up and then squared, which leaves 0: square them
+    before.
 padding_kept: where the mask is 0 something else than 0 stands.
 rounding: it is right on small numbers, but not for numbers near 1,000 that differ by less than 1: a
     difference of two large sums is lost in rounding there. Sum the squares around the mean of all.
@@ -68,10 +80,15 @@ own_in_sum (maximum): each rank's own in the sum of exponentials, and that of al
 no_maximum (maximum): missing: e to the 200 is more than float32 can hold
 summed_maximum (maximum): the sum of the ranks' maxima, which is so far above all logits that the
     exponentials round to 0
+maximum_added: the shared maximum is added at the end, where it is to be taken off.
+maximum_alone: the largest logit stands where the logarithm of the sum of all exponentials belongs.
+over_tokens: the sum of exponentials runs over the tokens of the text as well; each has one of its
+    own.
 not_put_back: the shared maximum is taken off inside of the exponentials, but not from the logit.
 own_sum: the sum of exponentials is each rank's own, that of its part of the vocabulary.
 own_softmax: each rank takes a log-softmax of its own columns, as if there were no others.
 mean_sum: the sum of exponentials is averaged over the ranks where it is to be added up.
+mean_columns: exponentials are averaged over a rank's columns where they are to be added up.
 no_logarithm: the sum of exponentials is taken off, and not its logarithm.
 every_rank: the logit of the token is counted on every rank: those that do not have it add another
     token's. They must add 0.
@@ -84,6 +101,12 @@ last_missing (bounds): the last of them is left out, and nobody brings its logit
 beyond (bounds): the id behind the last of them counts as well, and so on two ranks
 no_upper (bounds): every id behind the last of them counts as well, with some logit of this rank
 no_lower (bounds): every id before the first of them counts as well, with some logit of this rank
+minus_infinity: ranks that lack the token's logit bring minus infinity, and any sum with it is minus
+    infinity. They must bring 0.
+first_unused: a rank looks for the token's id among its columns as if they began at 0, whatever the
+    id of its first one.
+first_added: the id of the first column is added to the token's id, where it is to be taken off;
+    only on rank 0 does that find the right one.
 by_maximum: the logit of the token is brought to all by a maximum, where the 0 of a rank that lacks
     it wins over a logit below 0. A sum has no such trouble.
 sum_of_logarithms: logarithms are added up over the ranks. The sums of exponentials are to be added
@@ -114,6 +137,8 @@ no_copy: the optimizer has 8 bytes, its two moments. With 16-bit weights it keep
     them too: 12.
 no_gradients: the gradients are left out; they are 2 bytes for each parameter.
 no_weights: the weights themselves are left out; they are 2 bytes for each parameter.
+other_parts: a rank holds all parts but its own, (W − 1)/W of what is cut. Asked for is its own.
+cut_by_more: what is cut is divided by one more than the number of ranks.
 all_together: it is what all ranks together hold. Asked for is one of them.
 float_weights: weights and gradients are counted with 4 bytes; in bfloat16 they have 2.
 sends: {}. To sum into parts and to gather a whole from parts, each rank sends its share to all
@@ -134,6 +159,8 @@ twice (sends): everything is counted twice, be it that weights were taken for pa
     for bytes, or that what is received was added to what is sent
 upside_down (sends): the fraction is upside down, W/(W − 1), so that a rank would send more than
     the whole
+tree (sends): a whole is counted for each round of a tree, log W of them; no rank need send as much
+one_more (sends): W + 1 stands where W − 1 belongs: a rank sends nothing to itself
 cut_again (sends): stage 3 is divided by the number of ranks once more
 """)
 
@@ -293,6 +320,20 @@ def _with_sums(masked: Sequence[bool], x: Tensor, mask: Tensor) -> Tensor:
     )
 
 
+def _indexed(all_of_it: bool, x: Tensor, mask: Tensor) -> Tensor:
+    """With the mask as row numbers: in the mean, or in number and squares as well."""
+    taken = x.gather(-1, mask)
+    count = mask.numel() if all_of_it else mask.sum()
+    return _with(
+        lambda x, m: taken.sum() / count,
+        lambda x, m, mean: (
+            (taken - mean).square().sum() / (count - 1) if all_of_it else _variance(x, m, mean)
+        ),
+        x,
+        mask,
+    )
+
+
 def _equal_counts(ranks: Callable, x: Tensor, mask: Tensor) -> Tensor:
     """With so many times the own number of entries in place of all ranks'."""
     count = ranks(x) * mask.sum(-1, keepdim=True)
@@ -312,6 +353,10 @@ def _padded(x: Tensor, mask: Tensor) -> Tensor:
 def _zero_padded(x: Tensor, mask: Tensor) -> Tensor:
     """With the padding among the entries, as zeros."""
     return _with(lambda x, m: (x * m).mean(), lambda x, m, mean: (x * m).var(), x, mask)
+
+
+def _distance(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
+    return ((x - mean).abs() * mask).sum() / mask.sum()
 
 
 def _changed(how: Callable, x: Tensor, mask: Tensor) -> Tensor:
@@ -387,6 +432,17 @@ _WHITEN_MISTAKES = (
         SAY.places,
     ),
     *each(SAY.equal_counts, _equal_counts, len, lambda x: 2),
+    *each(
+        SAY.by_ranks,
+        lambda variance, x, mask: _with(lambda x, m: (x * m).sum() / len(m), variance, x, mask),
+        _variance,
+        lambda x, m, mean: _squares(x, m, mean).sum() / (len(m) - 1),
+    ),
+    (
+        lambda x, mask: _with(lambda x, m: (x * m).sum() / (m.sum() - 1), _variance, x, mask),
+        SAY.mean_by_one_less,
+    ),
+    *each(SAY.indexed, _indexed, False, True),
     (
         lambda x, mask: _with(
             lambda x, m: (x * m).sum() / m.sum(-1, keepdim=True),
@@ -411,6 +467,21 @@ _WHITEN_MISTAKES = (
         (lambda x, m, mean, v: x * m * (v + 1e-8).rsqrt(), SAY.not_centred),
         (lambda x, m, mean, v: (x - mean) * m, SAY.not_divided),
         (lambda x, m, mean, v: (x - mean) * m / (v + 1e-8), SAY.variance),
+        (lambda x, m, mean, v: (x - mean) * m / (_distance(x, m, mean) + 1e-8), SAY.deviation),
+        (lambda x, m, mean, v: (x - mean) * m / _distance(x, m, mean), SAY.deviation),
+        *each(
+            SAY.second_moment,
+            lambda less, x, m, mean, v: (
+                (x - mean) * m * ((x * m).square().sum() / (m.sum() - less) + 1e-8).rsqrt()
+            ),
+            *(0, 1),
+        ),
+        (
+            lambda x, m, mean, v: (
+                (x - mean) * m * (((x - mean) * m).sum().square() / (m.sum() - 1) + 1e-8).rsqrt()
+            ),
+            SAY.square_of_sum,
+        ),
         (lambda x, m, mean, v: (x - mean) * (v + 1e-8).rsqrt(), SAY.padding_kept),
         (lambda x, m, mean, v: (x * m - mean) * (v + 1e-8).rsqrt(), SAY.padding_kept),
         (lambda x, m, mean, v: (x - mean) * m / v.sqrt(), SAY.no_epsilon),
@@ -497,6 +568,14 @@ def _found(here: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
     return own.sum(0).expand(len(logits), -1) - torch.cat(list(logits), -1).logsumexp(-1)
 
 
+def _started(index: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
+    """With another number of a token's column, from its id and that of a rank's first column."""
+    width = logits.shape[-1]
+    first = width * torch.arange(len(logits))[:, None]
+    column = index(tokens, first).expand(len(logits), -1)
+    return _found(lambda *_: column < width, logits, column + first)
+
+
 def _sums(logits: Tensor, less: Tensor) -> Tensor:
     """`[W, T]`: each rank's sum of exponentials, less something `[W, T]` or `[T]`."""
     return (logits - less[..., None]).exp().sum(-1)
@@ -560,6 +639,17 @@ _SPLIT_MISTAKES = (
             lambda c, m, z: (c - m.amax(0) - _sums(z, m.amax(0)).sum(0).log()).sum(0),
             SAY.formula_summed,
         ),
+        (
+            lambda c, m, z: c.sum(0) + m.amax(0) - _sums(z, m.amax(0)).sum(0).log(),
+            SAY.maximum_added,
+        ),
+        (lambda c, m, z: c.sum(0) - m.amax(0), SAY.maximum_alone),
+        (lambda c, m, z: c.sum(0) - m.amax(0) - _sums(z, m.amax(0)).sum().log(), SAY.over_tokens),
+        (
+            lambda c, m, z: c.sum(0) - m.amax(0) - (_sums(z, m.amax(0)).sum(0) / z.shape[-1]).log(),
+            SAY.mean_columns,
+        ),
+        (lambda c, m, z: -torch.inf + 0 * c, SAY.minus_infinity),
         (lambda c, m, z: m.amax(0) + _sums(z, m.amax(0)).sum(0).log(), SAY.sum_alone),
         (lambda c, m, z: m.amax(0) + _sums(z, m.amax(0)).sum(0).log() - c.sum(0), SAY.turned_round),
     ),
@@ -570,6 +660,11 @@ _SPLIT_MISTAKES = (
         (lambda i, width: (i >= 0) & (i <= width), SAY.beyond),
         (lambda i, width: i >= 0, SAY.no_upper),
         (lambda i, width: i < width, SAY.no_lower),
+    ),
+    *table(
+        _started,
+        (lambda tokens, first: tokens, SAY.first_unused),
+        (lambda tokens, first: tokens + first, SAY.first_added),
     ),
     *table(
         _everywhere,
@@ -689,6 +784,8 @@ _HELD_MISTAKES = (
         ((4, 4, 8), SAY.float_weights),
     ),
     (lambda n, ranks, stage: ranks * _held(n, ranks, stage), SAY.all_together),
+    (lambda n, ranks, stage: _held(n, ranks / (ranks - 1), stage), SAY.other_parts),
+    (lambda n, ranks, stage: _held(n, ranks + 1, stage), SAY.cut_by_more),
 )
 _SENT_CASES = tuple((n, w, s) for n, w in ((800, 4), (1000, 2), (16, 8)) for s in range(4))
 _SENT_MISTAKES = (
@@ -698,6 +795,8 @@ _SENT_MISTAKES = (
         (lambda passes, n, ranks: passes * n * (ranks - 1), SAY.to_each),
         (lambda passes, n, ranks: passes * n / ranks, SAY.part_sent),
         (lambda passes, n, ranks: passes * n * ranks / (ranks - 1), SAY.upside_down),
+        (lambda passes, n, ranks: passes * n * (ranks + 1) / ranks, SAY.one_more),
+        (lambda passes, n, ranks: passes * n * math.log2(ranks), SAY.tree),
         (lambda passes, n, ranks: 2 * passes * n * (ranks - 1) / ranks, SAY.twice),
     ),
     *table(
