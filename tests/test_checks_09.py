@@ -186,6 +186,24 @@ def ties_share(scores, group_size):
 
 PLACES = [
     ("leave_one_out", place_in_batch, "the first group comes out right, but not those behind it"),
+    (
+        "leave_one_out",  # brackets are missing
+        loop(lambda r, o, g, s: r - (g.sum() - r / (len(g) - 1))),
+        "it counts otherwise than the exercise. In this case the own score counts 0.5, and each of "
+        "the others -1, where 1 and -0.5 are asked for.",
+    ),
+    (
+        "leave_one_out",
+        loop(lambda r, o, g, s: r - o.sum() / 2),  # as it is for three
+        "it counts otherwise than the exercise. In this case the own score counts 1, and each of "
+        "the others -0.5, where 1 and -1 are asked for.",
+    ),
+    (
+        "grpo_advantages",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std().sqrt() + 1e-4)),
+        "it is right but for what the score less the mean of its group is divided by. In this "
+        "case, in group number 1 of it, that is 2.0",
+    ),
     ("grpo_advantages", flat_groups_kept, "it is right but where all scores of a group are equal"),
     ("grpo_advantages", ties_share, "it is right but in groups in which some scores are equal"),
 ]
@@ -352,6 +370,8 @@ K3_MISTAKES = [
     (TOKEN + "the k1 of lesson 05", tokens(lambda r: -r)),
     (TOKEN + "r itself", tokens(lambda r: r)),
     (TOKEN + "the k2 of lesson 05", tokens(lambda r: r**2 / 2)),
+    (TOKEN + "the square of r", tokens(lambda r: r**2)),
+    (TOKEN + "e to the minus r", tokens(lambda r: (-r).exp() - 1 - r)),
     (TOKEN + "e to the r alone", tokens(lambda r: r.exp())),
     (TOKEN + "e to the r less r", tokens(lambda r: r.exp() - r)),
     (TOKEN + "e to the r less 1, which", tokens(lambda r: r.exp() - 1)),
@@ -361,6 +381,10 @@ K3_MISTAKES = [
     (TOKEN + "k1 weighed", k1_weighted),
     (TOKEN + "what torch's kl_div makes", kl_div),
     (MEAN + "a mean that leaves out the last token", without_eos),
+    (
+        MEAN + "a mean that leaves out the first token",
+        averaged(lambda k, m: k[:, 1:][m[:, 1:] == 1].mean()),
+    ),
     (
         MEAN + "a mean over the positions",
         averaged(lambda k, m: ((k * m).sum(0) / m.sum(0).clamp(min=1)).mean()),

@@ -420,6 +420,14 @@ SPLIT_MISTAKES = [
             lambda z, own, here, m, s: s(own.masked_fill(~here, -torch.inf)) - normal(z, m, s)
         ),
     ),
+    (
+        "the logit of the token is averaged",
+        logprobs(lambda z, own, here, m, s: s(own) / s(1) - normal(z, m, s)),
+    ),
+    (
+        "a rank that lacks the token takes the logarithm of 0",
+        logprobs(lambda z, own, here, m, s: ((own - normal(z, m, s)).exp() * here).log()),
+    ),
     ("a rank looks for the token's id", started(lambda tokens, first: tokens)),
     ("the id of the first column is added", started(lambda tokens, first: tokens + first)),
     ("logarithms are added up over the ranks", logprobs(sum_of_logs)),
@@ -571,6 +579,16 @@ def test_where_it_counts_otherwise_is_named(name, answer, message, capsys):
     ("name", "answer", "message"),
     [
         ("rank_bytes", lambda n, w, s: right_held(n, w, s) / 1e9, "times 1e-09 everywhere"),
+        (
+            "rank_bytes",
+            lambda n, w, s: right_held(n, w, s) + (s == 1) * w,
+            "it is right in stage 0 and stage 2 and stage 3, but not in stage 1.",
+        ),
+        (
+            "sent_bytes",
+            lambda x, w, s: 2 * x * (w - 1) / w + (x if s == 3 else 0),
+            "it is right in stage 0 and stage 1 and stage 2, but not in stage 3.",
+        ),
         ("rank_bytes", lambda n, w, s: right_held(n, w, s) * w**2, shared.UNNAMED),
         ("sent_bytes", lambda x, w, s: (2 + (s == 3)) * x, "a whole is counted for each pass"),
         ("sent_bytes", lambda x, w, s: x * w + s, shared.UNNAMED),
@@ -596,6 +614,31 @@ def test_what_is_right_on_one_rank_alone_is_named(capsys):
 
     printed = run("whiten_over_ranks", times_ranks, capsys)
     assert printed.startswith("whiten_over_ranks: one rank by itself comes out right")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            over(lambda r, s: s(r.mean()), variance_of_all),
+            "on rank 0, they are 6 and 4.093; the mean of all is 3, the root of their variance 2.3",
+        ),
+        (
+            over(mean_of_all, lambda r, m, s: (variance_of_all(r, m, s) ** 0.5 + 0.1) ** 2),
+            "on rank 0, they are 3 and 2.445; the mean of all is 3, the root of their variance 2.3",
+        ),
+    ],
+)
+def test_which_of_two_numbers_is_another_is_said(answer, message, capsys):
+    printed = run("whiten_over_ranks", answer, capsys)
+    assert printed.startswith("whiten_over_ranks: from each entry a number is taken off")
+    assert message in printed
+
+
+def test_a_sign_alone_has_its_name(capsys):
+    answer = over(mean_of_all, variance_of_all)
+    printed = run("whiten_over_ranks", lambda x, m, s: -answer(x, m, s), capsys)
+    assert "the sign is turned round" in printed
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)

@@ -98,6 +98,10 @@ flat: it is right but where all scores of a group are equal. There no response i
     others, and every advantage is 0.
 tied: it is right but in groups in which some scores are equal. Equal scores are those of different
     responses, and each counts.
+weights: it counts otherwise than the exercise. In this case the own score counts {:.4g}, and each
+    of the others {:.4g}, where 1 and {:.4g} are asked for.
+divisor: it is right but for what the score less the mean of its group is divided by. In this case,
+    in group number {} of it, that is {:.5g}, where the standard deviation with 1e-4 is {:.5g}.
 first_group: the first group comes out right, but not those behind it. Look where a place in the
     group is taken for one in the batch, or the other way round.
 estimate: each token contributes {}. With r, the reference's log-probability less the policy's, it
@@ -106,6 +110,8 @@ flipped (estimate): the k3 of the other direction, with the sign of r turned rou
 k1 (estimate): the k1 of lesson 05, whose gradient is 0 on average
 minus_k1 (estimate): r itself, which is k1 with its sign turned round
 k2 (estimate): the k2 of lesson 05, half the square of r
+square (estimate): the square of r, twice the k2 of lesson 05
+half_flipped (estimate): e to the minus r, less 1, less r, whose two halves belong to two directions
 ratio (estimate): e to the r alone
 no_one (estimate): e to the r less r, so that two equal policies would have a distance of 1
 no_r (estimate): e to the r less 1, which is 0 on average whatever the policies
@@ -124,6 +130,7 @@ of_responses (mean): a mean over the responses, each a mean over its own tokens 
 summed (mean): a sum
 by_batch (mean): a sum over tokens divided by the number of responses
 of_positions (mean): a mean over the positions, each a mean over the responses that reach it
+no_first (mean): a mean that leaves out the first token of each response, which is sampled too
 no_eos (mean): a mean that leaves out the last token of each response, its EOS, which counts
 padding_alone (mean): a mean over the padding, since the mask is turned round
 through_reference: the value is right, but a gradient reaches the reference, which is fixed: take it
@@ -292,6 +299,37 @@ def _where(cases: Sequence[tuple], reference: Callable, results: Sequence) -> st
     return next((message for holds, message in told if all(holds)), "")
 
 
+def _weights(results: Sequence) -> str:
+    """What the own score and the others count, if no more than that is other than asked for."""
+    wrong = None
+    for (scores, size), result in zip(_LOO_CASES, results, strict=True):
+        own, got = scores.double(), result.double()
+        others = _rows(own, size).sum(-1).repeat_interleave(size) - own
+        terms = torch.stack([own, others], -1)
+        counts = torch.linalg.lstsq(terms, got[:, None]).solution[:, 0]
+        if not same(got, terms @ counts):
+            return ""
+        if wrong is None and not same(result, leave_one_out(scores, size)):
+            wrong = (*(x + 0.0 for x in counts.tolist()), -1 / (size - 1))
+    return SAY.weights.format(*wrong)
+
+
+def _divisor(results: Sequence) -> str:
+    """What the difference from the mean is divided by, if it is one number for each group."""
+    wrong = None
+    for (scores, size), result in zip(_GRPO_CASES, results, strict=True):
+        groups = _rows(scores, size)
+        rows = zip(_centred(groups), _spread(groups) + 1e-4, _rows(result, size), strict=True)
+        for number, (above, want, got) in enumerate(rows):
+            k = above.abs().argmax()
+            divisor = above[k] / got[k] if got[k] else want[0]
+            if not same(divisor * got, above):
+                return ""
+            if wrong is None and not same(divisor * torch.ones(1), want):
+                wrong = number, divisor.item(), want.item()
+    return SAY.divisor.format(*wrong) if wrong else ""
+
+
 def _scores(*values: float) -> Tensor:
     return torch.tensor(values)
 
@@ -348,7 +386,7 @@ LEAVE_ONE_OUT = Exercise(
     tested="groups of 2 to 4, a group of equal scores, one group alone",
     shape_hint="There is one advantage for each response, in the order of the scores.",
     size_hint=COLUMN,
-    general=lambda results: _where(_LOO_CASES, leave_one_out, results),
+    general=lambda results: _where(_LOO_CASES, leave_one_out, results) or _weights(results),
 )
 
 
@@ -434,7 +472,7 @@ GRPO_ADVANTAGES = Exercise(
     shape_hint="There is one advantage for each response, in the order of the scores.",
     size_hint=COLUMN,
     further=_hair_fault,
-    general=lambda results: _where(_GRPO_CASES, grpo_advantages, results),
+    general=lambda results: _where(_GRPO_CASES, grpo_advantages, results) or _divisor(results),
 )
 
 
@@ -526,6 +564,8 @@ _K3_MISTAKES = (
         (lambda r: -r, SAY.k1),
         (lambda r: r, SAY.minus_k1),
         (lambda r: r.square() / 2, SAY.k2),
+        (torch.square, SAY.square),
+        (lambda r: (-r).exp() - 1 - r, SAY.half_flipped),
         (torch.exp, SAY.ratio),
         (lambda r: r.exp() - r, SAY.no_one),
         (torch.expm1, SAY.no_r),
@@ -547,6 +587,7 @@ _K3_MISTAKES = (
         (lambda k, m: (k * m).sum(-1).mean(), SAY.by_batch),
         (lambda k, m: ((k * m).sum(0) / m.sum(0)).mean(), SAY.of_positions),
         (lambda k, m: ((k * m).sum(0) / m.sum(0).clamp(min=1)).mean(), SAY.of_positions),
+        (lambda k, m: (k * m)[:, 1:].sum() / m[:, 1:].sum(), SAY.no_first),
         (_without_last, SAY.no_eos),
         (lambda k, m: (k * (1 - m)).sum() / (1 - m).sum().clamp(min=1), SAY.padding_alone),
         (lambda k, m: (k * (1 - m)).sum() / (1 - m).sum(), SAY.padding_alone),

@@ -69,8 +69,11 @@ square_of_sum: distances from the mean are added up and then squared, which leav
 padding_kept: where the mask is 0 something else than 0 stands.
 rounding: it is right on small numbers, but not for numbers near 1,000 that differ by less than 1: a
     difference of two large sums is lost in rounding there. Sum the squares around the mean of all.
-one_rank: one rank by itself comes out right, but not several together: some number is still that of
-    a rank where that of all belongs.
+one_rank: one rank by itself comes out right, but not several together. Look at what each rank
+    brings to a sum, and at what is not summed.
+two_numbers: from each entry a number is taken off, and the rest is divided by another, as it should
+    be. In this case, on rank {}, they are {:.4g} and {:.4g}; the mean of all is {:.4g}, the root of
+    their variance {:.4g}.
 no_epsilon: where all entries are equal, 0 is divided by 0, which is no number: add 1e-8 to the
     variance before the root. Elsewhere it is right.
 maximum: the maximum that is taken off is {}. It must be one number for all ranks, or their sums
@@ -107,6 +110,10 @@ first_unused: a rank looks for the token's id among its columns as if they began
     id of its first one.
 first_added: the id of the first column is added to the token's id, where it is to be taken off;
     only on rank 0 does that find the right one.
+averaged_logit: the logit of the token is averaged over the ranks. The others bring 0, so that the
+    sum is the logit itself.
+log_of_zero: a rank that lacks the token takes the logarithm of 0, which is minus infinity: what one
+    rank knows is to be summed before.
 by_maximum: the logit of the token is brought to all by a maximum, where the 0 of a rank that lacks
     it wins over a logit below 0. A sum has no such trouble.
 sum_of_logarithms: logarithms are added up over the ranks. The sums of exponentials are to be added
@@ -124,6 +131,7 @@ bytes_counted: it counts otherwise than the exercise. Bytes of a parameter that 
     are cut by the ranks: {}.
 passes_counted: it counts otherwise than the exercise. Passes, in each of which a rank sends
     (W − 1)/W of the whole: {}.
+stages: it is right in {}, but not in {}.
 held: {}. Stage 1 cuts the optimizer, stage 2 the gradients as well, stage 3 also the weights.
 optimizer_whole (held): the optimizer is whole on each rank
 gradients_whole (held): the gradients are never cut
@@ -500,6 +508,25 @@ def _one_pass_fault(fn: Callable) -> str:
     return "" if same(result, whiten_over_ranks(*_FAR_OUT)) else SAY.rounding
 
 
+def _two_numbers(results: Sequence) -> str:
+    """What is taken off, and what the rest is divided by, if there are two such on each rank."""
+    if all(
+        same(-got, whiten_over_ranks(*c)) for got, c in zip(results, _WHITEN_CASES, strict=True)
+    ):
+        return ""  # the sign alone has a name
+    wrong = None
+    for (x, mask), result in zip(_WHITEN_CASES[:2], results, strict=False):
+        right = (mean := _mean(x, mask)), _variance(x, mask, mean).sqrt()
+        for rank, (row, real, got) in enumerate(zip(x, mask.bool(), result, strict=True)):
+            divisor = (row[0] - row[1]) / (got[0] - got[1])
+            found = (taken := row[0] - got[0] * divisor), divisor
+            if not same((row - taken) / divisor * real, got):
+                return ""
+            if wrong is None and not same(torch.stack(found), torch.stack(right)):
+                wrong = (rank, *(value.item() + 0.0 for value in (*found, *right)))
+    return SAY.two_numbers.format(*wrong) if wrong else ""
+
+
 WHITEN = Exercise(
     "whiten_over_ranks",
     whiten_over_ranks,
@@ -508,6 +535,7 @@ WHITEN = Exercise(
     tested="unequal counts, padding, three ranks, equal or large x",
     shape_hint="Rows are ranks: each returns as many entries as it was given.",
     further=_one_pass_fault,
+    general=_two_numbers,
     rows_mix=SAY.one_rank,
 )
 
@@ -650,6 +678,14 @@ _SPLIT_MISTAKES = (
             SAY.mean_columns,
         ),
         (lambda c, m, z: -torch.inf + 0 * c, SAY.minus_infinity),
+        (
+            lambda c, m, z: c.mean(0) - m.amax(0) - _sums(z, m.amax(0)).sum(0).log(),
+            SAY.averaged_logit,
+        ),
+        (
+            lambda c, m, z: c.masked_fill(c == 0, -torch.inf) - z.logsumexp(-1).logsumexp(0),
+            SAY.log_of_zero,
+        ),
         (lambda c, m, z: m.amax(0) + _sums(z, m.amax(0)).sum(0).log(), SAY.sum_alone),
         (lambda c, m, z: m.amax(0) + _sums(z, m.amax(0)).sum(0).log() - c.sum(0), SAY.turned_round),
     ),
@@ -821,16 +857,25 @@ def _by_stage(right: Callable, cases: Sequence[tuple], results: Sequence) -> lis
     return [] if all(math.isclose(x, factors[0], rel_tol=1e-6) for x in factors) else stages
 
 
+def _right_stages(right: Callable, stages: list[list[tuple]]) -> str:
+    """In which stages it is right, if in some of them."""
+    good, bad = [], []
+    for stage, rows in enumerate(stages):
+        ok = all(same(got, float(right(n, ranks, stage))) for got, n, ranks in rows)
+        (good if ok else bad).append(f"stage {stage}")
+    return SAY.stages.format(*map(" and ".join, (good, bad))) if good and bad else ""
+
+
 def _held_otherwise(results: Sequence) -> str:
     """The stages in which other bytes of a parameter are whole, or cut, than should be."""
-    found = []
-    for stage, rows in enumerate(_by_stage(rank_bytes, _HELD_CASES, results)):
+    found, stages = [], _by_stage(rank_bytes, _HELD_CASES, results)
+    for stage, rows in enumerate(stages):
         each = [(got / n, ranks) for got, n, ranks in rows]
         (a, v), (b, w), _ = each
         cut = (a - b) / (1 / v - 1 / w)
         whole = a - cut / v
         if not all(math.isclose(x, whole + cut / ranks, rel_tol=1e-6) for x, ranks in each):
-            return ""
+            return _right_stages(rank_bytes, stages)
         kept = sum(size for size, since in zip(USUAL, STAGES, strict=True) if stage < since)
         if abs(whole - kept) + abs(cut - 16 + kept) > 1e-3:
             counts = " and ".join(f"{round(x, 2) + 0.0:.4g}" for x in (whole, cut))
@@ -840,11 +885,11 @@ def _held_otherwise(results: Sequence) -> str:
 
 def _sent_otherwise(results: Sequence) -> str:
     """The stages with another number of passes."""
-    found = []
-    for stage, rows in enumerate(_by_stage(sent_bytes, _SENT_CASES, results)):
+    found, stages = [], _by_stage(sent_bytes, _SENT_CASES, results)
+    for stage, rows in enumerate(stages):
         passes = [got / _passes(n, ranks, 1) for got, n, ranks in rows]
         if not all(math.isclose(x, passes[0], rel_tol=1e-6) for x in passes):
-            return ""
+            return _right_stages(sent_bytes, stages)
         if abs(passes[0] - (want := 3 if stage == 3 else 2)) > 1e-3:
             found.append(f"stage {stage} has {round(passes[0], 2) + 0.0:.4g}, not {want}")
     return SAY.passes_counted.format("; ".join(found)) if found else ""
