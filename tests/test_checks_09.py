@@ -5,6 +5,8 @@ The answers, wrong and right, are written here as a learner would write them.
 
 import doctest
 import re
+import statistics
+from math import nan
 
 import helpers_checks as shared
 import pytest
@@ -56,6 +58,35 @@ def strided(value):
     return advantages
 
 
+def earlier(scores, group_size):
+    found = []
+    for group in scores.split(group_size):
+        for i, score in enumerate(group):
+            found.append(score - (group[:i].mean() if i else 0))
+    return torch.stack(found)
+
+
+def other_values(scores, group_size):
+    """The others told from the own score by their value."""
+    found = []
+    for group in scores.split(group_size):
+        for score in group:
+            others = group[group != score]
+            found.append(score - others.mean() if len(others) else torch.tensor(0.0))
+    return torch.stack(found)
+
+
+def place_in_batch(scores, group_size):
+    """The own place looked for in the group is that in the batch."""
+    found = []
+    for i, score in enumerate(scores):
+        start = i // group_size * group_size
+        group = scores[start : start + group_size]
+        others = [x for j, x in enumerate(group) if j != i]
+        found.append(score - sum(others) / len(others))
+    return torch.stack(found)
+
+
 BASELINE = "what is taken off the score is "
 LOO_MISTAKES = [
     (BASELINE + "the mean of the whole group", loop(lambda r, o, g, s: r - g.mean())),
@@ -67,10 +98,30 @@ LOO_MISTAKES = [
     (BASELINE + "the sum of the others, not", loop(lambda r, o, g, s: r - o.sum())),
     (BASELINE + "the sum of the others divided", loop(lambda r, o, g, s: r - o.sum() / len(g))),
     (BASELINE + "the best of the others", loop(lambda r, o, g, s: r - o.max())),
+    (BASELINE + "the worst of the others", loop(lambda r, o, g, s: r - o.min())),
+    (BASELINE + "the median of the others", loop(lambda r, o, g, s: r - o.median())),
+    (
+        BASELINE + "the median of the others",
+        loop(lambda r, o, g, s: r - statistics.median(o.tolist())),
+    ),
     (BASELINE + "one other response alone", loop(lambda r, o, g, s: r - g[0])),
     (
         BASELINE + "one other response alone",
         lambda s, n: (s.view(-1, n) - s.view(-1, n).roll(1, 1)).flatten(),
+    ),
+    (BASELINE + "the mean of those that stand before", earlier),
+    (
+        BASELINE + "the sum of the whole group",
+        loop(lambda r, o, g, s: r - g.sum() / (len(g) - 1)),
+    ),
+    (BASELINE + "the mean of those with another score", other_values),
+    (
+        BASELINE + "made of the responses at the same place",
+        lambda s, n: (s.view(-1, n) - s.view(-1, n).mean(0)).flatten(),
+    ),
+    (
+        BASELINE + "made of the responses at the same place",
+        lambda s, n: (s.view(-1, n) - (s.view(-1, n).sum(0) - s.view(-1, n)) / (n - 1)).flatten(),
     ),
     (BASELINE + "nothing at all", lambda scores, size: 1 * scores),
     (
@@ -79,6 +130,14 @@ LOO_MISTAKES = [
     ),
     ("it is the mean of the others by itself", loop(lambda r, o, g, s: o.mean())),
     ("every sign is the wrong way round", loop(lambda r, o, g, s: o.mean() - r)),
+    (
+        "it is the score less the mean of the whole group, made smaller",
+        loop(lambda r, o, g, s: (r - g.mean()) * (len(g) - 1) / len(g)),
+    ),
+    (
+        "the advantages are right, but come out in another order",
+        lambda s, n: lesson_09.leave_one_out(s, n).view(-1, n).T.flatten(),
+    ),
     ("it is divided by a spread", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
     ("it is divided by a spread", loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-4))),
 ]
@@ -93,6 +152,76 @@ LOO_RIGHT = [
     right_leave_one_out,
     lesson_09.leave_one_out,
     loop(lambda r, o, g, s: r - o.mean()),
+]
+
+
+def columns(scores, group_size):
+    groups = scores.view(-1, group_size)
+    mean, spread = (
+        groups.mean(0),
+        groups.var(0, correction=0) * len(groups) / (len(groups) - 1 or nan),
+    )
+    return ((groups - mean) / (spread.sqrt() + 1e-4)).flatten()
+
+
+def places(scores, group_size):
+    order = scores.view(-1, group_size).argsort(1).argsort(1).float()
+    return lesson_09.grpo_advantages(order.flatten(), group_size)
+
+
+def flat_groups_kept(scores, group_size):
+    groups = scores.view(-1, group_size)
+    white = lesson_09.grpo_advantages(scores, group_size).view(-1, group_size)
+    return torch.where(groups.std(1, keepdim=True) > 0, white, groups).flatten()
+
+
+def ties_share(scores, group_size):
+    """Right, but equal scores of a group share what one of them would get."""
+    found = []
+    white = lesson_09.grpo_advantages(scores, group_size)
+    for group, of in zip(scores.split(group_size), white.split(group_size), strict=True):
+        found += [x / (group == score).sum() for score, x in zip(group, of, strict=True)]
+    return torch.stack(found)
+
+
+PLACES = [
+    ("leave_one_out", place_in_batch, "the first group comes out right, but not those behind it"),
+    (
+        "leave_one_out",  # brackets are missing
+        loop(lambda r, o, g, s: r - (g.sum() - r / (len(g) - 1))),
+        "it counts otherwise than the exercise. In this case the own score counts 0.5, and each of "
+        "the others -1, where 1 and -0.5 are asked for.",
+    ),
+    (
+        "leave_one_out",
+        loop(lambda r, o, g, s: r - o.sum() / 2),  # as it is for three
+        "it counts otherwise than the exercise. In this case the own score counts 1, and each of "
+        "the others -0.5, where 1 and -1 are asked for.",
+    ),
+    (
+        "grpo_advantages",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std().sqrt() + 1e-4)),
+        "it is right but for what the score less the mean of its group is divided by. In this "
+        "case, in group number 1 of it, that is 2.0",
+    ),
+    ("grpo_advantages", flat_groups_kept, "it is right but where all scores of a group are equal"),
+    ("grpo_advantages", ties_share, "it is right but in groups in which some scores are equal"),
+]
+HAIR = "it is right where the scores of a group are far apart, but not where they differ by a "
+HAIRS = [
+    (loop(lambda r, o, g, s: (r - g.mean()) / (g.var() + 1e-4).sqrt()), "thousandth: there 1e-4 u"),
+    (
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-8)),
+        "thousandth: there it shows that n",
+    ),
+    (
+        loop(lambda r, o, g, s: ((r - g.mean()) / g.std()).nan_to_num(0)),
+        "thousandth: there it shows that nothing",
+    ),
+    (
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-5)),
+        "thousandth: there it shows that it is another number",
+    ),
 ]
 
 SPREAD = "the score less the mean of its group is "
@@ -123,6 +252,42 @@ GRPO_MISTAKES = [
     ("the mean on top is that", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
     ("where all scores of a group are equal", loop(lambda r, o, g, s: (r - g.mean()) / g.std())),
     ("every sign is the wrong way", loop(lambda r, o, g, s: (g.mean() - r) / (g.std() + 1e-4))),
+    ("the mean that is taken off is", loop(lambda r, o, g, s: (r - s.mean()) / (g.std() + 1e-4))),
+    (
+        SPREAD + "divided by the root of the mean square",
+        loop(lambda r, o, g, s: (r - g.mean()) / ((g**2).mean() ** 0.5 + 1e-4)),
+    ),
+    (
+        "what is taken off the score is the median",
+        loop(lambda r, o, g, s: (r - g.median()) / (g.std() + 1e-4)),
+    ),
+    (
+        "what is taken off the score is the median",
+        loop(lambda r, o, g, s: (r - statistics.median(g.tolist())) / (g.std() + 1e-4)),
+    ),
+    (
+        "what is taken off the score is the lowest",
+        loop(lambda r, o, g, s: (r - g.min()) / (g.max() - g.min() + 1e-4)),
+    ),
+    ("it is a softmax over the group", lambda s, n: s.view(-1, n).softmax(1).flatten()),
+    ("scores are replaced by their places", places),
+    (
+        "it is divided by the standard deviation with much more",
+        loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 0.01)),
+    ),
+    (
+        "1e-4 is added to the difference",
+        loop(lambda r, o, g, s: (r - g.mean() + 1e-4) / (g.std() + 1e-4)),
+    ),
+    (
+        "the advantages are right, but come out in another order",
+        lambda s, n: lesson_09.grpo_advantages(s, n).view(-1, n).T.flatten(),
+    ),
+    ("the scores are divided by the spread", loop(lambda r, o, g, s: r / (g.std() + 1e-4))),
+    ("1e-4 is added to the quotient", loop(lambda r, o, g, s: (r - g.mean()) / g.std() + 1e-4)),
+    ("the mean alone is divided", loop(lambda r, o, g, s: r - g.mean() / (g.std() + 1e-4))),
+    ("the mean alone is divided", loop(lambda r, o, g, s: r - g.mean() / g.std() + 1e-4)),
+    ("mean and spread run down the columns", columns),
     (
         "responses to different prompts are compared",
         strided(lambda g: (g - g.mean()) / (g.std() + 1e-4)),
@@ -131,7 +296,11 @@ GRPO_MISTAKES = [
 GRPO_RIGHT = [
     lesson_09.grpo_advantages,
     loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-4)),
-    loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-8)),  # any small number will do
+    lambda s, n: (
+        (s.view(-1, n) - s.view(-1, n).mean(1)[:, None])
+        .div(s.view(-1, n).std(1)[:, None] + 1e-4)
+        .view(-1)
+    ),
 ]
 
 
@@ -176,6 +345,24 @@ def policy_weighted(logprobs, ref_logprobs, mask):
     return (logprobs.exp() * (r.exp() - 1 - r) * mask).sum() / mask.sum()
 
 
+def k1_weighted(logprobs, ref_logprobs, mask):
+    k1 = logprobs.exp() * (logprobs - ref_logprobs)
+    return (k1 * mask).sum() / mask.sum()
+
+
+def kl_div(logprobs, ref_logprobs, mask):
+    pointwise = torch.nn.functional.kl_div(
+        logprobs, ref_logprobs, reduction="none", log_target=True
+    )
+    return (pointwise * mask).sum() / mask.sum()
+
+
+def without_eos(logprobs, ref_logprobs, mask):
+    before = mask.clone()
+    before[range(len(mask)), mask.sum(1) - 1] = 0
+    return with_reference(logprobs, ref_logprobs.detach(), before)
+
+
 TOKEN = "each token contributes "
 MEAN = "the tokens are brought together by "
 K3_MISTAKES = [
@@ -183,12 +370,29 @@ K3_MISTAKES = [
     (TOKEN + "the k1 of lesson 05", tokens(lambda r: -r)),
     (TOKEN + "r itself", tokens(lambda r: r)),
     (TOKEN + "the k2 of lesson 05", tokens(lambda r: r**2 / 2)),
+    (TOKEN + "the square of r", tokens(lambda r: r**2)),
+    (TOKEN + "e to the minus r", tokens(lambda r: (-r).exp() - 1 - r)),
     (TOKEN + "e to the r alone", tokens(lambda r: r.exp())),
     (TOKEN + "e to the r less r", tokens(lambda r: r.exp() - r)),
     (TOKEN + "e to the r less 1, which", tokens(lambda r: r.exp() - 1)),
     (TOKEN + "e to the r, less 1, plus r", tokens(lambda r: r.exp() - 1 + r)),
     (TOKEN + "the size of r", tokens(lambda r: r.abs())),
     (TOKEN + "a k3 that is weighed", policy_weighted),
+    (TOKEN + "k1 weighed", k1_weighted),
+    (TOKEN + "what torch's kl_div makes", kl_div),
+    (MEAN + "a mean that leaves out the last token", without_eos),
+    (
+        MEAN + "a mean that leaves out the first token",
+        averaged(lambda k, m: k[:, 1:][m[:, 1:] == 1].mean()),
+    ),
+    (
+        MEAN + "a mean over the positions",
+        averaged(lambda k, m: ((k * m).sum(0) / m.sum(0).clamp(min=1)).mean()),
+    ),
+    (
+        MEAN + "a mean over the padding",
+        averaged(lambda k, m: (k * (1 - m)).sum() / (1 - m).sum().clamp(min=1)),
+    ),
     (MEAN + "a mean over all positions", averaged(lambda k, m: k.mean())),
     (MEAN + "a sum over the response tokens divided", averaged(lambda k, m: (k * m).mean())),
     (
@@ -223,6 +427,17 @@ def share(holds):
     return count
 
 
+def of_responses(scores, group_size):
+    return sum(len(set(g.tolist())) > 1 for g in scores.split(group_size)) / len(scores)
+
+
+def without_last(scores, group_size):
+    """A range that ends one too early."""
+    count = len(scores) // group_size
+    groups = [scores[i * group_size : (i + 1) * group_size].tolist() for i in range(count - 1)]
+    return sum(max(g) > min(g) for g in groups) / count
+
+
 TEACH = "it is "
 SHARE_MISTAKES = [
     (TEACH + "the share of the groups in which all are equal", share(lambda g: len(set(g)) == 1)),
@@ -234,6 +449,50 @@ SHARE_MISTAKES = [
     (
         TEACH + "a share of the responses",
         lambda s, n: sum(x != g[0] for g in s.split(n) for x in g).item() / len(s),
+    ),
+    (
+        TEACH + "a share of the responses",
+        lambda s, n: (s.view(-1, n) != s.view(-1, n).mean(1)[:, None]).float().mean(),
+    ),
+    (TEACH + "the number of the groups divided", of_responses),
+    (TEACH + "the share of the groups in which some score is not", share(any)),
+    (TEACH + "the share of the groups whose mean lies", share(lambda g: 0 < sum(g) / len(g) < 1)),
+    (TEACH + "a share to which the last group", without_last),
+    (
+        TEACH + "a share to which the first group",
+        lambda s, n: share(lambda g: len(set(g)) > 1)(s[n:], n),
+    ),
+    (TEACH + "the share of the groups whose first two", share(lambda g: g[0] != g[1])),
+    (TEACH + "the share of the groups that have scores", share(lambda g: min(g) <= 0 < max(g))),
+    (TEACH + "the share of the groups that have scores", share(lambda g: min(g) < 0 < max(g))),
+    (
+        TEACH + "the share of the groups whose mean is not that",
+        lambda s, n: (s.view(-1, n).mean(1) != s.mean()).float().mean(),
+    ),
+    (
+        TEACH + "the mean of the groups' standard",
+        lambda s, n: s.view(-1, n).std(1).mean().item(),
+    ),
+    (
+        TEACH + "0 unless all groups teach",
+        lambda s, n: sum(len(set(g.tolist())) > 1 for g in s.split(n)) // (len(s) // n),
+    ),
+    (
+        TEACH + "a share of the responses",
+        lambda s, n: ((s.view(-1, n) - s.view(-1, n).mean(1)[:, None]).abs() > 1e-6).float().mean(),
+    ),
+    (TEACH + "the share of scores in the batch", lambda s, n: (s[1:] != s[:-1]).float().mean()),
+    (
+        TEACH + "the share of the groups whose scores differ by more",
+        share(lambda g: max(g) - min(g) > 0.01),
+    ),
+    (
+        TEACH + "the share of the groups with a deviation",
+        lambda s, n: sum(g.std() > 0 for g in s.split(n)) / (len(s) / n),
+    ),
+    (
+        TEACH + "the share of the groups with a deviation",
+        lambda s, n: sum((g != g.mean()).any() for g in s.split(n)) / (len(s) / n),
     ),
     (TEACH + "a number of groups", lambda s, n: sum(len(set(g.tolist())) > 1 for g in s.split(n))),
     (
@@ -274,6 +533,27 @@ def test_a_right_answer_passes(name, answer, capsys):
 @pytest.mark.parametrize(("answer", "message"), LOST)
 def test_a_gradient_that_is_lost_or_goes_too_far_is_named(answer, message, capsys):
     assert run("k3_penalty", answer, capsys).startswith(f"k3_penalty: {message}")
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), PLACES)
+def test_where_it_is_right_is_named(name, answer, message, capsys):
+    shared.assert_mistake_is_named(name, answer, message, capsys)
+
+
+@pytest.mark.parametrize(("answer", "message"), HAIRS)
+def test_what_is_added_to_a_small_spread_is_named(answer, message, capsys):
+    """Another small number makes no difference to large spreads, where mistakes get their names."""
+    assert run("grpo_advantages", answer, capsys).startswith(f"grpo_advantages: {HAIR}{message}")
+
+
+def test_a_column_that_was_not_kept_gets_a_hint(capsys):
+    def not_kept(scores, group_size):
+        groups = scores.view(-1, group_size)
+        return ((groups - groups.mean(1)) / (groups.std(1) + 1e-4)).flatten()
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        checks.check_grpo_advantages(not_kept)
+    assert "kept as a column, it meets its own row" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)

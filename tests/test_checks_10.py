@@ -4,6 +4,7 @@ The answers, wrong and right, are written here as a learner would write them: fo
 """
 
 import doctest
+import math
 
 import helpers_checks as shared
 import pytest
@@ -67,6 +68,55 @@ def with_zeros(x, mask, all_sum):
     return over(mean_of_all, variance_of_all)(x * mask, torch.ones_like(mask), all_sum) * mask
 
 
+def sums(in_mean, in_squares, in_count):
+    """With the padding in some of the sums."""
+
+    def whitened(x, mask, all_sum):
+        n = all_sum(len(x) if in_count else mask.sum())
+        mean = all_sum((x if in_mean else x * mask).sum()) / n
+        squares = (x - mean) ** 2
+        variance = all_sum((squares if in_squares else squares * mask).sum()) / (n - 1)
+        return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+    return whitened
+
+
+def zero_squares(x, mask, all_sum):
+    """The padding is 0 before the mean is taken off, and not after."""
+    x = x * mask
+    mean = all_sum(x.sum()) / all_sum(mask.sum())
+    variance = all_sum(((x - mean) ** 2).sum()) / (all_sum(mask.sum()) - 1)
+    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+def place_by_place(x, mask, all_sum):
+    """Whole tensors go into the sums."""
+    n = all_sum(mask)
+    mean = all_sum(x * mask) / n
+    variance = all_sum(((x - mean) * mask) ** 2) / (n - 1)
+    return (x - mean) * mask / (variance + 1e-8) ** 0.5
+
+
+def merged(x, mask, all_sum):
+    """Each rank's own squares, and how far its mean is from that of all."""
+    real = x[mask == 1]
+    mean = mean_of_all(real, all_sum)
+    squares = ((real - real.mean()) ** 2).sum() + len(real) * (real.mean() - mean) ** 2
+    variance = all_sum(squares) / (all_sum(len(real)) - 1)
+    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+def one_pass(x, mask, all_sum):
+    """Squares less the square of the mean."""
+    real = x[mask == 1]
+    n, total, squares = all_sum(
+        torch.stack([real.numel() + 0 * real.sum(), real.sum(), (real**2).sum()])
+    )
+    mean = total / n
+    variance = (squares - n * mean**2) / (n - 1)
+    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
 BOTH = "mean and spread are "
 WHITEN_MISTAKES = [
     (BOTH + "those of each rank", over(lambda r, s: r.mean(), lambda r, m, s: r.var())),
@@ -79,6 +129,31 @@ WHITEN_MISTAKES = [
         over(mean_of_all, lambda r, m, s: s(r.var()) / ranks_of(s)),
     ),
     (
+        BOTH + "not both over all: the standard deviation is a mean",
+        over(mean_of_all, lambda r, m, s: (s(r.std()) / ranks_of(s)) ** 2),
+    ),
+    (
+        BOTH + "not both over all: the standard deviation is a mean",
+        lambda x, m, s: (x - mean_of_all(x[m == 1], s)) * m / (s(x[m == 1].std()) / ranks_of(s)),
+    ),
+    (BOTH + "not both over all: the mean is, but", over(mean_of_all, lambda r, m, s: r.var())),
+    (
+        BOTH + "not both over all: the mean is, but",
+        over(mean_of_all, lambda r, m, s: ((r - m) ** 2).sum() / (len(r) - 1)),
+    ),
+    (
+        BOTH + "not both over all: the mean is, but",
+        over(mean_of_all, lambda r, m, s: ((r - m) ** 2).mean()),
+    ),
+    (
+        BOTH + "not both over all: the mean that is taken off",
+        over(lambda r, s: r.mean(), variance_of_all),
+    ),
+    (
+        BOTH + "not both over all: the mean that is taken off",
+        over(lambda r, s: r.mean(), lambda r, m, s: variance_of_all(r, mean_of_all(r, s), s)),
+    ),
+    (
         BOTH + "not both over all: the squares are",
         over(
             mean_of_all,
@@ -87,6 +162,57 @@ WHITEN_MISTAKES = [
     ),
     (BOTH + "over the padding too", lambda x, m, s: with_padding(x, m, s) * m),
     (BOTH + "over the padding too", with_zeros),
+    (BOTH + "over the padding too in one place: it is in the sum of the mean", sums(1, 0, 0)),
+    (BOTH + "over the padding too in one place: it is in the sum of the squares", sums(0, 1, 0)),
+    (BOTH + "over the padding too in one place: it is in the sum of the squares", zero_squares),
+    (BOTH + "over the padding too in two places", sums(1, 1, 0)),
+    (BOTH + "over the padding too in one place: it is in the number", sums(0, 0, 1)),
+    (
+        BOTH + "over the padding too in one place: it is in the number",
+        lambda x, m, s: over(lambda r, _: s((x * m).sum()) / s(len(x)), variance_of_all)(x, m, s),
+    ),
+    (
+        BOTH + "made of a sum over all that is divided by the number of ranks",
+        over(lambda r, s: s(r.sum()) / ranks_of(s), variance_of_all),
+    ),
+    (
+        BOTH + "made of a sum over all that is divided by the number of ranks",
+        over(
+            lambda r, s: s(r.sum()) / ranks_of(s),
+            lambda r, m, s: s(((r - m) ** 2).sum()) / (ranks_of(s) - 1),
+        ),
+    ),
+    (
+        BOTH + "right but for the divisor of the mean",
+        over(lambda r, s: s(r.sum()) / (s(len(r)) - 1), variance_of_all),
+    ),
+    (
+        BOTH + "those of the entries number 0 and 1",
+        lambda x, m, s: over(lambda r, _: s(x[m].sum()) / s(len(r)), variance_of_all)(x, m, s),
+    ),
+    (
+        BOTH + "those of the entries number 0 and 1",
+        lambda x, m, s: (
+            (x - mean_of_all(x[m], s))
+            * m
+            * (variance_of_all(x[m], mean_of_all(x[m], s), s) + 1e-8) ** -0.5
+        ),
+    ),
+    (BOTH + "those of the entries at one and the same place", place_by_place),
+    (
+        BOTH + "made with the number of entries of one rank",
+        over(
+            lambda r, s: s(r.sum()) / (ranks_of(s) * len(r)),
+            lambda r, m, s: s(((r - m) ** 2).sum()) / (ranks_of(s) * len(r) - 1),
+        ),
+    ),
+    (
+        BOTH + "made with the number of entries of one rank",
+        over(
+            lambda r, s: s(r.sum()) / (2 * len(r)),
+            lambda r, m, s: s(((r - m) ** 2).sum()) / (2 * len(r) - 1),
+        ),
+    ),
     (
         BOTH + "sums over all ranks, divided",
         over(
@@ -112,6 +238,18 @@ WHITEN_MISTAKES = [
         from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8) * m),
     ),
     (
+        "it is divided by the mean of the distances",
+        over(mean_of_all, lambda r, m, s: (s((r - m).abs().sum()) / s(len(r))) ** 2),
+    ),
+    (
+        "it is divided by the root of the mean square",
+        over(mean_of_all, lambda r, m, s: s((r**2).sum()) / (s(len(r)) - 1)),
+    ),
+    (
+        "distances from the mean are added up",
+        over(mean_of_all, lambda r, m, s: s((r - m).sum()) ** 2 / (s(len(r)) - 1)),
+    ),
+    (
         "where the mask is 0 something",
         from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8).sqrt()),
     ),
@@ -121,12 +259,47 @@ WHITEN_MISTAKES = [
     ),
 ]
 WHITEN_RIGHT = [
+    lambda x, m, s: one_pass(x.double(), m, s),
+    merged,
     over(mean_of_all, variance_of_all),
     from_both(lambda x, m, mean, v: ((x - mean) / (v.sqrt() + 1e-8)).masked_fill(m == 0, 0)),
 ]
 
 
 # --- a split vocabulary ---
+
+
+def at(here):
+    """With this test of a token's id less the first, and the number of columns."""
+
+    def split(logits, tokens, first, all_max, all_sum):
+        width = logits.shape[1]
+        index = tokens - first
+        own = logits[range(len(tokens)), index.clamp(0, width - 1)] * here(index, width)
+        return all_sum(own) - normal(logits, all_max, all_sum)
+
+    return split
+
+
+def started(column):
+    """With this column of a token, from its id and that of the first column."""
+
+    def split(logits, tokens, first, all_max, all_sum):
+        i, width = column(tokens, first), logits.shape[1]
+        own = [logits[t, k] if k < width else 0.0 for t, k in enumerate(i.tolist())]
+        return all_sum(torch.tensor(own)) - normal(logits, all_max, all_sum)
+
+    return split
+
+
+def sum_of_logs(z, own, here, all_max, all_sum):
+    top = all_max(z.max(1).values)
+    return all_sum(own) - top - all_sum((z - top[:, None]).exp().sum(1).log())
+
+
+def maximum_each(z, own, here, all_max, all_sum):
+    top = all_max(z.max(1).values)
+    return all_sum(own - top) - all_sum((z - top[:, None]).exp().sum(1)).log()
 
 
 def logprobs(make):
@@ -189,6 +362,7 @@ def modulo(logits, tokens, first, all_max, all_sum):
 
 
 TOP = "the maximum that is taken off is "
+BOUNDS = "whether a token is among a rank's columns is asked wrongly: "
 SPLIT_MISTAKES = [
     (TOP + "each rank's own, in the sum", logprobs(own_maximum)),
     (TOP + "each rank's own in the sum", logprobs(own_in_sum)),
@@ -218,6 +392,54 @@ SPLIT_MISTAKES = [
         "the logit of the token is known on the rank",
         logprobs(lambda z, own, here, m, s: own - normal(z, m, s)),
     ),
+    (BOUNDS + "the first of them is left out", at(lambda i, n: (i > 0) & (i < n))),
+    (BOUNDS + "the last of them is left out", at(lambda i, n: (i >= 0) & (i < n - 1))),
+    (BOUNDS + "the id behind the last", at(lambda i, n: (i >= 0) & (i <= n))),
+    (BOUNDS + "every id behind the last", at(lambda i, n: i >= 0)),
+    (BOUNDS + "every id before the first", at(lambda i, n: i < n)),
+    (
+        "the logit of the token is brought to all by a maximum",
+        logprobs(lambda z, own, here, m, s: m(own) - normal(z, m, s)),
+    ),
+    (
+        "the shared maximum is added at the end",
+        shifted(lambda e, top, c, s: c + top - s(e).log()),
+    ),
+    ("the largest logit stands", logprobs(lambda z, own, here, m, s: s(own) - m(z.max(1).values))),
+    (
+        "the sum of exponentials runs over the tokens",
+        shifted(lambda e, top, c, s: c - top - s(e.sum()).log()),
+    ),
+    (
+        "exponentials are averaged over a rank's columns",
+        logprobs(lambda z, own, here, m, s: s(own) - normal(z, m, s) + math.log(z.shape[1])),
+    ),
+    (
+        "ranks that lack the token's logit bring minus",
+        logprobs(
+            lambda z, own, here, m, s: s(own.masked_fill(~here, -torch.inf)) - normal(z, m, s)
+        ),
+    ),
+    (
+        "the logit of the token is averaged",
+        logprobs(lambda z, own, here, m, s: s(own) / s(1) - normal(z, m, s)),
+    ),
+    (
+        "a rank that lacks the token takes the logarithm of 0",
+        logprobs(lambda z, own, here, m, s: ((own - normal(z, m, s)).exp() * here).log()),
+    ),
+    ("a rank looks for the token's id", started(lambda tokens, first: tokens)),
+    ("the id of the first column is added", started(lambda tokens, first: tokens + first)),
+    ("logarithms are added up over the ranks", logprobs(sum_of_logs)),
+    (
+        "logarithms are added up over the ranks",
+        logprobs(lambda z, own, here, m, s: s(own) - s(z.logsumexp(1))),
+    ),
+    ("the maximum is taken off once for each rank", logprobs(maximum_each)),
+    (
+        "the whole result is summed over the ranks",
+        logprobs(lambda z, own, here, m, s: s(own - normal(z, m, s))),
+    ),
     (
         "it is the logarithm of the sum",
         logprobs(lambda z, own, here, m, s: normal(z, m, s)),
@@ -227,7 +449,12 @@ SPLIT_MISTAKES = [
         logprobs(lambda z, own, here, m, s: normal(z, m, s) - s(own)),
     ),
 ]
-SPLIT_RIGHT = [logprobs(right_split), shifted(lambda e, top, c, s: c - (top + s(e).log()))]
+SPLIT_RIGHT = [
+    logprobs(right_split),
+    shifted(lambda e, top, c, s: c - (top + s(e).log())),
+    at(lambda i, n: (i >= 0) & (i < n)),
+    logprobs(lambda z, own, here, m, s: m(own.masked_fill(~here, -torch.inf)) - normal(z, m, s)),
+]
 
 
 # --- bytes ---
@@ -259,6 +486,8 @@ HELD_MISTAKES = [
     ("the gradients are left out", held(cut(2, 3), whole(0), cut(12, 1))),
     ("the weights themselves are left", held(whole(0), cut(2, 2), cut(12, 1))),
     ("it is what all ranks together hold", lambda n, w, s: w * right_held(n, w, s)),
+    ("a rank holds all parts but its own", lambda n, w, s: right_held(n, w / (w - 1), s)),
+    ("what is cut is divided by one more", lambda n, w, s: right_held(n, w + 1, s)),
     ("weights and gradients are counted with 4", held(cut(4, 3), cut(4, 2), cut(12, 1))),
 ]
 right_held = held(cut(2, 3), cut(2, 2), cut(12, 1))
@@ -272,6 +501,14 @@ SENT_MISTAKES = [
     ("stage 3 is counted as the others", lambda x, w, s: 2 * x * (w - 1) / w),
     ("stage 3 has four passes", lambda x, w, s: (4 if s == 3 else 2) * x * (w - 1) / w),
     ("in stage 2 the new weights", lambda x, w, s: (2, 2, 1, 3)[s] * x * (w - 1) / w),
+    ("in stages 1 and 2 the new", lambda x, w, s: (2, 1, 1, 3)[s] * x * (w - 1) / w),
+    ("everything is counted twice", lambda x, w, s: 2 * (3 if s == 3 else 2) * x * (w - 1) / w),
+    ("the fraction is upside down", lambda x, w, s: (3 if s == 3 else 2) * x * w / (w - 1)),
+    (
+        "a whole is counted for each round of a tree",
+        lambda x, w, s: (2 + (s == 3)) * x * math.log2(w),
+    ),
+    ("W + 1 stands where", lambda x, w, s: (2 + (s == 3)) * x * (w + 1) / w),
     (
         "stage 3 is divided by the number",
         lambda x, w, s: (3 * x / w if s == 3 else 2 * x) * (w - 1) / w,
@@ -304,6 +541,104 @@ def test_a_known_mistake_is_named(name, answer, message, capsys):
 @pytest.mark.parametrize(("name", "answer"), RIGHT)
 def test_a_right_answer_passes(name, answer, capsys):
     assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        (
+            "rank_bytes",
+            held(cut(2, 4), cut(2, 3), cut(12, 2)),  # each a stage too late
+            "the ranks: stage 1 has 16 and 0, not 4 and 12; stage 2 has 4 and 12, not 2 and 14; "
+            "stage 3 has 2 and 14, not 0 and 16.",
+        ),
+        (
+            "rank_bytes",
+            held(cut(2, 3), cut(4, 2), cut(12, 1)),
+            "the ranks: stage 0 has 18 and 0, not 16 and 0; stage 1 has 6 and 12, not 4 and 12",
+        ),
+        (
+            "sent_bytes",
+            lambda x, w, s: (2, 3, 3, 3)[s] * x * (w - 1) / w,
+            "of the whole: stage 1 has 3, not 2; stage 2 has 3, not 2.",
+        ),
+        (
+            "sent_bytes",
+            lambda x, w, s: (0, 2, 2, 3)[s] * x * (w - 1) / w,
+            "of the whole: stage 0 has 0, not 2.",
+        ),
+    ],
+)
+def test_where_it_counts_otherwise_is_named(name, answer, message, capsys):
+    printed = run(name, answer, capsys)
+    assert printed.startswith(f"{name}: it counts otherwise than the exercise.")
+    assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("rank_bytes", lambda n, w, s: right_held(n, w, s) / 1e9, "times 1e-09 everywhere"),
+        (
+            "rank_bytes",
+            lambda n, w, s: right_held(n, w, s) + (s == 1) * w,
+            "it is right in stage 0 and stage 2 and stage 3, but not in stage 1.",
+        ),
+        (
+            "sent_bytes",
+            lambda x, w, s: 2 * x * (w - 1) / w + (x if s == 3 else 0),
+            "it is right in stage 0 and stage 1 and stage 2, but not in stage 3.",
+        ),
+        ("rank_bytes", lambda n, w, s: right_held(n, w, s) * w**2, shared.UNNAMED),
+        ("sent_bytes", lambda x, w, s: (2 + (s == 3)) * x, "a whole is counted for each pass"),
+        ("sent_bytes", lambda x, w, s: x * w + s, shared.UNNAMED),
+    ],
+)
+def test_other_wrong_bytes_are_not_forced_into_stages(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def test_a_variance_that_is_lost_in_rounding_is_named(capsys):
+    """Right in float64, which the right answers have as well."""
+    printed = run("whiten_over_ranks", one_pass, capsys)
+    assert printed.startswith("whiten_over_ranks: it is right on small numbers, but not for")
+
+
+def test_what_is_right_on_one_rank_alone_is_named(capsys):
+    def times_ranks(x, mask, all_sum):
+        return (
+            over(mean_of_all, variance_of_all)(x, mask, all_sum)
+            * (all_sum(1) + x * x)
+            / (1 + x * x)
+        )
+
+    printed = run("whiten_over_ranks", times_ranks, capsys)
+    assert printed.startswith("whiten_over_ranks: one rank by itself comes out right")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            over(lambda r, s: s(r.mean()), variance_of_all),
+            "on rank 0, they are 6 and 4.093; the mean of all is 3, the root of their variance 2.3",
+        ),
+        (
+            over(mean_of_all, lambda r, m, s: (variance_of_all(r, m, s) ** 0.5 + 0.1) ** 2),
+            "on rank 0, they are 3 and 2.445; the mean of all is 3, the root of their variance 2.3",
+        ),
+    ],
+)
+def test_which_of_two_numbers_is_another_is_said(answer, message, capsys):
+    printed = run("whiten_over_ranks", answer, capsys)
+    assert printed.startswith("whiten_over_ranks: from each entry a number is taken off")
+    assert message in printed
+
+
+def test_a_sign_alone_has_its_name(capsys):
+    answer = over(mean_of_all, variance_of_all)
+    printed = run("whiten_over_ranks", lambda x, m, s: -answer(x, m, s), capsys)
+    assert "the sign is turned round" in printed
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)

@@ -299,9 +299,9 @@ def _of_results(right: Sequence, results: Sequence) -> Iterator[Change]:
     if math.isfinite(offset):
         yield f"with {offset:.4g} added everywhere", lambda x: x + offset
     top, low = float(got.max()), float(got.min())
-    if (got == top).sum() > 1 and (want > top).any():
+    if math.isfinite(top) and (got == top).sum() > 1 and (want > top).any():
         yield f"cut off at {top:.4g}", lambda x: torch.as_tensor(x).clamp(max=top)
-    if (got == low).sum() > 1 and (want < low).any():
+    if math.isfinite(low) and (got == low).sum() > 1 and (want < low).any():
         yield f"cut off at {low:.4g}", lambda x: torch.as_tensor(x).clamp(min=low)
     if isinstance(right[0], Tensor):
         yield from _OF_TENSORS
@@ -438,9 +438,14 @@ def miscounted(parts: Sequence, terms: Sequence, results: Sequence, within: floa
 
 
 def easier(
-    names: Sequence[str], reference: Callable, cases: Sequence[tuple], fn: Callable, same: Callable
+    names: Sequence[str],
+    reference: Callable,
+    cases: Sequence[tuple],
+    fn: Callable,
+    same: Callable,
+    rows_mix: str = ROWS_MIX,
 ) -> str:
-    """The easier arguments on which `fn` is right."""
+    """The easier arguments on which `fn` is right; `rows_mix` where each row alone is."""
 
     def right_on(cases: Sequence[tuple], told: Callable = torch.any) -> bool:
         try:
@@ -452,7 +457,7 @@ def easier(
 
     rows = [row for case in cases for row in _rows(case)]
     if len(rows) > len(cases) and right_on(rows):
-        return ROWS_MIX
+        return rows_mix
     for i, name in enumerate(names[: len(cases[0])]):
         for value, change in _easy(cases, i):
             told = (lambda x: len(x.unique()) > 1) if _is_float(cases[0][i]) else torch.any
@@ -479,7 +484,8 @@ def _easy(cases: Sequence[tuple], number: int) -> tuple[Change, ...]:
     x = cases[0][number]
     if isinstance(x, Tensor):
         one, zero = ("1 throughout", torch.ones_like), ("0 throughout", torch.zeros_like)
-        return (zero,) if _is_float(x) else (one,)
+        mask = (one,) if number == _masked(cases) else ()  # ids that are all 1 are no easier
+        return (zero,) if _is_float(x) else mask
     if isinstance(x, bool):
         return tuple((str(value), lambda x, value=value: value) for value in (True, False))
     return tuple((str(k), lambda x, k=k: float(k)) for k in (0, 1)) if isinstance(x, float) else ()

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_helpers.checks.changes import changed, easier
+from rlhf_helpers.checks.changes import ROWS_MIX, changed, easier
 
 NOT_ATTEMPTED = "not attempted yet."
 UNKNOWN = "not right, and not in a way that this check has a name for. Work this case out by hand:"
@@ -77,6 +77,7 @@ class Exercise:
     parts: tuple[str, ...] = ()  # the names of two results, in the plural, stacked by the reference
     equal: Callable = lambda result, want: same(result, want)  # whether a result counts as right
     size_hint: str = ""  # a line for the author of an error about sizes
+    rows_mix: str = ROWS_MIX  # where each row alone comes out right, but not several
 
 
 def texts(block: str) -> SimpleNamespace:
@@ -386,7 +387,7 @@ def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = No
         return message
     known = (_argument_names(exercise), exercise.reference, exercise.cases)
     message = changed(*known, results, same) or _changed_part(exercise, results)
-    return message or (fn and easier(*known, fn, same)) or UNKNOWN
+    return message or (fn and easier(*known, fn, same, exercise.rows_mix)) or UNKNOWN
 
 
 def _changed_part(exercise: Exercise, results: Sequence) -> str:
