@@ -37,12 +37,12 @@ torch.set_num_threads(1)  # as many as each of them has, so that sums are rounde
 # %% [markdown]
 # ## Ranks
 #
-# A job on many GPUs is many processes running one program. Each has a number, its **rank**, and its own memory; it knows
-# of the others only what they send. The message that matters most is the **all-reduce**: each rank brings a tensor, and
-# each gets the sum. On CPUs a library called gloo carries it, on NVIDIA's GPUs NCCL does; the program is the same.
+# A job on many GPUs is many processes that run one program. Each has a number, its **rank**, and its own memory; what one
+# knows of another was sent to it. The message that matters most is the **all-reduce**: each rank brings a tensor, and each
+# gets the sum. On CPUs the library that carries it is gloo, on NVIDIA's GPUs it is NCCL; the program is the same.
 #
-# `spawn` starts such processes from a notebook, returns what the function returned on each, and leaves none behind. The
-# function runs in another process, so it has to import what it needs.
+# `spawn` starts such processes from a notebook, hands back what the function returned on each, and leaves none running. The
+# function runs in another process, so it imports what it needs.
 
 
 # %%
@@ -59,18 +59,18 @@ def greet(numbers):
 print(*spawn(greet, 2, LIMIT, torch.tensor([3.0, 4.0])), sep="\n")
 
 # %% [markdown]
-# Two processes, two numbers, and the same sum on both. Everything in this lesson is made of such sums (and one maximum),
-# and everywhere the question is: *is the result the one that a single process gives?*
+# Two processes, two numbers, the same sum on both. Most of this lesson is made of such sums, and all of it of one question:
+# *is the result what one process gives?*
 #
 # ## Two means that go wrong
 #
-# Rank 0 has an answer of three tokens, with losses of 1, 2 and 6, rank 1 one of two, with 5 and 4.
+# Rank 0 has an answer of three tokens, with losses of 1, 2 and 6; rank 1 has one of two tokens, with 5 and 4.
 #
-# <details><summary><b>Predict before you run.</b> Each rank takes the mean of its own losses, and the two means are
-# averaged, as data-parallel engines do with gradients by default. What comes out, and what should?</summary>
+# <details><summary><b>Predict before you run.</b> Each rank takes the mean over its own tokens, and the two means are
+# averaged, as data-parallel engines by default average gradients. What comes out, and what should?</summary>
 #
-# (3 + 4.5)/2 = 3.75, but the mean over all tokens is 18/5 = 3.6. A token of the short answer counts one and a half times
-# as much as a token of the long one.
+# (3 + 4.5)/2 = 3.75, while the mean over all tokens is 18/5 = 3.6. A token of the short answer counts one and a half times
+# as much as one of the long answer.
 # </details>
 
 
@@ -100,20 +100,20 @@ for rank, (both, whitened) in enumerate(spawn(means, 2, LIMIT, values, mask)):
 torch.testing.assert_close(whitened["over all ranks"], whiten(values, mask)[1])
 
 # %% [markdown]
-# The right mean weights each rank by its number of tokens, $L = \sum_r \frac{n_r}{\sum_s n_s} L_r$, so the ranks first
-# tell each other $n_r$. Whitening needs two more sums, $\sum x$ and then $\sum (x - \mu)^2$. Look at rank 1: whitened by
-# itself, its 4 comes out well below zero, and training would push that token down. Over all ranks a 4 is above average.
+# In the right mean each rank's mean is weighted by its number of tokens, $L = \sum_r \frac{n_r}{\sum_s n_s} L_r$, so the
+# ranks first tell each other $n_r$. Whitening (take the numbers for advantages) needs two more sums, $\sum x$ and then
+# $\sum (x - \mu)^2$. Look at rank 1: by itself it calls its 4 the worst there is, and pushes it down nearly as hard as rank
+# 0 its 1. Over all ranks a 4 is above average.
 #
-# Neither mistake stops a run or shows in a log. The first gives tokens of short answers more weight; the second measures
-# each rank against a yardstick of its own.
+# Neither mistake stops a run or shows in a log. The first makes the tokens louder on ranks that have few of them, the
+# second measures each rank with its own ruler.
 #
 # ## PPO on two ranks
 #
-# **Data parallel** means that each rank has the whole model and a share of the rows. Little has to change. The rows of each
-# minibatch are shared out; each rank samples its own answers, with its own seed; advantages are whitened over all ranks; a
-# rank's loss is weighted by its share of the tokens; gradients are *summed* before they are clipped; reports are means over
-# all ranks; only rank 0 saves. `parallel.data_parallel` puts functions that do this in the place of PPO's own, just as the
-# clinic of lesson 07 planted its faults:
+# **Data parallel**: each rank has the whole model and a share of the rows. Little changes. The rows of each minibatch are
+# shared out; each rank samples its own answers, with its own seed; advantages are whitened over all ranks; a rank's loss is
+# weighted by its share of the tokens; gradients are *summed* before they are clipped; reports are means over all ranks;
+# only rank 0 saves. `parallel.data_parallel` swaps in functions that do this, as the clinic of lesson 07 did with faults:
 
 # %%
 for owner, name, new in parallel.REPLACED:
@@ -197,14 +197,14 @@ plots.show(
 )
 
 # %% [markdown]
-# One process that samples the same answers and learns from the whole batch gets the same numbers, up to the order in
-# which sums are rounded. (The bar at the left edge is no difference at all, or next to none.) The weights that differ most
-# are those whose gradient is no larger than rounding errors: Adam divides each entry by its own size, and so takes a full
-# step on it all the same. In float64 the difference is gone (a test asserts $10^{-9}$). Equality is the claim, and it is
-# also how to debug such a trainer: **first make it equal, then make it fast.**
+# One process that samples the same answers and learns from the whole batch gets the same numbers, up to rounding: sums are
+# taken in another order. (The bar at the left edge is no difference at all, or next to none.) The weights that differ most are those whose gradient is no larger than rounding errors: Adam
+# divides each entry by its own size, and takes a full step all the same. In float64 the difference is gone (a test holds it
+# to $10^{-9}$). Equality is the claim, and the way to debug such a trainer: **first make it equal, then make it fast.**
 #
-# What was sent? For each optimizer step, one sum of the *adapters'* gradients. The base is frozen and needs no messages,
-# which is why QLoRA is cheap to run in parallel. On real machines `torchrun` starts the processes, one for each GPU:
+# What was sent for each optimizer step: one sum of the *adapters'* gradients, and a few single numbers. The base is frozen
+# and needs no message at all, which is why QLoRA is cheap to run in parallel. On real machines `torchrun` starts the
+# processes, each with its own GPU:
 #
 # ```python
 # # script.py, for torchrun --nproc_per_node 8 script.py
@@ -216,18 +216,19 @@ plots.show(
 # On two cores this gains nothing: two ranks with one thread each took 1.07 times as long as one process with two threads
 # ([Speed](../docs/speed.md)). Eight GPUs are another matter, which this course has not measured.
 #
-# SFT, the reward model and DPO share PPO's engine and run on several ranks in the same way. Without a critic, a group of
-# answers must stay on one rank, or its mean would have to be sent as well; settings that would split a group are refused.
+# SFT, the reward model and DPO share PPO's engine, and run on several ranks in the same way. Without a critic (lesson 09) a
+# group of answers must stay on one rank, or its mean would have to be sent too; settings that split a group are refused.
 #
 # ## When the model does not fit: FSDP
 #
-# Data parallel keeps a copy of everything on each rank. Full fine-tuning of a 7B model needs 16 bytes for each of 6.7
-# billion parameters: 108 GB on every rank. **FSDP** (ZeRO stage 3) cuts every tensor into $W$ parts, one for each rank.
-# Before a layer runs, its weights are gathered; afterwards they are dropped; its gradients are summed and cut again. We
-# use torch's own engine (`fully_shard`). It cannot cut NF4's packed bytes, so the base is unquantized here.
+# Data parallel keeps everything on each rank. For full fine-tuning of Llama-2-7B that is 16 bytes for each of 6.7 billion
+# parameters, 108 GB. **FSDP** (ZeRO stage 3) cuts every tensor into $W$ parts, one for each rank. Before a layer runs, its
+# weights are gathered; afterwards they are dropped; its gradients are summed, and each rank keeps its part. The engine is
+# torch's own (`fully_shard`). It cannot cut NF4 as this base stores it, in packed bytes, so here the base is unquantized.
 #
 # <details><summary><b>Predict before you run.</b> This base has four layers, which are gathered before forward and again
-# before backward; embeddings and norm are gathered once. How many all-gathers, and how many reduce-scatters?</summary>
+# before backward; embeddings and norm are gathered once. How many all-gathers is that, and how many reduce-scatters
+# (gradients summed into parts)?</summary>
 #
 # 4 + 4 + 1 = 9, and 5.
 # </details>
@@ -289,16 +290,16 @@ assert apart_from_one(found["gradients"]) < 1e-5
 assert found["sent"]["_allgather_base_"] == 9 and found["sent"]["_reduce_scatter_base_"] == 5
 
 # %% [markdown]
-# The two all-reduces are ours: the number of tokens, and the loss. The engine *averages* gradients over ranks; with 20
-# tokens on one and 6 on the other that would be a mean of means again, hence the factor in the code.
+# The two all-reduces are ours, of the number of tokens and of the loss. The engine *averages* gradients over ranks: with 20
+# tokens on one and 6 on the other that would be the mean of means again, hence the factor `size` in the code.
 #
 # ## Cutting a matrix: tensor parallelism
 #
-# A single layer can be cut as well. In $y = W_2\,f(W_1 x)$, the MLP of a transformer, give each rank some *rows of $W_1$*,
-# so that it computes some of the inner numbers, and the *columns of $W_2$* that read just those. Nothing is sent in
-# between; at the end one all-reduce sums the ranks' parts of $y$. Attention is cut by heads; this base has three, which
-# two ranks cannot share equally, so we cut only the MLP. In torch the first cut is called *colwise* and the second
-# *rowwise*, after $W^\top$.
+# The arithmetic of a layer can be cut as well. In $y = W_2\,f(W_1 x)$, the MLP of a transformer, give each rank some *rows
+# of $W_1$*, so that it computes some of the inner numbers, and the *columns of $W_2$* that read just those. Nothing is sent
+# in between; at the end one all-reduce sums the ranks' parts of $y$. Attention is cut by heads; this base has three, which
+# two ranks cannot share equally, so here only the MLP is cut. torch names the cuts after $W^\top$: the first is *colwise*,
+# the second *rowwise*.
 #
 # The output layer is cut along the vocabulary, and then **no rank has all logits**. But a log-probability needs them all:
 #
@@ -351,8 +352,8 @@ torch.testing.assert_close(found["y"], y, rtol=1e-5, atol=1e-5)
 assert apart_tp < 1e-5
 
 # %% [markdown]
-# What if the maximum is not shared? Each rank subtracts its own, and the sums no longer add up to anything. Here are two
-# tokens on each rank, and the token in question is on the second; done wrong on purpose, in one process, step by step:
+# What happens without the shared maximum? Each rank would take off its own, and the sums would not be of the same thing.
+# Here it is done wrong on purpose, in one process, step by step: two tokens on each rank, the one asked for on the second.
 
 # %% tags=["nbval-check-output"]
 z = torch.tensor([[1.0, 2.0], [6.0, 4.0]])  # a row for each rank; asked for is the 4
@@ -363,15 +364,14 @@ everywhere = right + z[0, 1]  # rank 0 adds the logit that it has at that column
 print(f"right {right:.3f}, own maxima {wrong:.3f}, a logit from every rank {everywhere:.3f}")
 
 # %% [markdown]
-# Both wrong numbers are below 0 and look like log-probabilities. Only the comparison with one process gives them away.
+# Both wrong numbers are below 0 and look like log-probabilities. Only a comparison with one process gives them away.
 #
 # ## Cutting the depth: a pipeline
 #
-# Rank 0 has the first layers and rank 1 the rest; hidden states go forward, their gradients come back. With a single batch
-# one of the two would always be waiting, so the batch is cut into microbatches. The schedule **1F1B** lets a stage run a
-# backward pass, as soon as it can, before its next forward pass, so that it holds the activations of only a few. In this
-# base the output layer shares its weights with the embeddings; on two ranks the copies would drift apart, so the output
-# layer first gets weights of its own.
+# Rank 0 has the first layers, rank 1 the others; hidden states go forward, their gradients back. With the batch in one
+# piece one rank would always wait, so it is cut into microbatches. **1F1B** (one forward, one backward): a stage that can
+# go backward does so before its next forward, and so holds the activations of only a few microbatches. In this base the
+# output layer shares the weights of the embeddings; on two ranks they would drift apart, so it first gets its own.
 
 
 # %%
@@ -418,8 +418,9 @@ assert gradients.keys() == exact.keys() and apart_from_one(gradients) < 1e-5
 
 
 # %% [markdown]
-# Drawn on a clock on which a forward and a backward step take one tick each (in life a backward takes two), in the order
-# that was seen. A step begins when the one before it on its rank is done, and what it needs has come from the other.
+# The order that was seen, drawn on a clock on which a forward and a backward step take one tick each (in practice a
+# backward takes about two). A step begins when its rank is done with the one before, and has what it needs from the other
+# rank.
 
 
 # %%
@@ -459,8 +460,9 @@ assert abs(idle - 1 / 5) < 1e-9
 #
 # ## What it costs, counted
 #
-# Full fine-tuning of Llama-2-7B, and of a 70B model, in bfloat16 on eight GPUs, with 16,384 tokens in a step. In an
-# all-reduce of $x$ bytes each rank sends at least $2x(W-1)/W$.
+# The table is for full fine-tuning of Llama-2-7B and of a 70B model in bfloat16 on eight GPUs, with 16,384 tokens in a
+# step. DDP is plain data parallel; ZeRO-2 also cuts gradients and optimizer, but not the weights; TP and PP are the last
+# two cuts. In an all-reduce of $x$ bytes a rank sends at least $2x(W-1)/W$.
 
 # %%
 wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
@@ -475,21 +477,21 @@ for name, config in (("7B", LlamaConfig()), ("70B", LlamaConfig(**wide))):
         print(f"  {row.way:24}{row.total / 1e9:14.1f}{row.messages:10}{row.sent / 1e9:14.1f}")
 
 # %% [markdown]
-# Compare the rows with each other; they are not seconds, and no speed is claimed here: a message inside one machine and one
-# between two machines are different things. DDP of 70B fits nowhere. FSDP needs an eighth of that, which is still more
-# than a GPU of 80 GB has: take more of them. It sends half as much again as DDP, whatever the batch. Tensor parallelism
-# sends *activations*, in the middle of each layer, with nothing else to do meanwhile, so it stays inside one machine. A
-# pipeline sends least, and waits. Large runs combine them: tensor parallel inside a machine, pipeline or FSDP across
-# machines, data parallel on top.
+# Compare the rows, but do not read them as seconds: no speed is claimed here, and a message inside a machine is not one
+# between two machines. DDP of 70B fits on no GPU. FSDP needs an eighth of that on each, still more than the 80 GB of a
+# large GPU: take more of them. It sends half as much again as DDP, whatever the batch. Tensor parallelism sends
+# *activations*, in the middle of each layer, while the rank has nothing else to do: keep it inside a machine. A pipeline
+# sends least, and waits. Large runs combine them: tensor parallel inside a machine, pipeline or FSDP across machines, data
+# parallel on top.
 #
-# And the four roles of PPO on an NF4 base? At 7B they took 5.5 GB in lesson 04. They fit on one GPU, and data parallel can
-# share out the rows; nothing has to be cut.
+# And the four roles of PPO on an NF4 base? For 7B lesson 04 counted 5.5 GB, without activations. They fit on one GPU, so
+# nothing has to be cut, and data parallel is enough.
 #
 # ## The engines
 #
-# All this exists, and others maintain it. TRL's trainers run under `accelerate launch`, with a file that says how the work
-# is shared. The course's reward model comes along as in lesson 09, a whole one in each process. `tools/train_trl.py` is
-# that lesson's set-up as a script:
+# All this exists, maintained by others. TRL's trainers run under `accelerate launch`, and a configuration file says how the
+# work is shared. The course's reward model comes along as in lesson 09, whole in each process. `tools/train_trl.py` is that
+# lesson's set-up as a script:
 #
 # | how | command |
 # |---|---|
@@ -498,8 +500,9 @@ for name, config in (("7B", LlamaConfig()), ("70B", LlamaConfig(**wide))):
 # | four GPUs, DeepSpeed ZeRO-2 | the same with `deepspeed_zero2.yaml` and `--preset single_gpu` |
 # | four GPUs, FSDP | the same with `fsdp.yaml`, `--preset single_gpu --unquantized` |
 #
-# The first two run here. The files for GPUs have been checked against accelerate's own parser, but have not been run. A
-# trap on CPUs: `accelerate launch --cpu --num_processes 2` starts *one* process and says nothing.
+# The first two run here. The files of the other two pass accelerate's parser, but have not been run; `single_gpu` needs the
+# adapters that lessons 01 and 02 train with it. A trap on CPUs: `accelerate launch --cpu --num_processes 2` starts *one*
+# process and says nothing.
 
 # %%
 tools = Path("../tools")
@@ -518,12 +521,12 @@ else:
     print("the tools are in the course's repository; clone it to run this cell")
 
 # %% [markdown]
-# **verl** and **OpenRLHF** go further; they need CUDA and were not run here. Most of the time of RLHF goes into
-# sampling, so they sample with an inference engine (vLLM, SGLang) that has its own copy of the policy, and *send the
-# weights over* after each update. That raises a new question of equality: the engine's log-probabilities differ from
-# the trainer's in the last digits, and the ratio of the first step is no longer 1. Recompute them in the trainer, as
-# this course has done since lesson 04, or correct for the difference. These engines also place the roles: which GPUs
-# hold the policy, the reference and the reward model, and who waits for whom.
+# **verl** and **OpenRLHF** go further; they need GPUs, and were not run here. Most of the time in RLHF goes into sampling,
+# so they sample with an inference engine (vLLM, SGLang) that has its own copy of the policy; after each update the new
+# weights are *sent over*. This raises a new question of equality: the engine's log-probabilities differ a little from the
+# trainer's, and the ratio of the first step is no longer 1. Recompute them in the trainer, as this course has done since
+# lesson 04, or correct for it. Both also place the roles: on which GPUs policy, reference and reward model stand, and who
+# waits for whom.
 #
 # ## The number to take along
 
@@ -536,14 +539,14 @@ print(f"split log-probabilities {apart_tp:.0e}; bubble {idle:.0%}")
 # %% [markdown]
 # ## Recap
 #
-# - Several processes must give what one process gives. Make a run equal before you make it fast.
-# - Means are over the tokens of all ranks, so the counts must be sent. Whiten over all ranks.
-# - FSDP cuts storage and gathers it again; tensor parallelism cuts the arithmetic; a pipeline cuts the depth. Each is
-#   paid for with messages of its own kind.
+# - Several processes must give what one gives. Make a run equal before you make it fast.
+# - Means are over all ranks' tokens: send the counts. Whiten over all ranks.
+# - FSDP cuts storage and gathers it again; tensor parallelism cuts the arithmetic; a pipeline cuts the depth. Each has its
+#   own kind of message to pay for it.
 # - No rank needs all logits: one maximum and two sums are enough.
-# - An engine's default is a mean over *ranks*. And launchers may start fewer processes than you asked for: print how many.
+# - An engine's default is a mean over *ranks*, and a launcher may start fewer processes than you asked for. Print how many.
 #
-# **Further reading.** Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), sections 3 and 5. Shoeybi et al. 2019, Megatron-LM
-# (arXiv 1909.08053), section 3: columns, then rows, and the split vocabulary. Narayanan et al. 2021 (arXiv 2104.04473),
-# section 2: 1F1B and the bubble. Sheng et al. 2024, HybridFlow (arXiv 2409.19256), which is verl. Hu et al. 2024, OpenRLHF
-# (arXiv 2405.11143).
+# **Further reading.** Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), sections 3, 5 and 7. Shoeybi et al. 2019,
+# Megatron-LM (arXiv 1909.08053), section 3: columns, then rows, and the split vocabulary. Narayanan et al. 2021 (arXiv
+# 2104.04473), section 2: 1F1B and the bubble, which they measure against the ideal time, $(W-1)/k$. Sheng et al. 2024,
+# HybridFlow (arXiv 2409.19256), which is verl. Hu et al. 2024, OpenRLHF (arXiv 2405.11143).

@@ -4,7 +4,7 @@
 # **Run time** about half a minute on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 10
 #
-# You write what the ranks of a group must say to each other so that all of them together compute what one process does, and
+# You write what the ranks of a group must tell each other so that together they compute what one process does, and you
 # count what they hold and send. The check below each function names the likely mistake; the cells after it go on with a
 # reference version, so that Run All works with nothing filled in, or with a wrong answer; only an error in your code
 # stops it. To compare with the solution, run `nbdiff-web exercises/10_beyond_one_gpu.ipynb
@@ -30,11 +30,12 @@ notebook.start(preset)
 # ●●○ · 15 minutes
 #
 # Your function runs on every rank, each with its own entries `x` `[N]` and their mask. `all_sum(value)` takes a number or a
-# tensor from each rank and gives the sum to all of them; every rank must call it as often, in the same order. Whiten:
-# take off the mean of *all* entries that count, and divide by $\sqrt{s^2 + 10^{-8}}$ with $s^2$ their unbiased variance.
+# tensor from each rank and gives the sum to all of them; all ranks must call it equally often, in the same order. To
+# whiten, take off the mean of *all* entries that count, and divide by $\sqrt{s^2 + 10^{-8}}$, with $s^2$ their unbiased
+# variance.
 #
-# By hand: rank 0 has 1, 2 and 6, rank 1 has 5 and 1. There are five, with the sum 15 and the mean 3; the squares around it
-# are 4, 1, 9, 4 and 4, so $s^2 = 22/4 = 5.5$, and the 6 becomes $3/\sqrt{5.5} = 1.279$.
+# By hand: rank 0 has 1, 2 and 6, rank 1 has 5 and 1. These five have the sum 15 and the mean 3; the squares around it are
+# 4, 1, 9, 4 and 4, so $s^2 = 22/4 = 5.5$, and the 6 becomes $3/\sqrt{5.5} = 1.279$.
 
 
 # %% tags=["nbval-check-output"]
@@ -66,21 +67,21 @@ checks.check_whiten_over_ranks(whiten_over_ranks)
 # How many are there in all, and what is their sum? Only then can the squares be summed, around the mean of all.
 # </details>
 #
-# **In words.** It could be done with one round of messages, $\sum 1$, $\sum x$ and $\sum x^2$ at once. Why is that not a good
-# idea in float32 for numbers with a large mean and a small spread?
+# **In words.** One round of messages could do it, $\sum 1$, $\sum x$ and $\sum x^2$ at once. Why is that a bad idea in
+# float32 for numbers with a large mean and a small spread?
 
 # %% [markdown] tags=["solution"]
-# The variance is then the difference of two large numbers that are nearly equal, $\sum x^2/n$ and $\mu^2$. With values around
-# 1,000 and a spread of 0.1 the squares are a million, of which float32 keeps steps of 0.06, and the variance is 0.01: what
-# is left is rounding, and may be below 0. A second round costs one more number.
+# The variance is then the difference of two large numbers that are nearly equal, $\sum x^2/n$ and $\mu^2$. With values
+# around 1,000 and a spread of 0.1 the squares are about a million, where float32 has steps of 0.06, and the variance is
+# 0.01: what is left is rounding error, and may be below 0. A second round costs one more message, and no more numbers.
 
 # %% [markdown]
 # ## 2 · A log-softmax over a split vocabulary
 #
 # ●●● · 20 minutes
 #
-# Each rank has the logits `[T, V/W]` of its columns; `first` is the id of the first of them. The ids in `tokens` `[T]` are of
-# the whole vocabulary, the same on all ranks. `all_max` works as `all_sum` does. All ranks return the same `[T]`:
+# Each rank has the logits `[T, V/W]` of its columns; `first` is the id of the first of them. The ids in `tokens` `[T]` are
+# of the whole vocabulary, the same on all ranks. `all_max` works like `all_sum`. All ranks return the same `[T]`:
 #
 # $$\log \pi(a) = z_a - m - \log \sum_v e^{z_v - m}, \qquad m = \max_v z_v.$$
 #
@@ -146,13 +147,13 @@ for rank, found in enumerate(spawn(halves, 2, 600, logits, tokens)):
     assert torch.allclose(found, whole, atol=1e-5)
 
 # %% [markdown]
-# **In words.** The gradient of $\log \pi(a)$ with respect to a logit is $1[v = a] - \pi(v)$. What does a rank need for its
-# own columns, and how many further messages are there in the backward pass of this function?
+# **In words.** The gradient of $\log \pi(a)$ with respect to a logit $z_v$ is $1[v = a] - \pi(v)$. What does a rank need
+# for its own columns, and how many further messages does the backward pass of this function take?
 
 # %% [markdown] tags=["solution"]
-# Its own $\pi(v) = e^{z_v - m}/S$, with $m$ and $S$, which it has from the forward pass, and whether $a$ is one of its columns.
-# So none. (One comes later: the hidden states were the same on all ranks, and their gradient is the sum of what each
-# rank's columns give back.)
+# It needs $\pi(v) = e^{z_v - m}/S$ for its columns, with $m$ and the sum $S$ known from the forward pass, and whether $a$
+# is one of them. So no further message. (One comes later: the hidden states were the same on all ranks, and their gradient
+# is the sum of what each rank's columns give back.)
 
 # %% [markdown]
 # ## 3 · What a rank holds
@@ -197,9 +198,9 @@ checks.check_rank_bytes(rank_bytes)
 #
 # ●●○ · 10 minutes
 #
-# To sum a tensor of $x$ bytes into parts, one on each rank, a rank sends its share of every part but its own: $x(W-1)/W$.
-# To gather a whole from parts is as much. An all-reduce is one of each. `weights` are the bytes of all weights, and of all
-# gradients.
+# To sum a tensor of $x$ bytes into parts, one on each rank, a rank sends what it has of every part but its own: $x(W-1)/W$.
+# Gathering a whole from its parts takes as much, and an all-reduce is one of each. `weights` are the bytes of all weights;
+# the gradients have as many.
 #
 # - Stages 0, 1 and 2: one all-reduce of the gradients, or, at the same price, the gradients summed into parts and the new
 #   weights gathered.
@@ -243,11 +244,11 @@ for stage in range(4):
     print(f"stage {stage}:  " + "".join(f"{h / 1e9:8.1f}, sent{s / 1e9:5.1f}" for h, s in row))
 
 # %% [markdown]
-# **In words.** You have eight GPUs of 80 GB. Which stage do you take for a full fine-tuning of 7B, which for 70B? And for the
-# course's own way, four roles as adapters on one NF4 base of 7B, which takes 5.5 GB?
+# **In words.** You have eight GPUs of 80 GB. Which stage do you take for full fine-tuning of 7B, and which for 70B? And
+# what for the course's own way, four roles as adapters on one NF4 base of 7B, which takes 5.5 GB?
 
 # %% [markdown] tags=["solution"]
-# 7B: stage 0 needs 112 GB and does not fit; stage 1 is 38.5 GB and stage 2 26 GB, and both send no more than stage 0. So 2,
-# which leaves the most room for activations at that price; stage 3 would send half as much again for 12 GB more. 70B in
-# stage 3 is 140 GB on each of eight: it does not fit either, so more GPUs, or adapters. The roles on NF4 fit on each GPU as
-# they are: data parallel, where only the adapters' gradients are sent.
+# 7B: stage 0 needs 112 GB and does not fit; stage 1 takes 38.5 GB and stage 2 26 GB, and neither sends more than stage 0.
+# So stage 2, which leaves the most room for activations at that price; stage 3 would send half as much again to free 12 GB
+# more. 70B in stage 3 is 140 GB on each of eight, and does not fit either: take more GPUs, or adapters. The roles on NF4
+# fit on each GPU as they are: data parallel, where only the adapters' gradients are sent.
