@@ -69,7 +69,8 @@ LOSS_MISTAKES = [
     ("h is that of the rejected response alone", with_gap(lambda c, r, p, q: q - r)),
     ("h is the sum of the two log-ratios", with_gap(lambda c, r, p, q: c - p + r - q)),
     ("h is made with the sign of the reference", with_gap(lambda c, r, p, q: c + p - r - q)),
-    ("h is made with the sign of the reference", with_gap(lambda c, r, p, q: c - p - r - q)),
+    ("h is made with one of the reference's", with_gap(lambda c, r, p, q: c - p - r - q)),
+    ("h is made with one of the reference's", with_gap(lambda c, r, p, q: c + p - (r - q))),
     ("h is made of probabilities", with_gap(lambda c, r, p, q: (c - p).exp() - (r - q).exp())),
     (
         "h is made of probabilities",
@@ -85,6 +86,7 @@ LOSS_MISTAKES = [
         "it is the loss of -h",
         lambda c, r, p, q, beta: right_loss(r, c, q, p, beta),
     ),
+    ("it is the loss of -h", of_gap(lambda h, beta: F.softplus(beta * h).mean())),
     (
         "it is the loss of -h",
         lambda c, r, p, q, beta: -F.logsigmoid(beta * ((p - q) - (c - r))).mean(),
@@ -101,6 +103,10 @@ LOSS_MISTAKES = [
     (
         "β multiplies one half of h",
         lambda c, r, p, q, beta: -F.logsigmoid(beta * (c - r) - (p - q)).mean(),
+    ),
+    (
+        "β multiplies the first of the four",
+        lambda c, r, p, q, beta: -F.logsigmoid(beta * c - p - r + q).mean(),
     ),
     ("the loss of a pair is taken as a σ", of_gap(lambda h, beta: -(beta * h).sigmoid().mean())),
     (
@@ -166,9 +172,15 @@ def only_the_chosen_learn(chosen, rejected, ref_chosen, ref_rejected, beta):
     return right_loss(chosen, rejected.detach(), ref_chosen, ref_rejected, beta)
 
 
+def detached_in_place(chosen, rejected, ref_chosen, ref_rejected, beta):
+    ref_chosen.detach_()
+    return right_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
+        (detached_in_place, "the values are right, but an argument is taken out of the graph"),
         (lets_the_reference_learn, "the values are right, but a gradient reaches the reference."),
         (nothing_learns, "the values are right, but not the gradients of the policy"),
         (only_the_chosen_learn, "the values are right, but not the gradients of the policy"),
@@ -427,6 +439,37 @@ def test_an_exception_names_call_and_line_and_is_raised_again(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("dpo_loss: AttributeError in your line ")
     assert "return F.logsigmod(chosen)" in printed and " on this call: " in printed
+
+
+def by_numpy(chosen, rejected, ref_chosen, ref_rejected, beta):
+    h = (chosen - rejected).numpy() - (ref_chosen - ref_rejected).numpy()
+    return F.softplus(-beta * torch.tensor(h)).mean()
+
+
+def test_an_exception_of_tensors_with_a_gradient_is_reported_too(capsys):
+    with pytest.raises(RuntimeError, match="requires grad"):
+        checks.check_dpo_loss(by_numpy)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("dpo_loss: RuntimeError in your line ")
+    assert "h = (chosen - rejected).numpy()" in printed
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "where"),
+    [
+        (lambda m: m.roll(-1, 1), "one column too far to the left"),
+        (lambda m: F.pad(m[:, 1:], (0, 1)), "one column too far to the left"),
+        (lambda m: m.roll(1, 1), "one column too far to the right"),
+        (lambda m: F.pad(m[:, :-1], (1, 0)), "one column too far to the right"),
+        (lambda m: (m + m.roll(1, 1) * (m.cumsum(1) > 0)).clamp(max=1), "with one 1 too many"),
+        (lambda m: m * (m.cumsum(1) > 1), "with one 1 too few, without the first"),
+    ],
+)
+def test_a_mask_that_stands_elsewhere_is_not_taken_for_a_shorter_one(mask_of, where, capsys):
+    printed = run(
+        "implicit_rewards", lambda p, q, m, beta: right_rewards(p, q, mask_of(m), beta), capsys
+    )
+    assert f"all is right up to one thing: response_mask is used {where}" in printed
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -160,9 +160,14 @@ _ROWS_WHERE: tuple[Change, ...] = (  # of a mask, and which rows
 _OF_MASKS: tuple[Change, ...] = (
     ("as if it were 1 everywhere", torch.ones_like),
     ("the wrong way round, 0 for 1", lambda x: 1 - x),
-    ("with one 1 too few, without the last", lambda x: _moved(x, -1)),
-    ("with one 1 too few, without the first", lambda x: x * _moved(x, 1)),
+    ("with one 1 too few, without the last", lambda x: x - last_real(x)),
+    ("with one 1 too few, without the first", lambda x: x - _first_real(x)),
     ("with one 1 too many, behind the last", lambda x: _moved(x, 1, 1)),
+    ("with one 1 too many, behind the last", lambda x: torch.maximum(x, _moved(x, 1))),
+    ("one column too far to the right", lambda x: _moved(x, 1)),
+    ("one column too far to the right", lambda x: x.roll(1, -1)),
+    ("one column too far to the left", lambda x: _moved(x, -1)),
+    ("one column too far to the left", lambda x: x.roll(-1, -1)),
 )
 _OF_NUMBERS: tuple[Change, ...] = (
     *((f"as {k}, whatever it is", lambda x, k=k: float(k)) for k in _CONSTANTS),

@@ -32,16 +32,19 @@ chosen_alone (gap): the log-ratio of the chosen response alone
 rejected_alone (gap): that of the rejected response alone
 sides_added (gap): the sum of the two log-ratios, not their difference
 ref_added (gap): made with the sign of the reference turned round
+one_ref_added (gap): made with one of the reference's two log-probabilities under the wrong sign, as
+    where a bracket is lost
 not_logs (gap): made of probabilities, or of their ratios without a logarithm
 quotients (gap): made of quotients of logarithms, where their differences are asked for
-opposite: it is the loss of -h. Either chosen and rejected have changed places, or policy and
-    reference have: both turn the sign round. Training would then make the rejected responses
-    likely.
+opposite: it is the loss of -h. Chosen and rejected have changed places, or policy and reference
+    have, or the sign is turned round before σ: softplus of -x is -log σ(x), and so is the
+    cross-entropy of x with a target of 1. Training would then make the rejected responses likely.
 beta: β {}. It multiplies h inside of σ: a log-ratio times β is a reward.
 outside (beta): stands outside of the logarithm, where it only scales the gradient
 missing (beta): is not used
 divided (beta): divides h
 half (beta): multiplies one half of h, not the other
+first_alone_scaled (beta): multiplies the first of the four log-probabilities alone
 loss: the loss of a pair is taken as {}. It is -log σ(βh), and the loss of the batch its mean.
 no_log (loss): a σ without its logarithm
 no_minus (loss): log σ(βh), without the minus
@@ -61,6 +64,8 @@ capped: it is right for moderate gaps, but cut off at βh = -200, where the loss
     an ε in the logarithm does that, and takes the gradient from the pairs that are most wrong.
 through_reference: the values are right, but a gradient reaches the reference. It is fixed, whoever
     made its log-probabilities: take them out of the graph.
+cut_in_place: the values are right, but an argument is taken out of the graph in place, and whoever
+    called may still need it there. Make a new tensor that has no graph.
 policy_cut: the values are right, but not the gradients of the policy, so that training would not
     move it, or move it wrongly. Look for a detach, no_grad or item in the wrong place.
 reward: a response gets {}. Its reward is β times the log-ratio of the whole response: the sum over
@@ -126,7 +131,10 @@ def _dpo_loss(
 def _gradient_fault(fn: Callable) -> str:
     """Whether the policy's gradients are those of the reference version, and the other's are 0."""
     for case in _LOSS_CASES:
-        (policy, fixed), (want, _) = (_gradients(f, case) for f in (fn, _dpo_loss))
+        got, (want, _) = (_gradients(f, case) for f in (fn, _dpo_loss))
+        if got is None:
+            return SAY.cut_in_place
+        policy, fixed = got
         if not same(policy, want):
             return SAY.policy_cut
         if fixed.any():
@@ -134,14 +142,23 @@ def _gradient_fault(fn: Callable) -> str:
     return ""
 
 
-def _gradients(fn: Callable, case: tuple) -> tuple[Tensor, Tensor]:
-    """With respect to the policy's log-probabilities, and to the reference's."""
+def _gradients(fn: Callable, case: tuple) -> tuple[Tensor, Tensor] | None:
+    """With respect to the policy's log-probabilities, and to the reference's.
+
+    None if one of them is no longer to be differentiated.
+    """
     sides = [side.clone().requires_grad_() for side in case[:4]]
     with torch.enable_grad():
         try:
             loss = fn(*sides, case[4])
         except ValueError:  # as the package's, which refuses a reference that requires gradients
             loss = call(DPO_LOSS, fn, (*sides[:2], *(x.detach() for x in sides[2:]), case[4]))
+        except (
+            Exception
+        ):  # such as one of numpy, which takes no tensor that is to be differentiated
+            loss = call(DPO_LOSS, fn, (*sides, case[4]))
+        if not all(side.requires_grad for side in sides):
+            return None
         loss = loss + 0 * sum(side.sum() for side in sides)  # so that the loss may lack a graph
     gradients = torch.autograd.grad(loss, sides)
     return torch.stack(gradients[:2]), torch.stack(gradients[2:])
@@ -197,8 +214,8 @@ _GAPS = (
     (lambda c, r, ref_c, ref_r: r - ref_r, SAY.rejected_alone),
     (lambda c, r, ref_c, ref_r: (c - ref_c) + (r - ref_r), SAY.sides_added),
     (lambda c, r, ref_c, ref_r: (c + ref_c) - (r + ref_r), SAY.ref_added),
-    (lambda c, r, ref_c, ref_r: (c - ref_c) - (r + ref_r), SAY.ref_added),
-    (lambda c, r, ref_c, ref_r: (c + ref_c) - (r - ref_r), SAY.ref_added),
+    (lambda c, r, ref_c, ref_r: (c - ref_c) - (r + ref_r), SAY.one_ref_added),
+    (lambda c, r, ref_c, ref_r: (c + ref_c) - (r - ref_r), SAY.one_ref_added),
     (lambda c, r, ref_c, ref_r: (c - ref_c).exp() - (r - ref_r).exp(), SAY.not_logs),
     (
         lambda c, r, ref_c, ref_r: (c.exp() - ref_c.exp()) - (r.exp() - ref_r.exp()),
@@ -257,6 +274,10 @@ _LOSS_MISTAKES = (
     ),
     *(
         (lambda c, r, p, q, beta, f=f: -f(beta * (c - r) - (p - q)).mean(), SAY.half)
+        for f in (logsigmoid, _naive)
+    ),
+    *(
+        (lambda c, r, p, q, beta, f=f: -f(beta * c - p - r + q).mean(), SAY.first_alone_scaled)
         for f in (logsigmoid, _naive)
     ),
     *(
