@@ -123,6 +123,11 @@ LOSS_MISTAKES = [
     ),
     ("the loss of a pair is taken as the gap", of_gap(lambda h, beta: -(beta * h).mean())),
     ("the loss of a pair is taken as a hinge", of_gap(lambda h, b: F.relu(1 - b * h).mean())),
+    ("the loss of a pair is taken as a hinge", of_gap(lambda h, b: F.relu(-b * h).mean())),
+    (
+        "the loss of a pair is taken as a mean of both choices",
+        of_gap(lambda h, b: (0.9 * F.softplus(-b * h) + 0.1 * F.softplus(b * h)).mean()),
+    ),
     (
         "the loss of a pair is taken as the square of IPO",
         of_gap(lambda h, beta: ((h - 0.5 / beta) ** 2).mean()),
@@ -251,6 +256,17 @@ REWARD_MISTAKES = [
     (GETS + "the padding behind it too", rows(lambda x, a, b: x[a:].sum())),
     (GETS + "everything in its row", of_ratio(lambda x, m: x.sum(1))),
     (GETS + "what is not its own", of_ratio(lambda x, m: (x * (m == 0)).sum(1))),
+    (
+        GETS + "as many columns as it has tokens, but counted",
+        of_ratio(lambda x, m: torch.stack([y[: k.sum()].sum() for y, k in zip(x, m, strict=True)])),
+    ),
+    (
+        GETS + "as many columns as it has tokens, but the last",
+        of_ratio(
+            lambda x, m: torch.stack([y[-k.sum() :].sum() for y, k in zip(x, m, strict=True)])
+        ),
+    ),
+    (GETS + "ρ - 1 - log ρ", of_ratio(lambda x, m: (((-x).exp() - 1 + x) * m).sum(1))),
     (GETS + "all but its last token", rows(lambda x, a, b: x[a:b].sum())),
     (GETS + "its last token alone", rows(lambda x, a, b: x[b])),
     (GETS + "its first token alone", rows(lambda x, a, b: x[a])),

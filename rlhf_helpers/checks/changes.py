@@ -256,6 +256,8 @@ def _place(names: Sequence[str], right: Sequence, results: Sequence, cases: Sequ
         return ""
     pairs = [(x.double(), y.double()) for x, y in zip(results, right, strict=True)]
     off = [~torch.isclose(x, y, 1e-4, 1e-5, equal_nan=True) for x, y in pairs]
+    if all(x.all() for x in off):  # then it is right nowhere
+        return ""
     deep = right[0].dim() > 1
     if deep and not any(x[..., 1:].any() for x in off):
         return FIRST

@@ -52,6 +52,7 @@ two_minuses (loss): log σ(-βh), with two signs turned round
 gap_alone (loss): the gap without σ and logarithm
 hinge (loss): a hinge, which is another method's
 ipo (loss): the square of IPO
+smoothed (loss): a mean of both choices, as if labels were wrong now and then (conservative DPO)
 apart (loss): two surprises, one for each response by itself; only their difference was judged
 summed: it is a sum over the pairs, which grows with the batch. Take the mean.
 gaps_averaged: the gaps are averaged before σ and logarithm. Each pair has a surprise of its own,
@@ -76,6 +77,9 @@ prompt_counted (reward): its prompt's tokens too. Nobody chose those
 padding_counted (reward): the padding behind it too
 no_mask (reward): everything in its row, prompt and padding included
 mask_reversed (reward): what is not its own: prompt and padding
+from_0 (reward): as many columns as it has tokens, but counted from column 0, where the prompt is
+from_end (reward): as many columns as it has tokens, but the last ones of the row, where padding is
+third (reward): ρ - 1 - log ρ, the estimate k3 of a KL, which has no sign
 no_eos (reward): all but its last token
 last_alone (reward): its last token alone
 first_alone (reward): its first token alone
@@ -179,6 +183,10 @@ def _other_gap(gap: Callable, log_sigmoid: Callable, c, r, ref_c, ref_r, beta) -
     return -log_sigmoid(beta * gap(c, r, ref_c, ref_r)).mean()
 
 
+def _smoothed(x: Tensor, share: float) -> Tensor:
+    return -((1 - share) * logsigmoid(x) + share * logsigmoid(-x)).mean()
+
+
 def _with_epsilon(h: Tensor, beta: float, epsilon: float) -> Tensor:
     return -((beta * h).sigmoid() + epsilon).log().mean()
 
@@ -264,6 +272,11 @@ _LOSS_MISTAKES = (
             (lambda h, beta: -(beta * h).mean(), SAY.gap_alone),
             (lambda h, beta: -h.mean(), SAY.gap_alone),
             (lambda h, beta: (1 - beta * h).relu().mean(), SAY.hinge),
+            (lambda h, beta: (-beta * h).relu().mean(), SAY.hinge),
+            *(
+                (lambda h, beta, k=k: _smoothed(beta * h, k), SAY.smoothed)
+                for k in (0.01, 0.05, 0.1, 0.2, 0.25)
+            ),
             (lambda h, beta: (h - 1 / (2 * beta)).square().mean(), SAY.ipo),
             *((lambda h, beta, of=of: of(-logsigmoid(beta * h)), NO_MEAN) for of in NO_MEANS),
         )
@@ -362,6 +375,11 @@ def _to_last(mask: Tensor) -> Tensor:
     return _from_first(mask.flip(1)).flip(1)
 
 
+def _left(mask: Tensor) -> Tensor:
+    """As many 1s in each row, but from column 0 on."""
+    return (torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)).long()
+
+
 def _last(mask: Tensor) -> Tensor:
     return mask * (mask.flip(1).cumsum(1).flip(1) == 1)
 
@@ -414,6 +432,10 @@ _REWARD_MISTAKES = (
             (lambda p, q, m: _row_sum(p - q, _from_first(m)), SAY.padding_counted),
             (lambda p, q, m: (p - q).sum(1), SAY.no_mask),
             (lambda p, q, m: _row_sum(p - q, 1 - m), SAY.mask_reversed),
+            (lambda p, q, m: _row_sum(p - q, _left(m)), SAY.from_0),
+            (lambda p, q, m: _row_sum(p - q, _left(m).flip(1)), SAY.from_end),
+            (lambda p, q, m: _row_sum((q - p).exp() - 1 - (q - p), m), SAY.third),
+            (lambda p, q, m: _row_sum((p - q).exp() - 1 - (p - q), m), SAY.third),
             (lambda p, q, m: _row_sum(p - q, m - _last(m)), SAY.no_eos),
             (lambda p, q, m: _row_sum(p - q, _last(m)), SAY.last_alone),
             (lambda p, q, m: _row_sum(p - q, _first(m)), SAY.first_alone),
