@@ -227,9 +227,9 @@ def with_kl(new, old, advantages, mask, clip, experience, part):
     return loss + 0.5 * kl, report
 
 
-def by_hand(new, old, advantages, mask, clip, *rest):
+def by_hand(new, old, advantages, mask, clip, *rest, of=torch.minimum):
     ratio = (new - old).exp()
-    worth = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    worth = of(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(worth * mask).sum() / mask.sum(), {"ratio": 1.0}
 
 
@@ -254,7 +254,13 @@ OBJECTIVES = [
     (with_kl, "has a KL penalty added"),
     (lambda n, o, a, m, c, e, p: LOSS(n, e.logprobs[:2], a, m, c), "takes the batch's first rows"),
     (lambda n, o, a, m, c, e, p: LOSS(n, o, e.advantages[:2], m, c), "takes the batch's first"),
-    (lambda n, o, a, m, c, *x: LOSS(n, o, 2 * a, m, c), "or its gradient is another one"),
+    (lambda n, o, a, m, c, *x: LOSS(n, o, 5 * a, m, c), "and its gradient come out times 5,"),
+    (lambda n, o, a, m, c, *x: LOSS(n, o, a + 1, m, c), "or its gradient is another one"),
+    (lambda n, o, a, m, c, *x: LOSS(n, o, a, m, 1.0), "is clipped by value_clip"),
+    (lambda n, o, a, m, c, *x: by_hand(n, o, a, m, c, of=torch.maximum), "takes the larger"),
+    (lambda n, o, a, m, *x: (-((n - o) * a)[m == 1].mean(), {}), "of the logarithm of the ratio"),
+    (lambda n, o, a, m, *x: (-(n * a)[m == 1].mean(), {}), "made of the logarithm of the ratio"),
+    (lambda n, o, a, m, c, *x: LOSS(n, o, a, m, c)[::-1], "it returned first dict; return two"),
     (lambda n, o, a, m, c, *x: LOSS(n, o, a, m, c)[0], "it returned Tensor; return two"),
     (lambda *x: None, "it returned NoneType; return two"),
 ]
@@ -267,7 +273,7 @@ def test_the_objective_is_looked_at_by_itself(monkeypatch, capsys, wrong, messag
 
 
 def test_no_two_objectives_are_taken_for_each_other():
-    batches = [lesson_07._batch(moved, seed) for moved, seed in ((0.0, 0), (0.4, 1))]
+    batches = [lesson_07._batch(moved, seed) for moved, seed in lesson_07._STATES]
     plain = lesson_07._PLAIN, lesson_07._TO_REFERENCE
     made = [
         torch.cat([lesson_07._made_by(f, batch) for batch in batches])

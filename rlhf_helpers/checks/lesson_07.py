@@ -15,6 +15,7 @@ from rlhf_helpers import ppo, rollout
 from rlhf_helpers.checks import lesson_04
 from rlhf_helpers.checks.diagnosis import judge
 from rlhf_helpers.checks.exercise import NOT_ATTEMPTED, same, texts, verdict, wrapped
+from rlhf_helpers.kl import KINDS, kl_estimate
 from rlhf_helpers.losses import masked_mean, policy_loss
 from rlhf_helpers.ppo import PPOConfig
 from rlhf_helpers.preflight import CHECKS, preflight
@@ -141,8 +142,8 @@ def check_patients(answers: Mapping[str, str]) -> None:
 
 SAY = texts("""
 mask_kind: it returned {}; return a tensor of shape [{}, {}], as the tokens have.
-mask_type: the values are right, but the mask is {}; it is multiplied, summed up and used as a
-    number of columns, which takes whole numbers, here int64.
+mask_type: the values are right, but the mask is {}; its sum is used as an index, and 1 less the
+    mask as its opposite, which takes whole numbers, here int64.
 mask_in_place: it changes its argument tokens in place, and those are still to be scored. Use
     operations that make a new tensor.
 mask_reversed: It is the wrong way round, 1 for 0.
@@ -155,8 +156,9 @@ not_a_pair: it returned {}; return two, the loss and what it reports, as policy_
 no_gradient: the loss has no gradient with respect to the log-probabilities of the policy as it is
     now, so that nothing can be learnt. Look for a detach, no_grad or item, for the wrong role, and
     for new and old exchanged: the old ones are data, to which no gradient goes.
-objective: the loss {}. It is that of policy_loss for the log-probabilities as they are now, those
-    of the policy that sampled, the advantages and the mask, of the rows in part, and config.clip.
+objective: the loss {}. Asked for is that of policy_loss, given for the rows in part the
+    log-probabilities as they are now, those of the policy that sampled, the advantages and the
+    mask, and config.clip.
 fresh_old (objective): takes the policy as it is now for the one that sampled, so that every ratio
     is 1, and nothing is ever clipped
 swapped (objective): has new and old exchanged, so that the ratio stands upside down
@@ -167,7 +169,13 @@ scores (objective): weighs with scores or rewards, not with the advantages
 padding (objective): counts padding
 unclipped (objective): is clipped nowhere
 other_clip (objective): is clipped at 0.2, whatever config says
+value_clip (objective): is clipped by value_clip, which is the critic's
+larger (objective): takes the larger of the two where the smaller counts, plain or clipped
+log_ratio (objective): is made of the logarithm of the ratio, or of new log-probabilities alone,
+    which have no old ones to stay near to
 kl_twice (objective): has a KL penalty added, which is in the rewards already
+times (objective): and its gradient come out times {:.3g}, as where a mean is a sum or is divided
+    by another number than that of real tokens
 first_rows (objective): takes the batch's first rows for those in part
 unlike (objective): or its gradient is another one
 """)
@@ -286,12 +294,17 @@ def _rewards_fault(shape_rewards: Callable[..., Tensor]) -> str:
 # --- the policy's objective on a batch of made-up numbers ---
 
 _PART, _CLIP, _PRICE = slice(1, 3), 0.3, 0.5
+_STATES = (
+    (0.0, 0),
+    (0.8, 4),
+    (0.8, 7),
+)  # how far it has moved, and a seed: ratios on all sides of clips
 
 
 def _batch(moved: float, seed: int) -> SimpleNamespace:
     """An experience of four answers, and a policy that has moved on since by so much."""
     drawn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    old = -1 - drawn(4, 3).abs()
+    old = -2 - drawn(4, 3).abs()
     numbers = {x: drawn(4, 3) for x in ("values", "rewards", "advantages", "returns")}
     return SimpleNamespace(
         new=old + moved * drawn(4, 3).clamp(-1.5, 1.5),
@@ -318,7 +331,9 @@ def _made_by(objective: Callable, batch: SimpleNamespace) -> Tensor | str:
     if not isinstance(result, tuple | list) or len(result) != 2:
         return SAY.not_a_pair.format(type(result).__name__)
     loss = result[0]
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
+    if not isinstance(loss, Tensor):
+        return SAY.not_a_pair.format(f"first {type(loss).__name__}")
+    if not loss.requires_grad:
         return SAY.no_gradient
     (gradient,) = torch.autograd.grad(loss.sum(), new, allow_unused=True)
     if gradient is None or not gradient.any():
@@ -342,6 +357,15 @@ def _loss(new: Tensor, old: Tensor, weights: Tensor, mask: Tensor, clip: float =
     return policy_loss(new, old, weights.expand(new.shape), mask, clip)[0]
 
 
+def _mean(tokens: Tensor, x: SimpleNamespace) -> Tensor:
+    return masked_mean(tokens, x.mask.bool())
+
+
+def _by_hand(which: Callable, new: Tensor, x: SimpleNamespace) -> Tensor:
+    ratio = (new - x.logprobs).exp()
+    return -_mean(which(ratio * x.advantages, ratio.clamp(1 - _CLIP, 1 + _CLIP) * x.advantages), x)
+
+
 _PLAIN = _of(lambda new, x: _loss(new, x.logprobs, x.advantages, x.mask))
 _TO_REFERENCE = _of(lambda new, x: _loss(new, x.ref_logprobs, x.advantages, x.mask))
 _OBJECTIVES = (
@@ -359,12 +383,20 @@ _OBJECTIVES = (
     ),
     (lambda new, x: _loss(new, x.logprobs, x.advantages, x.mask, 1e6), SAY.unclipped),
     (lambda new, x: _loss(new, x.logprobs, x.advantages, x.mask, 0.2), SAY.other_clip),
-    (
-        lambda new, x: (
-            _loss(new, x.logprobs, x.advantages, x.mask)
-            + _PRICE * masked_mean(new - x.ref_logprobs, x.mask.bool())
-        ),
-        SAY.kl_twice,
+    (lambda new, x: _loss(new, x.logprobs, x.advantages, x.mask, 1.0), SAY.value_clip),
+    (lambda new, x: _by_hand(torch.maximum, new, x), SAY.larger),
+    (lambda new, x: -_mean((new - x.logprobs) * x.advantages, x), SAY.log_ratio),
+    (lambda new, x: -_mean(new * x.advantages, x), SAY.log_ratio),
+    *(
+        (
+            lambda new, x, kind=kind, price=price: (
+                _loss(new, x.logprobs, x.advantages, x.mask)
+                + price * _mean(kl_estimate(new, x.ref_logprobs, kind), x)
+            ),
+            SAY.kl_twice,
+        )
+        for kind in KINDS
+        for price in (_PRICE, PPOConfig().beta)
     ),
     (
         lambda new, x: _loss(new, x.whole.logprobs[: len(new)], x.advantages, x.mask),
@@ -379,7 +411,7 @@ _OBJECTIVES = (
 
 def _objective_fault(policy_objective: Callable[..., tuple[Tensor, dict[str, float]]]) -> str:
     """What is wrong but for the ratio to the reference, about which `preflight` asks."""
-    batches = [_batch(moved, seed) for moved, seed in ((0.0, 0), (0.4, 1), (0.4, 2))]
+    batches = [_batch(moved, seed) for moved, seed in _STATES]
     try:
         made = [_made_by(policy_objective, batch) for batch in batches]
     except NotImplementedError:
@@ -392,6 +424,10 @@ def _objective_fault(policy_objective: Callable[..., tuple[Tensor, dict[str, flo
     for other, message in others:
         if all(same(x, _made_by(other, batch)) for x, batch in zip(made, batches, strict=True)):
             return message
+    plain = [_made_by(_PLAIN, batch) for batch in batches]
+    factor = float(made[0][0] / plain[0][0])
+    if all(same(x, factor * y) for x, y in zip(made, plain, strict=True)):
+        return SAY.times.format(factor)
     return SAY.unlike
 
 

@@ -131,8 +131,9 @@ def policy_objective(roles, experience, part, config, beta):
 
 
 # %% [markdown]
-# The roles for it, and what the check says of it as it is. It looks at the mask by itself, and when that is right it runs
-# `preflight` on a trainer with the three functions, which takes some seconds.
+# The roles for it, and what the check says of it as it is. It looks at each function by itself first, the mask before
+# the others, and stops at what it finds there; then it runs `preflight` on a trainer with the three, which takes some
+# seconds.
 
 # %%
 tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
