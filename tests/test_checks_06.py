@@ -420,6 +420,21 @@ MIXTURE_MISTAKES = [
     (HOLDS + "as many old pairs as new", lambda n, o, s, b, share: batches(n, o, s, b, b // 2)),
     (HOLDS + "at first only new pairs", share_of_the_run),
     (HOLDS + "pairs that are counted on from where", with_one_counter),
+    (
+        HOLDS + "pairs that are counted on from where",
+        lambda new, old, n, b, share: with_start(lambda step, count: step * (b - count))(
+            new, old, n, b, share
+        ),
+    ),
+    (HOLDS + "old pairs where the new ones", lambda new, old, *x: with_cycles(old, new, *x)),
+    (
+        HOLDS + "pairs that are counted round by the length",
+        lambda new, old, *x: with_cycles(new[: len(old)], old[: len(new)], *x),
+    ),
+    (
+        HOLDS + "pairs that are counted round by the length",
+        lambda new, old, *x: with_cycles(new, old[: len(new)], *x),
+    ),
     (HOLDS + "pairs counted by their place", by_place_in_the_batch),
     (
         HOLDS + "pairs that are one place further on",
@@ -544,11 +559,16 @@ def without_half_of_chance(first, second):
         ("self_agreement", left_alone, "is 0.5. With that chance, 2 pairs alike would give your"),
         ("self_agreement", in_reverse, "first is used with its rows in reverse order"),
         ("self_agreement", of_minus, "With that agreement, a chance of 0.875 would give your"),
-        ("self_agreement", without_half_of_chance, "Yours is 0: is the return for chance alone"),
+        ("self_agreement", without_half_of_chance, "Yours is 0: is your chance as large, or"),
         (
             "self_agreement",
             lambda *x: 100 * lesson_06.self_agreement(*x),
             "the result comes out times 100 everywhere: it is in percent",
+        ),
+        (
+            "self_agreement",
+            lambda *x: lesson_06.self_agreement(*x) or None,
+            "it is right but where one has clicked the same side throughout",
         ),
         ("most_unsure", lambda a, b, n: (a - b).sigmoid()[:n], "it is numbers with a fraction"),
         ("most_unsure", lambda *x: topk(*x).roll(1), "it is the right pairs, but in another order"),

@@ -80,6 +80,7 @@ LOSS_MISTAKES = [
         "h is made of probabilities",
         with_gap(lambda c, r, p, q: c.exp() - p.exp() - r.exp() + q.exp()),
     ),
+    ("h is made without its sign", with_gap(lambda c, r, p, q: (c - p - r + q).abs())),
     ("h is made of quotients", with_gap(lambda c, r, p, q: c / p - r / q)),
     ("it is the loss of -h", with_gap(lambda c, r, p, q: (p - c) - (q - r))),
     (
@@ -105,6 +106,10 @@ LOSS_MISTAKES = [
         lambda c, r, p, q, beta: -F.logsigmoid(beta * (c - r) - (p - q)).mean(),
     ),
     (
+        "β multiplies the reference's half of h",
+        lambda c, r, p, q, beta: -F.logsigmoid(c - r - beta * (p - q)).mean(),
+    ),
+    (
         "β multiplies the first of the four",
         lambda c, r, p, q, beta: -F.logsigmoid(beta * c - p - r + q).mean(),
     ),
@@ -122,6 +127,7 @@ LOSS_MISTAKES = [
         of_gap(lambda h, beta: F.logsigmoid(-beta * h).mean()),
     ),
     ("the loss of a pair is taken as the gap", of_gap(lambda h, beta: -(beta * h).mean())),
+    ("the loss of a pair is taken as the gap", of_gap(lambda h, beta: beta * h.mean())),
     ("the loss of a pair is taken as a hinge", of_gap(lambda h, b: F.relu(1 - b * h).mean())),
     ("the loss of a pair is taken as a hinge", of_gap(lambda h, b: F.relu(-b * h).mean())),
     (
@@ -143,6 +149,7 @@ LOSS_MISTAKES = [
         ).mean(),
     ),
     ("it is a sum over the pairs", of_gap(lambda h, beta: F.softplus(-beta * h).sum())),
+    ("σ is averaged over the batch", of_gap(lambda h, b: -torch.sigmoid(b * h).mean().log())),
     ("the gaps are averaged", of_gap(lambda h, beta: F.softplus(-beta * h.mean()))),
     ("it is not finite", of_gap(lambda h, beta: -torch.log(torch.sigmoid(beta * h)).mean())),
     ("it is not finite", of_gap(lambda h, beta: (1 + (-beta * h).exp()).log().mean())),
@@ -268,6 +275,10 @@ REWARD_MISTAKES = [
     ),
     (GETS + "ρ - 1 - log ρ", of_ratio(lambda x, m: (((-x).exp() - 1 + x) * m).sum(1))),
     (GETS + "all but its last token", rows(lambda x, a, b: x[a:b].sum())),
+    (
+        GETS + "all but the row's last column",
+        of_ratio(lambda x, m: (x[:, :-1] * m[:, :-1]).sum(1)),
+    ),
     (GETS + "its last token alone", rows(lambda x, a, b: x[b])),
     (GETS + "its first token alone", rows(lambda x, a, b: x[a])),
     (
@@ -443,6 +454,24 @@ def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
 )
 def test_an_unknown_mistake_shows_the_case(name, answer, shown, capsys):
     shared.assert_case_is_shown(name, answer, shown, capsys)
+
+
+def clamped(chosen, rejected, ref_chosen, ref_rejected, beta):
+    ratios = chosen - ref_chosen.detach(), rejected - ref_rejected.detach()
+    first, second = (x.clamp(-10, 10) for x in ratios)
+    return F.softplus(-beta * (first - second)).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "empty"),
+    [
+        ("dpo_loss", clamped, "where beta is 0"),  # log 2 there, whatever h is
+        ("implicit_rewards", lambda *x: right_rewards(*x) + x[-1], "it is right but"),  # nowhere
+    ],
+)
+def test_nothing_is_said_that_holds_of_every_answer(name, answer, empty, capsys):
+    printed = run(name, answer, capsys)
+    assert empty not in printed and shared.UNNAMED in printed
 
 
 def misspelt(chosen, rejected, ref_chosen, ref_rejected, beta):

@@ -455,6 +455,7 @@ def easier(
         except Exception:  # it refuses such arguments
             return False
         enough = any(told(torch.as_tensor(want)) for want in right)
+        enough = enough and len(_numbers(right).unique()) > 1  # else the others would not count
         return enough and _agree(right, cases, lambda case: fn(*copy.deepcopy(case)), same)
 
     rows = [row for case in cases for row in _rows(case)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -94,6 +95,9 @@ rounded_down (mixed): one replayed pair too few, since the share of a batch was 
     number, not rounded
 rounded_up (mixed): one replayed pair too many, since the share of a batch was raised to a whole
     number, or that of the new ones cut, and not rounded
+exchanged (mixed): old pairs where the new ones belong, and new ones where the old ones do
+one_length (mixed): pairs that are counted round by the length of the other list; each is gone round
+    by its own
 one_counter (mixed): pairs that are counted on from where the other list is; each list needs a
     counter of its own
 from_second (mixed): pairs that are one place further on, as if the counter had moved before the
@@ -212,7 +216,7 @@ def _counts(results: Sequence) -> str:
     if all(abs(x[-1] - round(x[-1])) < 1e-4 for x in made if math.isfinite(x[-1])):
         return f"{told} With that chance, {round(number)} pairs alike would give your result."
     if result == 0:
-        return f"{told} Yours is 0: is the return for chance alone taken?"
+        return f"{told} Yours is 0: is your chance as large, or the return for chance alone taken?"
     implied = _over(agree - result, 1 - result)
     if 0 <= implied <= 1:
         return f"{told} With that agreement, a chance of {implied:.4g} would give your result."
@@ -237,7 +241,7 @@ def _nothing_left(fn: Callable) -> str:
     except ZeroDivisionError:
         print(wrapped(SAY.nothing_left))
         raise
-    return "" if float(value) == 0 else SAY.nothing_left
+    return "" if isinstance(value, Real | Tensor) and value == 0 else SAY.nothing_left
 
 
 _AGREEMENT_CASES = (
@@ -584,6 +588,7 @@ MIXTURE = Exercise(
                 (lambda b, k: (1, 1), SAY.sliding),
                 (lambda b, k: (b - k, b - k), SAY.one_counter),
                 (lambda b, k: (k, k), SAY.one_counter),
+                (lambda b, k: (k, b - k), SAY.one_counter),
             )
         ),
         *(
@@ -597,6 +602,13 @@ MIXTURE = Exercise(
                 (partial(_each_again, lambda taken, n, steps: -(-taken // n)), SAY.each_again),
                 (partial(_each_again, lambda taken, n, steps: steps), SAY.each_again),
             )
+        ),
+        (lambda new, old, *rest: mixture(old, new, *rest), SAY.exchanged),
+        (lambda new, old, *rest: mixture(new, old[: len(new)], *rest), SAY.one_length),
+        (lambda new, old, *rest: mixture(new[: len(old)], old, *rest), SAY.one_length),
+        (
+            lambda new, old, *rest: mixture(new[: len(old)], old[: len(new)], *rest),
+            SAY.one_length,
         ),
         (lambda new, old, *rest: mixture(new.roll(-1), old.roll(-1), *rest), SAY.from_second),
         (

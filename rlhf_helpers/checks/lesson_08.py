@@ -34,6 +34,7 @@ sides_added (gap): the sum of the two log-ratios, not their difference
 ref_added (gap): made with the sign of the reference turned round
 one_ref_added (gap): made with one of the reference's two log-probabilities under the wrong sign, as
     where a bracket is lost
+unsigned (gap): made without its sign, so that either choice would do
 not_logs (gap): made of probabilities, or of their ratios without a logarithm
 quotients (gap): made of quotients of logarithms, where their differences are asked for
 opposite: it is the loss of -h. Chosen and rejected have changed places, or policy and reference
@@ -44,6 +45,7 @@ outside (beta): stands outside of the logarithm, where it only scales the gradie
 missing (beta): is not used
 divided (beta): divides h
 half (beta): multiplies one half of h, not the other
+policy_spared (beta): multiplies the reference's half of h, not the policy's
 first_alone_scaled (beta): multiplies the first of the four log-probabilities alone
 loss: the loss of a pair is taken as {}. It is -log σ(βh), and the loss of the batch its mean.
 no_log (loss): a σ without its logarithm
@@ -57,6 +59,8 @@ apart (loss): two surprises, one for each response by itself; only their differe
 summed: it is a sum over the pairs, which grows with the batch. Take the mean.
 gaps_averaged: the gaps are averaged before σ and logarithm. Each pair has a surprise of its own,
     and the loss is the mean of those.
+chances_averaged: σ is averaged over the batch before the logarithm. Each pair has a surprise of its
+    own, and the loss is the mean of those.
 overflow: it is not finite at βh = -200. There σ rounds to 0, and its logarithm to -∞: the two steps
     have to become one that never leaves the range, as in lesson 02.
 exponentiated: log-probabilities are exponentiated on the way. A whole response may have one of
@@ -81,6 +85,8 @@ from_0 (reward): as many columns as it has tokens, but counted from column 0, wh
 from_end (reward): as many columns as it has tokens, but the last ones of the row, where padding is
 third (reward): ρ - 1 - log ρ, the estimate k3 of a KL, which has no sign
 no_eos (reward): all but its last token
+no_last_column (reward): all but the row's last column, in which its EOS stands where no padding
+    follows
 last_alone (reward): its last token alone
 first_alone (reward): its first token alone
 batch_mean (reward): a mean over the batch
@@ -232,6 +238,7 @@ _GAPS = (
     (lambda c, r, ref_c, ref_r: c.exp() / ref_c.exp() - r.exp() / ref_r.exp(), SAY.not_logs),
     (lambda c, r, ref_c, ref_r: c / ref_c - r / ref_r, SAY.quotients),
     (lambda c, r, ref_c, ref_r: (r - ref_r) - (c - ref_c), SAY.opposite),
+    (lambda c, r, ref_c, ref_r: ((c - ref_c) - (r - ref_r)).abs(), SAY.unsigned),
     (
         lambda c, r, ref_c, ref_r: (c.exp() / ref_c.exp()).log() - (r.exp() / ref_r.exp()).log(),
         SAY.exponentiated,
@@ -271,6 +278,9 @@ _LOSS_MISTAKES = (
             (lambda h, beta: (-beta * h).sigmoid().mean(), SAY.no_log),
             (lambda h, beta: -(beta * h).mean(), SAY.gap_alone),
             (lambda h, beta: -h.mean(), SAY.gap_alone),
+            (lambda h, beta: (beta * h).mean(), SAY.gap_alone),
+            (lambda h, beta: h.mean(), SAY.gap_alone),
+            (lambda h, beta: -(beta * h).sigmoid().mean().log(), SAY.chances_averaged),
             (lambda h, beta: (1 - beta * h).relu().mean(), SAY.hinge),
             (lambda h, beta: (-beta * h).relu().mean(), SAY.hinge),
             *(
@@ -287,6 +297,10 @@ _LOSS_MISTAKES = (
     ),
     *(
         (lambda c, r, p, q, beta, f=f: -f(beta * (c - r) - (p - q)).mean(), SAY.half)
+        for f in (logsigmoid, _naive)
+    ),
+    *(
+        (lambda c, r, p, q, beta, f=f: -f(c - r - beta * (p - q)).mean(), SAY.policy_spared)
         for f in (logsigmoid, _naive)
     ),
     *(
@@ -437,6 +451,7 @@ _REWARD_MISTAKES = (
             (lambda p, q, m: _row_sum((q - p).exp() - 1 - (q - p), m), SAY.third),
             (lambda p, q, m: _row_sum((p - q).exp() - 1 - (p - q), m), SAY.third),
             (lambda p, q, m: _row_sum(p - q, m - _last(m)), SAY.no_eos),
+            (lambda p, q, m: _row_sum((p - q)[:, :-1], m[:, :-1]), SAY.no_last_column),
             (lambda p, q, m: _row_sum(p - q, _last(m)), SAY.last_alone),
             (lambda p, q, m: _row_sum(p - q, _first(m)), SAY.first_alone),
             (lambda p, q, m: _row_sum(p - q, m).mean().expand(len(p)), SAY.batch_mean),
