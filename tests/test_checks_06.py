@@ -86,6 +86,23 @@ def correlated(first, second):
     return float(np.corrcoef(first.numpy(), 1 - second.numpy())[0, 1])
 
 
+def sides_counted(first, second):
+    p, q = first.float().mean(), 1 - second.float().mean()
+    expected = p * q + (1 - p) * (1 - q)
+    return ((first == second).float().mean() - expected) / (1 - expected)
+
+
+def joint(first, second):
+    """With both clicks of the pair in the chance, as they were."""
+    turned = 1 - second
+    chance = sum(((first == side) & (turned == side)).float().mean() for side in (0, 1))
+    return ((first == turned).float().mean() - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def rounded_to(digits):
+    return from_table(lambda same, chance: round(kappa(same, chance), digits))
+
+
 def nan_where_nothing_is_left(first, second):
     return from_table(kappa, degenerate=math.nan)(first, second)
 
@@ -98,11 +115,33 @@ AGREEMENT_MISTAKES = [
     (IT_IS + "the chance agreement alone", from_table(lambda same, chance: chance)),
     (IT_IS + "the agreement less chance", from_table(lambda same, chance: same - chance)),
     (IT_IS + "divided by the chance", from_table(lambda same, chance: (same - chance) / chance)),
-    (IT_IS + "divided by the share", from_table(lambda same, chance: (same - chance) / same)),
+    (
+        IT_IS + "divided by the share that agrees",
+        from_table(lambda same, chance: (same - chance) / same),
+    ),
     (IT_IS + "corrected for a chance of one half", lambda a, b: 2 * agreeing(a, b) - 1),
     (IT_IS + "corrected for a chance made of both", with_chance(pooled)),
     (IT_IS + "corrected for one way only", with_chance(lambda p, q: p * q)),
     (IT_IS + "corrected for one way only", with_chance(lambda p, q: (1 - p) * (1 - q))),
+    (IT_IS + "corrected for a chance made of one", with_chance(lambda p, q: p * p + (1 - p) ** 2)),
+    (IT_IS + "corrected for a mean of the two", with_chance(lambda p, q: (p + q) / 2)),
+    (IT_IS + "corrected for a mean of the two", with_chance(lambda p, q: (1 - p + 1 - q) / 2)),
+    (IT_IS + "corrected for the chance that one of two", with_chance(lambda p, q: p + q - p * q)),
+    (IT_IS + "corrected for a sum of squares", with_chance(lambda p, q: p**2 + q**2)),
+    (
+        IT_IS + "divided by the share that does not agree",
+        from_table(lambda same, chance: (same - chance) / (1 - same) if same < 1 else 0.0),
+    ),
+    (IT_IS + "κ, subtracted from 1", from_table(lambda same, chance: 1 - kappa(same, chance))),
+    (IT_IS + "the agreement less something", from_table(lambda a, b: a - b / 1 - b)),
+    (IT_IS + "the agreement less something", from_table(lambda a, b: a - b / (1 - b))),
+    (IT_IS + "made with a division of whole", lambda a, b: (a != b).sum() // len(a)),
+    (IT_IS + "rounded", rounded_to(2)),
+    (IT_IS + "rounded", rounded_to(1)),
+    ("chance is right, but the agreement is counted in sides", sides_counted),
+    ("it is right where one agrees", from_table(lambda *shares: max(0.0, kappa(*shares)))),
+    ("it is right where one agrees", from_table(lambda *shares: abs(kappa(*shares)))),
+    ("it is 0 in every case", joint),
     (IT_IS + "a correlation", correlated),
     (IT_IS + "a number of pairs", lambda a, b: float((a != b).sum())),
     ("the sides themselves are compared", sides_as_they_are),
@@ -146,6 +185,12 @@ def topk(first_scores, second_scores, count):
     return (first_scores - second_scores).abs().topk(count, largest=False).indices
 
 
+def first_ahead(first_scores, second_scores, count):
+    gaps = first_scores - second_scores
+    gaps[gaps < 0] = math.inf
+    return gaps.argsort()[:count]
+
+
 UNSURE_MISTAKES = [
     (IT_IS + "the pairs whose scores lie farthest", by_key(distance, reverse=True)),
     (
@@ -162,6 +207,17 @@ UNSURE_MISTAKES = [
     (IT_IS + "an order of the scores themselves", by_key(lambda a, b: a + b, reverse=True)),
     (IT_IS + "an order of the scores themselves", by_key(min)),
     (IT_IS + "an order of the scores themselves", by_key(max)),
+    (IT_IS + "the pairs whose scores lie farthest", lambda a, b, n: (a - b).abs().argsort()[-n:]),
+    (IT_IS + "an order of the difference with its sign", lambda a, b, n: (a - b).argsort()[-n:]),
+    (IT_IS + "an order of the scores of one answer", by_key(lambda a, b: b)),
+    (IT_IS + "an order of the scores of one answer", by_key(lambda a, b: a, reverse=True)),
+    (IT_IS + "an order of those pairs alone", first_ahead),
+    (
+        IT_IS + "an order of the distance as a share",
+        by_key(lambda a, b: abs(a - b) / (abs(a) + abs(b))),
+    ),
+    (IT_IS + "an order of the first few pairs", lambda a, b, n: (a - b)[:n].abs().argsort()),
+    (IT_IS + "the first rows in their order", lambda a, b, n: torch.arange(n)),
     (IT_IS + "the right pairs, but in another order", lambda *x: topk(*x).flip(0)),
     (IT_IS + "the right pairs, but in another order", lambda *x: topk(*x).sort()[0]),
     (IT_IS + "the distances, not the numbers", lambda a, b, n: (a - b).abs().sort()[0][:n]),
@@ -264,6 +320,76 @@ def only_new_begin_anew(new, old, steps, batch_size, replay):
     return right
 
 
+def with_rounding(of):
+    return lambda new, old, n, b, share: batches(new, old, n, b, of(b * share))
+
+
+def of_each(of):
+    """`of` each list, the number of steps, and how many of them a batch takes."""
+
+    def answer(new, old, steps, batch_size, replay):
+        k = rounded(batch_size, replay)
+        return torch.hstack([of(new, steps, batch_size - k), of(old, steps, k)])
+
+    return answer
+
+
+def in_turn(pairs, steps, count):
+    return pairs[torch.arange(steps * count) % len(pairs)].reshape(steps, count)
+
+
+def down_the_columns(pairs, steps, count):
+    return pairs[torch.arange(steps * count) % len(pairs)].reshape(count, steps).T
+
+
+def each_repeated(pairs, steps, count):
+    again = pairs.repeat_interleave(steps * count // len(pairs) + 1)
+    return again[: steps * count].reshape(steps, count)
+
+
+def begin_again_where_few_are_left(pairs, steps, count):
+    rows, start = [], 0
+    for _ in range(steps):
+        if start + count > len(pairs):
+            start = 0
+        rows.append(pairs[(start + torch.arange(count)) % len(pairs)])
+        start += count
+    return torch.stack(rows)
+
+
+def from_the_second_round_on_without_the_first(pairs, steps, count):
+    row, place = [], 0
+    for _ in range(steps * count):
+        row.append(pairs[place])
+        place = place + 1 if place + 1 < len(pairs) else min(1, len(pairs) - 1)
+    return torch.stack(row).view(steps, count) if row else pairs[:0].view(steps, 0)
+
+
+def with_one_counter(new, old, steps, batch_size, replay):
+    k, place, rows = rounded(batch_size, replay), 0, []
+    for _ in range(steps):
+        row = [new[(place + i) % len(new)] for i in range(batch_size - k)]
+        row += [old[(place + i) % len(old)] for i in range(k)]
+        rows.append(torch.stack(row))
+        place += batch_size - k
+    return torch.stack(rows)
+
+
+def by_place_in_the_batch(new, old, steps, batch_size, replay):
+    fresh = batch_size - rounded(batch_size, replay)
+    result = torch.zeros(steps, batch_size, dtype=torch.int64)
+    for i in range(steps * batch_size):
+        pairs = new if i % batch_size < fresh else old
+        result[i // batch_size, i % batch_size] = pairs[i % len(pairs)]
+    return result
+
+
+def share_of_the_run(new, old, steps, batch_size, replay):
+    k = round(replay * steps * batch_size)
+    row = [in_turn(new, 1, steps * batch_size - k), in_turn(old, 1, k)]
+    return torch.hstack(row).view(steps, batch_size)
+
+
 HOLDS = "a batch holds "
 MIXTURE_MISTAKES = [
     (
@@ -290,6 +416,41 @@ MIXTURE_MISTAKES = [
         lambda new, old, n, b, share: batches(new, old, n, b, int(b * share)),
     ),
     (HOLDS + "places in the two lists", places),
+    (HOLDS + "one replayed pair too many", with_rounding(math.ceil)),
+    (HOLDS + "as many old pairs as new", lambda n, o, s, b, share: batches(n, o, s, b, b // 2)),
+    (HOLDS + "at first only new pairs", share_of_the_run),
+    (HOLDS + "pairs that are counted on from where", with_one_counter),
+    (
+        HOLDS + "pairs that are counted on from where",
+        lambda new, old, n, b, share: with_start(lambda step, count: step * (b - count))(
+            new, old, n, b, share
+        ),
+    ),
+    (HOLDS + "old pairs where the new ones", lambda new, old, *x: with_cycles(old, new, *x)),
+    (
+        HOLDS + "pairs that are counted round by the length",
+        lambda new, old, *x: with_cycles(new[: len(old)], old[: len(new)], *x),
+    ),
+    (
+        HOLDS + "pairs that are counted round by the length",
+        lambda new, old, *x: with_cycles(new, old[: len(new)], *x),
+    ),
+    (HOLDS + "pairs counted by their place", by_place_in_the_batch),
+    (
+        HOLDS + "pairs that are one place further on",
+        with_start(lambda step, count: step * count + 1),
+    ),
+    (HOLDS + "pairs that lie apart in a list", of_each(down_the_columns)),
+    (HOLDS + "the same pair several times", of_each(each_repeated)),
+    (
+        HOLDS + "all pairs in turn but the last",
+        lambda new, old, *x: with_cycles(new, old[:-1] if len(old) > 1 else old, *x),
+    ),
+    (
+        HOLDS + "all pairs in turn, but from the second",
+        of_each(from_the_second_round_on_without_the_first),
+    ),
+    (HOLDS + "the beginning of a list again", of_each(begin_again_where_few_are_left)),
 ]
 
 
@@ -356,6 +517,100 @@ def test_every_message_has_a_test(exercise):
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 def test_messages_say_why_and_hold_no_code(exercise):
     shared.assert_say_why(shared.messages_of(exercise))
+
+
+def in_another_order(new, old, *settings):
+    shuffled = (x[torch.randperm(len(x), generator=torch.manual_seed(0))] for x in (new, old))
+    return with_cycles(*shuffled, *settings)
+
+
+def into_zeros(new, old, steps, batch_size, replay):
+    result = torch.zeros(steps, batch_size)
+    result[:] = with_cycles(new, old, steps, batch_size, replay)
+    return result
+
+
+def left_alone(first, second):
+    same = ((first == 0) & (second == 1)).float().mean().item()
+    p, q = first.float().mean().item(), 1 - second.float().mean().item()
+    return kappa(same, p * q + (1 - p) * (1 - q))
+
+
+def in_reverse(first, second):
+    return from_table(kappa)(first, second.flip(0))
+
+
+def of_minus(first, second):
+    p, q = first.float().mean(), (-second).float().mean()
+    chance = p * q + (1 - p) * (1 - q)
+    return ((first == -second).float().mean() - chance) / (1 - chance)
+
+
+def without_half_of_chance(first, second):
+    return from_table(lambda same, chance: kappa(same, chance) if chance < 0.51 else 0.0)(
+        first, second
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("self_agreement", left_alone, "3 of 4 pairs are decided alike, and the chance of that is"),
+        ("self_agreement", left_alone, "is 0.5. With that chance, 2 pairs alike would give your"),
+        ("self_agreement", in_reverse, "first is used with its rows in reverse order"),
+        ("self_agreement", of_minus, "With that agreement, a chance of 0.875 would give your"),
+        ("self_agreement", without_half_of_chance, "Yours is 0: is your chance as large, or"),
+        (
+            "self_agreement",
+            lambda *x: 100 * lesson_06.self_agreement(*x),
+            "the result comes out times 100 everywhere: it is in percent",
+        ),
+        (
+            "self_agreement",
+            lambda *x: lesson_06.self_agreement(*x) or None,
+            "it is right but where one has clicked the same side throughout",
+        ),
+        ("most_unsure", lambda a, b, n: (a - b).sigmoid()[:n], "it is numbers with a fraction"),
+        ("most_unsure", lambda *x: topk(*x).roll(1), "it is the right pairs, but in another order"),
+        (
+            "most_unsure",
+            lambda *x: topk(*x).float(),
+            "but the result is torch.float32; row numbers",
+        ),
+        ("most_unsure", lambda a, b, n: (a.abs() - b.abs()).abs().argsort()[:n], "its sign."),
+        ("mixture", into_zeros, "but the result is torch.float32; numbers of pairs are used"),
+        ("mixture", in_another_order, HOLDS + "the pairs of a list in another order than theirs"),
+        ("mixture", lambda *x: with_cycles(*x).sort(1, True)[0], HOLDS + "the right pairs, but in"),
+        ("mixture", lambda *x: with_cycles(*x)[1:], "A slice ends where its list does"),
+    ],
+)
+def test_what_is_told_of_a_mistake_without_a_name(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def test_a_batch_that_came_out_short_hears_of_slices(capsys):
+    def sliced(new, old, steps, batch_size, replay):
+        k = rounded(batch_size, replay)
+        counts = ((new, batch_size - k), (old, k))
+        return torch.stack(
+            [torch.cat([x[t * n : (t + 1) * n] for x, n in counts]) for t in range(steps)]
+        )
+
+    with pytest.raises(RuntimeError, match="equal size"):
+        shared.check_of("mixture")(sliced)
+    assert "A slice ends where its list does" in capsys.readouterr().out
+
+
+def test_a_division_by_nothing_hears_what_to_return(capsys):
+    def unguarded(first, second):
+        shares = counted(first, second)
+        same = (shares[0][0] + shares[1][1]) / len(first)
+        p, q = sum(shares[1]) / len(first), (shares[0][1] + shares[1][1]) / len(first)
+        return kappa(same, p * q + (1 - p) * (1 - q))
+
+    with pytest.raises(ZeroDivisionError):
+        shared.check_of("self_agreement")(unguarded)
+    assert "no number: return 0, no agreement" in " ".join(capsys.readouterr().out.split())
 
 
 # --- not attempted, structural faults ---

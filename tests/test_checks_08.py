@@ -69,7 +69,8 @@ LOSS_MISTAKES = [
     ("h is that of the rejected response alone", with_gap(lambda c, r, p, q: q - r)),
     ("h is the sum of the two log-ratios", with_gap(lambda c, r, p, q: c - p + r - q)),
     ("h is made with the sign of the reference", with_gap(lambda c, r, p, q: c + p - r - q)),
-    ("h is made with the sign of the reference", with_gap(lambda c, r, p, q: c - p - r - q)),
+    ("h is made with one of the reference's", with_gap(lambda c, r, p, q: c - p - r - q)),
+    ("h is made with one of the reference's", with_gap(lambda c, r, p, q: c + p - (r - q))),
     ("h is made of probabilities", with_gap(lambda c, r, p, q: (c - p).exp() - (r - q).exp())),
     (
         "h is made of probabilities",
@@ -79,12 +80,14 @@ LOSS_MISTAKES = [
         "h is made of probabilities",
         with_gap(lambda c, r, p, q: c.exp() - p.exp() - r.exp() + q.exp()),
     ),
+    ("h is made without its sign", with_gap(lambda c, r, p, q: (c - p - r + q).abs())),
     ("h is made of quotients", with_gap(lambda c, r, p, q: c / p - r / q)),
     ("it is the loss of -h", with_gap(lambda c, r, p, q: (p - c) - (q - r))),
     (
         "it is the loss of -h",
         lambda c, r, p, q, beta: right_loss(r, c, q, p, beta),
     ),
+    ("it is the loss of -h", of_gap(lambda h, beta: F.softplus(beta * h).mean())),
     (
         "it is the loss of -h",
         lambda c, r, p, q, beta: -F.logsigmoid(beta * ((p - q) - (c - r))).mean(),
@@ -102,6 +105,14 @@ LOSS_MISTAKES = [
         "β multiplies one half of h",
         lambda c, r, p, q, beta: -F.logsigmoid(beta * (c - r) - (p - q)).mean(),
     ),
+    (
+        "β multiplies the reference's half of h",
+        lambda c, r, p, q, beta: -F.logsigmoid(c - r - beta * (p - q)).mean(),
+    ),
+    (
+        "β multiplies the first of the four",
+        lambda c, r, p, q, beta: -F.logsigmoid(beta * c - p - r + q).mean(),
+    ),
     ("the loss of a pair is taken as a σ", of_gap(lambda h, beta: -(beta * h).sigmoid().mean())),
     (
         "the loss of a pair is taken as a σ",
@@ -116,7 +127,13 @@ LOSS_MISTAKES = [
         of_gap(lambda h, beta: F.logsigmoid(-beta * h).mean()),
     ),
     ("the loss of a pair is taken as the gap", of_gap(lambda h, beta: -(beta * h).mean())),
+    ("the loss of a pair is taken as the gap", of_gap(lambda h, beta: beta * h.mean())),
     ("the loss of a pair is taken as a hinge", of_gap(lambda h, b: F.relu(1 - b * h).mean())),
+    ("the loss of a pair is taken as a hinge", of_gap(lambda h, b: F.relu(-b * h).mean())),
+    (
+        "the loss of a pair is taken as a mean of both choices",
+        of_gap(lambda h, b: (0.9 * F.softplus(-b * h) + 0.1 * F.softplus(b * h)).mean()),
+    ),
     (
         "the loss of a pair is taken as the square of IPO",
         of_gap(lambda h, beta: ((h - 0.5 / beta) ** 2).mean()),
@@ -132,6 +149,7 @@ LOSS_MISTAKES = [
         ).mean(),
     ),
     ("it is a sum over the pairs", of_gap(lambda h, beta: F.softplus(-beta * h).sum())),
+    ("σ is averaged over the batch", of_gap(lambda h, b: -torch.sigmoid(b * h).mean().log())),
     ("the gaps are averaged", of_gap(lambda h, beta: F.softplus(-beta * h.mean()))),
     ("it is not finite", of_gap(lambda h, beta: -torch.log(torch.sigmoid(beta * h)).mean())),
     ("it is not finite", of_gap(lambda h, beta: (1 + (-beta * h).exp()).log().mean())),
@@ -166,9 +184,15 @@ def only_the_chosen_learn(chosen, rejected, ref_chosen, ref_rejected, beta):
     return right_loss(chosen, rejected.detach(), ref_chosen, ref_rejected, beta)
 
 
+def detached_in_place(chosen, rejected, ref_chosen, ref_rejected, beta):
+    ref_chosen.detach_()
+    return right_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
+        (detached_in_place, "the values are right, but an argument is taken out of the graph"),
         (lets_the_reference_learn, "the values are right, but a gradient reaches the reference."),
         (nothing_learns, "the values are right, but not the gradients of the policy"),
         (only_the_chosen_learn, "the values are right, but not the gradients of the policy"),
@@ -239,7 +263,22 @@ REWARD_MISTAKES = [
     (GETS + "the padding behind it too", rows(lambda x, a, b: x[a:].sum())),
     (GETS + "everything in its row", of_ratio(lambda x, m: x.sum(1))),
     (GETS + "what is not its own", of_ratio(lambda x, m: (x * (m == 0)).sum(1))),
+    (
+        GETS + "as many columns as it has tokens, but counted",
+        of_ratio(lambda x, m: torch.stack([y[: k.sum()].sum() for y, k in zip(x, m, strict=True)])),
+    ),
+    (
+        GETS + "as many columns as it has tokens, but the last",
+        of_ratio(
+            lambda x, m: torch.stack([y[-k.sum() :].sum() for y, k in zip(x, m, strict=True)])
+        ),
+    ),
+    (GETS + "ρ - 1 - log ρ", of_ratio(lambda x, m: (((-x).exp() - 1 + x) * m).sum(1))),
     (GETS + "all but its last token", rows(lambda x, a, b: x[a:b].sum())),
+    (
+        GETS + "all but the row's last column",
+        of_ratio(lambda x, m: (x[:, :-1] * m[:, :-1]).sum(1)),
+    ),
     (GETS + "its last token alone", rows(lambda x, a, b: x[b])),
     (GETS + "its first token alone", rows(lambda x, a, b: x[a])),
     (
@@ -417,6 +456,24 @@ def test_an_unknown_mistake_shows_the_case(name, answer, shown, capsys):
     shared.assert_case_is_shown(name, answer, shown, capsys)
 
 
+def clamped(chosen, rejected, ref_chosen, ref_rejected, beta):
+    ratios = chosen - ref_chosen.detach(), rejected - ref_rejected.detach()
+    first, second = (x.clamp(-10, 10) for x in ratios)
+    return F.softplus(-beta * (first - second)).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "empty"),
+    [
+        ("dpo_loss", clamped, "where beta is 0"),  # log 2 there, whatever h is
+        ("implicit_rewards", lambda *x: right_rewards(*x) + x[-1], "it is right but"),  # nowhere
+    ],
+)
+def test_nothing_is_said_that_holds_of_every_answer(name, answer, empty, capsys):
+    printed = run(name, answer, capsys)
+    assert empty not in printed and shared.UNNAMED in printed
+
+
 def misspelt(chosen, rejected, ref_chosen, ref_rejected, beta):
     return F.logsigmod(chosen)
 
@@ -427,6 +484,37 @@ def test_an_exception_names_call_and_line_and_is_raised_again(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("dpo_loss: AttributeError in your line ")
     assert "return F.logsigmod(chosen)" in printed and " on this call: " in printed
+
+
+def by_numpy(chosen, rejected, ref_chosen, ref_rejected, beta):
+    h = (chosen - rejected).numpy() - (ref_chosen - ref_rejected).numpy()
+    return F.softplus(-beta * torch.tensor(h)).mean()
+
+
+def test_an_exception_of_tensors_with_a_gradient_is_reported_too(capsys):
+    with pytest.raises(RuntimeError, match="requires grad"):
+        checks.check_dpo_loss(by_numpy)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("dpo_loss: RuntimeError in your line ")
+    assert "h = (chosen - rejected).numpy()" in printed
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "where"),
+    [
+        (lambda m: m.roll(-1, 1), "one column too far to the left"),
+        (lambda m: F.pad(m[:, 1:], (0, 1)), "one column too far to the left"),
+        (lambda m: m.roll(1, 1), "one column too far to the right"),
+        (lambda m: F.pad(m[:, :-1], (1, 0)), "one column too far to the right"),
+        (lambda m: (m + m.roll(1, 1) * (m.cumsum(1) > 0)).clamp(max=1), "with one 1 too many"),
+        (lambda m: m * (m.cumsum(1) > 1), "with one 1 too few, without the first"),
+    ],
+)
+def test_a_mask_that_stands_elsewhere_is_not_taken_for_a_shorter_one(mask_of, where, capsys):
+    printed = run(
+        "implicit_rewards", lambda p, q, m, beta: right_rewards(p, q, mask_of(m), beta), capsys
+    )
+    assert f"all is right up to one thing: response_mask is used {where}" in printed
 
 
 @pytest.mark.parametrize("name", NAMES)

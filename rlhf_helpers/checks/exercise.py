@@ -107,7 +107,7 @@ def family(text: str, wrong: Callable, *rows: tuple[str, Any]) -> list[tuple[Cal
 
 
 def check(exercise: Exercise, fn: Callable) -> None:
-    print(wrapped(f"{exercise.name}: {_verdict(exercise, fn)}"))
+    print(wrapped(f"{exercise.name}: {verdict(exercise, fn)}"))
 
 
 def check_pair(exercise: Exercise, fn: Callable) -> None:
@@ -168,7 +168,8 @@ def wrapped(text: str) -> str:
     return textwrap.fill(message, 100, break_on_hyphens=False) + newline + shown
 
 
-def _verdict(exercise: Exercise, fn: Callable) -> str:
+def verdict(exercise: Exercise, fn: Callable) -> str:
+    """That the learner's function is correct, or not attempted yet, or what is wrong with it."""
     if fn is ...:
         return NOT_ATTEMPTED
     if not callable(fn):
@@ -314,7 +315,7 @@ def same(result: Any, expected: Any) -> bool:
     """Equal in value, up to rounding in float32; the dtype does not count, and NaN equals NaN."""
     if not isinstance(expected, Tensor):
         both_nan = math.isnan(result) and math.isnan(expected)
-        return both_nan or math.isclose(float(result), expected, rel_tol=1e-6)
+        return both_nan or math.isclose(float(result), expected, rel_tol=1e-6, abs_tol=1e-6)
     if result.shape != expected.shape:
         return False
     return torch.allclose(_values(result), _values(expected), rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -32,16 +32,21 @@ chosen_alone (gap): the log-ratio of the chosen response alone
 rejected_alone (gap): that of the rejected response alone
 sides_added (gap): the sum of the two log-ratios, not their difference
 ref_added (gap): made with the sign of the reference turned round
+one_ref_added (gap): made with one of the reference's two log-probabilities under the wrong sign, as
+    where a bracket is lost
+unsigned (gap): made without its sign, so that either choice would do
 not_logs (gap): made of probabilities, or of their ratios without a logarithm
 quotients (gap): made of quotients of logarithms, where their differences are asked for
-opposite: it is the loss of -h. Either chosen and rejected have changed places, or policy and
-    reference have: both turn the sign round. Training would then make the rejected responses
-    likely.
+opposite: it is the loss of -h. Chosen and rejected have changed places, or policy and reference
+    have, or the sign is turned round before σ: softplus of -x is -log σ(x), and so is the
+    cross-entropy of x with a target of 1. Training would then make the rejected responses likely.
 beta: β {}. It multiplies h inside of σ: a log-ratio times β is a reward.
 outside (beta): stands outside of the logarithm, where it only scales the gradient
 missing (beta): is not used
 divided (beta): divides h
 half (beta): multiplies one half of h, not the other
+policy_spared (beta): multiplies the reference's half of h, not the policy's
+first_alone_scaled (beta): multiplies the first of the four log-probabilities alone
 loss: the loss of a pair is taken as {}. It is -log σ(βh), and the loss of the batch its mean.
 no_log (loss): a σ without its logarithm
 no_minus (loss): log σ(βh), without the minus
@@ -49,10 +54,13 @@ two_minuses (loss): log σ(-βh), with two signs turned round
 gap_alone (loss): the gap without σ and logarithm
 hinge (loss): a hinge, which is another method's
 ipo (loss): the square of IPO
+smoothed (loss): a mean of both choices, as if labels were wrong now and then (conservative DPO)
 apart (loss): two surprises, one for each response by itself; only their difference was judged
 summed: it is a sum over the pairs, which grows with the batch. Take the mean.
 gaps_averaged: the gaps are averaged before σ and logarithm. Each pair has a surprise of its own,
     and the loss is the mean of those.
+chances_averaged: σ is averaged over the batch before the logarithm. Each pair has a surprise of its
+    own, and the loss is the mean of those.
 overflow: it is not finite at βh = -200. There σ rounds to 0, and its logarithm to -∞: the two steps
     have to become one that never leaves the range, as in lesson 02.
 exponentiated: log-probabilities are exponentiated on the way. A whole response may have one of
@@ -61,6 +69,8 @@ capped: it is right for moderate gaps, but cut off at βh = -200, where the loss
     an ε in the logarithm does that, and takes the gradient from the pairs that are most wrong.
 through_reference: the values are right, but a gradient reaches the reference. It is fixed, whoever
     made its log-probabilities: take them out of the graph.
+cut_in_place: the values are right, but an argument is taken out of the graph in place, and whoever
+    called may still need it there. Make a new tensor that has no graph.
 policy_cut: the values are right, but not the gradients of the policy, so that training would not
     move it, or move it wrongly. Look for a detach, no_grad or item in the wrong place.
 reward: a response gets {}. Its reward is β times the log-ratio of the whole response: the sum over
@@ -71,7 +81,12 @@ prompt_counted (reward): its prompt's tokens too. Nobody chose those
 padding_counted (reward): the padding behind it too
 no_mask (reward): everything in its row, prompt and padding included
 mask_reversed (reward): what is not its own: prompt and padding
+from_0 (reward): as many columns as it has tokens, but counted from column 0, where the prompt is
+from_end (reward): as many columns as it has tokens, but the last ones of the row, where padding is
+third (reward): ρ - 1 - log ρ, the estimate k3 of a KL, which has no sign
 no_eos (reward): all but its last token
+no_last_column (reward): all but the row's last column, in which its EOS stands where no padding
+    follows
 last_alone (reward): its last token alone
 first_alone (reward): its first token alone
 batch_mean (reward): a mean over the batch
@@ -126,7 +141,10 @@ def _dpo_loss(
 def _gradient_fault(fn: Callable) -> str:
     """Whether the policy's gradients are those of the reference version, and the other's are 0."""
     for case in _LOSS_CASES:
-        (policy, fixed), (want, _) = (_gradients(f, case) for f in (fn, _dpo_loss))
+        got, (want, _) = (_gradients(f, case) for f in (fn, _dpo_loss))
+        if got is None:
+            return SAY.cut_in_place
+        policy, fixed = got
         if not same(policy, want):
             return SAY.policy_cut
         if fixed.any():
@@ -134,14 +152,23 @@ def _gradient_fault(fn: Callable) -> str:
     return ""
 
 
-def _gradients(fn: Callable, case: tuple) -> tuple[Tensor, Tensor]:
-    """With respect to the policy's log-probabilities, and to the reference's."""
+def _gradients(fn: Callable, case: tuple) -> tuple[Tensor, Tensor] | None:
+    """With respect to the policy's log-probabilities, and to the reference's.
+
+    None if one of them is no longer to be differentiated.
+    """
     sides = [side.clone().requires_grad_() for side in case[:4]]
     with torch.enable_grad():
         try:
             loss = fn(*sides, case[4])
         except ValueError:  # as the package's, which refuses a reference that requires gradients
             loss = call(DPO_LOSS, fn, (*sides[:2], *(x.detach() for x in sides[2:]), case[4]))
+        except (
+            Exception
+        ):  # such as one of numpy, which takes no tensor that is to be differentiated
+            loss = call(DPO_LOSS, fn, (*sides, case[4]))
+        if not all(side.requires_grad for side in sides):
+            return None
         loss = loss + 0 * sum(side.sum() for side in sides)  # so that the loss may lack a graph
     gradients = torch.autograd.grad(loss, sides)
     return torch.stack(gradients[:2]), torch.stack(gradients[2:])
@@ -160,6 +187,10 @@ def _of_gap(of: Callable, c, r, ref_c, ref_r, beta) -> Tensor:
 def _other_gap(gap: Callable, log_sigmoid: Callable, c, r, ref_c, ref_r, beta) -> Tensor:
     """The loss of something else than h."""
     return -log_sigmoid(beta * gap(c, r, ref_c, ref_r)).mean()
+
+
+def _smoothed(x: Tensor, share: float) -> Tensor:
+    return -((1 - share) * logsigmoid(x) + share * logsigmoid(-x)).mean()
 
 
 def _with_epsilon(h: Tensor, beta: float, epsilon: float) -> Tensor:
@@ -197,8 +228,8 @@ _GAPS = (
     (lambda c, r, ref_c, ref_r: r - ref_r, SAY.rejected_alone),
     (lambda c, r, ref_c, ref_r: (c - ref_c) + (r - ref_r), SAY.sides_added),
     (lambda c, r, ref_c, ref_r: (c + ref_c) - (r + ref_r), SAY.ref_added),
-    (lambda c, r, ref_c, ref_r: (c - ref_c) - (r + ref_r), SAY.ref_added),
-    (lambda c, r, ref_c, ref_r: (c + ref_c) - (r - ref_r), SAY.ref_added),
+    (lambda c, r, ref_c, ref_r: (c - ref_c) - (r + ref_r), SAY.one_ref_added),
+    (lambda c, r, ref_c, ref_r: (c + ref_c) - (r - ref_r), SAY.one_ref_added),
     (lambda c, r, ref_c, ref_r: (c - ref_c).exp() - (r - ref_r).exp(), SAY.not_logs),
     (
         lambda c, r, ref_c, ref_r: (c.exp() - ref_c.exp()) - (r.exp() - ref_r.exp()),
@@ -207,6 +238,7 @@ _GAPS = (
     (lambda c, r, ref_c, ref_r: c.exp() / ref_c.exp() - r.exp() / ref_r.exp(), SAY.not_logs),
     (lambda c, r, ref_c, ref_r: c / ref_c - r / ref_r, SAY.quotients),
     (lambda c, r, ref_c, ref_r: (r - ref_r) - (c - ref_c), SAY.opposite),
+    (lambda c, r, ref_c, ref_r: ((c - ref_c) - (r - ref_r)).abs(), SAY.unsigned),
     (
         lambda c, r, ref_c, ref_r: (c.exp() / ref_c.exp()).log() - (r.exp() / ref_r.exp()).log(),
         SAY.exponentiated,
@@ -246,7 +278,15 @@ _LOSS_MISTAKES = (
             (lambda h, beta: (-beta * h).sigmoid().mean(), SAY.no_log),
             (lambda h, beta: -(beta * h).mean(), SAY.gap_alone),
             (lambda h, beta: -h.mean(), SAY.gap_alone),
+            (lambda h, beta: (beta * h).mean(), SAY.gap_alone),
+            (lambda h, beta: h.mean(), SAY.gap_alone),
+            (lambda h, beta: -(beta * h).sigmoid().mean().log(), SAY.chances_averaged),
             (lambda h, beta: (1 - beta * h).relu().mean(), SAY.hinge),
+            (lambda h, beta: (-beta * h).relu().mean(), SAY.hinge),
+            *(
+                (lambda h, beta, k=k: _smoothed(beta * h, k), SAY.smoothed)
+                for k in (0.01, 0.05, 0.1, 0.2, 0.25)
+            ),
             (lambda h, beta: (h - 1 / (2 * beta)).square().mean(), SAY.ipo),
             *((lambda h, beta, of=of: of(-logsigmoid(beta * h)), NO_MEAN) for of in NO_MEANS),
         )
@@ -257,6 +297,14 @@ _LOSS_MISTAKES = (
     ),
     *(
         (lambda c, r, p, q, beta, f=f: -f(beta * (c - r) - (p - q)).mean(), SAY.half)
+        for f in (logsigmoid, _naive)
+    ),
+    *(
+        (lambda c, r, p, q, beta, f=f: -f(c - r - beta * (p - q)).mean(), SAY.policy_spared)
+        for f in (logsigmoid, _naive)
+    ),
+    *(
+        (lambda c, r, p, q, beta, f=f: -f(beta * c - p - r + q).mean(), SAY.first_alone_scaled)
         for f in (logsigmoid, _naive)
     ),
     *(
@@ -341,6 +389,11 @@ def _to_last(mask: Tensor) -> Tensor:
     return _from_first(mask.flip(1)).flip(1)
 
 
+def _left(mask: Tensor) -> Tensor:
+    """As many 1s in each row, but from column 0 on."""
+    return (torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)).long()
+
+
 def _last(mask: Tensor) -> Tensor:
     return mask * (mask.flip(1).cumsum(1).flip(1) == 1)
 
@@ -393,7 +446,12 @@ _REWARD_MISTAKES = (
             (lambda p, q, m: _row_sum(p - q, _from_first(m)), SAY.padding_counted),
             (lambda p, q, m: (p - q).sum(1), SAY.no_mask),
             (lambda p, q, m: _row_sum(p - q, 1 - m), SAY.mask_reversed),
+            (lambda p, q, m: _row_sum(p - q, _left(m)), SAY.from_0),
+            (lambda p, q, m: _row_sum(p - q, _left(m).flip(1)), SAY.from_end),
+            (lambda p, q, m: _row_sum((q - p).exp() - 1 - (q - p), m), SAY.third),
+            (lambda p, q, m: _row_sum((p - q).exp() - 1 - (p - q), m), SAY.third),
             (lambda p, q, m: _row_sum(p - q, m - _last(m)), SAY.no_eos),
+            (lambda p, q, m: _row_sum((p - q)[:, :-1], m[:, :-1]), SAY.no_last_column),
             (lambda p, q, m: _row_sum(p - q, _last(m)), SAY.last_alone),
             (lambda p, q, m: _row_sum(p - q, _first(m)), SAY.first_alone),
             (lambda p, q, m: _row_sum(p - q, m).mean().expand(len(p)), SAY.batch_mean),

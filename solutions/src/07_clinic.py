@@ -133,8 +133,9 @@ def policy_objective(roles, experience, part, config, beta):
 
 
 # %% [markdown]
-# The roles, and what the check says of the trainer as it is. It first looks at the mask by itself. Once that is right,
-# it runs `preflight` on a trainer with the three functions, which takes ten seconds or more.
+# The roles, and what the check says of the trainer as it is. It first looks at each function by itself, the mask before
+# the others, and stops at what it finds there. Then it runs `preflight` on a trainer with the three functions, which
+# takes ten seconds or more.
 
 # %%
 tokenizer, roles = load_tokenizer(preset), Roles(load_base(preset))
