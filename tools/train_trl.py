@@ -83,8 +83,11 @@ def train(method: str, preset: Preset, out: Path, steps: int, rows: int, quantiz
         keep_float32(trainer.model, sft)
     trainer.train()
     trainer.save_model(str(out))
-    trainer.accelerator.print(f"{processes} processes, {steps} steps; adapter in {out}")
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    accelerator.print(f"{processes} processes, {steps} steps; adapter in {out}")
+    del trainer  # what shares the gradients must be gone before its group of processes, or the
+    accelerator.free_memory()  # two can wait for each other for ever at the end
+    accelerator.end_training()
 
 
 def main() -> None:
