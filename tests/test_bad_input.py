@@ -2154,6 +2154,10 @@ CHECK_ROWS = (
         "give a dictionary", error=TypeError),
     Row("several patients", lambda w: checks.patient(["A"]), "there is no patient ['A']",
         "choose one of A, B"),
+    Row("a log of DPO that there is not", lambda w: checks.dpo_log("D"), "no log 'D'",
+        "choose A, B or C"),
+    Row("several logs of DPO", lambda w: checks.dpo_log(["A", "B"]), "no log ['A', 'B']",
+        "choose A, B or C"),
     Row("several logs", lambda w: checks.training_log(["A"]), "no log ['A']",
         "choose healthy, A, B or C"),
 )
