@@ -73,6 +73,16 @@ def test_a_run_is_made_once(tmp_path, made):
     assert rows[0]["gold"] == "1.2" and rows[0]["seconds"] == ""
 
 
+def test_a_run_that_two_processes_made_counts_once(tmp_path):
+    for gold in (1.1, 1.2):
+        league.add_row(
+            tmp_path / "league.csv",
+            ROW | {"method": "SFT", "seed": 0, "gold": gold},
+            league.COLUMNS,
+        )
+    assert [row["gold"] for row in league.rows_by_method(tmp_path)["SFT"]] == [1.2]
+
+
 def test_what_its_lesson_has_not_recorded_is_left_out(tmp_path, made, capsys):
     league.record(tmp_path, [("DPO", 3), ("PPO", 3)])
     assert [row["method"] for row in rows_of(tmp_path / "league.csv")] == ["PPO"]

@@ -414,9 +414,10 @@ def gigabytes(method: str) -> float:
 
 
 def rows_by_method(out: Path) -> dict[str, list[dict]]:
-    """Rows as numbers, methods in the order of the plan, seeds in theirs."""
+    """Rows as numbers, methods in the order of the plan, seeds in theirs; one row for each run."""
     found: dict[str, list[dict]] = {method: [] for method in METHODS}
-    for row in sorted(read_csv(out / "league.csv"), key=lambda row: int(row["seed"])):
+    runs = {(row["method"], int(row["seed"])): row for row in read_csv(out / "league.csv")}
+    for _, row in sorted(runs.items(), key=lambda run: run[0][1]):
         numbers = {k: float(v) for k, v in row.items() if k not in ("method", "example") and v}
         found[row["method"]].append(numbers)
     return {method: rows for method, rows in found.items() if rows}

@@ -259,13 +259,13 @@ for lam in (0, 0.5, 0.95, 1):
 #
 # One batch of samples serves several steps, and from the second on the policy $\pi$ is no longer the
 # policy $\pi_{\text{old}}$ that sampled. The *ratio* $\rho_t$ says how much likelier token $t$ has become.
-# PPO's loss gives no credit for moving it further than $\varepsilon$ from 1:
+# PPO's loss gives no credit for moving it further than $\epsilon$ from 1:
 #
 # $$\rho_t = \frac{\pi(x_t)}{\pi_{\text{old}}(x_t)}, \qquad
 # L = -\operatorname{mean}_t\, \min\bigl(\rho_t A_t,\;
-# \operatorname{clip}(\rho_t, 1 - \varepsilon, 1 + \varepsilon)\, A_t\bigr)$$
+# \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon)\, A_t\bigr)$$
 #
-# The mean is over all real tokens of the batch at once. By hand, with $\varepsilon = 0.2$: three tokens
+# The mean is over all real tokens of the batch at once. By hand, with $\epsilon = 0.2$: three tokens
 # had probability 0.2 each, and have 0.3, 0.1 and 0.3 now, so $\rho = (1.5, 0.5, 1.5)$. With
 # $A = (1, 1, -1)$ the minima are $\min(1.5, 1.2) = 1.2$, $\min(0.5, 0.8) = 0.5$ and
 # $\min(-1.5, -1.2) = -1.5$, and $L = -(1.2 + 0.5 - 1.5)/3 = -0.067$.

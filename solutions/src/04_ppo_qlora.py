@@ -123,7 +123,7 @@ checks.check_train_step(train_step)
 # </details>
 
 # %% [markdown]
-# From here on with the reference version. Now the four roles of the pocket world, on a few responses of
+# From here on we use the reference version. Now the four roles of the pocket world, on a few responses of
 # the policy. The losses are stand-ins that fit on a line: the policy learns to repeat what it said, the
 # critic to say 0 everywhere.
 
@@ -239,7 +239,7 @@ checks.check_shape_rewards(shape_rewards)
 # </details>
 
 # %% [markdown]
-# From here on with the package's version. What would the SFT model pay if it were the policy and the
+# From here on we use the package's version. What would the SFT model pay if it were the policy and the
 # pretrained base its reference? A new adapter has B = 0 and answers as the base does.
 
 # %%
@@ -343,7 +343,7 @@ checks.check_predict_bytes(predict_bytes)
 # </details>
 
 # %% [markdown]
-# From here on with the reference version. A model of 1.5 billion parameters, with the sizes of
+# From here on we use the reference version. A model of 1.5 billion parameters, with the sizes of
 # Qwen2.5-1.5B: width 1536, 28 blocks, 12 heads, 2 of keys and values, and 151,936 tokens, whose embeddings
 # serve as the output layer too.
 

@@ -120,7 +120,7 @@ checks.check_sampled_log_probs(sampled_log_probs)
 # </details>
 
 # %% [markdown]
-# From here on with the reference version. Here is one response token by token.
+# From here on we use the reference version. Here is one response token by token.
 
 # %% [markdown]
 # <details><summary><b>Predict before you run.</b> The tokens are the policy's own choice. Will the reference's mean
@@ -202,7 +202,7 @@ checks.check_exact_kl(exact_kl)
 # </details>
 
 # %% [markdown]
-# From here on with the package's version. The same response as before, with the KL in both directions at each
+# From here on we use the package's version. The same response as before, with the KL in both directions at each
 # position: how far the policies are apart there, whatever token was sampled.
 
 # %% [markdown]
@@ -287,7 +287,7 @@ checks.check_estimate_kl(estimate_kl)
 # </details>
 
 # %% [markdown]
-# From here on with the reference version. Is the estimate right? At each position of the responses we know the exact
+# From here on we use the reference version. Is the estimate right? At each position of the responses we know the exact
 # KL, so we can keep the positions and vary the way in which the *token* there is chosen: the one of the response,
 # which the policy sampled; another one drawn from the policy; one drawn from the reference; the policy's likeliest;
 # one of its likeliest two, as top-k sampling with $k = 2$ would draw it.
@@ -418,7 +418,7 @@ checks.check_final_reward(final_reward)
 # </details>
 
 # %% [markdown]
-# From here on with the reference version.
+# From here on we use the reference version.
 #
 # <details><summary><b>Predict before you run.</b> In part 3 the estimate was 0.26 nats per token, and a response has
 # 8.8 tokens on average. By how much does β = 0.1 lower the mean reward? And β = 1?</summary>

@@ -87,7 +87,7 @@ checks.check_self_agreement(self_agreement)
 # times. </details>
 
 # %% [markdown]
-# From here on the reference version is used. Three people click through sixty pairs of made-up answers, thirty of which
+# From here on we use the reference version. Three people click through sixty pairs of made-up answers, thirty of which
 # come twice: one who reads; one who clicks left whatever stands there; and one who clicks left in four of five cases
 # and reads in the others.
 
@@ -182,7 +182,7 @@ checks.check_most_unsure(most_unsure)
 # </details>
 
 # %% [markdown]
-# From here on the reference version is used. What is a click worth? The pool has 240 pairs, each with one answer of SFT
+# From here on we use the reference version. What is a click worth? The pool has 240 pairs, each with one answer of SFT
 # and one in the manner of a hacked policy: a right or wrong answer with three or four courtesies. The budget is 24
 # clicks of an honest clicker, spent in three ways: at random; where the reward model is unsure; and where *proxy and
 # length part*, that is, where the reward model most prefers the shorter answer.
@@ -301,7 +301,7 @@ checks.check_mixture(mixture)
 # side by side. </details>
 
 # %% [markdown]
-# From here on the reference version is used: with each way of choosing from part 2 and half of each batch old; and with
+# From here on we use the reference version: with each way of choosing from part 2 and half of each batch old; and with
 # the random clicks and no old pairs, or three in four. *Pool* is the share of other pairs of the same kind that the
 # reward model ranks as gold does; *SFT*, the same for pairs of SFT answers, is what it could do before.
 

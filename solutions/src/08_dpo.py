@@ -137,12 +137,12 @@ assert abs(dpo_loss(*policy, *reference, 0.1) - 0.6931) < 1e-4
 assert preset.name != "pocket" or abs(dpo_loss(*policy, *base, 0.1) - 0.6931) > 1e-3
 
 # %% [markdown]
-# **In words.** A loss of 0.693 in the first row of a log: what does it prove, and what does it not?
+# **In words.** A loss of 0.693 in the first row of a log: what does it show, and what does it not?
 
 # %% [markdown] tags=["solution"]
-# It proves that policy and reference gave the same log-probabilities to these responses, so that the policy began as
+# It shows that policy and reference gave the same log-probabilities to these responses, so that the policy began as
 # a copy of whatever the reference is (or that the two are one and the same model, which would stay at 0.693 for
-# ever). It does not prove that the reference is the *right* one: had the policy begun as a fresh adapter on the bare
+# ever). It does not show that the reference is the *right* one: had the policy begun as a fresh adapter on the bare
 # base, with the bare base as its reference, the loss would be log 2 as well. Nor does it say anything about the
 # sides: swap chosen and rejected, and it is still log 2.
 

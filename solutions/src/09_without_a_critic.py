@@ -105,7 +105,7 @@ checks.check_grpo_advantages(grpo_advantages)
 # Without the $10^{-4}$ a group of equal scores is 0/0.
 # </details>
 #
-# From here on the reference versions are used. Take two prompts with a verifier's scores, one easy and one hard, and
+# From here on we use the reference versions. Take two prompts with a verifier's scores, one easy and one hard, and
 # one whose scores hardly differ:
 
 # %% tags=["nbval-check-output"]
@@ -167,7 +167,7 @@ checks.check_k3_penalty(k3_penalty)
 # Which way round is r? At a token that the policy likes better than the reference does, r is below 0.
 # </details>
 #
-# From here on the reference version is used. Here is its gradient at three tokens, which the policy finds twice,
+# From here on we use the reference version. Here is its gradient at three tokens, which the policy finds twice,
 # equally and half as likely as the reference does:
 
 # %% tags=["nbval-check-output"]
@@ -226,7 +226,7 @@ checks.check_teaching_share(teaching_share)
 # A group teaches if its best score is above its worst.
 # </details>
 #
-# From here on the reference version is used. Three short runs of the same loop follow, each from the same three roles:
+# From here on we use the reference version. Three short runs of the same loop follow, each from the same three roles:
 
 # %%
 from rlhf_helpers.checks.lesson_09 import teaching_share

@@ -123,7 +123,7 @@ checks.check_split_logprobs(split_logprobs)
 # Which ranks have the token's logit? What must the others bring to the sum?
 # </details>
 #
-# From here on with the package's version, on two real processes, each with half of a vocabulary of 1,258:
+# From here on we use the package's version, on two real processes, each with half of a vocabulary of 1,258:
 
 # %%
 logits = torch.randn(3, 1258, generator=torch.Generator().manual_seed(0)) * 4
@@ -230,7 +230,7 @@ def sent_bytes(weights: int, world_size: int, stage: int) -> float:
 checks.check_sent_bytes(sent_bytes)
 
 # %% [markdown]
-# From here on with the reference versions, for a model of 7B:
+# From here on we use the reference versions, for a model of 7B:
 
 # %% tags=["nbval-check-output"]
 from rlhf_helpers.checks.lesson_10 import rank_bytes, sent_bytes
