@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 04 · PPO with QLoRA adapters: four roles on one base
 #
-# **Run time** about two minutes on two CPU cores · **Before this** lesson 03 · **Next** lesson 05, the KL
+# **Run time** two to three minutes on two CPU cores · **Before this** lesson 03 · **Next** lesson 05, the KL
 # penalty · **Exercise** `exercises/04_ppo_qlora.ipynb`
 #
 # After this lesson you will be able to

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 06 · Mend it with your own clicks
 #
-# **Run time** about three minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
+# **Run time** two to three minutes on two CPU cores, and five minutes of clicking if you like · **Before this** lesson
 # 05 · **Next** lesson 07, the debugging clinic · **Exercise** `exercises/06_your_clicks.ipynb`
 #
 # After this lesson you will be able to

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 07 · The debugging clinic: runs that are broken and do not say so
 #
-# **Run time** about a minute and a half on two CPU cores · **Before this** lessons 04 and 05 · **Next** lesson 08,
+# **Run time** about a minute on two CPU cores · **Before this** lessons 04 and 05 · **Next** lesson 08,
 # DPO · **Exercise** `exercises/07_clinic.ipynb`
 #
 # After this lesson you will be able to

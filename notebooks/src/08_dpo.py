@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 08 · DPO: preferences without a reward model
 #
-# **Run time** about two and a half minutes on two CPU cores · **Before this** lessons 02 and 05 ·
+# **Run time** about a minute on two CPU cores · **Before this** lessons 02 and 05 ·
 # **Next** lesson 09, without a critic · **Exercise** `exercises/08_dpo.ipynb`
 #
 # After this lesson you will be able to

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 10 · Beyond one GPU, with the engines that exist
 #
-# **Run time** about two minutes on two CPU cores · **Before this** lessons 03, 04 and 09 ·
+# **Run time** about a minute on two CPU cores · **Before this** lessons 03, 04 and 09 ·
 # **Exercise** `exercises/10_beyond_one_gpu.ipynb`
 #
 # After this lesson you will be able to
