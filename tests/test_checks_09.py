@@ -87,6 +87,16 @@ def place_in_batch(scores, group_size):
     return torch.stack(found)
 
 
+def laid_out(make):
+    """With a number of each group written as often as needed, but not side by side."""
+
+    def advantages(scores, group_size):
+        groups = scores.view(-1, group_size)
+        return make(scores, group_size, lambda of: of(groups).repeat(group_size))
+
+    return advantages
+
+
 BASELINE = "what is taken off the score is "
 LOO_MISTAKES = [
     (BASELINE + "the mean of the whole group", loop(lambda r, o, g, s: r - g.mean())),
@@ -116,6 +126,14 @@ LOO_MISTAKES = [
     ),
     (BASELINE + "the mean of those with another score", other_values),
     (
+        BASELINE + "the mean of those with another score",
+        loop(lambda r, o, g, s: r - g[g != r].mean()),  # NaN where there is none
+    ),
+    (
+        BASELINE + "the mean of those with another score",
+        loop(lambda r, o, g, s: r - g[g != r].sum() / max(len(g[g != r]), 1)),
+    ),
+    (
         BASELINE + "made of the responses at the same place",
         lambda s, n: (s.view(-1, n) - s.view(-1, n).mean(0)).flatten(),
     ),
@@ -127,6 +145,14 @@ LOO_MISTAKES = [
     (
         "responses to different prompts are compared",
         strided(lambda g: g - (g.sum() - g) / (len(g) - 1)),
+    ),
+    (
+        "sums or means of the groups are laid out",
+        laid_out(lambda s, n, of: s - (of(lambda g: g.sum(1)) - s) / (n - 1)),
+    ),
+    (
+        "sums or means of the groups are laid out",
+        laid_out(lambda s, n, of: s - of(lambda g: g.mean(1))),
     ),
     ("it is the mean of the others by itself", loop(lambda r, o, g, s: o.mean())),
     ("every sign is the wrong way round", loop(lambda r, o, g, s: o.mean() - r)),
@@ -184,7 +210,10 @@ def ties_share(scores, group_size):
     return torch.stack(found)
 
 
+NAN = "it gives NaN, which is no number: somewhere a mean or a spread is taken of no response"
 PLACES = [
+    ("leave_one_out", loop(lambda r, o, g, s: r - g[g > r].mean()), NAN),
+    ("grpo_advantages", loop(lambda r, o, g, s: (r - g.mean()) / r.std(correction=0) * nan), NAN),
     ("leave_one_out", place_in_batch, "the first group comes out right, but not those behind it"),
     (
         "leave_one_out",  # brackets are missing
@@ -236,7 +265,7 @@ GRPO_MISTAKES = [
         loop(lambda r, o, g, s: (r - g.mean()) / (s.std() + 1e-4)),
     ),
     (
-        SPREAD + "divided by a standard deviation with",
+        SPREAD + "divided by a standard deviation that divides",
         loop(lambda r, o, g, s: (r - g.mean()) / (g.std(correction=0) + 1e-4)),
     ),
     (
@@ -248,6 +277,10 @@ GRPO_MISTAKES = [
         loop(lambda r, o, g, s: (r - g.mean()) / (g.max() - g.min() + 1e-4)),
     ),
     (SPREAD + "multiplied with", loop(lambda r, o, g, s: (r - g.mean()) * g.std())),
+    (
+        "sums or means of the groups are laid out",
+        laid_out(lambda s, n, of: (s - of(lambda g: g.mean(1))) / (of(lambda g: g.std(1)) + 1e-4)),
+    ),
     ("mean and spread are those of", lambda s, n: (s - s.mean()) / (s.std() + 1e-4)),
     ("the mean on top is that", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
     ("where all scores of a group are equal", loop(lambda r, o, g, s: (r - g.mean()) / g.std())),
@@ -357,6 +390,17 @@ def kl_div(logprobs, ref_logprobs, mask):
     return (pointwise * mask).sum() / mask.sum()
 
 
+def of_whole(logprobs, ref_logprobs, mask):
+    r = ((ref_logprobs.detach() - logprobs) * mask).sum(1)
+    return (r.exp() - 1 - r).mean()
+
+
+def times_ratio(logprobs, ref_logprobs, mask):
+    r = ref_logprobs.detach() - logprobs
+    k3 = (logprobs - logprobs.detach()).exp() * (r.exp() - 1 - r)
+    return (k3 * mask).sum() / mask.sum()
+
+
 def without_eos(logprobs, ref_logprobs, mask):
     before = mask.clone()
     before[range(len(mask)), mask.sum(1) - 1] = 0
@@ -376,6 +420,8 @@ K3_MISTAKES = [
     (TOKEN + "e to the r less r", tokens(lambda r: r.exp() - r)),
     (TOKEN + "e to the r less 1, which", tokens(lambda r: r.exp() - 1)),
     (TOKEN + "e to the r, less 1, plus r", tokens(lambda r: r.exp() - 1 + r)),
+    (TOKEN + "k3 times the ratio", tokens(lambda r: (-r).exp() * (r.exp() - 1 - r))),
+    ("r is summed over the tokens", of_whole),
     (TOKEN + "the size of r", tokens(lambda r: r.abs())),
     (TOKEN + "a k3 that is weighed", policy_weighted),
     (TOKEN + "k1 weighed", k1_weighted),
@@ -403,6 +449,7 @@ K3_MISTAKES = [
     (MEAN + "a sum over tokens divided", averaged(lambda k, m: k[m == 1].sum() / len(k))),
 ]
 LOST = [
+    (times_ratio, "the value is right, but the gradient is that of k3 times the ratio"),
     (with_reference, "the value is right, but a gradient reaches the reference"),
     (without_policy, "the values are right, but not the gradient: that with respect to logprobs"),
     (half_detached, "the values are right, but not the gradient: that with respect to logprobs"),
@@ -438,6 +485,7 @@ def without_last(scores, group_size):
     return sum(max(g) > min(g) for g in groups) / count
 
 
+right_share = share(lambda g: max(g) > min(g))
 TEACH = "it is "
 SHARE_MISTAKES = [
     (TEACH + "the share of the groups in which all are equal", share(lambda g: len(set(g)) == 1)),
@@ -454,6 +502,11 @@ SHARE_MISTAKES = [
         TEACH + "a share of the responses",
         lambda s, n: (s.view(-1, n) != s.view(-1, n).mean(1)[:, None]).float().mean(),
     ),
+    (TEACH + "the share of the groups whose sum is above", share(lambda g: sum(g) > 0)),
+    (TEACH + "the share of the groups that are not all", share(lambda g: set(g) != {1})),
+    (TEACH + "the share of the groups that are not all", share(lambda g: sum(g) / len(g) < 1)),
+    (TEACH + "0 whatever the scores", share(lambda g: abs(sum(g) - len(g) * sum(g) / len(g)) > 1)),
+    (TEACH + "a share that has been rounded", lambda s, n: round(right_share(s, n), 2)),
     (TEACH + "the number of the groups divided", of_responses),
     (TEACH + "the share of the groups in which some score is not", share(any)),
     (TEACH + "the share of the groups whose mean lies", share(lambda g: 0 < sum(g) / len(g) < 1)),

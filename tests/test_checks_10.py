@@ -292,6 +292,24 @@ def started(column):
     return split
 
 
+def looked_up(start, column):
+    """With another id of the first column, or another column of a token that is here."""
+
+    def split(logits, tokens, first, all_max, all_sum):
+        width, first = logits.shape[1], start(first, logits.shape[1])
+        here = (tokens >= first) & (tokens < first + width)
+        index = column(tokens, first).clamp(0, width - 1)
+        own = logits[range(len(tokens)), index].masked_fill(~here, 0)
+        return all_sum(own) - normal(logits, all_max, all_sum)
+
+    return split
+
+
+def one_maximum(z, own, here, all_max, all_sum):
+    top = all_max(z.max())
+    return all_sum(own) - top - all_sum((z - top).exp().sum(1)).log()
+
+
 def sum_of_logs(z, own, here, all_max, all_sum):
     top = all_max(z.max(1).values)
     return all_sum(own) - top - all_sum((z - top[:, None]).exp().sum(1).log())
@@ -428,6 +446,21 @@ SPLIT_MISTAKES = [
         "a rank that lacks the token takes the logarithm of 0",
         logprobs(lambda z, own, here, m, s: ((own - normal(z, m, s)).exp() * here).log()),
     ),
+    (
+        "a rank that lacks the token takes the logarithm of 0",
+        logprobs(lambda z, own, here, m, s: torch.where(here, own - normal(z, m, s), -torch.inf)),
+    ),
+    ("the maximum is one for all tokens", logprobs(one_maximum)),
+    (
+        "a probability is formed",
+        logprobs(lambda z, own, here, m, s: s((own - normal(z, m, s)).exp() * here).log()),
+    ),
+    ("the rank that has the token reads", looked_up(lambda f, n: f, lambda t, f: t)),
+    ("the id of the first column is taken for", looked_up(lambda f, n: f * n, torch.sub)),
+    (
+        "the logarithm of the sum is taken off once",
+        shifted(lambda e, top, c, s: c - top - s(1) * s(e).log()),
+    ),
     ("a rank looks for the token's id", started(lambda tokens, first: tokens)),
     ("the id of the first column is added", started(lambda tokens, first: tokens + first)),
     ("logarithms are added up over the ranks", logprobs(sum_of_logs)),
@@ -477,7 +510,12 @@ HELD_MISTAKES = [
     ("the optimizer is whole", held(cut(2, 3), cut(2, 2), whole(12))),
     ("the gradients are never", held(cut(2, 3), whole(2), cut(12, 1))),
     ("the gradients are cut in stage 1", held(cut(2, 3), cut(2, 1), cut(12, 1))),
-    ("the weights are never", held(whole(2), cut(2, 2), cut(12, 1))),
+    ("in stage 3 the weights are whole still", held(whole(2), cut(2, 2), cut(12, 1))),
+    (
+        "in stage 3 the weights are whole still",
+        held(cut(2, 3), lambda w, stage: 2 / w if stage == 2 else 2, cut(12, 1)),
+    ),
+    ("what is cut is divided by one less", lambda n, w, s: right_held(n, w - 1, s)),
     ("the weights are cut in stage 2", held(cut(2, 2), cut(2, 2), cut(12, 1))),
     ("everything is cut", lambda n, ranks, stage: 16 * n / ranks),
     ("nothing is cut", lambda n, ranks, stage: 16 * n),
@@ -602,6 +640,12 @@ def test_a_variance_that_is_lost_in_rounding_is_named(capsys):
     """Right in float64, which the right answers have as well."""
     printed = run("whiten_over_ranks", one_pass, capsys)
     assert printed.startswith("whiten_over_ranks: it is right on small numbers, but not for")
+
+
+def test_another_epsilon_is_named(capsys):
+    other = from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-5).sqrt() * m)
+    printed = run("whiten_over_ranks", other, capsys)
+    assert printed.startswith("whiten_over_ranks: it is right on large spreads, but not where")
 
 
 def test_what_is_right_on_one_rank_alone_is_named(capsys):

@@ -66,8 +66,8 @@ for kind in losses.GROUPED:
 # %% [markdown]
 # By hand for the first answer: the others score 1 and 2, so it gets 3 − 1.5. `centred` takes off the mean of the whole
 # group, the answer's own score included; the result is smaller by the factor $(G-1)/G$, in the same direction. `grpo`
-# divides that by the group's standard deviation (here 1). The second prompt teaches nothing: all its answers are
-# equally good.
+# divides that by the group's standard deviation (here 1), plus $10^{-4}$, so that a group of equal scores gives 0 and
+# not 0/0. The second prompt teaches nothing: all its answers are equally good.
 #
 # ## Why leaving one out is unbiased
 #
@@ -103,7 +103,7 @@ assert torch.allclose(expected("rloo"), truth)
 
 # %% [markdown]
 # Leave-one-out has the true gradient, and `centred` two thirds of it in every coordinate, which a larger learning rate
-# makes up for. GRPO's factor differs from coordinate to coordinate, so it points elsewhere. Where?
+# makes up for. GRPO's factor differs from coordinate to coordinate, so it points elsewhere.
 #
 # ## What the division does
 #
@@ -149,6 +149,8 @@ print(f"with {right.mean():.0%} of the answers right")
 
 # %% [markdown]
 # A reward model hardly ever gives a whole group the same score, unless the answers are the same. A program often does.
+# Prompts of middling difficulty help, a reward with more steps, and larger groups. Nothing helps where the policy always
+# does what is paid for, or never.
 #
 # ## Long answers and short ones
 #
@@ -221,7 +223,7 @@ whole = slice(0, config.batch_size)
 loss, stats = ppo.policy_objective(roles, seen, whole, first, beta=0.1)
 loss.backward()
 norm = sum(p.grad.square().sum() for p in roles.parameters("policy").values()) ** 0.5
-print(f"ratio {stats['ratio']:.3f}, loss {loss:.6f}, length of the gradient {norm:.3f}")
+print(f"ratio {stats['ratio']:.3f}, loss {loss:z.6f}, length of the gradient {norm:.3f}")
 roles.model.zero_grad()
 assert abs(loss) < 1e-4 < norm
 
@@ -232,9 +234,10 @@ assert abs(loss) < 1e-4 < norm
 # ## KL in the reward, or in the loss
 #
 # RLOO takes β times the KL of the whole answer off its score, before the group is compared (`kl_in="reward"`, k1). GRPO
-# adds β times the mean of k3 to the loss (`kl_in="loss"`). In lesson 05 k3 was unbiased *as a number*, but as a loss it
-# had the gradient of the other direction's KL. To see why, let $r = \log\pi_{\text{ref}} - \log\pi$: at a sampled token
-# the gradient of $k_3$ is $(1 - e^{r})\,\nabla\log\pi$. Averaged over the policy's samples:
+# adds β times the mean of k3 to the loss (`kl_in="loss"`), averaged as the loss is. In lesson 05 k3 was unbiased *as a
+# number*, but as a loss it had the gradient of the other direction's KL. To see why, let $r = \log\pi_{\text{ref}} -
+# \log\pi$: at a sampled token the gradient of $k_3$ is $(1 - e^{r})\,\nabla\log\pi$. Averaged over the policy's
+# samples:
 
 # %% tags=["nbval-check-output"]
 ref = torch.tensor([0.0, 0.8, -0.4], dtype=torch.float64).log_softmax(-1)

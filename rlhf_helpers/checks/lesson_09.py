@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
@@ -52,6 +54,10 @@ factor_down: it is the score less the mean of the whole group, made smaller by a
     the others is further away than that of all, so that the factor is above 1.
 columns_first: the advantages are right, but come out in another order: first those of the first
     response to each prompt. They belong where the scores stand.
+laid_out: sums or means of the groups are laid out one after the other, over and over. Each belongs
+    to all responses of its own group, which stand side by side.
+no_number: it gives NaN, which is no number: somewhere a mean or a spread is taken of no response at
+    all, or of one alone, or 0 is divided by 0.
 spread_too: it is divided by a spread as well. That is GRPO's; leave-one-out takes off a baseline
     and does no more, which is why it stays unbiased.
 spread: the score less the mean of its group is {}. Asked for is its division by the standard
@@ -59,8 +65,8 @@ spread: the score less the mean of its group is {}. Asked for is its division by
 not_divided (spread): not divided at all, which is the version without the spread
 variance (spread): divided by the variance, the square of the standard deviation
 batch_spread (spread): divided by the standard deviation of the whole batch
-population (spread): divided by a standard deviation with the size of the group below the sum of
-    squares; here, as in torch and in TRL, it is one less
+population (spread): divided by a standard deviation that divides the sum of squares by the size of
+    the group; here, as in torch and in TRL, it is one less
 deviation (spread): divided by the mean absolute deviation
 root_mean_square (spread): divided by the root of the mean square of the scores themselves, from
     which the mean has not been taken off
@@ -122,17 +128,23 @@ kl_div (estimate): what torch's kl_div makes of the two, r weighed with the refe
     as in a sum over the whole vocabulary
 weighted_k1 (estimate): k1 weighed with the policy's probability, as in a sum over the whole
     vocabulary; sampled tokens come up by their probability already
+by_reference (estimate): k3 times the ratio of the policy to the reference
+of_whole: r is summed over the tokens of a response before the exponential. k3 belongs to each of
+    them.
 mean: the tokens are brought together by {}. Asked for is one mean over the response tokens of the
     whole batch.
 with_padding (mean): a mean over all positions, padding included
 padding_zeros (mean): a sum over the response tokens divided by the number of all positions
-of_responses (mean): a mean over the responses, each a mean over its own tokens first
+of_responses (mean): a mean over the responses, each a mean over its own tokens first, as in GRPO's
+    paper
 summed (mean): a sum
 by_batch (mean): a sum over tokens divided by the number of responses
 of_positions (mean): a mean over the positions, each a mean over the responses that reach it
 no_first (mean): a mean that leaves out the first token of each response, which is sampled too
 no_eos (mean): a mean that leaves out the last token of each response, its EOS, which counts
 padding_alone (mean): a mean over the padding, since the mask is turned round
+times_ratio: the value is right, but the gradient is that of k3 times the ratio of the new policy to
+    the old one. Asked for is k3 alone, as in GRPO's paper.
 through_reference: the value is right, but a gradient reaches the reference, which is fixed: take it
     out of the graph.
 teaching: it is {}. Asked for is the share of the groups in which not all scores are equal.
@@ -142,6 +154,13 @@ of_responses_share (teaching): a share of the responses, not of the groups
 by_responses (teaching): the number of the groups divided by that of the responses
 not_zero (teaching): the share of the groups whose mean is not 0; a group that is all right has no
     variance either
+sum_above (teaching): the share of the groups whose sum is above 0, among them those that are all
+    right
+not_all_right (teaching): the share of the groups that are not all right; those that are all wrong
+    teach as little
+advantages (teaching): 0 whatever the scores, as is the sum of a group's advantages; look at each of
+    them, or at the scores
+digits (teaching): a share that has been rounded to a few digits
 some_right (teaching): the share of the groups in which something scored above 0
 some_not_zero (teaching): the share of the groups in which some score is not 0; equal ones teach
     nothing wherever they are
@@ -269,11 +288,16 @@ def _earlier(groups: Tensor) -> Tensor:
     return (groups.cumsum(-1) - groups) / counts
 
 
-def _unequal(groups: Tensor) -> Tensor:
-    """The mean of those with another score, or the score itself where there is none."""
+def _unequal(times: float, groups: Tensor) -> Tensor:
+    """The mean of those with another score, or so many times the score itself if there is none."""
     other = groups[:, :, None] != groups[:, None, :]
     mean = (other * groups[:, None, :]).sum(-1) / other.sum(-1).clamp(min=1)
-    return torch.where(other.any(-1), mean, groups)
+    return torch.where(other.any(-1), mean, times * groups)
+
+
+def _laid_out(groups: Tensor, of: Tensor) -> Tensor:
+    """A number of each group, written as many times as it has responses, but not side by side."""
+    return of.repeat(groups.shape[-1]).view_as(groups)
 
 
 def _down(groups: Tensor) -> Tensor:
@@ -297,6 +321,13 @@ def _where(cases: Sequence[tuple], reference: Callable, results: Sequence) -> st
         first.append(torch.equal(off | equal, behind | equal) and not off[0])
     told = (flat, SAY.flat), (tied, SAY.tied), (first, SAY.first_group)
     return next((message for holds, message in told if all(holds)), "")
+
+
+def _general(cases: Sequence, reference: Callable, told: Callable, results: Sequence) -> str:
+    """What results tell of a mistake without a name."""
+    if any(result.isnan().any() for result in results):
+        return SAY.no_number
+    return _where(cases, reference, results) or told(results)
 
 
 def _weights(results: Sequence) -> str:
@@ -358,7 +389,7 @@ _LOO_MISTAKES = (
         (lambda g: g[:, :1], SAY.neighbour),
         (_earlier, SAY.earlier),
         (lambda g: g.sum(-1, keepdim=True) / (g.shape[-1] - 1), SAY.own_kept),
-        (_unequal, SAY.only_unequal),
+        *each(SAY.only_unequal, _unequal, 1.0, 0.0, nan),
         (lambda g: (g.sum(0) - g) / (g.shape[-1] - 1), SAY.other_prompts),
         (lambda g: (g.sum(0) - g) / (len(g) - 1), SAY.other_prompts),
         (lambda g: g.mean(0), SAY.other_prompts),
@@ -368,6 +399,8 @@ _LOO_MISTAKES = (
     *table(
         _of,
         (_others, SAY.baseline_alone),
+        (lambda g: g - (_laid_out(g, g.sum(-1)) - g) / (g.shape[-1] - 1), SAY.laid_out),
+        (lambda g: g - _laid_out(g, g.mean(-1)), SAY.laid_out),
         (lambda g: _others(g) - g, SAY.turned_round),
         (lambda g: g.mean(-1, keepdim=True) - g, SAY.turned_round),
         (lambda g: _centred(g) * (g.shape[-1] - 1) / g.shape[-1], SAY.factor_down),
@@ -386,7 +419,7 @@ LEAVE_ONE_OUT = Exercise(
     tested="groups of 2 to 4, a group of equal scores, one group alone",
     shape_hint="There is one advantage for each response, in the order of the scores.",
     size_hint=COLUMN,
-    general=lambda results: _where(_LOO_CASES, leave_one_out, results) or _weights(results),
+    general=lambda results: _general(_LOO_CASES, leave_one_out, _weights, results),
 )
 
 
@@ -459,6 +492,7 @@ _GRPO_MISTAKES = (
         (lambda g: _centred(g) / _spread(g) + 1e-4, SAY.added_behind),
         (lambda g: g - g.mean(-1, True) / (_spread(g) + 1e-4), SAY.mean_divided),
         (lambda g: g - g.mean(-1, True) / _spread(g) + 1e-4, SAY.mean_divided),
+        (lambda g: (g - _laid_out(g, g.mean(-1))) / (_laid_out(g, g.std(-1)) + 1e-4), SAY.laid_out),
         (_down, SAY.down),
     ),
     (partial(_interleaved, grpo_advantages), SAY.interleaved),
@@ -472,7 +506,7 @@ GRPO_ADVANTAGES = Exercise(
     shape_hint="There is one advantage for each response, in the order of the scores.",
     size_hint=COLUMN,
     further=_hair_fault,
-    general=lambda results: _where(_GRPO_CASES, grpo_advantages, results) or _divisor(results),
+    general=lambda results: _general(_GRPO_CASES, grpo_advantages, _divisor, results),
 )
 
 
@@ -534,11 +568,18 @@ def _without_last(k3: Tensor, mask: Tensor) -> Tensor:
     return (k3 * before).sum() / before.sum()
 
 
+def _times_ratio(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """k3 times a ratio that is 1, and whose gradient is not 0."""
+    ratio = (logprobs - logprobs.detach()).exp()
+    return (ratio * _k3(ref_logprobs - logprobs) * mask).sum() / mask.sum()
+
+
 def _k3_gradient_fault(fn: Callable) -> str:
     """Whether the gradients are the reference's: the policy's its own, the other's 0."""
     cases = _K3_CASES[1:]
     if fault := gradient_fault(K3_PENALTY, fn, cases, (0,)):
-        return fault
+        corrected = replace(K3_PENALTY, reference=_times_ratio)
+        return fault if gradient_fault(corrected, fn, cases, (0,)) else SAY.times_ratio
     return SAY.through_reference if gradient_fault(K3_PENALTY, fn, cases, (1,)) else ""
 
 
@@ -571,12 +612,17 @@ _K3_MISTAKES = (
         (torch.expm1, SAY.no_r),
         (lambda r: r.exp() - 1 + r, SAY.plus_r),
         (torch.abs, SAY.absolute),
+        (lambda r: (-r).exp() * _k3(r), SAY.by_reference),
     ),
     *table(
         _weighted,
         (_k3, SAY.weighted),
         (torch.neg, SAY.weighted_k1),
         (lambda r: r.exp() * r, SAY.kl_div),
+    ),
+    (
+        lambda policy, ref, mask: _k3(((ref - policy) * mask).sum(-1)).mean(),
+        SAY.of_whole,
     ),
     *table(
         _averaged,
@@ -662,6 +708,7 @@ _SHARE_CASES = (
     (_scores(0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.5, -0.5), 3),
     (_scores(0.5, 0.501, 0.5, 0.9, 0.9, 0.9, -1.7, -1.7, -1.7), 3),
     (_scores(1.0, 0.0, 0.0, 1.0), 2),
+    (_scores(0.25, 0.250001, 0.25, 0.0, 1.0, 0.0), 3),
     (_scores(*_MANY), 4),  # a number that many groups make is hardly met by chance
 )
 _SHARE_MISTAKES = (
@@ -673,6 +720,7 @@ _SHARE_MISTAKES = (
         (SAY.some_not_zero, lambda g: g.any(-1)),
         (SAY.between, lambda g: (g.mean(-1) > 0) & (g.mean(-1) < 1)),
         (SAY.far_apart, partial(_apart, 0.01)),
+        (SAY.far_apart, partial(_apart, 1e-5)),
         (SAY.rounded, lambda g: torch.stack([group.std() for group in g]) > 0),
         (SAY.rounded, lambda g: (g != g.mean(-1, keepdim=True)).any(-1)),
         (SAY.first_two, lambda g: g[:, 0] != g[:, 1]),
@@ -683,6 +731,11 @@ _SHARE_MISTAKES = (
         (SAY.whole_number, lambda g: _differ(g).all()[None]),
         (SAY.not_first, lambda g: _differ(g[1:])),
         (SAY.not_first, lambda g: _differ(g) & (torch.arange(len(g)) > 0)),
+        (SAY.sum_above, lambda g: g.sum(-1) > 0),
+        (SAY.not_all_right, lambda g: (g != 1).any(-1)),
+        (SAY.not_all_right, lambda g: (g < 1).any(-1)),
+        (SAY.not_all_right, lambda g: g.mean(-1) < 1),
+        (SAY.advantages, lambda g: 0 * g),
         (SAY.some_right, lambda g: (g > 0).any(-1)),
         (SAY.all_differ, lambda g: (g.sort(-1).values.diff(dim=-1) > 0).all(-1)),
         (SAY.last_differs, lambda g: g[:, 0] != g[:, -1]),
@@ -696,6 +749,7 @@ _SHARE_MISTAKES = (
         (SAY.not_last, lambda g: _differ(g) & (torch.arange(len(g)) < len(g) - 1)),
     ),
     (lambda scores, size: _share(_differ, scores, size) / size, SAY.by_responses),
+    *each(SAY.digits, lambda digits, *case: round(_share(_differ, *case), digits), *(1, 2, 3)),
     (lambda scores, size: _differ(_rows(scores, size)).sum().item(), SAY.number),
     (lambda scores, size: (~_differ(_rows(scores, size))).sum().item(), SAY.number),
     (lambda scores, size: _share(_differ, scores.view(size, -1).T.flatten(), size), SAY.other_rows),

@@ -76,6 +76,8 @@ two_numbers: from each entry a number is taken off, and the rest is divided by a
     their variance {:.4g}.
 no_epsilon: where all entries are equal, 0 is divided by 0, which is no number: add 1e-8 to the
     variance before the root. Elsewhere it is right.
+epsilon: it is right on large spreads, but not where the variance is 1e-4: what is added to it is
+    1e-8, and no more.
 maximum: the maximum that is taken off is {}. It must be one number for all ranks, or their sums
     are of different things.
 own_maximum (maximum): each rank's own, in the sum and in the result
@@ -83,6 +85,10 @@ own_in_sum (maximum): each rank's own in the sum of exponentials, and that of al
 no_maximum (maximum): missing: e to the 200 is more than float32 can hold
 summed_maximum (maximum): the sum of the ranks' maxima, which is so far above all logits that the
     exponentials round to 0
+one_maximum: the maximum is one for all tokens of the text. Where a row of logits lies far below it,
+    its exponentials all round to 0. Each token has a maximum of its own.
+probability: a probability is formed, and its logarithm taken at the end; float32 rounds a small one
+    to 0. Stay with logarithms.
 maximum_added: the shared maximum is added at the end, where it is to be taken off.
 maximum_alone: the largest logit stands where the logarithm of the sum of all exponentials belongs.
 over_tokens: the sum of exponentials runs over the tokens of the text as well; each has one of its
@@ -108,6 +114,10 @@ minus_infinity: ranks that lack the token's logit bring minus infinity, and any 
     infinity. They must bring 0.
 first_unused: a rank looks for the token's id among its columns as if they began at 0, whatever the
     id of its first one.
+wrong_column: the rank that has the token reads another of its columns: their numbers begin at 0, so
+    that a token's is its id less that of the first.
+rank_number: the id of the first column is taken for the number of the rank. It is where this rank's
+    columns begin.
 first_added: the id of the first column is added to the token's id, where it is to be taken off;
     only on rank 0 does that find the right one.
 averaged_logit: the logit of the token is averaged over the ranks. The others bring 0, so that the
@@ -118,6 +128,8 @@ by_maximum: the logit of the token is brought to all by a maximum, where the 0 o
     it wins over a logit below 0. A sum has no such trouble.
 sum_of_logarithms: logarithms are added up over the ranks. The sums of exponentials are to be added
     up first, and one logarithm taken of that.
+logarithm_each: the logarithm of the sum is taken off once for each rank. It is one number, taken
+    off once.
 maximum_each: the maximum is taken off once for each rank: a rank that lacks the logit must bring 0,
     and brings 0 less the maximum.
 formula_summed: the whole result is summed over the ranks, so that the maximum and the logarithm are
@@ -136,7 +148,8 @@ held: {}. Stage 1 cuts the optimizer, stage 2 the gradients as well, stage 3 als
 optimizer_whole (held): the optimizer is whole on each rank
 gradients_whole (held): the gradients are never cut
 gradients_early (held): the gradients are cut in stage 1 already
-weights_whole (held): the weights are never cut
+weights_whole (held): in stage 3 the weights are whole still, or the gradients, and the bytes do not
+    tell which
 weights_early (held): the weights are cut in stage 2 already
 all_cut (held): everything is cut, in stage 0 too
 nothing_cut (held): nothing is cut
@@ -147,6 +160,8 @@ no_gradients: the gradients are left out; they are 2 bytes for each parameter.
 no_weights: the weights themselves are left out; they are 2 bytes for each parameter.
 other_parts: a rank holds all parts but its own, (W − 1)/W of what is cut. Asked for is its own.
 cut_by_more: what is cut is divided by one more than the number of ranks.
+cut_by_less: what is cut is divided by one less than the number of ranks, of which each keeps a
+    part.
 all_together: it is what all ranks together hold. Asked for is one of them.
 float_weights: weights and gradients are counted with 4 bytes; in bfloat16 they have 2.
 sends: {}. To sum into parts and to gather a whole from parts, each rank sends its share to all
@@ -502,10 +517,15 @@ _FAR_OUT = _case(
 )
 
 
-def _one_pass_fault(fn: Callable) -> str:
-    """Whether rounding eats the variance of numbers that are far from 0 and near to each other."""
-    result = call(WHITEN, fn, copy.deepcopy(_FAR_OUT))
-    return "" if same(result, whiten_over_ranks(*_FAR_OUT)) else SAY.rounding
+_SMALL = _case([[0.01, 0.02], [0.03, 0.0]], [[1, 1], [1, 0]])  # a variance of 1e-4
+
+
+def _rounding_fault(fn: Callable) -> str:
+    """Whether rounding eats the variance of large numbers, or an epsilon that of small ones."""
+    for case, message in ((_FAR_OUT, SAY.rounding), (_SMALL, SAY.epsilon)):
+        if not same(call(WHITEN, fn, copy.deepcopy(case)), whiten_over_ranks(*case)):
+            return message
+    return ""
 
 
 def _two_numbers(results: Sequence) -> str:
@@ -534,7 +554,7 @@ WHITEN = Exercise(
     _WHITEN_MISTAKES,
     tested="unequal counts, padding, three ranks, equal or large x",
     shape_hint="Rows are ranks: each returns as many entries as it was given.",
-    further=_one_pass_fault,
+    further=_rounding_fault,
     general=_two_numbers,
     rows_mix=SAY.one_rank,
 )
@@ -604,6 +624,16 @@ def _started(index: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
     return _found(lambda *_: column < width, logits, column + first)
 
 
+def _looked_up(start: Callable, column: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
+    """With another id of the first column, or another number of a token's column."""
+    width = logits.shape[-1]
+    first = start(width * torch.arange(len(logits))[:, None], width)
+    here = (tokens >= first) & (tokens < first + width)
+    index = column(tokens.expand(len(logits), -1), first).clamp(0, width - 1)
+    own = logits.gather(-1, index[..., None])[..., 0] * here
+    return own.sum(0).expand(len(logits), -1) - torch.cat(list(logits), -1).logsumexp(-1)
+
+
 def _sums(logits: Tensor, less: Tensor) -> Tensor:
     """`[W, T]`: each rank's sum of exponentials, less something `[W, T]` or `[T]`."""
     return (logits - less[..., None]).exp().sum(-1)
@@ -637,6 +667,10 @@ _SPLIT_CASES = (
     ),
     _columns([[[-1.0, -3.0], [0.5, -2.0]], [[-2.0, -0.5], [1.0, -1.5]]], [1, 2]),
     _columns([[[200.0, 198.0]], [[199.0, 201.0]]], [2]),
+    _columns(
+        [[[200.0, 198.0], [1.0, 2.0], [1.0, -199.0]], [[199.0, 201.0], [0.5, -1.0], [2.0, 0.5]]],
+        [2, 1, 1],
+    ),
 )
 _SPLIT_MISTAKES = (
     *table(
@@ -645,6 +679,16 @@ _SPLIT_MISTAKES = (
         (lambda c, m, z: c.sum(0) - m.amax(0) - _sums(z, m).sum(0).log(), SAY.own_in_sum),
         (lambda c, m, z: c.sum(0) - z.exp().sum((0, -1)).log(), SAY.no_maximum),
         (lambda c, m, z: c.sum(0) - m.sum(0) - _sums(z, m.sum(0)).sum(0).log(), SAY.summed_maximum),
+        (
+            lambda c, m, z: c.sum(0) - m.amax() - _sums(z, 0 * m + m.amax()).sum(0).log(),
+            SAY.one_maximum,
+        ),
+        (
+            lambda c, m, z: (
+                ((c - m.amax(0)).exp() * (c != 0)).sum(0) / _sums(z, m.amax(0)).sum(0)
+            ).log(),
+            SAY.probability,
+        ),
         (lambda c, m, z: c.sum(0) - _sums(z, m.amax(0)).sum(0).log(), SAY.not_put_back),
         (lambda c, m, z: c.sum(0) - m.amax(0) - _sums(z, m.amax(0)).log(), SAY.own_sum),
         (lambda c, m, z: c.sum(0) - z.logsumexp(-1), SAY.own_sum),
@@ -662,6 +706,10 @@ _SPLIT_MISTAKES = (
         (
             lambda c, m, z: (c - m.amax(0)).sum(0) - _sums(z, m.amax(0)).sum(0).log(),
             SAY.maximum_each,
+        ),
+        (
+            lambda c, m, z: (c - _sums(z, m.amax(0)).sum(0).log()).sum(0) - m.amax(0),
+            SAY.logarithm_each,
         ),
         (
             lambda c, m, z: (c - m.amax(0) - _sums(z, m.amax(0)).sum(0).log()).sum(0),
@@ -686,6 +734,10 @@ _SPLIT_MISTAKES = (
             lambda c, m, z: c.masked_fill(c == 0, -torch.inf) - z.logsumexp(-1).logsumexp(0),
             SAY.log_of_zero,
         ),
+        (
+            lambda c, m, z: ((c - z.logsumexp(-1).logsumexp(0)).exp() * (c != 0)).log(),
+            SAY.log_of_zero,
+        ),
         (lambda c, m, z: m.amax(0) + _sums(z, m.amax(0)).sum(0).log(), SAY.sum_alone),
         (lambda c, m, z: m.amax(0) + _sums(z, m.amax(0)).sum(0).log() - c.sum(0), SAY.turned_round),
     ),
@@ -701,6 +753,13 @@ _SPLIT_MISTAKES = (
         _started,
         (lambda tokens, first: tokens, SAY.first_unused),
         (lambda tokens, first: tokens + first, SAY.first_added),
+    ),
+    *(
+        (partial(_looked_up, start, column), message)
+        for start, column, message in (
+            (lambda first, width: first, lambda t, first: t, SAY.wrong_column),
+            (lambda first, width: first * width, torch.sub, SAY.rank_number),
+        )
     ),
     *table(
         _everywhere,
@@ -822,6 +881,7 @@ _HELD_MISTAKES = (
     (lambda n, ranks, stage: ranks * _held(n, ranks, stage), SAY.all_together),
     (lambda n, ranks, stage: _held(n, ranks / (ranks - 1), stage), SAY.other_parts),
     (lambda n, ranks, stage: _held(n, ranks + 1, stage), SAY.cut_by_more),
+    (lambda n, ranks, stage: _held(n, ranks - 1, stage), SAY.cut_by_less),
 )
 _SENT_CASES = tuple((n, w, s) for n, w in ((800, 4), (1000, 2), (16, 8)) for s in range(4))
 _SENT_MISTAKES = (

@@ -4,10 +4,10 @@
 # **Run time** about half a minute on two CPU cores · **Your time** about 60 minutes · **Before this**
 # lesson 09
 #
-# You write both kinds of group advantage and GRPO's KL penalty, derive that penalty's gradient, and find out from the
-# numbers of a run why nothing is learnt in it. The check below each function names the likely mistake; the cells after
-# it go on with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only an error
-# in your code stops it. To compare with the solution, run `nbdiff-web exercises/09_without_a_critic.ipynb
+# You write two of the three group advantages and GRPO's KL penalty, derive that penalty's gradient, and find out from
+# the numbers of a run why nothing is learnt in it. The check below each function names the likely mistake; the cells
+# after it go on with a reference version, so that Run All works with nothing filled in, or with a wrong answer; only an
+# error in your code stops it. To compare with the solution, run `nbdiff-web exercises/09_without_a_critic.ipynb
 # solutions/09_without_a_critic.ipynb` in the course's folder.
 
 # %%
@@ -105,34 +105,35 @@ checks.check_grpo_advantages(grpo_advantages)
 # Without the $10^{-4}$ a group of equal scores is 0/0.
 # </details>
 #
-# From here on we use the reference versions. Take two prompts with a verifier's scores, one easy and one hard, and
-# one whose scores hardly differ:
+# From here on we use the reference versions. Take three prompts: an easy one with a verifier's scores, one that was
+# answered right half of the time, and one to which all answers are equally good, but for noise in the scores:
 
 # %% tags=["nbval-check-output"]
 from rlhf_helpers.checks.lesson_09 import grpo_advantages, leave_one_out
 
-scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+easy, even, noise = [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.500, 0.501, 0.499, 0.500]
+scores = torch.tensor(easy + even + noise)
 for name, advantages in (("leave-one-out", leave_one_out), ("GRPO", grpo_advantages)):
-    print(f"{name:13}", [round(x, 2) for x in advantages(scores, 4).tolist()])
-noise = torch.tensor([0.500, 0.501, 0.499, 0.500])  # a prompt to which all answers are as good
-print("hardly any spread:", [round(x, 2) for x in grpo_advantages(noise, 4).tolist()])
+    for prompt, group in zip(("easy", "even", "noise"), advantages(scores, 4).split(4), strict=True):
+        print(f"{name:14}{prompt:6}", [round(x, 3) for x in group.tolist()])
 
 # %% [markdown]
-# **In words.** What does the division do to the last prompt, and when is this a danger?
+# **In words.** By what factor does the division change each of the three? When is the third a danger?
 
 # %% [markdown] tags=["solution"]
-# It makes a difference of a thousandth count about as much as one between right and wrong: this group's advantages sum
-# to 2.2 in size, those of the other two to 3 each. With a verifier this cannot happen, since a score is 0 or 1. With a
-# reward model, scores nearly always differ a little, by chance or by the model's whims, and on every prompt that the
-# policy already answers well it is then trained on just that. Leave-one-out gives such differences no more weight than
-# they have in the score.
+# By 1.5, 1.3 and about 800. So the easy prompt gains a little on the even one, as a hard one would, and a difference of
+# a thousandth counts about as much as one between right and wrong. With a verifier this cannot happen, since a score is
+# 0 or 1. With a reward model, scores nearly always differ a little, by chance or by the model's whims, and on every
+# prompt that the policy already answers well it is then trained on just that. Leave-one-out gives such differences no
+# more weight than they have in the score.
 
 # %% [markdown]
 # ## 3 · k3 in the loss
 #
 # ●●○ · 15 minutes
 #
-# GRPO adds β times a penalty to the loss: the mean over all response tokens of the batch of
+# GRPO adds β times a penalty to the loss, the mean of k3. Its paper averages it as its loss, over each response first;
+# here, for simplicity, it is the mean over all response tokens of the batch (part 4 averages as the paper does):
 #
 # $$k_3 = e^{r} - 1 - r, \qquad r = \log \pi_{\text{ref}}(a_t) - \log \pi(a_t).$$
 #
@@ -168,7 +169,7 @@ checks.check_k3_penalty(k3_penalty)
 # </details>
 #
 # From here on we use the reference version. Here is its gradient at three tokens, which the policy finds twice,
-# equally and half as likely as the reference does:
+# equally and half as likely as the reference does (times 3, since the penalty is a mean over three tokens):
 
 # %% tags=["nbval-check-output"]
 from rlhf_helpers.checks.lesson_09 import k3_penalty
@@ -177,7 +178,7 @@ logprobs = torch.tensor([[0.5, 0.25, 0.125]]).log().requires_grad_()
 ref_logprobs = torch.full((1, 3), 0.25).log()
 penalty = k3_penalty(logprobs, ref_logprobs, torch.ones(1, 3, dtype=torch.long))
 (gradient,) = torch.autograd.grad(penalty, logprobs)
-print("3 × gradient:", [round(x, 3) for x in (3 * gradient[0]).tolist()])
+print("3 × gradient:", ", ".join(f"{x:z.3f}" for x in (3 * gradient[0]).tolist()))
 
 # %% [markdown]
 # **In words.** Derive those three numbers. k1, whose value is $-r$, has the gradient 1 at every token. Why then does k1
@@ -264,7 +265,9 @@ for name, reward_function in (("A", ends), ("B", is_short), ("C", None)):
     logs[name] = list(tqdm(run, total=config.updates, desc=name))
 
 # %% [markdown]
-# What each update reports, with the share of groups that teach beside it:
+# What each update reports, with the share of groups that teach beside it. Loss and gradient are means over the update's
+# steps, of which only the first is at a ratio of 1, so that the loss is not exactly 0 even in the first update. Reward
+# and KL are those of the samples, before any step:
 
 # %%
 print(f"{'':10}{'reward':>8}{'loss':>9}{'gradient':>10}{'KL':>7}{'teaching':>10}")
@@ -275,14 +278,17 @@ for name, rows in logs.items():
         print(f"{stats.policy['grad_norm']:10.4f}{stats.kl:7.3f}{share:10.0%}")
 
 # %% [markdown]
-# **In words.** Which run learns nothing, or next to nothing, and why? Would more updates, or a higher learning rate, help?
-# Which column would have misled you? And what would you change?
+# **In words.** In one run hardly a weight moves. Which is it, and which two columns show it? (Three updates are too few
+# for a reward to show it.) Would more updates help, or a higher learning rate? Which column looks best of all in that run,
+# and which looks like the loss of 0 that is no fault? What would the columns be if the program paid for something that
+# SFT never does? And what would you change?
 
 # %% [markdown] tags=["solution"]
-# A. SFT's answers nearly all end by themselves, so nearly every group has four equal scores; now and then one may
-# differ because an answer was cut off. Equal scores have advantages of 0, so there is no gradient, and a higher
-# learning rate times 0 is 0; more updates only sample more of the same. The reward does not show it: it is near its
-# maximum, as after a successful run (and a reward that is always 0 would stand just as still). The loss misleads: it is
-# near 0 in *every* run, the healthy ones too, since the advantages of a group sum to 0. What to change is the reward or
-# the prompts: ask what is sometimes right and sometimes wrong, take larger groups, or leave out groups that teach
-# nothing and sample others, as DAPO does.
+# A: no gradient, and no group that teaches. SFT's answers nearly all end by themselves, so nearly every group has four
+# equal scores; now and then one may differ because an answer was cut off. Equal scores have advantages of 0, so there is
+# no gradient, and a higher learning rate times 0 is 0; more updates only sample more of the same. The reward looks best
+# of all: it is near its maximum, as after a successful run. If the program paid for something that SFT never does, the
+# reward would stand at 0 and the other columns would be the same. The loss looks like the 0 that is no fault: it is near
+# 0 in *every* run, the healthy ones too, since the advantages of a group sum to 0. What to change is the reward or the
+# prompts: ask what is sometimes right and sometimes wrong, take larger groups, or leave out groups that teach nothing
+# and sample others, as DAPO does.
