@@ -85,16 +85,16 @@ def means(values, mask):
     x, real = values[dist.get_rank()], mask[dist.get_rank()]
     mean = x[real == 1].mean()
     of_means = all_sum(mean) / dist.get_world_size()
-    means = {"mean of means": of_means, "over all": mean_over_ranks(mean, real.sum())}
-    both = {"each rank by itself": whiten(x, real), "over all ranks": whiten_over_ranks(x, real)}
-    return means, both
+    averages = {"mean of means": of_means, "over all": mean_over_ranks(mean, real.sum())}
+    whitened = {"each rank by itself": whiten(x, real), "over all ranks": whiten_over_ranks(x, real)}
+    return averages, whitened
 
 
 # %%
 values = torch.tensor([[1.0, 2.0, 6.0, 0.0], [5.0, 4.0, 0.0, 0.0]])
 mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-for rank, (both, whitened) in enumerate(spawn(means, 2, LIMIT, values, mask)):
-    print(f"rank {rank}:", {name: round(x.item(), 3) for name, x in both.items()})
+for rank, (averages, whitened) in enumerate(spawn(means, 2, LIMIT, values, mask)):
+    print(f"rank {rank}:", {name: round(x.item(), 3) for name, x in averages.items()})
     for name, x in whitened.items():
         print(f"   whitened, {name:20}", [round(v, 2) for v in x[mask[rank] == 1].tolist()])
 torch.testing.assert_close(whitened["over all ranks"], whiten(values, mask)[1])
@@ -197,10 +197,12 @@ plots.show(
 )
 
 # %% [markdown]
-# One process that samples the same answers and learns from the whole batch gets the same numbers, up to rounding: sums are
-# taken in another order. (The bar at the left edge is no difference at all, or next to none.) The weights that differ most are those whose gradient is no larger than rounding errors: Adam
-# divides each entry by its own size, and takes a full step all the same. In float64 the difference is gone (a test holds it
-# to $10^{-9}$). Equality is the claim, and the way to debug such a trainer: **first make it equal, then make it fast.**
+# One process that samples the same answers and learns from the whole batch gets the same numbers, up to rounding: sums
+# are taken in another order. (The bar at the left edge is no difference at all, or next to none.) The weights that
+# differ most had a first gradient of about $10^{-8}$ or less, of which rounding is up to a quarter. Adam divides each
+# entry by its own size, and so turns a rounding error of $10^{-9}$ into a visible part of a step of $10^{-3}$. In
+# float64 the difference is gone (a test holds it to $10^{-9}$). Equality is the claim, and the way to debug such a
+# trainer: **first make it equal, then make it fast.**
 #
 # What was sent for each optimizer step: one sum of the *adapters'* gradients, and a few single numbers. The base is frozen
 # and needs no message at all, which is why QLoRA is cheap to run in parallel. On real machines `torchrun` starts the
@@ -213,7 +215,7 @@ plots.show(
 #         ...
 # ```
 #
-# On two cores this gains nothing: two ranks with one thread each took 1.07 times as long as one process with two threads
+# On two cores this gains nothing: two ranks with one thread each took 6% longer than one process with two threads
 # ([Speed](../docs/speed.md)). Eight GPUs are another matter, which this course has not measured.
 #
 # SFT, the reward model and DPO share PPO's engine, and run on several ranks in the same way. Without a critic (lesson 09) a
@@ -226,9 +228,9 @@ plots.show(
 # weights are gathered; afterwards they are dropped; its gradients are summed, and each rank keeps its part. The engine is
 # torch's own (`fully_shard`). It cannot cut NF4 as this base stores it, in packed bytes, so here the base is unquantized.
 #
-# <details><summary><b>Predict before you run.</b> This base has four layers, which are gathered before forward and again
-# before backward; embeddings and norm are gathered once. How many all-gathers is that, and how many reduce-scatters
-# (gradients summed into parts)?</summary>
+# <details><summary><b>Predict before you run.</b> This base has four layers, each of which is gathered before forward
+# and again before backward; embeddings and norm are one group, which is gathered once. How many all-gathers is that,
+# and how many reduce-scatters (gradients summed into parts)?</summary>
 #
 # 4 + 4 + 1 = 9, and 5.
 # </details>
@@ -353,7 +355,8 @@ assert apart_tp < 1e-5
 
 # %% [markdown]
 # What happens without the shared maximum? Each rank would take off its own, and the sums would not be of the same thing.
-# Here it is done wrong on purpose, in one process, step by step: two tokens on each rank, the one asked for on the second.
+# And what if every rank brings a logit, not only the one that has the token's? Here both are done wrong on purpose, in
+# one process, step by step: two tokens on each rank, the one asked for on the second.
 
 # %% tags=["nbval-check-output"]
 z = torch.tensor([[1.0, 2.0], [6.0, 4.0]])  # a row for each rank; asked for is the 4
@@ -369,9 +372,11 @@ print(f"right {right:.3f}, own maxima {wrong:.3f}, a logit from every rank {ever
 # ## Cutting the depth: a pipeline
 #
 # Rank 0 has the first layers, rank 1 the others; hidden states go forward, their gradients back. With the batch in one
-# piece one rank would always wait, so it is cut into microbatches. **1F1B** (one forward, one backward): a stage that can
-# go backward does so before its next forward, and so holds the activations of only a few microbatches. In this base the
-# output layer shares the weights of the embeddings; on two ranks they would drift apart, so it first gets its own.
+# piece one rank would always wait, so it is cut into microbatches. **1F1B** (one forward, one backward): a stage that
+# can go backward does so before its next forward, and so holds the activations of only a few microbatches. In this base
+# the output layer shares the weights of the embeddings. Two ranks cannot share a tensor, so the output layer first gets
+# a copy of its own. In training both gradients would have to be summed at every step, as they are below, or the copies
+# would drift apart.
 
 
 # %%
@@ -451,8 +456,10 @@ ax.grid(visible=False)
 plots.show(
     fig, f"Four microbatches through two stages in {ticks} ticks; {idle:.0%} of them are idle."
 )
-print(f"idle: {idle:.0%}; (W − 1)/(k + W − 1) = {1 / 5:.0%}")
-assert abs(idle - 1 / 5) < 1e-9
+world, batches = len(stages), 4
+formula = (world - 1) / (batches + world - 1)
+print(f"idle: {idle:.0%}; (W − 1)/(k + W − 1) = {formula:.0%}")
+assert abs(idle - formula) < 1e-9
 
 # %% [markdown]
 # The blank space is the **bubble**. With $W$ stages and $k$ microbatches it is $(W-1)/(k+W-1)$ of the time: more
@@ -461,8 +468,10 @@ assert abs(idle - 1 / 5) < 1e-9
 # ## What it costs, counted
 #
 # The table is for full fine-tuning of Llama-2-7B and of a 70B model in bfloat16 on eight GPUs, with 16,384 tokens in a
-# step. DDP is plain data parallel; ZeRO-2 also cuts gradients and optimizer, but not the weights; TP and PP are the last
-# two cuts. In an all-reduce of $x$ bytes a rank sends at least $2x(W-1)/W$.
+# step. DDP is plain data parallel; ZeRO-2 also cuts gradients and optimizer, but not the weights; TP and PP are the
+# last two cuts. In an all-reduce of $x$ bytes a rank sends at least $2x(W-1)/W$. TP has four all-reduces in each layer,
+# two of them forward, and four more for embeddings, output layer and log-probabilities. PP has eight microbatches, each
+# sent on and its gradient back; its row is the rank with the embeddings or the output layer.
 
 # %%
 wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}

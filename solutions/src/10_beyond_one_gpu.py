@@ -44,7 +44,7 @@ def whiten_over_ranks(x: Tensor, mask: Tensor, all_sum: Callable) -> Tensor:
 
     Args:
         x: [N], floating point.
-        mask: [N], 1 where an entry counts, at least one of them.
+        mask: [N], int64, 1 where an entry counts, at least one on each rank.
         all_sum: the sum over all ranks of a number or a tensor.
 
     Returns:
@@ -81,7 +81,8 @@ checks.check_whiten_over_ranks(whiten_over_ranks)
 # ●●● · 20 minutes
 #
 # Each rank has the logits `[T, V/W]` of its columns; `first` is the id of the first of them. The ids in `tokens` `[T]` are
-# of the whole vocabulary, the same on all ranks. `all_max` works like `all_sum`. All ranks return the same `[T]`:
+# of the whole vocabulary, the same on all ranks. `all_max` works like `all_sum`, and the order of all calls together must
+# be the same on all ranks. All of them return the same `[T]`:
 #
 # $$\log \pi(a) = z_a - m - \log \sum_v e^{z_v - m}, \qquad m = \max_v z_v.$$
 #
@@ -148,7 +149,7 @@ for rank, found in enumerate(spawn(halves, 2, 600, logits, tokens)):
 
 # %% [markdown]
 # **In words.** The gradient of $\log \pi(a)$ with respect to a logit $z_v$ is $1[v = a] - \pi(v)$. What does a rank need
-# for its own columns, and how many further messages does the backward pass of this function take?
+# for its own columns, and how many further messages does a backward pass that is written by this formula take?
 
 # %% [markdown] tags=["solution"]
 # It needs $\pi(v) = e^{z_v - m}/S$ for its columns, with $m$ and the sum $S$ known from the forward pass, and whether $a$
@@ -204,7 +205,8 @@ checks.check_rank_bytes(rank_bytes)
 #
 # - Stages 0, 1 and 2: one all-reduce of the gradients, or, at the same price, the gradients summed into parts and the new
 #   weights gathered.
-# - Stage 3: the weights are gathered before forward, and again before backward; the gradients are summed into parts.
+# - Stage 3: the weights are gathered before forward, and again before backward; the gradients are summed into parts. (The
+#   lesson's table has a little less, since what is outside of the layers is gathered once.)
 #
 # By hand: 800 bytes on four ranks are $2 \cdot 800 \cdot 3/4 = 1{,}200$ in stage 0, and 1,800 in stage 3.
 
@@ -244,8 +246,8 @@ for stage in range(4):
     print(f"stage {stage}:  " + "".join(f"{h / 1e9:8.1f}, sent{s / 1e9:5.1f}" for h, s in row))
 
 # %% [markdown]
-# **In words.** You have eight GPUs of 80 GB. Which stage do you take for full fine-tuning of 7B, and which for 70B? And
-# what for the course's own way, four roles as adapters on one NF4 base of 7B, which takes 5.5 GB?
+# **In words.** You have eight GPUs of 80 GB. Which stage do you take for full fine-tuning of 7B, and why? Is there one for
+# 70B? And what for the course's own way, four roles as adapters on one NF4 base of 7B, which takes 5.5 GB?
 
 # %% [markdown] tags=["solution"]
 # 7B: stage 0 needs 112 GB and does not fit; stage 1 takes 38.5 GB and stage 2 26 GB, and neither sends more than stage 0.
