@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
+from rlhf_helpers.validation import checked
 
 NF4_BLOCK = 64  # weights that share one scale
 SAFETENSORS, CONFIG = "model.safetensors", "adapter_config.json"
@@ -30,6 +31,7 @@ ROWS = 1024  # the most rows of a tensor that a fingerprint reads
 EXACT = 5e-4  # how far two devices' sums of the same weights may differ, in norms
 
 
+@checked
 def load_base(
     preset: Preset, quantized: bool | None = None, classifier: bool = False
 ) -> PreTrainedModel:

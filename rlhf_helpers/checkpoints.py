@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rlhf_helpers.base import CONFIG
 from rlhf_helpers.presets import ASSETS, Preset
+from rlhf_helpers.validation import checked
 
 T = TypeVar("T")
 
@@ -34,7 +36,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         >>> [path.name for path in target.iterdir()]
         ['weights']
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     require_no_file(folder)
     new = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(new, ignore_errors=True)
@@ -60,6 +62,25 @@ def require_no_file(*folders: Path) -> None:
         if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
             mend = f"'{folder}' is to be a folder; give another path, or move the file away"
             raise NotADirectoryError(f"'{file}' is a file, and {mend}")
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise unless a saved role may take the place of all that is in a folder.
+
+    Raises:
+        ValueError: for one that holds something else, or in which this process works.
+        NotADirectoryError: as `require_no_file`.
+    """
+    folder = Path(folder).absolute()
+    require_no_file(folder)
+    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        inside.append("the notebook or script that runs")
+    if inside and CONFIG not in inside:
+        raise ValueError(
+            f"'{folder}' holds {inside[0]!r} and no saved role, and saving one would replace all "
+            f"that is in it; give a folder of its own, such as '{folder / 'policy'}'"
+        )
 
 
 def keep_two(folder: Path, number: int, write: Callable[[Path], None]) -> bool:
@@ -136,6 +157,7 @@ def finish_first() -> Iterator[None]:
         before(signal.SIGINT, None)  # Python's own raises KeyboardInterrupt
 
 
+@checked
 def find_adapter(preset: Preset, name: str) -> Path:
     """The folder of a trained adapter: the learner's own under `runs`, else the shipped one.
 
@@ -147,12 +169,11 @@ def find_adapter(preset: Preset, name: str) -> Path:
     Raises:
         FileNotFoundError: if there is neither, saying which lesson makes it.
     """
-    own = preset.runs / preset.name / name
-    shipped = ASSETS / name
+    own, shipped = (place / str(name) for place in (preset.runs / preset.name, ASSETS))
     # outside the pocket world an exercise takes what the lessons, beside it, have trained
     other = shipped if preset.name == "pocket" else Path("..") / "notebooks" / own
     for place in (own, other):
-        if (place / "adapter_config.json").is_file():
+        if (place / CONFIG).is_file():
             origin = f"your own, from {place}"
             origin = "the reference that the course ships" if place == shipped else origin
             print(f"adapter {name!r}: {origin}")

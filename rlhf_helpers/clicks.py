@@ -25,8 +25,8 @@ from datasets import Dataset
 from rlhf_helpers.checkpoints import finish_first
 from rlhf_helpers.clicks_file import RowFile
 from rlhf_helpers.clicks_questions import FEWEST, Question, make_questions, usable_pairs
-from rlhf_helpers.guards import in_range
-from rlhf_helpers.kinds import Whole
+from rlhf_helpers.guards import shown
+from rlhf_helpers.kinds import Between, From, Whole
 from rlhf_helpers.text import Prompt
 from rlhf_helpers.validation import checked
 
@@ -57,6 +57,7 @@ class Clicks:
             Where `side` is None, `chosen` and `rejected` are the first and the second.
 
     Raises:
+        TypeError: for pairs that are no list.
         ValueError: for a pair that is none, fewer than four that can be used, and a file that is
             of other prompts, answers, seed or repeats, or damaged elsewhere than in its last line.
         OSError: if the file cannot be written.
@@ -79,7 +80,7 @@ class Clicks:
         self,
         pairs: Iterable[tuple[Prompt, Prompt, Prompt]],
         path: str | Path | None = None,
-        seed: int = 0,
+        seed: Whole[0] = 0,
         repeats: Whole[0] = 8,
     ) -> None:
         self.pairs = usable_pairs(pairs)
@@ -251,11 +252,12 @@ class Clicks:
         )
 
 
+@checked
 def simulated(
     score: Callable[[Prompt, str], float],
-    temperature: float = 0.0,
-    wrong: float = 0.0,
-    seed: int = 0,
+    temperature: From[0] = 0.0,
+    wrong: Between[0, 1] = 0.0,
+    seed: Whole[0] = 0,
 ) -> Clicker:
     """A clicker who chooses by the score of each answer.
 
@@ -271,20 +273,26 @@ def simulated(
         seed: of all that is drawn.
 
     Raises:
-        ValueError: for a negative temperature, a chance that is none, a score that is NaN.
+        TypeError: for a score that is no function; of the clicker, if it returns no number.
+        ValueError: for a negative temperature, a chance that is none; of the clicker, for a score
+            that is NaN.
 
     Example:
         >>> simulated(lambda prompt, answer: -len(answer))("why?", "because of that.", "because.")
         'second'
     """
-    if not in_range(temperature):
-        raise ValueError(f"temperature is {temperature!r}; give a number of at least 0")
-    if not in_range(wrong, high=1):
-        raise ValueError(f"wrong is {wrong!r}; give a chance between 0 and 1")
+
+    def points(prompt: Prompt, answer: str) -> float:
+        given = score(prompt, answer)
+        try:
+            return float(given)
+        except (TypeError, ValueError) as error:
+            text = f"the score of {answer!r:.60} is {shown(given)}: return a number"
+            raise TypeError(text) from error
 
     def clicker(prompt: Prompt, first: str, second: str) -> str | None:
         rng = random.Random(f"{seed} {prompt!r} {first!r} {second!r}")
-        gap = score(prompt, first) - score(prompt, second)
+        gap = points(prompt, first) - points(prompt, second)
         if not math.isfinite(gap):
             raise ValueError(f"the scores of {first!r:.60} and {second!r:.60} differ by {gap}")
         if temperature:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 from rlhf_helpers.checkpoints import require_no_file
+from rlhf_helpers.guards import shown
+from rlhf_helpers.validation import checked
 
 
 class RowFile:
@@ -14,6 +16,7 @@ class RowFile:
         path: ends in .jsonl. The folders above it are made.
 
     Raises:
+        TypeError: for what is no path.
         ValueError: for another ending.
         OSError: if the file could not be written.
 
@@ -25,6 +28,7 @@ class RowFile:
         [{'side': 'first'}]
     """
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().resolve()  # renaming must not replace a link
         if self.path.suffix != ".jsonl":
@@ -51,7 +55,7 @@ class RowFile:
         """The rows as last read or written.
 
         A last line that was cut, as by a full disk or a copy that broke off, is left out, and a
-        line says so.
+        line says so. It begins as a row and has no end.
 
         Raises:
             ValueError: for another line that is no JSON object, with its number.
@@ -60,9 +64,13 @@ class RowFile:
         rows = []
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                if number < len(lines):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("it is no row in braces")
+                rows.append(row)
+            except ValueError as error:
+                cut = number == len(lines) and line.startswith(b"{")
+                if not cut or self._content.endswith(b"\n"):
                     raise ValueError(
                         f"'{self.path}', line {number}, is damaged ({error}); mend or remove that "
                         "line, or give another path"
@@ -74,9 +82,17 @@ class RowFile:
         """Make these the rows of the file.
 
         Raises:
+            TypeError: for rows that are no dictionaries, or hold what JSON has not.
             OSError: if that fails; the file is then as it was.
         """
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            lines = [json.dumps(dict(row), ensure_ascii=False) for row in rows]
+            content = "".join(line + "\n" for line in lines).encode()
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"rows is {shown(rows)}, not all of it JSON ({error}); give a list of dictionaries "
+                "of texts and numbers"
+            ) from error
         try:
             with self._part.open("wb") as part:
                 part.write(content)

@@ -8,6 +8,7 @@ from IPython.display import Javascript, display
 
 from rlhf_helpers.clicks import Clicks
 from rlhf_helpers.text import readable
+from rlhf_helpers.validation import checked
 
 LABELS = {"first": "1 is better", "second": "2 is better", "neither": "Cannot tell"}
 LABELS |= {"undo": "Undo"}
@@ -46,6 +47,7 @@ if (!window.rlhfClicks) {
 """
 
 
+@checked
 def show(clicks: Clicks) -> None:
     """Show the panel: two answers as cards, a button below each, and the keys.
 
@@ -115,6 +117,7 @@ class Panel:
             self.refresh()
 
 
+@checked
 def ask(clicks: Clicks, read: Callable[[str], str] = input) -> None:
     """Ask in plain text, for places without widgets.
 

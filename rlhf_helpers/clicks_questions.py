@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rlhf_helpers.text import HALF, Prompt, answer_text, as_messages, readable
+from rlhf_helpers.guards import shown
+from rlhf_helpers.text import HALF, Prompt, Unfit, answer_text, as_messages, readable
 
 Pair = tuple[Prompt, str, str]  # a prompt and two different answers
 FEWEST = 4  # pairs that can be trained on
@@ -36,18 +37,23 @@ def usable_pairs(pairs: Iterable) -> list[Pair]:
     """The pairs with a choice to make; a line says how many others there are, and why.
 
     Raises:
+        TypeError: for what is no list.
         ValueError: for a pair that is no prompt with two answers, texts and dialogues mixed, and
             fewer than `FEWEST` that can be used.
     """
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs is {shown(pairs)}: give a list of (prompt, answer, answer)")
     kept, left_out = [], Counter()
     for number, pair in enumerate(pairs):
         try:
-            prompt, first, second = pair if isinstance(pair, list | tuple) else ()
+            if not isinstance(pair, list | tuple) or len(pair) != 3:
+                raise Unfit("no list or tuple of three")
+            prompt, first, second = pair
             as_messages(prompt)
             first, second = answer_text(first).strip(), answer_text(second).strip()
-        except (TypeError, ValueError) as reason:
+        except Unfit as reason:
             raise ValueError(
-                f"pair {number} is {pair!r:.99} ({reason}); give a prompt and two answers"
+                f"pair {number} is {shown(pair)} ({reason}); give a prompt and two answers"
             ) from None
         if first == second:
             left_out["of two equal answers"] += 1

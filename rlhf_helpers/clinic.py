@@ -23,13 +23,14 @@ from rlhf_helpers.losses import gae, masked_mean, policy_loss, shape_rewards, wh
 from rlhf_helpers.ppo import policy_objective, role_logprobs
 from rlhf_helpers.roles import Roles, ScalarHead
 from rlhf_helpers.rollout import mask_after_eos
+from rlhf_helpers.validation import checked
 
 FAULTS: dict[str, Callable[[Roles], AbstractContextManager[None]]] = {}
 
 
 def fault(planted: Callable[[Roles], Iterator[None]]) -> Callable:
     """Make it a context manager that `FAULTS` knows by its name."""
-    FAULTS[planted.__name__] = contextmanager(planted)
+    FAULTS[planted.__name__] = contextmanager(checked(planted))
     return FAULTS[planted.__name__]
 
 
@@ -43,7 +44,8 @@ def plant(name: str, roles: Roles) -> AbstractContextManager[None]:
         roles: those that the run is made with.
 
     Raises:
-        ValueError: for an unknown fault; the message lists all.
+        TypeError: for what is no Roles.
+        ValueError: for an unknown fault, the message lists all; for roles without a policy.
 
     Example:
         >>> plant("gremlins", roles=None)  # doctest: +ELLIPSIS
@@ -52,9 +54,11 @@ def plant(name: str, roles: Roles) -> AbstractContextManager[None]:
 
     Lesson 07 plants each of them.
     """
-    if name not in FAULTS:
+    if name not in [*FAULTS]:
         raise ValueError(f"there is no fault {name!r}; choose one of {', '.join(FAULTS)}")
-    return FAULTS[name](roles)
+    context = FAULTS[name](roles)
+    roles.require("policy")
+    return context
 
 
 # --- what is sampled, and what is scored ---------------------------------------------------
@@ -130,7 +134,7 @@ def score_at_padding(roles: Roles) -> Iterator[None]:
 @fault
 def lost_head(roles: Roles) -> Iterator[None]:
     """The reward model was saved without its head, and got a random one when it was loaded."""
-    right = roles.heads["reward"]
+    right = roles.require_head("reward")
     new = ScalarHead(right.in_features, seed=1).to(right.weight.device).requires_grad_(False)
     new.statistics = right.statistics
     with patch.dict(roles.heads, reward=new):
@@ -140,7 +144,7 @@ def lost_head(roles: Roles) -> Iterator[None]:
 @fault
 def swapped_labels(roles: Roles) -> Iterator[None]:
     """The reward model learnt from pairs with chosen and rejected exchanged: r has become −r."""
-    turned = copy.deepcopy(roles.heads["reward"])
+    turned = copy.deepcopy(roles.require_head("reward"))
     for weight in turned.parameters():
         weight.data.neg_()
     with patch.dict(roles.heads, reward=turned):

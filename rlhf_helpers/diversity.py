@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sacrebleu.metrics import BLEU
 
@@ -75,7 +75,7 @@ def unique_share(texts: Sequence[str]) -> float:
 
 
 @checked
-def self_bleu(texts: Sequence[str], sample: Whole[2] = 64, seed: int = 0) -> float:
+def self_bleu(texts: Sequence[str], sample: Whole[2] = 64, seed: Whole[0] = 0) -> float:
     """Mean BLEU of each text against all the others: how much of it the others say as well.
 
     With pₙ the share of a text's n-grams that another text has, for n from 1 to N:
@@ -185,7 +185,7 @@ def diversity(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _words(texts: Iterable[str]) -> list[list[str]]:
-    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
         raise TypeError(f"texts is {texts!r}: give a list of texts.")
     texts = list(texts)
     if not texts:

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from rlhf_helpers.guards import upcast
 from rlhf_helpers.kinds import Above, Between, N, OneOf, RefLogProbs, SampledLogProbs, Whole
 from rlhf_helpers.logprobs import response_logprobs
-from rlhf_helpers.reward import ROWS, SIDES, Sides, check_pairs, pair_accuracy
+from rlhf_helpers.reward import ROWS, SIDES, Sides, check_pairs, check_sides, pair_accuracy
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import like_length_batches, pad_examples
-from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit, settings_of
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
 from rlhf_helpers.validation import checked
 
 KINDS = ("sigmoid", "ipo")
@@ -139,6 +139,7 @@ def implicit_rewards(
     return beta * (upcast(logprobs) - upcast(ref_logprobs))
 
 
+@checked
 def sequence_logprobs(model: nn.Module, tokenizer: Tokenizer, examples: list[dict]) -> Tensor:
     """log π(y|x) of whole responses: the sum over their tokens, EOS included, none of the prompt's.
 
@@ -152,7 +153,7 @@ def sequence_logprobs(model: nn.Module, tokenizer: Tokenizer, examples: list[dic
         `[N]`, in nats, float32, differentiable with respect to the model's trainable parameters.
 
     Raises:
-        ValueError: no examples, and what `response_logprobs` refuses.
+        ValueError: no examples, texts in place of ids, and what `response_logprobs` refuses.
     """
     input_ids, attention_mask, prompt_length = pad_examples(tokenizer, examples)
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
@@ -162,11 +163,13 @@ def sequence_logprobs(model: nn.Module, tokenizer: Tokenizer, examples: list[dic
 
 
 @torch.no_grad()
+@checked
 def pair_logprobs(roles: Roles, role: str, tokenizer: Tokenizer, pairs: list[dict]) -> Sides:
     """`sequence_logprobs` `[N]` of the chosen and of the rejected responses, without gradient.
 
     In batches of like length, on the CPU, in the order of the pairs.
     """
+    check_sides("pairs", pairs)
     model = roles.use(role)
     examples = [pair[side] for side in SIDES for pair in pairs]
     logprobs = torch.empty(len(examples))
@@ -175,6 +178,7 @@ def pair_logprobs(roles: Roles, role: str, tokenizer: Tokenizer, pairs: list[dic
     return logprobs.split(len(pairs))
 
 
+@checked
 def train_dpo(
     roles: Roles,
     role: str,
@@ -215,7 +219,7 @@ def train_dpo(
 
     Rafailov et al. (arXiv 2305.18290), section 4.
     """
-    config = settings_of(DPOConfig, config)
+    config = config or DPOConfig()
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         check_pairs(name, rows, roles.base, tokenizer)
     roles.require(role, trainable=True, head=False)

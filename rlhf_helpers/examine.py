@@ -4,12 +4,16 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
+from rlhf_helpers.guards import shown
+from rlhf_helpers.kinds import Whole
 from rlhf_helpers.ppo import Experience, PPOStats
+from rlhf_helpers.validation import checked
 
 BROKEN, LOOK = "broken", "look"  # how bad an alarm is
 EXACT = 1e-3  # how far rounding may move what is known exactly
@@ -82,6 +86,7 @@ _MEANINGS = {
     "approx_kl": ("", "the steps are too large, or there are too many on one batch"),
     "explained_variance": ("the critic is worse than a constant: what are its targets?", ""),
 }
+JUDGED = {"update", *_MEANINGS, *(rule.quantity for rule in _RULES)}
 _SINCE = {"explained_variance": 5}  # its first updates are not asked
 
 
@@ -109,6 +114,7 @@ class Alarm(NamedTuple):
         return f"{self.severity:6} {self.quantity:18} {self.value:9.4g}  {when}: {self.meaning}"
 
 
+@checked
 def log_row(stats: PPOStats) -> dict[str, float]:
     """One row of a log: what an update of `train_ppo` reports, and `sums` of its experience.
 
@@ -140,8 +146,9 @@ def sums(experience: Experience) -> dict[str, float]:
     return {name: number.item() for name, number in numbers.items()}
 
 
+@checked
 def examine(
-    history: Iterable[PPOStats | Mapping[str, float]], response_length: int = 32
+    history: Iterable[PPOStats | Mapping[str, float]], response_length: Whole[1] = 32
 ) -> list[Alarm]:
     """Say which quantities of a run have left their band, when, and what that can mean.
 
@@ -157,7 +164,8 @@ def examine(
         that all is well.
 
     Raises:
-        TypeError: for a row that is neither PPOStats nor a mapping.
+        TypeError: for what is no list, a row that is neither PPOStats nor a mapping, and a column
+            with a band that holds no number.
         ValueError: for no updates or one alone, updates that do not rise, a row without `update` or
             without any column that has a band, or a number that is not finite.
 
@@ -168,6 +176,8 @@ def examine(
 
     Lesson 07 reads the alarms of planted faults.
     """
+    if isinstance(history, Mapping | str) or not isinstance(history, Iterable):
+        raise TypeError(f"history is {shown(history)}: give a list of rows, one for each update")
     rows = [log_row(row) if isinstance(row, PPOStats) else row for row in history]
     _check_rows(rows)
     rules = [*_RULES, *_band_rules(BANDS | {"length": (3, 0.9 * response_length)})]
@@ -211,15 +221,20 @@ def _check_rows(rows: list[dict]) -> None:
         )
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise TypeError(f"history holds {row!r:.99}: give PPOStats, or rows as dictionaries.")
+            raise TypeError(f"history holds {shown(row)}: give PPOStats, or rows as dictionaries.")
         if "update" not in row or not row.keys() & BANDS.keys():
             raise ValueError(
                 f"history[{i}] has the columns {', '.join(row)}; needed are update and one of "
                 f"{', '.join(BANDS)}; for a log of TRL's use from_trl"
             )
         for name, value in row.items():
+            if name in JUDGED and not isinstance(value, Real):
+                raise TypeError(
+                    f"history[{i}] has {name} {shown(value)}, which is no number; convert it with "
+                    "float(...)"
+                )
             undefined = name == "explained_variance" and math.isnan(value)  # all returns are equal
-            if isinstance(value, float) and not math.isfinite(value) and not undefined:
+            if isinstance(value, Real) and not math.isfinite(value) and not undefined:
                 raise ValueError(
                     f"history[{i}] has {name} {value}: the run has diverged there; give the "
                     "updates before it, and look at the last of them"
@@ -265,21 +280,28 @@ def from_trl(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         first row is the first update, where KL would have to be 0.
 
     Raises:
-        ValueError: for a log that is empty or of another trainer, or a row that lacks a column.
+        TypeError: for what is no list of rows.
+        ValueError: for a log that is empty or of another trainer, or a row that lacks a column or
+            has no number there.
 
     Example:
         >>> from_trl([dict.fromkeys(TRL_PPO.values(), 0.5)])[0]["kl"]
         0.5
     """
+    whole = isinstance(log, Sequence) and all(isinstance(row, Mapping) for row in log)
+    if not whole or isinstance(log, str):
+        raise TypeError(f"log is {shown(log)}: give trainer.state.log_history, a list of rows")
     rows = [row for row in log if "train_runtime" not in row]
     if not rows:
         raise ValueError("log is empty: give trainer.state.log_history of a run that has logged")
     names = TRL_PPO if any("objective/kl" in row for row in rows) else TRL_GROUPS
     found = []
     for i, row in enumerate(rows):
-        if missing := [theirs for theirs in names.values() if theirs not in row]:
+        wanted = [*names.values(), *({"kl"} & row.keys())]
+        if missing := [theirs for theirs in wanted if not isinstance(row.get(theirs), Real)]:
+            lacks = "number in" if missing[0] in row else "column"
             raise ValueError(
-                f"log[{i}] has no column {missing[0]!r}, only {', '.join(row)}; give "
+                f"log[{i}] has no {lacks} {missing[0]!r}, only {', '.join(row)}; give "
                 "trainer.state.log_history of TRL's PPO 1.12, or GRPO or RLOO 1.16"
             )
         new = {"update": i + 2} | {ours: float(row[theirs]) for ours, theirs in names.items()}

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ CONTEXT = ("max_position_embeddings", "max_seq_len")  # what configs call the mo
 def upcast(values: Tensor) -> Tensor:
     """Float32, or float64 if it is that already."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def shown(value: object) -> str:
+    """A value in an error's message: the beginning of its repr, on one line."""
+    text = " ".join(line.strip() for line in f"{value!r:.300}".splitlines())
+    return text if len(text) < 100 else f"{text[:98]}…"
 
 
 def first_index(bad: Tensor) -> list[int] | None:
@@ -62,6 +69,8 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
 
 def require_columns(dataset: object, source: str, columns: tuple[str, ...]) -> None:
     """Raise ValueError, naming the source, unless a data set has all these columns."""
+    if not (hasattr(dataset, "column_names") or isinstance(dataset, Mapping)):
+        raise TypeError(f"{source} is {shown(dataset)}: give a Dataset, as Dataset.from_list(rows)")
     names = list(getattr(dataset, "column_names", dataset))
     if missing := [c for c in columns if c not in names]:
         raise ValueError(

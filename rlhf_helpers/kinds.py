@@ -3,12 +3,15 @@
 Each kind is `typing.Annotated`, so a signature stays plain typing.
 """
 
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from rlhf_helpers.guards import first_index, in_range, refuse, upcast
+from rlhf_helpers.guards import first_index, in_range, refuse, shown, upcast
 
 B, L, N, T, V = "BLNTV"  # batch, tokens with the prompt, pairs, response tokens, vocabulary
 LOGPROB_TOLERANCE = 1e-4  # how far above 0 rounding may push a log-probability
@@ -43,7 +46,9 @@ class Between(Kind):
     def check(self, name: str, value: object) -> None:
         """Raise ValueError, with the value and what to give instead."""
         if not self.fits(value):
-            raise ValueError(f"{name} is {value!r}: it must be {self.words.format(*self.spec)}.")
+            raise ValueError(
+                f"{name} is {shown(value)}: it must be {self.words.format(*self.spec)}."
+            )
 
 
 class From(Between):
@@ -87,6 +92,50 @@ class OneOf(Between):
         return value in self.spec
 
 
+# --- what stands for itself in a signature -------------------------------------------------
+
+
+class Object(Kind):
+    """An object of a class, or of several, and in words what to give."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError for another object."""
+        wanted, words = self.spec
+        if not isinstance(value, wanted):
+            raise TypeError(f"{name} is {shown(value)}: give {words}.")
+
+
+class Place(Object):
+    """A path, or a text that is one."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError for what is no path, ValueError for an empty text."""
+        super().check(name, value)
+        if not os.fspath(value).strip():
+            raise ValueError(f"{name} is {value!r}: give {self.spec[1]}.")
+
+
+# Annotations that `checked` reads as kinds, beside the classes of this package.
+PLAIN = {
+    bool: OneOf(True, False),
+    Path: Place((str, Path), "a path"),
+    Callable: Object(Callable, "a function"),
+    Mapping: Object(Mapping, "a dictionary"),
+}
+# Of classes that are not made by calling them, from wherever they are: what to give.
+MADE_BY = {
+    "Dataset": "a Dataset, as Dataset.from_list(rows)",
+    "Figure": "a figure, as fig of fig, ax = plt.subplots()",
+    "ModelSizes": "model_sizes(config)",
+    "Module": "a model, as load_base(preset) or roles.use(name)",
+    "PPOStats": "what train_ppo yields",
+    "PreTrainedConfig": "a configuration, as AutoConfig.from_pretrained(model)",
+    "PreTrainedModel": "load_base(preset)",
+    "PreTrainedTokenizerBase": "load_tokenizer(preset)",
+    "Preset": "load_preset(...)",
+}
+
+
 # --- tensors -------------------------------------------------------------------------------
 
 
@@ -102,7 +151,7 @@ class TensorKind(Kind):
     def check(self, name: str, value: object) -> None:
         """Raise TypeError unless it is a tensor of such a dtype."""
         if not isinstance(value, Tensor):
-            kind = type(value).__name__
+            kind = "None" if value is None else type(value).__name__
             raise TypeError(f"{name} must be a tensor, not {kind}: convert with torch.tensor.")
         if self.dtypes and value.dtype not in self.dtypes:
             raise TypeError(f"{name} must be {self.wanted.format(value.dtype)}.")

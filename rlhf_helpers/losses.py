@@ -383,7 +383,8 @@ def average(
     `length`: Dr. GRPO (arXiv 2503.20783), appendix A. Derived in lesson 09.
     """
     if (over == "length") != (length is not None):
-        raise ValueError(f"length is {length!r} with a mean over {over}: it belongs to 'length'.")
+        mend = "give the most tokens of a response" if length is None else "it belongs to 'length'"
+        raise ValueError(f"length is {length!r} with a mean over {over}: {mend}.")
     real = response_mask.bool()
     if over == "tokens":
         return masked_mean(x, real)

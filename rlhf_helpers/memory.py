@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from rlhf_helpers.base import NF4_BLOCK, hidden_width, linear_shapes, on_meta
+from rlhf_helpers.guards import shown
 from rlhf_helpers.kinds import Whole
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.validation import check_fields, checked
@@ -88,6 +89,7 @@ class RoleBytes:
         return self.weights + self.adapters + self.gradients + self.optimizer
 
 
+@checked
 def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     """Parameters of a model, counted from its configuration alone.
 
@@ -115,9 +117,6 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
 
     Derived in lesson 04.
     """
-    if not isinstance(config, PreTrainedConfig):
-        mend = "give a configuration, from AutoConfig.from_pretrained(model)."
-        raise TypeError(f"config is {config!r}: {mend}")
     model = on_meta(config)
     shapes = tuple(linear_shapes(model).values())
     linear = sum(outputs * inputs for outputs, inputs in shapes)
@@ -127,6 +126,7 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     return ModelSizes(shapes, total - linear - output, output, hidden_width(model))
 
 
+@checked
 def memory_table(
     sizes: ModelSizes,
     rank: Whole[1] = 16,
@@ -482,6 +482,7 @@ def cache_bytes(
     return numbers * batch * sum(kept) * entry_bytes
 
 
+@checked
 def activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
     """Bytes of what autograd keeps of a forward pass until the backward pass: the activations.
 
@@ -514,6 +515,7 @@ def activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
     return sum(kept.values())
 
 
+@checked
 def measured_bytes(roles: Roles) -> dict[str, dict[str, int]]:
     """Bytes of the tensors that roles really hold, to lay beside `memory_table`.
 
@@ -570,9 +572,10 @@ def _training(number: int, each: int, trains: bool) -> tuple[int, int]:
 
 
 def _check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
-    if not shapes:
+    if shapes is None or len(shapes) == 0:
         raise ValueError("shapes is empty: give (out, in) of at least one adapted layer.")
     for index, shape in enumerate(shapes):
-        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        sizes = shape if isinstance(shape, Sequence) else ()
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             mend = "give (out, in) of a linear layer, two whole numbers of at least 1."
-            raise ValueError(f"shapes[{index}] is {tuple(shape)}: {mend}")
+            raise ValueError(f"shapes[{index}] is {shown(shape)}: {mend}")

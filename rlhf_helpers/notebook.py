@@ -5,11 +5,13 @@ import transformers
 
 from rlhf_helpers import __version__, plots
 from rlhf_helpers.presets import Preset
+from rlhf_helpers.validation import checked
 
 POCKET_ONLY = "# Pocket only"
 _SKIPPED = 'print("About the generated world: this cell does nothing with the preset {!r}.")\n'
 
 
+@checked
 def start(preset: Preset) -> None:
     """Set the figures' style and print versions, device and preset.
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from rlhf_helpers import dpo, ppo, reward, sft, training
 from rlhf_helpers.dpo import dpo_loss
 from rlhf_helpers.guards import upcast
-from rlhf_helpers.kinds import Finite, Mask, Whole
+from rlhf_helpers.kinds import Finite, Floating, Mask, Whole
 from rlhf_helpers.losses import GROUPED, VARIANCE_EPSILON, value_loss
 from rlhf_helpers.ppo import (
     Experience,
@@ -83,7 +83,7 @@ class RankRun(Run):
     """A run that all ranks make together; rank 0 keeps it on disk."""
 
     def __init__(self, roles, trained, config, folder, settings: Mapping[str, object]) -> None:
-        _check_shares(config)
+        _check_shares(config, _world())
         dist.barrier()  # rank 0 may still be saving the run before
         super().__init__(roles, trained, config, folder, settings | {"ranks": _world()})
         _check_equal(self)
@@ -95,10 +95,10 @@ def _world() -> int:
     return dist.get_world_size()
 
 
-def _check_shares(config: TrainConfig | PPOConfig) -> None:
-    """Each step's rows must fall into equal shares, of whole groups."""
+def _check_shares(config: TrainConfig | PPOConfig, count: int) -> None:
+    """Each step's rows must fall into as many equal shares, of whole groups."""
     name = "minibatch_size" if isinstance(config, PPOConfig) else "batch_size"
-    size, count = getattr(config, name), _world()
+    size = getattr(config, name)
     if size % count:
         raise ValueError(
             f"{name} is {size}, which {count} ranks cannot share equally; give a multiple of "
@@ -143,6 +143,10 @@ def share_of(rows: Whole[1], together: Whole[1], world_size: Whole[1], rank: Who
     Args:
         rows: of the whole batch.
         together: rows of a minibatch; a multiple of `world_size` that divides `rows`.
+        rank: from 0, below `world_size`.
+
+    Raises:
+        ValueError: for numbers that are not so.
 
     Example:
         Eight rows in minibatches of four, on two ranks:
@@ -152,6 +156,11 @@ def share_of(rows: Whole[1], together: Whole[1], world_size: Whole[1], rank: Who
         >>> share_of(8, together=4, world_size=2, rank=1)
         [2, 3, 6, 7]
     """
+    if rows % together or together % world_size or rank >= world_size:
+        raise ValueError(
+            f"rank {rank} of {world_size} has no equal share of {rows} rows, {together} together; "
+            "give a multiple of world_size that divides the rows, and a rank below it"
+        )
     shares = torch.arange(rows).view(-1, world_size, together // world_size)
     return shares[:, rank].flatten().tolist()
 
@@ -177,7 +186,8 @@ def _collect_share(roles, tokenizer, prompts: list, config, beta, seed: int, *re
 # --- means over all ranks --------------------------------------------------------------------
 
 
-def mean_over_ranks(loss: Tensor, count: Tensor | int) -> Tensor:
+@checked
+def mean_over_ranks(loss: Floating[...], count: Tensor | int) -> Tensor:
     """The mean over what all ranks have, from each rank's mean over as many as it has.
 
     L = Σ_r (n_r / Σ n) L_r. Its value is that of all, its gradient this rank's part of that of all:
@@ -186,6 +196,10 @@ def mean_over_ranks(loss: Tensor, count: Tensor | int) -> Tensor:
     Args:
         loss: a scalar, the mean over this rank's tokens or rows.
         count: n_r, how many those are.
+
+    Raises:
+        TypeError: for a loss that is no floating-point tensor.
+        RuntimeError: in a process that is in no group.
 
     Example:
         Rank 0 has three tokens with a mean of 1, rank 1 one token with 5: 8/4 on both. The mean of
@@ -302,7 +316,8 @@ REPLACED = (
 
 
 @contextmanager
-def sampled_as(world_size: int, config: PPOConfig) -> Iterator[None]:
+@checked
+def sampled_as(world_size: Whole[1], config: PPOConfig) -> Iterator[None]:
     """Inside, one process samples PPO's responses part by part, as so many ranks would.
 
     All else of the run is as ever, on the whole batch: what it computes, `data_parallel` must too.
@@ -310,7 +325,12 @@ def sampled_as(world_size: int, config: PPOConfig) -> Iterator[None]:
     Args:
         world_size: ranks; must divide the minibatch.
         config: of the run.
+
+    Raises:
+        TypeError: for other settings than PPO's.
+        ValueError: when it opens, for rows that such ranks cannot share, as in `data_parallel`.
     """
+    _check_shares(config, world_size)
 
     def sample(model, tokenizer, prompts, length, *, seed, **options) -> Rollout:
         rows = len(prompts), config.minibatch_size, world_size
@@ -351,6 +371,7 @@ def _joined(parts: list[Rollout], order: Tensor, padding: int) -> Rollout:
 # --- the base cut up -------------------------------------------------------------------------
 
 
+@checked
 def shard(model: PreTrainedModel) -> PreTrainedModel:
     """Cut every weight of a model over the ranks, by torch's FSDP2: a layer is whole while it runs.
 
@@ -392,17 +413,24 @@ class Stage(nn.Module):
 
     Raises:
         ValueError: for an output layer that is tied to the embeddings: two ranks would train them
-            apart.
+            apart; for a stage that is none of as many, or more of them than layers.
     """
 
-    def __init__(self, model: PreTrainedModel, index: int, count: int) -> None:
+    @checked
+    def __init__(self, model: PreTrainedModel, index: Whole[0], count: Whole[1]) -> None:
         super().__init__()
         if model.lm_head.weight is model.get_input_embeddings().weight:
             raise ValueError(
                 "the output layer is tied to the embeddings, which stand on another stage; give it "
                 "weights of its own first"
             )
-        body, bounds = model.model, [len(model.model.layers) * i // count for i in range(count + 1)]
+        body, depth = model.model, len(model.model.layers)
+        if not index < count <= depth:
+            raise ValueError(
+                f"stage {index} of {count} is none of a model of {depth} layers; give an index "
+                f"below the count, and at most {depth} stages"
+            )
+        bounds = [depth * i // count for i in range(count + 1)]
         self.first = body.embed_tokens if index == 0 else None
         self.layers = body.layers[bounds[index] : bounds[index + 1]]
         self.rotary = body.rotary_emb

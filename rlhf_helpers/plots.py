@@ -11,6 +11,8 @@ from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rlhf_helpers.validation import checked
+
 # Okabe and Ito's palette, safe for colour-blind readers; "line" styles keep it readable in grey.
 _NAMES = ("black", "orange", "sky", "green", "yellow", "blue", "red", "pink")
 _CODES = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
@@ -47,6 +49,7 @@ def show(fig: Figure, alt: str) -> None:
     redraw(fig, alt)
 
 
+@checked
 def redraw(fig: Figure, alt: str, handle: DisplayHandle | None = None) -> DisplayHandle:
     """`show` for a figure that grows in a loop: each call replaces the one before.
 
@@ -65,6 +68,7 @@ def redraw(fig: Figure, alt: str, handle: DisplayHandle | None = None) -> Displa
     return handle
 
 
+@checked
 def explore(draw: Callable[..., Figure], alt: str, **choices: Sequence) -> None:
     """A figure with a slider for each of its settings.
 
@@ -112,6 +116,7 @@ def bars(labels: Sequence[str], values: Sequence[float], quantity: str) -> Figur
     return fig
 
 
+@checked
 def grouped_bars(
     labels: Sequence[str], groups: Mapping[str, Sequence[float]], quantity: str
 ) -> Figure:
@@ -156,6 +161,7 @@ def _rows_of_bars(labels: Sequence[str], groups: Mapping, quantity: str, height:
     return fig, ax
 
 
+@checked
 def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str, y: str) -> Figure:
     """One line for each named series, told apart by colour and by dashes.
 
@@ -163,6 +169,7 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
         series: name to values, drawn against their index, or to a mapping from x to y.
         x, y: axis labels, with units.
     """
+    _check_groups(series)
     fig, ax = plt.subplots(figsize=(7, 2.8))
     for name, values in series.items():
         points = values if isinstance(values, Mapping) else dict(enumerate(values))
@@ -174,6 +181,7 @@ def lines(series: Mapping[str, Sequence[float] | Mapping[float, float]], x: str,
     return fig
 
 
+@checked
 def panels(
     series: Mapping[str, Sequence[float] | Mapping[str, Sequence[float]]],
     x: str,
@@ -187,6 +195,7 @@ def panels(
         x: what is counted there.
         bands: for some of the names the lowest and the highest value that is no cause for worry.
     """
+    _check_groups(series)
     rows = -(-len(series) // 4)
     height = 1.9 if rows > 1 else 2.5
     fig, axes = plt.subplots(rows, 4, figsize=(10, height * rows), sharex=True, squeeze=False)
@@ -213,6 +222,7 @@ def panels(
 Points = Sequence[tuple[float, float]]
 
 
+@checked
 def trajectories(groups: Mapping[str, Sequence[Points]], x: str, y: str) -> Figure:
     """Thin curves of several runs in each group, one look for a group: the spread is the message.
 
@@ -234,6 +244,7 @@ def trajectories(groups: Mapping[str, Sequence[Points]], x: str, y: str) -> Figu
     return fig
 
 
+@checked
 def scatter(
     groups: Mapping[str, Points],
     x: str,
@@ -355,9 +366,10 @@ def pipeline() -> Figure:
     return fig
 
 
-def _check_groups(groups: Mapping, most: int) -> None:
-    if not 1 <= len(groups) <= most:
-        raise ValueError(f"{len(groups)} groups; give 1 to {most}, as many as can be told apart")
+def _check_groups(groups: Mapping, most: int | None = None) -> None:
+    if not 1 <= len(groups) <= (most or len(groups)):
+        limits = f"1 to {most}" if most else "1 or more"
+        raise ValueError(f"{len(groups)} groups; give {limits}, as many as can be told apart")
 
 
 def _arrow(ax, start, end, style="->", linestyle="-", bend=0.0) -> None:

@@ -1,7 +1,7 @@
 """PPO: one update, and the loop, with a critic or with groups of responses (RLOO, GRPO)."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from rlhf_helpers.reward import check_rewards, require_normalised, score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout, sample_responses
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.training import Run, digest, settings_of
-from rlhf_helpers.validation import check_fields
+from rlhf_helpers.training import Run, digest
+from rlhf_helpers.validation import check_fields, checked
 
 TRAINED = ("policy", "value")
 ADVANTAGES = ("gae", *GROUPED)
@@ -99,7 +99,7 @@ class PPOConfig:
     response_length: Whole[1] = 32
     max_grad_norm: Above[0] = 1.0
     save_every: Whole[1] = 1
-    seed: int = 0
+    seed: Whole[0] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -210,13 +210,14 @@ class PPOStats:
     seconds: float = 0.0
 
 
+@checked
 def collect_experience(
     roles: Roles,
     tokenizer: Tokenizer,
     prompts: list[Prompt],
     config: PPOConfig,
-    beta: float,
-    seed: int,
+    beta: From[0],
+    seed: Whole[0],
     role: str = "policy",
     reward_function: RewardFunction | None = None,
 ) -> Experience:
@@ -283,7 +284,12 @@ def _advantages(
 
 
 def check_groups(prompts: list[Prompt], group_size: int) -> None:
-    """Raise ValueError unless prompts come in groups of equal ones, side by side."""
+    """Raise ValueError unless prompts come in whole groups of equal ones, side by side."""
+    if len(prompts) % group_size:
+        raise ValueError(
+            f"{len(prompts)} prompts are no groups of {group_size}; give each prompt {group_size} "
+            "times, side by side"
+        )
     for i, prompt in enumerate(prompts):
         if prompt != prompts[first := i - i % group_size]:
             raise ValueError(
@@ -302,6 +308,7 @@ def response_values(roles: Roles, role: str, rollout: Rollout, part: slice) -> T
     return values[:, -rollout.response_mask.shape[1] - 1 : -1]
 
 
+@checked
 def train_ppo(
     roles: Roles,
     tokenizer: Tokenizer,
@@ -350,8 +357,9 @@ def train_ppo(
     Ahmadian et al. (arXiv 2402.14740); Shao et al. (arXiv 2402.03300), algorithm 1.
     Lesson 04 writes an update out, lesson 09 one without a critic.
     """
-    config = settings_of(PPOConfig, config)
-    prompts = prompts if isinstance(prompts, str) else list(prompts)  # a text would become letters
+    config = config or PPOConfig()
+    if isinstance(prompts, Iterable) and not isinstance(prompts, str | Mapping):
+        prompts = list(prompts)  # a text would become letters
     for role in config.trained:
         roles.require(role, trainable=True, head=role == "value")
     roles.require("reference", trainable=False)

@@ -20,7 +20,8 @@ from rlhf_helpers.ppo import Experience, PPOConfig
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import mask_after_eos
 from rlhf_helpers.text import Prompt, encode_prompts
-from rlhf_helpers.training import Run, settings_of
+from rlhf_helpers.training import Run
+from rlhf_helpers.validation import checked
 
 ROWS = 8  # least responses in a minibatch, of which a batch has two
 THERE, BACK = 4, 3  # updates of the overfit, and of the way back
@@ -62,6 +63,7 @@ class Finding(NamedTuple):
         return line if self.passed else f"{line}\n{'':7}look {CHECKS[self.name]}"
 
 
+@checked
 def preflight(
     roles: Roles, tokenizer: Tokenizer, prompts: list[Prompt], config: PPOConfig | None = None
 ) -> list[Finding]:
@@ -86,7 +88,7 @@ def preflight(
 
     Lesson 07 shows which planted faults it finds, and which not.
     """
-    config = settings_of(PPOConfig, config)
+    config = config or PPOConfig()
     ppo.train_ppo(roles, tokenizer, prompts, config)  # raises for what it cannot train
     rows = math.ceil(ROWS / config.group_size) * config.group_size
     sizes = {"batch_size": 2 * rows, "minibatch_size": rows, "epochs": 2, "updates": THERE}

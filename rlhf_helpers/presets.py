@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
 
@@ -52,7 +51,7 @@ class Preset:
     data_revision: str | None = None
     device: OneOf[DEVICES] = "cpu"
     compute_dtype: OneOf[DTYPES] = "float32"
-    quantized: Annotated[bool, OneOf(True, False)] = True
+    quantized: bool = True
     double_quant: bool = False
     prompt_length: Whole[1] = 24
     response_length: Whole[1] = 32
@@ -130,7 +129,7 @@ def load_preset(name: str | None = None, **overrides) -> Preset:
     """
     from_environment = os.environ.get("RLHF_PRESET")
     chosen = from_environment or name or "pocket"
-    if chosen not in PRESETS:
+    if chosen not in [*PRESETS]:  # a list, say, is in no dictionary
         origin = "environment variable RLHF_PRESET is" if from_environment else "preset is"
         raise ValueError(f"{origin} {chosen!r}; choose one of {', '.join(PRESETS)}")
     known = {field.name for field in fields(Preset)}

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_helpers.guards import check_softmax, refuse, upcast
-from rlhf_helpers.kinds import Above, Floating, Ids, OneOf, V, Whole
+from rlhf_helpers.guards import check_softmax, refuse, shown, upcast
+from rlhf_helpers.kinds import Above, Floating, Ids, OneOf, TensorKind, V, Whole
 from rlhf_helpers.validation import checked
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 PLAIN = "give numbers, texts, lists, tuples, dictionaries or tensors"
 PAUSE = 0.02  # seconds between two looks at the processes
 LOG = 2000  # characters of a failed rank's output that are shown
@@ -99,12 +100,13 @@ def _write_job(folder: Path, function: Callable, world_size: int, timeout: float
     """What the processes read: how to find the function, and what to call it with."""
     for number, argument in enumerate(arguments):
         _save_plain(f"argument {number}", argument, folder / "argument.pt")
-    if "<" in function.__qualname__:
+    name = getattr(function, "__qualname__", shown(function))
+    if not name.isidentifier():
         raise ValueError(
-            f"function {function.__qualname__!r} stands in another one, where no process finds it; "
+            f"function {name!r} stands in another one or in a class, where no process finds it; "
             "define it at the top of a module or of a notebook's cell"
         )
-    job = {"module": function.__module__, "name": function.__qualname__, "arguments": arguments}
+    job = {"module": function.__module__, "name": name, "arguments": arguments}
     if function.__module__ == "__main__":
         source = textwrap.dedent(inspect.getsource(function))
         (folder / "cell.py").write_text(source, encoding="utf-8")
@@ -119,7 +121,7 @@ def _save_plain(name: str, value: object, path: Path) -> None:
         torch.load(path)
     except Exception as error:  # torch and pickle have many for what they do not take
         path.unlink(missing_ok=True)
-        raise TypeError(f"{name} is {value!r:.99}: {PLAIN}") from error
+        raise TypeError(f"{name} is {shown(value)}: {PLAIN}") from error
 
 
 def _start(folder: Path, rank: int) -> subprocess.Popen:
@@ -243,9 +245,9 @@ def join(device: OneOf[DEVICES] = "cpu", timeout: Above[0] = 600.0) -> Iterator[
 
 @checked
 def _check_join(device: OneOf[DEVICES], timeout: Above[0]) -> None:
-    if "RANK" not in os.environ:
+    if missing := [name for name in BY_TORCHRUN if name not in os.environ]:
         raise ValueError(
-            "RANK is not set, so nobody has started this process as one of several; use "
+            f"{missing[0]} is not set, so nobody has started this process as one of several; use "
             "torchrun --nproc_per_node 2 script.py, or ranks.spawn in a notebook"
         )
     local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -267,18 +269,26 @@ def require_group() -> None:
 # --- what they say to each other -------------------------------------------------------------
 
 
-def all_sum(x: Tensor) -> Tensor:
+@checked
+def all_sum(x: TensorKind[...]) -> Tensor:
     """The sum of a tensor over all ranks, on each of them.
 
     Its gradient goes through as it is: the ranks go on with the same sum to the same loss, which
     counts once. (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3: the operator g.)
+
+    Raises:
+        TypeError: for what is no tensor.
+        RuntimeError: in a process that is in no group.
     """
+    require_group()
     return _AllSum.apply(x)
 
 
 @torch.no_grad()
-def all_max(x: Tensor) -> Tensor:
-    """The greatest of each entry over all ranks; no gradient."""
+@checked
+def all_max(x: TensorKind[...]) -> Tensor:
+    """The greatest of each entry over all ranks; no gradient. Raises as `all_sum`."""
+    require_group()
     result = x.clone()
     dist.all_reduce(result, dist.ReduceOp.MAX)
     return result

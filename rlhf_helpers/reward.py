@@ -1,7 +1,7 @@
 """The reward model: pairs of responses, Bradley–Terry, a scalar head, its evaluation."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import text
-from rlhf_helpers.guards import first_index, in_range, require_columns
+from rlhf_helpers.guards import first_index, in_range, require_columns, shown
 from rlhf_helpers.kinds import Above, B, Finite, L, Mask, N, Whole
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.text import Prompt, encode_examples, like_length_batches, pad_examples
-from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit, settings_of
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
 from rlhf_helpers.validation import checked
 
 SIDES = ("chosen", "rejected")
@@ -84,8 +84,9 @@ def last_token_index(attention_mask: Mask[B, L]) -> Tensor:
     return ((attention_mask != 0) * columns).argmax(-1)
 
 
+@checked
 def split_by_prompt(
-    dataset: Dataset, share: float = 1 / 8, seed: int = 0
+    dataset: Dataset, share: float = 1 / 8, seed: Whole[0] = 0
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out pairs; all pairs of a prompt fall on the same side.
 
@@ -112,6 +113,7 @@ def split_by_prompt(
     return train.shuffle(seed=seed), dataset.select([i for i, held in enumerate(sides) if held])
 
 
+@checked
 def encode_pairs(
     tokenizer: Tokenizer, dataset: Dataset, prompt_length: int, response_length: int
 ) -> list[dict]:
@@ -150,14 +152,22 @@ def _check_not_swapped(dataset: Dataset) -> None:
         )
 
 
+def check_sides(name: str, pairs: list[dict]) -> None:
+    """Raise ValueError unless there are pairs, each with both its sides."""
+    if not pairs:
+        raise ValueError(f"{name} is empty: give at least one example")
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, Mapping) and set(SIDES) <= pair.keys()):
+            raise ValueError(f"{name}[{i}] is {shown(pair)}: give pairs from encode_pairs")
+
+
 def check_pairs(name: str, pairs: list[dict], model: nn.Module, tokenizer: Tokenizer) -> None:
     """Raise ValueError unless encoded pairs are of one prompt and two responses that fit the model.
 
     Args:
         name: of `pairs`, for the message.
     """
-    if bad := [i for i, pair in enumerate(pairs) if not set(SIDES) <= set(pair)]:
-        raise ValueError(f"{name}[{bad[0]}] is {pairs[bad[0]]!s:.99}: give pairs from encode_pairs")
+    check_sides(name, pairs)
     for side in SIDES:
         text.check_examples(f"{side} of {name}", [pair[side] for pair in pairs], model, tokenizer)
     for i, (a, b) in enumerate((pair["chosen"], pair["rejected"]) for pair in pairs):
@@ -169,6 +179,7 @@ def check_pairs(name: str, pairs: list[dict], model: nn.Module, tokenizer: Token
             )
 
 
+@checked
 def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Rewards of sequences: the head's value at the last real token.
 
@@ -183,6 +194,7 @@ def score_tokens(roles: Roles, role: str, input_ids: Tensor, attention_mask: Ten
     return values.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
 
 
+@checked
 def score_examples(roles: Roles, role: str, tokenizer: Tokenizer, examples: list[dict]) -> Tensor:
     """Rewards `[N]` of encoded examples, in batches of like length, on the CPU."""
     roles.require_head(role)
@@ -200,6 +212,7 @@ def _score_batch(roles: Roles, role: str, tokenizer, examples: list[dict]) -> Te
     return score_tokens(roles, role, input_ids.to(device), mask.to(device))
 
 
+@checked
 def score_responses(
     roles: Roles,
     role: str,
@@ -233,19 +246,22 @@ def check_rewards(rewards: Sequence[float] | Tensor | None, count: int) -> Tenso
     """What a reward function returned, as `[B]`, float32.
 
     Raises:
-        TypeError: for None, or a number of rewards that is not that of the responses.
+        TypeError: for what is no list of numbers, or not as many as there are responses.
         FloatingPointError: for a reward that is None, NaN or infinite.
 
     Example:
         >>> check_rewards([0.5, 1], count=2)
         tensor([0.5000, 1.0000])
     """
-    if rewards is None or len(rewards) != count:
-        given = "None" if rewards is None else f"{len(rewards)} rewards"
+    try:
+        numbers = torch.tensor([float("nan") if x is None else float(x) for x in rewards])
+    except (TypeError, ValueError):  # None, a single number, texts, rows of numbers
+        numbers = None
+    if numbers is None or len(numbers) != count:
+        given = shown(rewards) if numbers is None else f"{len(rewards)} rewards"
         raise TypeError(
             f"the reward function returned {given} for {count} responses; return one number each"
         )
-    numbers = torch.tensor([float("nan") if x is None else float(x) for x in rewards])
     if (bad := first_index(~numbers.isfinite())) is not None:
         raise FloatingPointError(
             f"the reward function returned {rewards[bad[0]]} for response {bad[0]}; return a "
@@ -254,7 +270,8 @@ def check_rewards(rewards: Sequence[float] | Tensor | None, count: int) -> Tenso
     return numbers
 
 
-def normalise(roles: Roles, role: str, scores: Tensor) -> None:
+@checked
+def normalise(roles: Roles, role: str, scores: Finite[N]) -> None:
     """Shift and scale a head so that these scores of it get mean 0 and standard deviation 1.
 
     r ← (r − μ)/σ, folded into the head: w ← w/σ, b ← (b − μ)/σ. μ and σ are kept with the head.
@@ -263,6 +280,7 @@ def normalise(roles: Roles, role: str, scores: Tensor) -> None:
         scores: `[N]`, what the head gives to reference samples, those of the SFT model.
 
     Raises:
+        TypeError: scores that are no floating-point tensor.
         ValueError: fewer than two scores, equal ones, or one that is not finite.
     """
     head = roles.require_head(role)
@@ -270,7 +288,7 @@ def normalise(roles: Roles, role: str, scores: Tensor) -> None:
     if not (std.isfinite() and std > 0):
         raise ValueError(
             f"the reference scores have mean {mean.item()} and standard deviation {std.item()}; "
-            "give two or more scores that differ and are finite"
+            "give two or more scores that differ"
         )
     head.rescale(mean.item(), std.item())
 
@@ -289,13 +307,16 @@ def pair_accuracy(chosen: Finite[...], rejected: Finite[...]) -> float:
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
+@checked
 def pair_scores(roles: Roles, role: str, tokenizer: Tokenizer, pairs: list[dict]) -> Sides:
     """Rewards `[N]` of the chosen and of the rejected responses."""
+    check_sides("pairs", pairs)
     sides = ([pair[side] for pair in pairs] for side in SIDES)
     chosen, rejected = (score_examples(roles, role, tokenizer, side) for side in sides)
     return chosen, rejected
 
 
+@checked
 def train_reward_model(
     roles: Roles,
     role: str,
@@ -322,7 +343,7 @@ def train_reward_model(
             other settings or data.
         FloatingPointError: if loss or gradient is not finite; the state before is kept.
     """
-    config = settings_of(RewardConfig, config)
+    config = config or RewardConfig()
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         check_pairs(name, rows, roles.base, tokenizer)
     head = roles.require_head(role)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers.base import LINEAR, fingerprint, hidden_width, linear_shapes, same_base
-from rlhf_helpers.checkpoints import whole_folder
+from rlhf_helpers.checkpoints import require_own_folder, whole_folder
 from rlhf_helpers.kinds import Above, Whole
 from rlhf_helpers.logprobs import check_sequences, model_inputs
 from rlhf_helpers.validation import checked
@@ -110,8 +110,9 @@ class Roles:
         """The role that acts now; None before the first is added."""
         return self.model.active_adapter if self.model else None
 
+    @checked
     def add(
-        self, name: str, copy_of: str | None = None, trainable: bool = True, seed: int = 0
+        self, name: str, copy_of: str | None = None, trainable: bool = True, seed: Whole[0] = 0
     ) -> None:
         """Add a role; the active role stays the same, unless this is the first.
 
@@ -126,7 +127,7 @@ class Roles:
             ValueError: for a name that is taken or cannot be used, or an unknown `copy_of`.
         """
         known = isinstance(name, str) and name.isidentifier()
-        if not known or name in self._trainable or hasattr(nn.ModuleDict, name):
+        if not known or name in self.names or hasattr(nn.ModuleDict, name):
             raise ValueError(
                 f"role {name!r} is there already or is no name that can be used; there are "
                 f"{self.names}; give another one, of letters, digits and underscores"
@@ -150,7 +151,8 @@ class Roles:
         self._activate(active or name)
         self.model.eval()
 
-    def add_head(self, name: str, seed: int = 0) -> None:
+    @checked
+    def add_head(self, name: str, seed: Whole[0] = 0) -> None:
         """Give a role a scalar head: one number at every position, in float32.
 
         Its weights start normal with standard deviation 1/√(width + 1), its bias at 0.
@@ -170,7 +172,7 @@ class Roles:
             trainable: True for one that learns, False for a frozen one, None for either.
             head: True for one with a head, False for one without, None for either.
         """
-        if name not in self._trainable:
+        if name not in self.names:
             raise ValueError(
                 f"there is no role {name!r}; there are {self.names}; load or add it first"
             )
@@ -265,13 +267,19 @@ class Roles:
         """A role's adapter in a word: equal for equal weights, and for those alone."""
         return hashlib.sha256(save(self.state(name))).hexdigest()[:16]
 
+    @checked
     def save(self, name: str, folder: Path) -> None:
         """Write a role as PEFT does, so that `PeftModel.from_pretrained(base, folder)` reads it.
 
         Args:
             folder: replaced as a whole, or not at all.
+
+        Raises:
+            ValueError: for an unknown role, or a folder that holds something else than a role.
+            NotADirectoryError: for a file.
         """
         self.require(name)
+        require_own_folder(folder)
         with whole_folder(folder) as new:
             self.write(name, new)
 
@@ -288,6 +296,7 @@ class Roles:
         if name in self.heads:
             self.heads[name].write(folder / HEAD)
 
+    @checked
     def load(self, name: str, folder: Path, trainable: bool = False) -> None:
         """Read a saved adapter as a role; one of that name is overwritten.
 
@@ -413,7 +422,7 @@ class Roles:
         for path in (folder / CONFIG, folder / WEIGHTS):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: no adapter, or half of one; {AGAIN}")
-        with _readable(f"the adapter in '{folder}'"):
+        with readable(f"the adapter in '{folder}'"):
             config = LoraConfig.from_pretrained(str(folder))
             settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             weights, metadata = read_safetensors(folder / WEIGHTS)
@@ -502,7 +511,7 @@ class ScalarHead(nn.Linear):
         Raises:
             ValueError: for a damaged file, or a head of another width.
         """
-        with _readable(f"the head in '{path}'"):
+        with readable(f"the head in '{path}'"):
             tensors, facts = read_safetensors(path)
             head = cls(tensors["weight"].shape[1])
             head.load_state_dict(tensors)
@@ -525,7 +534,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def readable(what: str) -> Iterator[None]:
     """Let whatever fails inside become a ValueError that says what cannot be read."""
     try:
         yield

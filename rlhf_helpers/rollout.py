@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -49,13 +50,13 @@ def mask_after_eos(tokens: torch.Tensor, eos: int) -> torch.Tensor:
 @torch.no_grad()
 @checked
 def sample_responses(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: Tokenizer,
     prompts: list[Prompt],
     response_length: Whole[1] = 32,
     prompt_length: Whole[1] | None = None,
     temperature: Above[0] = 1.0,
-    seed: int | None = None,
+    seed: Whole[0] | None = None,
 ) -> Rollout:
     """Sample one response to each prompt from softmax(logits / temperature).
 
@@ -72,6 +73,7 @@ def sample_responses(
         seed: if given, the draw is repeatable and torch's own generator is left as it was.
 
     Raises:
+        TypeError: for what is no model or no tokenizer.
         ValueError: for a temperature that is not above 0, and what `encode_prompts` raises.
 
     Lesson 00 meets it; lesson 04 trains on what it returns.

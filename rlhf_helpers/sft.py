@@ -12,8 +12,8 @@ from rlhf_helpers.guards import check_part, refuse
 from rlhf_helpers.kinds import Above, B, Floating, Ids, L, Mask, V, Whole
 from rlhf_helpers.logprobs import last_logprobs, token_logprobs
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.text import check_examples, like_length_batches, pad_examples
-from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit, settings_of
+from rlhf_helpers.text import check_encoded, check_examples, like_length_batches, pad_examples
+from rlhf_helpers.training import Run, TrainConfig, TrainStats, digest, fit
 from rlhf_helpers.validation import checked
 
 IGNORE = -100  # the label that PyTorch and transformers leave out of a loss
@@ -102,6 +102,7 @@ class SFTConfig(TrainConfig):
 Labels = Callable[[Tensor, Tensor, int], Tensor]
 
 
+@checked
 def train_sft(
     roles: Roles,
     role: str,
@@ -136,7 +137,7 @@ def train_sft(
 
     Lesson 01 writes the loop out.
     """
-    config = settings_of(SFTConfig, config)
+    config = config or SFTConfig()
     for name, rows in (("examples", examples), ("held_out", held_out)):
         check_examples(name, rows, roles.base, tokenizer)
     for rows in like_length_batches(examples, config.batch_size):
@@ -155,12 +156,12 @@ def train_sft(
 
 
 @torch.no_grad()
+@checked
 def held_out_loss(
     model: nn.Module, tokenizer: Tokenizer, examples: list[dict], batch_size: int = 128
 ) -> float:
     """`sft_loss` of the responses in all examples, in nats per token."""
-    if not examples:
-        raise ValueError("examples is empty: give at least one example")
+    check_encoded("examples", examples)
     total = count = 0
     for rows in like_length_batches(examples, batch_size):
         batch = [examples[i] for i in rows]

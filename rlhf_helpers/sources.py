@@ -1,5 +1,7 @@
 """Which data and which gold a preset means: the pocket world's, or the learner's own."""
 
+from pathlib import Path
+
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -15,11 +17,15 @@ from rlhf_helpers.reward import score_tokens
 from rlhf_helpers.roles import Roles
 from rlhf_helpers.rollout import Rollout
 from rlhf_helpers.text import Prompt
+from rlhf_helpers.validation import checked
 
 ROWS = 64  # responses that the judge reads at a time
 
 
-def prompt_dataset(preset: Preset, split: str = "train", source: str | None = None) -> Dataset:
+@checked
+def prompt_dataset(
+    preset: Preset, split: str = "train", source: str | Path | None = None
+) -> Dataset:
     """Prompts to respond to; column `prompt`.
 
     Args:
@@ -32,12 +38,13 @@ def prompt_dataset(preset: Preset, split: str = "train", source: str | None = No
         ValueError: for an unknown split, and as `data.read_dataset`.
     """
     if source := source or preset.data:
-        return read_dataset(source, split, ("prompt",), preset)
+        return read_dataset(str(source), split, ("prompt",), preset)
     return Dataset.from_dict({"prompt": world.prompts(split)})
 
 
+@checked
 def sft_dataset(
-    preset: Preset, split: str = "train", source: str | None = None, copies: int = 5
+    preset: Preset, split: str = "train", source: str | Path | None = None, copies: int = 5
 ) -> Dataset:
     """Demonstrations to imitate; columns `prompt`, `completion`.
 
@@ -49,14 +56,15 @@ def sft_dataset(
         ValueError: as for `prompt_dataset`.
     """
     if source := source or preset.data:
-        return read_dataset(source, split, ("prompt", "completion"), preset)
+        return read_dataset(str(source), split, ("prompt", "completion"), preset)
     return Dataset.from_list(corpus.demonstrations(split, copies, preset.seed))
 
 
+@checked
 def preference_dataset(
     preset: Preset,
     split: str = "train",
-    source: str | None = None,
+    source: str | Path | None = None,
     annotator: Annotator | None = None,
 ) -> Dataset:
     """Pairs of responses; columns `prompt`, `chosen`, `rejected`, and `probability` if generated.
@@ -73,7 +81,7 @@ def preference_dataset(
         ValueError: as for `prompt_dataset`, and for a pair whose two responses are equal.
     """
     if source := source or preset.data:
-        return read_dataset(source, split, ("prompt", "chosen", "rejected"), preset)
+        return read_dataset(str(source), split, ("prompt", "chosen", "rejected"), preset)
     annotator = annotator or Annotator()
     return Dataset.from_list(written_preferences(split, annotator, preset.seed))
 
@@ -105,6 +113,7 @@ class Judge:
 
     name = "judge"
 
+    @checked
     def __init__(self, roles: Roles) -> None:
         roles.require_head("judge")
         self.roles = roles
@@ -122,6 +131,7 @@ class Judge:
         return torch.cat(scores)
 
 
+@checked
 def load_gold(preset: Preset) -> Rubric | Judge:
     """Who tells how good answers really are: the rubric in the generated world, else the judge.
 

@@ -1,7 +1,9 @@
 """Shares of a sample, and how sure one can be of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from rlhf_helpers.guards import shown
 
 
 def share_with_interval(hits: Sequence[bool]) -> tuple[float, float, float]:
@@ -14,7 +16,8 @@ def share_with_interval(hits: Sequence[bool]) -> tuple[float, float, float]:
         share, lower end, upper end.
 
     Raises:
-        ValueError: if there are no trials.
+        TypeError: for what is no list.
+        ValueError: if there are no trials, or one that is neither a hit nor a miss.
 
     Example:
         >>> [round(x, 3) for x in share_with_interval([True] * 50 + [False] * 50)]
@@ -22,8 +25,13 @@ def share_with_interval(hits: Sequence[bool]) -> tuple[float, float, float]:
 
     Wilson 1927, Journal of the American Statistical Association 22, page 209.
     """
+    if isinstance(hits, str) or not isinstance(hits, Iterable):
+        raise TypeError(f"hits is {shown(hits)}: give a list of True and False")
+    hits = [hit.tolist() if hasattr(hit, "tolist") else hit for hit in hits]  # of a tensor
     if not (n := len(hits)):
         raise ValueError("no trials to take a share of: give at least one")
+    if bad := [i for i, hit in enumerate(hits) if hit not in (True, False)]:
+        raise ValueError(f"hits[{bad[0]}] is {shown(hits[bad[0]])}: give True or False for each")
     z = 1.96
     p = sum(hits) / n
     middle = p + z * z / (2 * n)

@@ -1,7 +1,7 @@
 """From texts to token ids: tokenizer, chat template, BOS and EOS, dialogues, padding."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from unicodedata import normalize
 
@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.tokenization_utils_base import BatchEncoding
 
-from rlhf_helpers.guards import context_length, require_columns
+from rlhf_helpers.guards import context_length, require_columns, shown
 from rlhf_helpers.hub import from_hub, load_pretrained, require_files
 from rlhf_helpers.presets import Preset
+from rlhf_helpers.validation import checked
 
 Message = dict[str, str]  # {"role": "user", "content": "what is hot?"}
 Example = dict[str, list[int]]  # token ids: {"prompt": [5, 6], "response": [8, 1]}
@@ -46,6 +47,7 @@ class Unfit(ValueError):
 # --- the tokenizer -------------------------------------------------------------------------
 
 
+@checked
 def load_tokenizer(preset: Preset, report: bool = True) -> Tokenizer:
     """The tokenizer of the preset's model, padding on the left.
 
@@ -76,6 +78,7 @@ def load_tokenizer(preset: Preset, report: bool = True) -> Tokenizer:
     return tokenizer
 
 
+@checked
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if None in (pad, eos) or pad == eos:
@@ -393,7 +396,7 @@ def _texts(
     tokenizer: Tokenizer, name: str, values: Iterable[Prompt], text_of: Callable
 ) -> list[str]:
     """The text of every value; an error for the first that has none or cannot be used."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise TypeError(f"{name}s is {values!r:.99}: give a list of texts")
     marks, texts = reserved(tokenizer), []
     for i, value in enumerate(values):
@@ -410,6 +413,8 @@ def _texts(
 
 
 def _check_lengths(name: str, texts: list[Prompt], rows: list, limit_name: str, limit: int) -> None:
+    if not isinstance(limit, int):
+        raise ValueError(f"{limit_name} is {limit!r}: it must be a whole number")
     if long := [i for i, row in enumerate(rows) if len(row) > limit]:
         i = long[0]
         raise ValueError(
@@ -426,24 +431,31 @@ def check_examples(
     Args:
         name: of `examples`, for the message.
     """
-    if not examples:
-        raise ValueError(f"{name} is empty: give at least one example")
+    check_encoded(name, examples)
     eos, vocabulary = tokenizer.eos_token_id, model.config.vocab_size
     for i, example in enumerate(examples):
         if fault := _fault(example, eos, vocabulary, context_length(model)):
             raise ValueError(f"{name}[{i}] {fault}")
 
 
+def check_encoded(name: str, examples: list[Example]) -> None:
+    """Raise ValueError unless there are examples, each with a list of ids for both its parts."""
+    if not examples:
+        raise ValueError(f"{name} is empty: give at least one example")
+    for i, example in enumerate(examples):
+        parts = example if isinstance(example, Mapping) else {}
+        if not all(isinstance(parts.get(part), list) for part in ("prompt", "response")):
+            given = f"{name}[{i}] is {shown(example)}, without the token ids of a prompt and a"
+            raise ValueError(f"{given} response; give what encode_examples returns")
+
+
 def _fault(example: Example, eos: int, vocabulary: int, context: int) -> str | None:
-    if not {"prompt", "response"} <= set(example) or isinstance(example["prompt"], str):
-        given = f"is {example!s:.99}, without the token ids of a prompt and a response"
-        return f"{given}; give what encode_examples returns"
     tokens = [*example["prompt"], *example["response"]]
     if not example["prompt"] or example["response"][-1:] != [eos]:
         fault = f"has no prompt, or a response that does not end with EOS ({eos}): {example!s:.99}"
         return f"{fault}. Without it the model never learns to stop; encode_examples appends it"
-    if (largest := max(tokens)) >= vocabulary:
-        return f"holds token id {largest} of {vocabulary}; use the model's own tokenizer"
+    if wrong := [t for t in tokens if not (isinstance(t, int) and 0 <= t < vocabulary)]:
+        return f"holds token id {wrong[0]!r} of {vocabulary}; use the model's own tokenizer"
     if len(tokens) > context:
         fault = f"has {len(tokens)} tokens, more than the model's context of {context}"
         return f"{fault}; leave it out or shorten it"
@@ -459,8 +471,7 @@ def pad_examples(tokenizer: Tokenizer, examples: list[Example]) -> tuple[Tensor,
     Example: with prompts [5, 6] and [7], responses [8, 1] and [9, 9, 1], and 0 for padding,
     input_ids is [[5, 6, 8, 1, 0], [0, 7, 9, 9, 1]] and P is 2.
     """
-    if not examples:
-        raise ValueError("examples is empty: give at least one example")
+    check_encoded("examples", examples)
 
     def padded(part: str, side: str) -> BatchEncoding:
         rows = {"input_ids": [example[part] for example in examples]}

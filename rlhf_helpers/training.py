@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,7 +26,6 @@ OPTIMIZER = "optimizer.safetensors"
 KEPT = ("settings", "facts", "step", "seconds")  # with them, of a run that is saved
 LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # powers of two, so that scaling rounds nothing
 _OPEN: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()  # runs that may still save
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,6 @@ class TrainStats:
     grad_norm: float | None = None
     learning_rate: float = 0.0
     seconds: float = 0.0
-
-
-def settings_of(kind: type[Config], config: Config | None) -> Config:
-    """A method's settings, its own where none are given; TypeError for those of another method."""
-    if config is None:
-        return kind()
-    if not isinstance(config, kind):
-        raise TypeError(f"config is {config!r}: give {kind.__name__}(...) with settings by name.")
-    return config
 
 
 def backward(loss: Tensor, parameters: Sequence[Parameter], roles: Roles) -> None:
@@ -305,7 +294,8 @@ class Run:
     def _resume(self, folder: Path) -> dict[str, Tensor]:
         """Load what the newest whole save holds; return the optimizers' tensors."""
         self.folder, self.unfinished = folder, folder.with_name(f"{folder.name}.unfinished")
-        checkpoints.require_no_file(self.folder, self.unfinished)
+        checkpoints.require_own_folder(self.folder)
+        checkpoints.require_no_file(self.unfinished)
         self._take_over()
         found = checkpoints.newest_readable(self.unfinished, self._read)
         if found is None:

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers.checkpoints import whole_folder
-from rlhf_helpers.guards import context_length
+from rlhf_helpers.checkpoints import require_own_folder, whole_folder
+from rlhf_helpers.guards import context_length, shown
 from rlhf_helpers.kinds import From
 from rlhf_helpers.reward import check_rewards, require_normalised, score_examples
-from rlhf_helpers.roles import WEIGHTS, Roles, read_safetensors
+from rlhf_helpers.roles import WEIGHTS, Roles, read_safetensors, readable
 from rlhf_helpers.text import encode_prompts
 from rlhf_helpers.validation import checked
 
@@ -84,8 +84,10 @@ def reward_function(
         if len(prompts) != len(completion_ids):
             counts = f"{len(prompts)} prompts for {len(completion_ids)} responses"
             raise ValueError(f"{counts}; give each response its prompt")
-        if bad := [i for i, ids in enumerate(completion_ids) if len(ids) == 0]:
-            raise ValueError(f"completion_ids[{bad[0]}] is empty: a response has a token at least")
+        for i, ids in enumerate(completion_ids):
+            if isinstance(ids, str | int) or len(ids) == 0:
+                mend = "give the token ids of a response, one at least"
+                raise ValueError(f"completion_ids[{i}] is {shown(ids)}: {mend}")
         longest = context_length(roles.base) - max(map(len, completion_ids), default=0)
         rows = encode_prompts(tokenizer, prompts, longest)
         triples = zip(rows["input_ids"], rows["attention_mask"], completion_ids, strict=True)
@@ -118,7 +120,8 @@ def _check_policy(policy: nn.Module, roles: Roles) -> None:
         )
 
 
-def keep_float32(policy: PeftModel, folder: Path) -> None:
+@checked
+def keep_float32(policy: nn.Module, folder: Path) -> None:
     """Give a policy in TRL's hands the adapter of a folder in float32; call it after the trainer.
 
     On a 4-bit base TRL rounds what is trained to bfloat16, whose steps are 1/256 of a weight:
@@ -129,7 +132,8 @@ def keep_float32(policy: PeftModel, folder: Path) -> None:
         folder: the adapter that the policy began as.
 
     Raises:
-        ValueError: for a policy without such an adapter.
+        ValueError: for a policy without such an adapter, or a folder from which none can be read;
+            nothing has changed then.
     """
     trained = [p for n, p in policy.named_parameters() if ".default." in n and p.requires_grad]
     if not trained:
@@ -137,12 +141,14 @@ def keep_float32(policy: PeftModel, folder: Path) -> None:
             "the policy trains no adapter 'default'; give PeftModel.from_pretrained(base, folder, "
             "is_trainable=True) to the trainer"
         )
+    with readable(f"the adapter in '{folder}'"):
+        weights, _ = read_safetensors(Path(folder) / WEIGHTS)
     for parameter in trained:
         parameter.data = parameter.data.float()
-    weights, _ = read_safetensors(Path(folder) / WEIGHTS)
     set_peft_model_state_dict(policy, weights, adapter_name="default")
 
 
+@checked
 def export_reward_model(roles: Roles, role: str, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a reward model as a folder that plain transformers and PEFT load, head included.
 
@@ -154,11 +160,13 @@ def export_reward_model(roles: Roles, role: str, tokenizer: Tokenizer, folder: P
         folder: replaced as a whole, or not at all.
 
     Raises:
-        ValueError: for a role that is missing or has no normalised head.
+        ValueError: for a role that is missing or has no normalised head, or a folder that holds
+            something else than a role.
 
     Lesson 09 loads it.
     """
     require_normalised(roles, role)
+    require_own_folder(folder)
     head = {
         f"base_model.model.score.{n}": p.cpu() for n, p in roles.heads[role].state_dict().items()
     }

@@ -10,18 +10,24 @@ the value was nor how to mend it, and know no masks, ranges or log-probabilities
 import functools
 import inspect
 from collections.abc import Callable
-from typing import get_args, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from rlhf_helpers.kinds import Kind, Mask, TensorKind
+from rlhf_helpers.kinds import MADE_BY, PLAIN, Kind, Mask, Object, TensorKind
+
+PACKAGE = __name__.partition(".")[0]
 
 
 def checked(function: Callable) -> Callable:
     """Before each call, check every argument whose annotation is one of `kinds`.
 
-    Types, ranges and shapes come first, then what stands in the tensors. Where one argument is a
-    mask, the others of its shape are looked at where it is 1.
+    Of plain annotations those of `kinds.PLAIN` and `kinds.MADE_BY` and the classes of this package
+    are such too; any may be joined with None. Types, ranges and shapes come first, then what stands
+    in the tensors. Where one argument is a mask, the others of its shape are looked at where it is
+    1.
 
     Example:
         >>> from rlhf_helpers.kinds import Above
@@ -70,10 +76,26 @@ def _kinds_of(annotated: Callable | type) -> dict[str, tuple[Kind, bool]]:
     """By name the kind of each annotated argument, and whether it may be None."""
     found = {}
     for name, hint in get_type_hints(annotated, include_extras=True).items():
-        for part in (hint, *get_args(hint)):  # a kind, or a kind or None
-            if isinstance(kind := getattr(part, "__metadata__", (None,))[0], Kind):
-                found[name] = (kind, part is not hint)
+        several = get_origin(hint) in (Union, UnionType)
+        parts = set(get_args(hint)) - {type(None)} if several else {hint}
+        if Path in parts:
+            parts.discard(str)  # a text is a path too
+        kinds = [kind for part in parts if (kind := _kind_of(part))]
+        if name != "return" and len(parts) == len(kinds) == 1:
+            found[name] = (kinds[0], type(None) in get_args(hint))
     return found
+
+
+def _kind_of(part: object) -> Kind | None:
+    """The kind that one annotation is, if it is one."""
+    if isinstance(kind := getattr(part, "__metadata__", (None,))[0], Kind):
+        return kind
+    if (plain := get_origin(part) or part) in PLAIN:
+        return PLAIN[plain]
+    if not isinstance(part, type):
+        return None
+    own, name = part.__module__.partition(".")[0] == PACKAGE, part.__name__
+    return Object(part, MADE_BY.get(name, f"{name}(...)")) if own or name in MADE_BY else None
 
 
 def _check_shape(name: str, value: Tensor, kind: TensorKind, sizes: dict) -> None:

@@ -608,8 +608,8 @@ ROLES = [
     ({"role": "learner"}, "role 'learner' is no copy of 'reference'"),
 ]
 PAIRS = [
-    ([], "chosen of {} is empty"),
-    (["a pair"], r"{}\[0\] is a pair: give pairs from encode_pairs"),
+    ([], "^{} is empty"),
+    (["a pair"], r"{}\[0\] is 'a pair': give pairs from encode_pairs"),
     ([{"chosen": TRAIN[0]["chosen"]}], r"{}\[0\] is .*give pairs from encode_pairs"),
     (one_more(TRAIN, rejected=TRAIN[0]["chosen"]), r"{}\[2\] has two prompts, or equal responses"),
     (one_more(TRAIN, rejected={"prompt": [5]}), r"{}\[2\] has two prompts, or equal responses"),

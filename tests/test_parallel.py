@@ -241,7 +241,8 @@ def test_a_stage_refuses_tied_weights():
 
 
 def joined(monkeypatch, device="cpu", **environment):
-    for name, value in ({"RANK": "0", "WORLD_SIZE": "1"} | environment).items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (alone | environment).items():
         monkeypatch.setenv(name, value)
     with join(device, timeout=5):
         pass

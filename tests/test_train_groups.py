@@ -129,7 +129,7 @@ def test_groups_of_different_prompts_are_refused(tiny, tokenizer):
         collect_experience(roles, tokenizer, mixed, CONFIG, 0.1, 0)
     with pytest.raises(ValueError, match="prompts 0 and 1 are of one group of 3 and differ"):
         collect_experience(roles, tokenizer, PROMPTS[:6], CONFIG, 0.1, 0)
-    with pytest.raises(ValueError, match="4 scores are no groups of 3"):
+    with pytest.raises(ValueError, match="4 prompts are no groups of 3"):
         collect_experience(roles, tokenizer, [*ASKED[:3], "the cow"], CONFIG, 0.1, 0)
 
 

@@ -93,7 +93,7 @@ def test_eos_is_seen_and_a_missing_one_costs(roles, tokenizer, policy, score):
         (
             {"prompts": PROMPTS[:1], "completion_ids": [[]]},
             ValueError,
-            r"completion_ids\[0\] is empty",
+            r"completion_ids\[0\] is \[\]: give",
         ),
         ({"prompts": PROMPTS[:1], "completions": ["a"]}, TypeError, "completion_ids"),
         ({"prompts": [""], "completion_ids": [[5, 1]]}, ValueError, "prompt"),

@@ -2,12 +2,16 @@
 
 import doctest
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_helpers import validation
+from rlhf_helpers.examine import Alarm
 from rlhf_helpers.kinds import Above, B, Finite, Mask, OneOf, T, V, Whole
+from rlhf_helpers.presets import Preset, load_preset
 from rlhf_helpers.validation import checked
 
 
@@ -48,7 +52,7 @@ def test_what_fits_is_let_through(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": None}, "x must be a tensor, not NoneType"),
+        ({"x": None}, "x must be a tensor, not None"),
         ({"x": torch.zeros(2, 3, 1)}, r"x has shape \[2, 3, 1\]: it must be \[B, T\]"),
         ({"mask": torch.ones(2, 4)}, r"mask has shape \[2, 4\], x \[2, 3\]: they must be equal"),
         ({"logits": torch.zeros(())}, r"logits has shape \[\]: it must be \[\.\.\., V\]"),
@@ -72,3 +76,54 @@ def test_only_what_the_mask_counts_is_looked_at():
         called(x, 1 - mask)
     with pytest.raises(ValueError, match=r"^x is nan at \[0, 1\]"):
         called(x)
+
+
+@checked
+def plain(
+    whether: bool = True,
+    path: str | Path | None = None,
+    act: Callable[[int], int] = abs,
+    named: Mapping[str, int] | None = None,
+    preset: Preset | None = None,
+    one_of_two: Preset | Alarm | None = None,
+    several: list[Preset] = (),
+    model: torch.nn.Module | None = None,
+) -> Preset:
+    return "called"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"whether": False, "path": "a", "act": lambda x: x, "named": {"a": 1}},
+        {"path": Path("a"), "preset": load_preset("pocket"), "model": torch.nn.Identity()},
+        {"one_of_two": 3, "several": 3},  # what no single kind says
+    ],
+)
+def test_what_fits_plain_annotations_is_let_through(arguments):
+    assert plain(**arguments) == "called"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"whether": None}, ValueError, "whether is None: it must be one of True, False"),
+        ({"whether": "no"}, ValueError, "whether is 'no': it must be one of True, False"),
+        ({"path": 3}, TypeError, "path is 3: give a path"),
+        ({"path": " "}, ValueError, "path is ' ': give a path"),
+        ({"act": None}, TypeError, "act is None: give a function"),
+        ({"named": [1]}, TypeError, r"named is \[1\]: give a dictionary"),
+        ({"preset": "pocket"}, TypeError, r"preset is 'pocket': give load_preset\(\.\.\.\)"),
+        ({"model": "a"}, TypeError, "model is 'a': give a model, as load_base"),
+        ({"model": "a\nb" * 99}, TypeError, r"model is '[ab\\n]{97}…: give a model"),
+    ],
+)
+def test_what_does_not_fit_plain_annotations_is_named(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        plain(**arguments)
+
+
+def test_a_long_value_is_shown_on_one_line():
+    with pytest.raises(TypeError, match=r"^preset is Sequential\( \(0\): Identity\(\) \): give"):
+        plain(preset=torch.nn.Sequential(torch.nn.Identity()))

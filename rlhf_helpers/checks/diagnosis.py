@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from rlhf_helpers.checks.exercise import NOT_ATTEMPTED
 from rlhf_helpers.presets import ASSETS
+from rlhf_helpers.validation import checked
 
 FAULTS = {
     "reference ratio": "the ratio is taken against the reference, not against the old policy",
@@ -83,6 +84,7 @@ def check_diagnosis(answers: Mapping[str, str]) -> None:
     judge(answers, _ANSWERS, FAULTS, _EVIDENCE, training_log)
 
 
+@checked
 def judge(
     answers: Mapping[str, str],
     right: Mapping[str, str],

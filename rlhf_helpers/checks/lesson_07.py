@@ -108,7 +108,7 @@ def patient(name: str) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
         ValueError: for another name.
     """
     known = PATIENTS | {HEALTHY: HEALTHY}
-    if name not in known:
+    if name not in [*known]:
         raise ValueError(f"there is no patient {name!r}; choose one of {', '.join(known)}")
     rows = [{c: float(row[c]) for c in COLUMNS} for row in _recorded("updates", known[name])]
     texts = _recorded("texts", known[name])

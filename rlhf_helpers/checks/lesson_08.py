@@ -548,7 +548,7 @@ def dpo_log(name: str) -> list[dict[str, float]]:
     Raises:
         ValueError: for another name.
     """
-    if name not in _LOGS:
+    if name not in [*_LOGS]:
         raise ValueError(f"there is no log {name!r}; choose A, B or C")
     return read_log("dpo_logs", name)
 

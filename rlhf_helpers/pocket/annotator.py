@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rlhf_helpers.guards import in_range, shown
 from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.rubric import count_phrases, gold_reward
 
@@ -33,11 +34,11 @@ class Annotator:
     length: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature is {self.temperature}; give a number above 0")
+        if not in_range(self.temperature, above=True):
+            raise ValueError(f"temperature is {self.temperature!r}; give a number above 0")
         for name in ("politeness", "length"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number, 0 for no bias")
+            if not in_range(getattr(self, name), -math.inf, above=True):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a number, 0 for no bias")
 
     def unbiased(self) -> "Annotator":
         """The same annotator with every bias switched off."""
@@ -94,6 +95,6 @@ def ceiling(probabilities: Sequence[float]) -> float:
     """
     if not probabilities:
         raise ValueError("no probabilities: give at least one pair")
-    if bad := [p for p in probabilities if not 0 <= p <= 1]:
-        raise ValueError(f"{bad[0]} is not a probability: give numbers between 0 and 1")
+    if bad := [p for p in probabilities if not in_range(p, high=1)]:
+        raise ValueError(f"{shown(bad[0])} is not a probability: give numbers between 0 and 1")
     return sum(max(p, 1 - p) for p in probabilities) / len(probabilities)

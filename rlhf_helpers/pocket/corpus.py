@@ -213,8 +213,8 @@ def demonstrations(split: str, copies: int, seed: int) -> list[dict[str, str]]:
     Raises:
         ValueError: for an unknown split, or `copies` that is no whole number of at least 1.
     """
-    if not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"copies is {copies}; give at least 1, a whole number")
+    if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+        raise ValueError(f"copies is {copies!r}; give at least 1, a whole number")
     rng = random.Random(f"sft-{split}-{seed}")
     prompts = world.prompts(split) * copies
     rng.shuffle(prompts)

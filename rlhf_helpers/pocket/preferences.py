@@ -13,10 +13,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_helpers.checkpoints import require_no_file
+from rlhf_helpers.kinds import Whole
 from rlhf_helpers.pocket import corpus, world
 from rlhf_helpers.pocket.annotator import Annotator, ceiling
 from rlhf_helpers.pocket.rubric import gold_reward
 from rlhf_helpers.rollout import sample_responses
+from rlhf_helpers.validation import checked
 
 
 def written_preferences(split: str, annotator: Annotator, seed: int) -> list[dict]:
@@ -32,6 +34,7 @@ def written_preferences(split: str, annotator: Annotator, seed: int) -> list[dic
     return rows
 
 
+@checked
 def collect_preferences(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,7 +42,7 @@ def collect_preferences(
     annotator: Annotator,
     draws: int = 4,
     response_length: int = 32,
-    seed: int = 0,
+    seed: Whole[0] = 0,
     cache: Path | None = None,
 ) -> Dataset:
     """Ask for preferences: sample responses to each prompt, let the annotator choose between two.
@@ -60,7 +63,7 @@ def collect_preferences(
         chooses the one in `chosen`.
     """
     if not isinstance(draws, int) or draws < 3:
-        raise ValueError(f"draws is {draws}; give at least 3, so that each makes another pair")
+        raise ValueError(f"draws is {draws!r}; give at least 3, so that each makes another pair")
     if cache:
         require_no_file(Path(cache))
     settings = [prompts, asdict(annotator), draws, response_length, seed, _weights_digest(model)]

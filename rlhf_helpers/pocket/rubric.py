@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 
+from rlhf_helpers.guards import shown
 from rlhf_helpers.pocket import world
 from rlhf_helpers.pocket.world import TOPICS, Claim, Question
 
@@ -55,9 +56,9 @@ def look_up(prompt: str) -> Question:
     Raises:
         ValueError: if the world has no such prompt; the message names the nearest ones.
     """
-    question = world.questions().get(prompt)
+    question = world.questions().get(prompt) if isinstance(prompt, str) else None
     if question is None:
-        near = difflib.get_close_matches(prompt, world.questions(), n=2, cutoff=0.0)
+        near = difflib.get_close_matches(str(prompt), world.questions(), n=2, cutoff=0.0)
         raise ValueError(
             f"the pocket world has no prompt {prompt!r}, so its rubric cannot mark an answer; "
             f"the nearest are {' and '.join(map(repr, near))}"
@@ -131,6 +132,7 @@ def gold_reward(prompt: str, response: str, finished: bool = True) -> Score:
         The points for each part of the rubric, and their `total`, at best 1.9.
 
     Raises:
+        TypeError: if the response is no text.
         ValueError: if the world has no such prompt.
 
     Example:
@@ -140,6 +142,8 @@ def gold_reward(prompt: str, response: str, finished: bool = True) -> Score:
         Score(correct=-0.5, answers=0.3, polite=0.0, concise=0.2, finished=0.2, rude=0.0, ...)
     """
     question = look_up(prompt)
+    if not isinstance(response, str):
+        raise TypeError(f"response is {shown(response)}: give its text")
     sentences = world.split_sentences(response)
     found = [answer_in(question, sentence) for sentence in sentences]
     answers = {claim: world.is_true(claim) for claim in found if claim is not None}

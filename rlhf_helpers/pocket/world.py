@@ -613,7 +613,7 @@ def prompts(split: str = "train") -> list[str]:
         "held_out_fact": lambda q: not q.held_out_phrasing and held_out_fact(q),
         "held_out": lambda q: q.held_out_phrasing or held_out_fact(q),
     }
-    if split not in chosen:
+    if split not in [*chosen]:
         raise ValueError(f"split is {split!r}; choose one of {', '.join(chosen)}")
     return [prompt for prompt, question in questions().items() if chosen[split](question)]
 
