@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,17 +36,19 @@ TESTS = {  # of each module, beside its rows in test_bad_input.py
     "text": "text outside_data data",
 }
 IN_PROCESSES = ("parallel",)
-APART = (  # a run that is killed; a test that reads the source, which is another here
-    "test_train_ppo.py::test_killed_runs_go_on_to_the_same_weights",
-    "test_clinic.py::test_a_fault_can_be_read",
-)
+OPTIONS = [  # of pytest
+    "--hypothesis-profile=ci",  # the same draws for every mutant
+    "--deselect=tests/test_train_ppo.py::test_killed_runs_go_on_to_the_same_weights",
+    "--deselect=tests/test_clinic.py::test_a_fault_can_be_read",  # the source is another here
+]
+NOTICED = ("killed", "timeout")
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["rlhf_helpers"]
 only_mutate = ["rlhf_helpers/{module}.py"]
 do_not_mutate_patterns = ['^ *raise ', '^ *f?"[^"]* [^"]*"[,)]*$']
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = {apart}
+pytest_add_cli_args = {options}
 also_copy = ["tools"]
 process_isolation = "forkserver"
 timeout_constant = 60.0
@@ -69,9 +70,8 @@ def prepare(folder: Path, module: str) -> None:
     path = folder / "rlhf_helpers" / f"{module}.py"
     path.write_text(undecorated(path.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copystat(ROOT / "rlhf_helpers" / path.name, path)
-    apart = [f"--deselect=tests/{name}" for name in APART]
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
-        file.write(SETTINGS.format(module=module, tests=files_of(module), apart=apart))
+        file.write(SETTINGS.format(module=module, tests=files_of(module), options=OPTIONS))
 
 
 def undecorated(source: str) -> str:
@@ -112,17 +112,14 @@ def fates(module: str) -> dict[str, str]:
     listed = mutmut(folder, "results", "--all", "true", quiet=True)
     found = dict(re.findall(r"^\s*(rlhf_helpers\.\S+): (.+)$", listed, re.MULTILINE))
     if module in IN_PROCESSES:
-        found |= {name: alone(folder, module, name) for name in found if lives(found[name])}
+        alive = [name for name, fate in found.items() if fate not in NOTICED]
+        found |= {name: alone(folder, module, name) for name in alive}
     return found
-
-
-def lives(fate: str) -> bool:
-    return fate not in ("killed", "timeout")
 
 
 def alone(folder: Path, module: str, name: str) -> str:
     """The fate of a mutant if all tests of its module are run; processes inherit the variable."""
-    tests = ["pytest", "-x", "-q", "-p", "no:cacheprovider", *files_of(module)]
+    tests = ["pytest", "-x", "-p", "no:cacheprovider", *OPTIONS, *files_of(module)]
     done = python(folder / "mutants", *tests, MUTANT_UNDER_TEST=name)
     return "killed" if done.returncode == 1 else "survived"
 
@@ -133,13 +130,13 @@ def main() -> None:
         raise SystemExit(f"{sorted(unknown)}: choose from {list(TESTS)}")
     found = {module: fates(module) for module in modules}
     print(f"\n{'module':10}{'mutants':>9}{'noticed':>9}{'share':>8}")
-    for module, of_module in found.items():
-        count = Counter(map(lives, of_module.values()))
-        share = count[False] / count.total()
-        print(f"{module:10}{count.total():9}{count[False]:9}{share:8.1%}")
-    for name, fate in sorted(fate for of_module in found.values() for fate in of_module.items()):
-        if lives(fate):
-            print(f"{fate:12}{name}")
+    for module, fate_of in found.items():
+        noticed = sum(fate in NOTICED for fate in fate_of.values())
+        print(f"{module:10}{len(fate_of):9}{noticed:9}{noticed / len(fate_of):8.1%}")
+    for fate_of in found.values():
+        for name, fate in sorted(fate_of.items()):
+            if fate not in NOTICED:
+                print(f"{fate:12}{name}")
 
 
 if __name__ == "__main__":
