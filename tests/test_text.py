@@ -332,6 +332,14 @@ def test_marks_of_any_first_character_are_found():
         assert pattern.search(f"a {mark[:-1]} b {mark[0]}") is None or mark == "<unused>1"
 
 
+def test_an_empty_special_token_is_no_mark():
+    """Some tokenizers have one, and it stands in every text."""
+    tokenizer = tokenizer_with(CHAT)
+    tokenizer.bos_token = ""
+    pattern = reserved(tokenizer)
+    assert pattern.search("hi there") is None and pattern.search("a </s>")[0] == "</s>"
+
+
 def test_half_a_character_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"prompt 1 is 'hi\\ud800', with '\\ud800', .* half of a"):
         encode_prompts(tokenizer, ["what is hot?", "hi\ud800"], 24)
