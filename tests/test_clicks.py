@@ -358,6 +358,57 @@ def test_progress_has_the_time_left_at_the_median_pace(monkeypatch):
     assert clicks.progress() == "3 of 60 done, about 28 min left"
 
 
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(60, "about 1 min left"), (59, "under 1 min left"), (150, "about 2 min left")],
+)
+def test_progress_before_the_last_question(monkeypatch, seconds, words):
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    clicks = Clicks(pairs(5), repeats=0)
+    for _ in range(4):
+        now += seconds
+        clicks.record("first")  # the next question is shown from now on
+    assert clicks.progress() == f"4 of 5 done, {words}"
+    clicks.record("first")
+    assert clicks.progress() == "5 of 5 done"
+
+
+def test_seconds_are_kept_to_a_hundredth(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    clicks = Clicks(pairs(5))
+    now = 1.2345
+    assert clicks.seconds_shown() == 1.2345
+    clicks.record("first")
+    assert clicks.rows[0]["seconds"] == 1.23
+
+
+def test_what_is_not_given_is_seed_0_and_8_repeats():
+    assert Clicks(pairs()).session == Clicks(pairs(), None, 0, 8).session
+    careless, numbers = simulated(gold, wrong=0.5), range(20)
+    asked = [(f"{n}?", "so.", "no.") for n in numbers]
+    again = simulated(gold, 0.0, 0.5, 0)
+    assert [careless(*question) for question in asked] == [again(*question) for question in asked]
+
+
+def test_four_choices_of_one_side_come_by_chance_once_in_8_times():
+    clicks = Clicks(pairs(), repeats=0)
+    clicks.click_through(lambda *_: "first", limit=3)
+    assert clicks.one_sided() is None
+    clicks.click_through(lambda *_: "first", limit=1)
+    assert "all 4 choices are the first" in clicks.one_sided()
+    assert "once in 8 times" in clicks.one_sided()
+
+
+def test_a_limit_of_none_or_0_questions():
+    clicks = Clicks(pairs(5), repeats=0)
+    clicks.click_through(simulated(gold), limit=0)
+    assert clicks.rows == []
+    clicks.click_through(simulated(gold))
+    assert len(clicks.rows) == 5
+
+
 def test_a_person_who_always_takes_one_side_is_warned(path):
     clicks = Clicks(pairs(), path)
     clicks.click_through(lambda *_: "second", limit=8)
@@ -400,6 +451,7 @@ def test_simulated_clickers_honest_careless_and_noisy():
     assert share_right(simulated(gold)) == 1
     assert abs(share_right(simulated(gold, wrong=0.2)) - 0.8) < 0.05  # four standard deviations
     assert abs(share_right(simulated(gold, temperature=1.0)) - 0.731) < 0.056  # σ(1)
+    assert abs(share_right(simulated(gold, temperature=0.5)) - 0.881) < 0.041  # σ(2)
     assert share_right(simulated(gold, wrong=0.2)) == share_right(simulated(gold, wrong=0.2))
     assert share_right(simulated(gold, wrong=0.2)) != share_right(
         simulated(gold, wrong=0.2, seed=1)

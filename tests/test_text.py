@@ -1,7 +1,9 @@
 """From texts to token ids, on tokenizers of the kinds that real models have."""
 
+import doctest
 import itertools
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -10,12 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from rlhf_helpers import text as module
 from rlhf_helpers.presets import load_preset
 from rlhf_helpers.text import (
     PLAIN_TEMPLATE,
     Unfit,
     answer_text,
     as_messages,
+    check_examples,
     content_text,
     encode_examples,
     encode_prompts,
@@ -25,6 +29,7 @@ from rlhf_helpers.text import (
     readable,
     render,
     reserved,
+    same_prompt,
 )
 
 NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -74,6 +79,11 @@ def encode(tokenizer, prompt, completion="it is good."):
     data = {"prompt": [prompt], "completion": [completion]}
     (example,) = encode_examples(tokenizer, Dataset.from_dict(data), 200, 100)
     return example["prompt"], example["response"]
+
+
+def test_doctests():
+    results = doctest.testmod(module)
+    assert results.attempted > 0 and results.failed == 0
 
 
 # --- BOS and EOS ---------------------------------------------------------------------------
@@ -226,6 +236,21 @@ def test_a_dialogue_can_be_printed():
     assert readable("hi") == "hi"
 
 
+@pytest.mark.parametrize(
+    "other, same",
+    [
+        ("what  is\na caf\u00e9? ", True),
+        ([{"role": "user", "content": "what is a cafe\u0301?"}], True),
+        ("what is a cafe?", False),
+        ("whatis a caf\u00e9?", False),
+        ([*TALK[:2], {"role": "user", "content": "what is a caf\u00e9?"}], False),
+    ],
+)
+def test_prompts_that_differ_in_blanks_or_codes_alone_have_one_key(other, same):
+    assert (same_prompt(other) == same_prompt("what is a cafe\u0301?")) == same
+    assert same_prompt("what is a caf\u00e9?") == "user what is a caf\u00e9?"
+
+
 OLD_CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 )
@@ -307,6 +332,14 @@ def test_marks_of_any_first_character_are_found():
         assert pattern.search(f"a {mark[:-1]} b {mark[0]}") is None or mark == "<unused>1"
 
 
+def test_an_empty_special_token_is_no_mark():
+    """Some tokenizers have one, and it stands in every text."""
+    tokenizer = tokenizer_with(CHAT)
+    tokenizer.bos_token = ""
+    pattern = reserved(tokenizer)
+    assert pattern.search("hi there") is None and pattern.search("a </s>")[0] == "</s>"
+
+
 def test_half_a_character_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"prompt 1 is 'hi\\ud800', with '\\ud800', .* half of a"):
         encode_prompts(tokenizer, ["what is hot?", "hi\ud800"], 24)
@@ -354,6 +387,17 @@ def test_a_pad_token_without_an_embedding_gives_way_to_one_that_has_it(tmp_path,
     assert found.pad_token_id < embeddings and len(found) == embeddings + 1
 
 
+@pytest.mark.parametrize("report", [True, False, None])
+def test_the_plain_template_is_reported_once_unless_it_is_not_asked_for(tmp_path, capsys, report):
+    tokenizer = tokenizer_with(None)
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    preset = load_preset("single_gpu", model=str(tmp_path), device="cpu")
+    found = load_tokenizer(preset) if report is None else load_tokenizer(preset, report)
+    assert found.chat_template == PLAIN_TEMPLATE
+    assert capsys.readouterr().out.count("has no chat template") == (report is not False)
+
+
 def test_without_another_pad_token_that_is_said(tmp_path):
     tokenizer = tokenizer_with(CHAT)
     LlamaConfig(vocab_size=3).save_pretrained(tmp_path)  # <unk>, <s> and </s>, not <pad>
@@ -377,3 +421,32 @@ def test_batches_of_like_length_hold_every_example_once(rows):
     for shorter, longer in itertools.pairwise(batches):
         assert max(lengths[i] for i in shorter) <= min(lengths[i] for i in longer)
     assert all(batch == sorted(batch) for batch in batches)
+
+
+# --- examples that a model can take --------------------------------------------------------
+
+GOOD = {"prompt": [5, 0], "response": [63, 1]}
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, None),
+        ({"response": [2, 2, 2, 1]}, None),  # as many as the context has
+        ({"response": [2, 2, 2, 2, 1]}, "has 7 tokens, more than the model's context of 6"),
+        ({"prompt": [64]}, "holds token id 64 of 64"),
+        ({"prompt": [5, -1]}, "holds token id -1 of 64"),
+        ({"response": [5.0, 1]}, "holds token id 5.0 of 64"),
+        ({"prompt": []}, r"has no prompt, or a response that does not end with EOS \(1\)"),
+        ({"response": [1, 7]}, "has no prompt, or a response that does not end with EOS"),
+        ({"response": []}, "has no prompt, or a response that does not end with EOS"),
+    ],
+)
+def test_ids_and_lengths_at_their_limits(changes, reason):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=64, max_position_embeddings=6))
+    tokenizer = SimpleNamespace(eos_token_id=1)
+    if reason is None:
+        check_examples("rows", [GOOD, GOOD | changes], model, tokenizer)
+    else:
+        with pytest.raises(ValueError, match=rf"^rows\[1\] {reason}"):
+            check_examples("rows", [GOOD, GOOD | changes], model, tokenizer)
