@@ -648,7 +648,7 @@ class TestRules(Rules):
             undivided,
             ZeroDivisionError,
             "(same - chance) / (1 - chance)",
-            "first tensor(",
+            "first tensor([0, 0, 0])",
         ),
     )
 

@@ -562,9 +562,21 @@ class TestRules(GradientRules):
         ("k3_penalty", lambda p, q, m: (p - q) * m, "shape [1, 2], expected is []. A loss is one"),
         ("teaching_share", lambda s, n: s.view(-1, n).std(1) > 0, "it returned Tensor"),
     )
-    in_place = (("leave_one_out", scores_in_place, "scores"),)
+    in_place = (
+        ("leave_one_out", scores_in_place, "scores"),
+        ("grpo_advantages", scores_in_place, "scores"),
+        ("k3_penalty", lambda p, q, m: (p.sub_(q) * m).sum(), "logprobs"),
+        ("teaching_share", lambda s, n: s.zero_().sum().item(), "scores"),
+    )
     unknown = (
-        ("leave_one_out", lambda s, n: lesson_09.leave_one_out(s, n) - 7, ("group_size 3",)),
+        ("leave_one_out", lambda *x: lesson_09.leave_one_out(*x) - 7, ("group_size 3",)),
+        ("grpo_advantages", lambda *x: lesson_09.grpo_advantages(*x) - 7, ("group_size 3",)),
+        (
+            "k3_penalty",
+            lambda *x: lesson_09.k3_penalty(*x) - 7,
+            ("response_mask tensor([[1, 1]])",),
+        ),
+        ("teaching_share", lambda *x: lesson_09.teaching_share(*x) - 7, ("expected 0.5",)),
     )
     failing = (
         (

@@ -676,8 +676,14 @@ class TestRules(Rules):
         ("split_logprobs", lambda z, t, f, m, s: z, "the result has shape [2, 1, 2]"),
         ("rank_bytes", lambda n, w, s: str(n), "it returned str"),
     )
-    in_place = (("whiten_over_ranks", in_place, "x"),)
+    in_place = (
+        ("whiten_over_ranks", in_place, "x"),
+        ("split_logprobs", lambda z, t, f, m, s: z.exp_()[:, 0], "logits"),
+    )
     unknown = (
+        ("whiten_over_ranks", lambda *x: 2 * merged(*x) - 7, ("x tensor([[1., 2., 6.],",)),
+        ("split_logprobs", lambda *x: 2 * SPLIT_RIGHT[0](*x) - 7, ("tokens tensor([3])",)),
+        ("sent_bytes", lambda x, w, s: x * w + s, ("yours 3200", "expected 1200.0")),
         ("rank_bytes", lambda n, w, s: 7 * right_held(n, w, s) + 3 * s * w, ("world_size",)),
     )
     failing = (
@@ -686,7 +692,7 @@ class TestRules(Rules):
             misspelt,
             AttributeError,
             "return logits.log_sofmax(-1)",
-            "tokens tensor(",
+            "tokens tensor([3])",
         ),
     )
 
