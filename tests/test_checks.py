@@ -3,22 +3,20 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
 import math
 from functools import partial
 
-import helpers_checks as shared
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_checks import run
+from helpers_checks import GradientRules, run
 
 from rlhf_helpers import kl, reward
 from rlhf_helpers.checks import (
+    check_estimate_kl,
     check_lora_forward,
     check_lora_parameters,
-    check_mask_prompt,
     check_nf4_bytes,
     check_pair_accuracy,
     lesson_01,
@@ -29,25 +27,6 @@ from rlhf_helpers.checks.exercise import UNKNOWN, same
 RIGHT_AT_0 = "it is right where lora_A is 0 throughout"
 GRADIENT = "the values are right, but not the gradient: that with respect to "
 FEW_BITS = "it is right in short rows only"
-
-EXERCISES = (
-    lesson_01.MASK_PROMPT,
-    lesson_01.LORA_FORWARD,
-    lesson_01.LORA_PARAMETERS,
-    lesson_01.NF4_BYTES,
-    lesson_02.PAIRWISE_LOSS,
-    lesson_02.LAST_TOKEN,
-    lesson_02.PAIR_ACCURACY,
-)
-NAMES = [exercise.name for exercise in EXERCISES]
-
-
-@pytest.mark.parametrize("module", [lesson_01, lesson_02])
-def test_doctests(module):
-    results = doctest.testmod(module)
-    assert results.attempted > 0
-    assert results.failed == 0
-
 
 # --- mask_prompt, wrong ---
 
@@ -1329,53 +1308,7 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    printed = run(name, answer, capsys)
-    assert printed.startswith(f"{name}: correct. Tested: ")
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_all_tested(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(shared.messages_of(exercise))
-
-
 # --- not attempted ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-def raised_by_torch(input_ids, attention_mask, prompt_length):
-    return input_ids.softmax(-1)
-
-
-@pytest.mark.parametrize("answer", [raised_by_torch, shared.raised_by_a_helper])
-def test_a_not_implemented_error_from_elsewhere_is_an_exception(answer, capsys):
-    with pytest.raises(NotImplementedError):
-        check_mask_prompt(answer)
-    printed = capsys.readouterr().out
-    assert printed.startswith("mask_prompt: NotImplementedError in your line ")
-    assert "not attempted" not in printed
 
 
 def stub_below(chosen, rejected):
@@ -1470,50 +1403,11 @@ def test_a_mistake_of_any_exercise_is_named(name, answer, message, capsys):
 
 def test_integers_in_square_brackets_are_named(capsys):
     with pytest.raises(IndexError):
-        shared.checks.check_estimate_kl(lambda curr, ref, mask: (curr - ref)[mask].mean())
+        check_estimate_kl(lambda curr, ref, mask: (curr - ref)[mask].mean())
     assert "a mask there has to be bool" in capsys.readouterr().out
 
 
-# --- structural faults ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_of_another_kind_is_named(name, capsys):
-    assert f"{name}: it returned list [1, 2]; return one " in run(name, lambda *a: [1, 2], capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_in_place_of_the_function_is_named(name, capsys):
-    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
-
-
-def test_a_tensor_of_another_shape_is_named(capsys):
-    printed = run("mask_prompt", lambda ids, mask, p: ids[:, p:], capsys)
-    assert "the result has shape [2, 3], expected is [2, 5]. Every token needs an entry" in printed
-    printed = run("lora_forward", lambda x, w, a, b, alpha: x, capsys)
-    assert "the result has shape [3], expected is [1]. The result has the shape of x" in printed
-    printed = run("pairwise_loss", lambda c, r: -F.logsigmoid(c - r), capsys)
-    assert "the result has shape [2], expected is []. Training differentiates one" in printed
-    printed = run("last_token_index", lambda mask: mask.argmax(), capsys)
-    assert "the result has shape [], expected is [2]. It is one column" in printed
-    printed = run("last_token_index", lambda mask: mask, capsys)
-    assert "the result has shape [2, 3], expected is [2]. It is one column" in printed
-
-
-def test_a_result_per_pair_is_no_number(capsys):
-    printed = run("pair_accuracy", lambda c, r: (c > r).float(), capsys)
-    assert printed.endswith("it returned Tensor tensor([1., 0., 1., 0.]); return one number.")
-
-
-def test_a_loss_as_a_number_has_no_gradient(capsys):
-    printed = run("pairwise_loss", lambda c, r: F.softplus(r - c).mean().item(), capsys)
-    assert "it returned float 0.41" in printed
-    assert printed.endswith("return one tensor.")
+# --- the rules ---
 
 
 def in_place(input_ids, attention_mask, prompt_length):
@@ -1543,9 +1437,68 @@ def popping(shapes, rank):
     return total
 
 
-@pytest.mark.parametrize(
-    ("name", "answer", "argument"),
-    [
+def typo(input_ids, attention_mask, prompt_length):
+    labels = input_ids.clone()
+    labels[:, prompt_length + 100] = -100  # too far
+    return labels
+
+
+def misspelt(chosen, rejected):
+    return F.softplus(rejected - chosen).men()
+
+
+class TestRules(GradientRules):
+    modules = (lesson_01, lesson_02)
+    exercises = (
+        lesson_01.MASK_PROMPT,
+        lesson_01.LORA_FORWARD,
+        lesson_01.LORA_PARAMETERS,
+        lesson_01.NF4_BYTES,
+        lesson_02.PAIRWISE_LOSS,
+        lesson_02.LAST_TOKEN,
+        lesson_02.PAIR_ACCURACY,
+    )
+    mistakes = MISTAKES
+    right = RIGHT
+    lost = (("lora_forward", without_grad), ("pairwise_loss", loss_without_grad))
+    other_kinds = (
+        (
+            "mask_prompt",
+            lambda ids, mask, p: ids[:, p:],
+            "the result has shape [2, 3], expected is [2, 5]. Every token needs an entry",
+        ),
+        (
+            "lora_forward",
+            lambda x, w, a, b, alpha: x,
+            "the result has shape [3], expected is [1]. The result has the shape of x",
+        ),
+        (
+            "pairwise_loss",
+            lambda c, r: -F.logsigmoid(c - r),
+            "the result has shape [2], expected is []. Training differentiates one",
+        ),
+        (
+            "pairwise_loss",
+            lambda c, r: F.softplus(r - c).mean().mul(100).round().item(),
+            "it returned float 41.0; return one tensor.",
+        ),
+        (
+            "last_token_index",
+            lambda mask: mask.argmax(),
+            "the result has shape [], expected is [2]. It is one column",
+        ),
+        (
+            "last_token_index",
+            lambda mask: mask,
+            "the result has shape [2, 3], expected is [2]. It is one column",
+        ),
+        (
+            "pair_accuracy",
+            lambda c, r: (c > r).float(),
+            "it returned Tensor tensor([1., 0., 1., 0.]); return one number.",
+        ),
+    )
+    in_place = (
         ("mask_prompt", in_place, "input_ids"),
         ("lora_forward", merged_in_place, "weight"),
         ("lora_forward", weight_not_frozen, "weight"),
@@ -1553,64 +1506,67 @@ def popping(shapes, rank):
         ("pairwise_loss", gap_in_place, "chosen"),
         ("last_token_index", columns_in_place, "attention_mask"),
         ("pair_accuracy", gap_in_place, "chosen"),
-    ],
-)
-def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
-
-
-def test_the_cases_survive_an_answer_that_changes_them(capsys):
-    run("mask_prompt", in_place, capsys)
-    assert "correct" in run("mask_prompt", mask_by_loops, capsys)
-
-
-# --- the unknown, and exceptions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "case", "yours", "expected"),
-    [
+    )
+    unknown = (
         (
             "mask_prompt",
             lambda ids, mask, p: 0 * ids + 77,
-            "input_ids tensor([[5, 6, 7, 1, 0],",
-            "yours tensor([[77, 77, 77, 77, 77],",
-            "expected tensor([[-100, -100, 7, 1, -100],",
+            (
+                "input_ids tensor([[5, 6, 7, 1, 0],",
+                "yours tensor([[77, 77, 77, 77, 77],",
+                "expected tensor([[-100, -100, 7, 1, -100],",
+            ),
         ),
         (
             "lora_forward",
             lambda x, w, a, b, alpha: float("nan") * (x @ w.T),
-            "x tensor([1., 2., 3.])",
-            "yours tensor([nan])",
-            "expected tensor([13.])",
+            ("x tensor([1., 2., 3.])", "yours tensor([nan])", "expected tensor([13.])"),
         ),
-        ("lora_parameters", lambda shapes, rank: 77, "shapes [(3, 4)]", "yours 77", "expected 14"),
-        ("nf4_bytes", lambda n, double: 77, "weights 128", "yours 77", "expected 72"),
+        (
+            "lora_parameters",
+            lambda shapes, rank: 77,
+            ("shapes [(3, 4)]", "yours 77", "expected 14"),
+        ),
+        ("nf4_bytes", lambda n, double: 77, ("weights 128", "yours 77", "expected 72")),
         (
             "pairwise_loss",
             lambda c, r: (c - r).mean() * float("nan"),
-            "chosen tensor([1., 2.])",
-            "yours tensor(nan)",
-            "expected tensor(0.41",
+            ("chosen tensor([1., 2.])", "yours tensor(nan)", "expected tensor(0.41"),
         ),
         (
             "last_token_index",
             lambda mask: mask.argmax(-1) * 0 + 77,
-            "attention_mask tensor([[1, 1, 0],",
-            "yours tensor([77, 77])",
-            "expected tensor([1, 2])",
+            (
+                "attention_mask tensor([[1, 1, 0],",
+                "yours tensor([77, 77])",
+                "expected tensor([1, 2])",
+            ),
         ),
         (
             "pair_accuracy",
             lambda c, r: math.nan,
-            "chosen tensor([2., 1., 3., 0.])",
-            "yours nan",
-            "expected 0.625",
+            ("chosen tensor([2., 1., 3., 0.])", "yours nan", "expected 0.625"),
         ),
-    ],
-)
-def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
-    shared.assert_case_is_shown(name, answer, (case, yours, expected), capsys)
+    )
+    failing = (
+        (
+            "mask_prompt",
+            typo,
+            IndexError,
+            "labels[:, prompt_length + 100] = -100",
+            "prompt_length 2",
+        ),
+        (
+            "pairwise_loss",
+            misspelt,
+            AttributeError,
+            "return F.softplus(",
+            "chosen tensor([1., 2.])",
+        ),
+    )
+
+
+# --- the unknown, and exceptions ---
 
 
 def not_transposed(x, weight, lora_A, lora_B, alpha):
@@ -1636,23 +1592,6 @@ def test_a_missing_default_is_reported(capsys):
     with pytest.raises(TypeError, match="missing 1 required positional"):
         check_nf4_bytes(lambda weights, double: bytes_by_loop(weights, double))
     assert "on this call:\n  weights  128\n" in capsys.readouterr().out
-
-
-def typo(input_ids, attention_mask, prompt_length):
-    labels = input_ids.clone()
-    labels[:, prompt_length + 100] = -100  # too far
-    return labels
-
-
-def test_an_exception_names_call_and_line_and_is_raised_again(capsys):
-    with pytest.raises(IndexError, match="out of bounds") as caught:
-        check_mask_prompt(typo)
-    printed = capsys.readouterr().out
-    number = typo.__code__.co_firstlineno + 2
-    line = f"in your line {number}: labels[:, prompt_length + 100] = -100  # too far\n"
-    assert printed.startswith(f"mask_prompt: IndexError {line}on this call:\n")
-    assert "prompt_length   2" in printed
-    assert caught.traceback[-1].frame.code.raw is typo.__code__
 
 
 def test_an_exception_inside_a_library_names_the_learners_line(capsys):
@@ -1689,14 +1628,6 @@ def test_an_exception_that_only_gradients_bring_out_is_reported(capsys):
     with pytest.raises(RuntimeError, match="requires grad"):
         check_lora_forward(answer)
     assert ": product = torch.from_numpy(" in capsys.readouterr().out
-
-
-def test_gradients_are_checked_where_they_are_switched_off(capsys):
-    with torch.no_grad():
-        assert "correct" in run("lora_forward", lora_by_linear, capsys)
-        assert "gradient" in run("lora_forward", without_grad, capsys)
-        assert "correct" in run("pairwise_loss", loss_by_loop, capsys)
-        assert "gradient" in run("pairwise_loss", loss_without_grad, capsys)
 
 
 def test_a_division_by_no_decided_pairs_shows_the_pairs(capsys):

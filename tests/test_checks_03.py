@@ -3,33 +3,17 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
-
-import helpers_checks as shared
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_checks import run
+from helpers_checks import GradientRules, run
 
-from rlhf_helpers.checks import FAULTS, check_diagnosis, check_gae, lesson_03
+from rlhf_helpers.checks import FAULTS, check_diagnosis, lesson_03
 from rlhf_helpers.losses import gae as package_gae
 
-EXERCISES = (lesson_03.TOKEN_LOGPROBS, lesson_03.GAE, lesson_03.POLICY_LOSS)
-NAMES = [exercise.name for exercise in EXERCISES]
 OVERWRITTEN = "the values are right, but the backward pass fails"
 GRADIENT = "the values are right, but not the gradient: that with respect to"
 DTYPE = "the values are right, but the dtype is torch.float64; return torch.float32"
-FURTHER = dict(
-    zip(
-        NAMES,
-        (lesson_03.TOKEN_FURTHER, lesson_03.GAE_FURTHER, lesson_03.POLICY_FURTHER),
-        strict=True,
-    )
-)
-
-
-def messages_of(exercise):
-    return shared.messages_of(exercise) | {message for _, message in FURTHER[exercise.name]}
 
 
 def in_float64(answer):
@@ -39,12 +23,6 @@ def in_float64(answer):
         )
 
     return other
-
-
-def test_doctests():
-    results = doctest.testmod(lesson_03)
-    assert results.attempted == 3
-    assert results.failed == 0
 
 
 # --- token_logprobs, wrong ---
@@ -1127,83 +1105,7 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_all_tested(messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_message_begins_like_another(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_beginnings_differ(messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(messages_of(exercise))
-
-
-# --- not attempted ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-# --- structural faults ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_in_place_of_the_function_is_named(name, capsys):
-    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
-        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t)[:, 1:], "shape [1, 1]"),
-        (
-            "token_logprobs",
-            lambda z, ids, t: z.log_softmax(-1).gather(2, ids[..., None])[..., 0],
-            "shape [1, 4], expected is [1, 2]. It is one number for each token of the response",
-        ),
-        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t).mean(1), "shape [1]"),
-        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t)[..., None], "[1, 2, 1]"),
-        ("token_logprobs", lambda z, ids, t: [1, 2], "it returned list [1, 2]; return one tensor."),
-        (
-            "policy_loss",
-            lambda new, old, a, mask, clip: losses(new, old, a, clip),
-            "shape [1, 3], expected is []. Training differentiates one number",
-        ),
-        ("policy_loss", lambda *x: right_loss(*x).item(), "it returned float -0.06"),
-        ("policy_loss", lambda *x: (right_loss(*x), {}), "it returned tuple"),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
+# --- the rules ---
 
 
 def only_a_pair_where_nothing_is_padded(*arguments):
@@ -1264,66 +1166,6 @@ def advantages_in_place(logprobs, old_logprobs, advantages, response_mask, clip)
     return right_loss(logprobs, old_logprobs, advantages, response_mask, clip)
 
 
-@pytest.mark.parametrize(
-    ("name", "answer", "argument"),
-    [
-        ("token_logprobs", logits_in_place, "logits"),
-        ("token_logprobs", ids_in_place, "input_ids"),
-        ("gae", values_in_place, "values"),
-        ("gae", rewards_in_place, "rewards"),
-        ("policy_loss", logprobs_in_place, "logprobs"),
-        ("policy_loss", advantages_in_place, "advantages"),
-    ],
-)
-def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-# --- the unknown, NaN, and exceptions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "case", "yours", "expected"),
-    [
-        (
-            "token_logprobs",
-            lambda z, ids, t: looked_up(1)(z, ids, t) * torch.nan,
-            "response_length 2",
-            "yours tensor([[nan, nan]])",
-            "expected tensor([[-0.69",
-        ),
-        (
-            "token_logprobs",
-            lambda z, ids, t: looked_up(1)(z, ids, t) - 7,
-            "input_ids tensor([[0, 2, 1, 2]])",
-            "yours tensor([[-7.69",
-            "expected tensor([[-0.69",
-        ),
-        (
-            "gae",
-            lambda r, v, mask, gamma, lam: (r * torch.nan, v * torch.nan),
-            "rewards tensor([[0., 1.]])",
-            "yours tensor([[[nan, nan]], [[nan, nan]]])",
-            "expected tensor([[[0.4800, 0.4000]], [[0.9800, 1.0000]]])",
-        ),
-        (
-            "policy_loss",
-            lambda new, old, a, mask, clip: new.sum() * torch.nan,
-            "advantages tensor([[ 1., 1., -1.]])",
-            "yours tensor(nan)",
-            "expected tensor(-0.06",
-        ),
-    ],
-)
-def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
-    shared.assert_case_is_shown(name, answer, (case, yours, expected), capsys)
-
-
 def misspelt(rewards, values, response_mask, gamma, lam):
     return rewards.clon(), values
 
@@ -1334,42 +1176,85 @@ def fails_without_padding_only_at_first(rewards, values, response_mask, gamma, l
     return right_loop(rewards, values, response_mask, gamma, lam)
 
 
-@pytest.mark.parametrize(
-    ("answer", "error", "line", "argument"),
-    [
-        (misspelt, AttributeError, "return rewards.clon(), values", "rewards tensor([[0., 1.]])"),
+class TestRules(GradientRules):
+    modules = (lesson_03,)
+    exercises = (lesson_03.TOKEN_LOGPROBS, lesson_03.GAE, lesson_03.POLICY_LOSS)
+    further = (
+        *(("token_logprobs", message) for _, message in lesson_03.TOKEN_FURTHER),
+        *(("gae", message) for _, message in lesson_03.GAE_FURTHER),
+        *(("policy_loss", message) for _, message in lesson_03.POLICY_FURTHER),
+    )
+    lost = (("token_logprobs", scores_without_grad), ("policy_loss", loss_without_grad))
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
+        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t)[:, 1:], "shape [1, 1]"),
         (
+            "token_logprobs",
+            lambda z, ids, t: z.log_softmax(-1).gather(2, ids[..., None])[..., 0],
+            "shape [1, 4], expected is [1, 2]. It is one number for each token of the response",
+        ),
+        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t).mean(1), "shape [1]"),
+        ("token_logprobs", lambda z, ids, t: looked_up(1)(z, ids, t)[..., None], "[1, 2, 1]"),
+        ("token_logprobs", lambda z, ids, t: [1, 2], "it returned list [1, 2]; return one tensor."),
+        (
+            "policy_loss",
+            lambda new, old, a, mask, clip: losses(new, old, a, clip),
+            "shape [1, 3], expected is []. Training differentiates one number",
+        ),
+        ("policy_loss", lambda *x: right_loss(*x).item(), "it returned float -0.06"),
+        ("policy_loss", lambda *x: (right_loss(*x), {}), "it returned tuple"),
+    )
+    in_place = (
+        ("token_logprobs", logits_in_place, "logits"),
+        ("token_logprobs", ids_in_place, "input_ids"),
+        ("gae", values_in_place, "values"),
+        ("gae", rewards_in_place, "rewards"),
+        ("policy_loss", logprobs_in_place, "logprobs"),
+        ("policy_loss", advantages_in_place, "advantages"),
+    )
+    unknown = (
+        (
+            "token_logprobs",
+            lambda z, ids, t: looked_up(1)(z, ids, t) * torch.nan,
+            ("response_length 2", "yours tensor([[nan, nan]])", "expected tensor([[-0.69"),
+        ),
+        (
+            "token_logprobs",
+            lambda z, ids, t: looked_up(1)(z, ids, t) - 7,
+            ("input_ids tensor([[0, 2, 1, 2]])", "yours tensor([[-7.69", "expected tensor([[-0.69"),
+        ),
+        (
+            "gae",
+            lambda r, v, mask, gamma, lam: (r * torch.nan, v * torch.nan),
+            (
+                "rewards tensor([[0., 1.]])",
+                "yours tensor([[[nan, nan]], [[nan, nan]]])",
+                "expected tensor([[[0.4800, 0.4000]], [[0.9800, 1.0000]]])",
+            ),
+        ),
+        (
+            "policy_loss",
+            lambda new, old, a, mask, clip: new.sum() * torch.nan,
+            ("advantages tensor([[ 1., 1., -1.]])", "yours tensor(nan)", "expected tensor(-0.06"),
+        ),
+    )
+    failing = (
+        (
+            "gae",
+            misspelt,
+            AttributeError,
+            "return rewards.clon(), values",
+            "rewards tensor([[0., 1.]])",
+        ),
+        (
+            "gae",
             fails_without_padding_only_at_first,
             RuntimeError,
             "rewards = rewards @ values",
             "gamma 0.9",
         ),
-    ],
-)
-def test_an_exception_names_call_and_line_and_is_raised_again(
-    answer, error, line, argument, capsys
-):
-    with pytest.raises(error):
-        check_gae(answer)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(f"gae: {error.__name__} in your line ")
-    assert f": {line} on this call: " in printed
-    assert argument in printed
-
-
-def test_a_not_implemented_error_from_elsewhere_is_an_exception(capsys):
-    with pytest.raises(NotImplementedError):
-        check_gae(shared.raised_by_a_helper)
-    assert "not attempted" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss"])
-def test_gradients_are_checked_where_they_are_switched_off(name, capsys):
-    right = shared.right_answer(name, RIGHT)
-    wrong = {"token_logprobs": scores_without_grad, "policy_loss": loss_without_grad}[name]
-    with torch.no_grad():
-        assert "correct" in run(name, right, capsys)
-        assert "gradient" in run(name, wrong, capsys)
+    )
 
 
 # --- the diagnosis ---

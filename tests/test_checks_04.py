@@ -3,30 +3,23 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
+from itertools import product
 
-import helpers_checks as shared
-import pytest
 import torch
-from helpers_checks import run
+from helpers_checks import Rules, run
 
 from rlhf_helpers import memory
-from rlhf_helpers.checks import check_train_step, lesson_04
+from rlhf_helpers.checks import lesson_04
 from rlhf_helpers.roles import Roles
 
-EXERCISES = (lesson_04.TRAIN_STEP, lesson_04.SHAPE_REWARDS, lesson_04.PREDICT_BYTES)
-NAMES = [exercise.name for exercise in EXERCISES]
 BYTES_MESSAGES = {message for _, message in lesson_04._BYTES_MISTAKES}
-OTHER_MESSAGES = shared.messages_of(lesson_04.SHAPE_REWARDS) | BYTES_MESSAGES
-STEP_MESSAGES = [
-    m for m in vars(lesson_04.SAY).values() if m not in OTHER_MESSAGES and "{}" not in m
-]
-
-
-def test_doctests():
-    results = doctest.testmod(lesson_04)
-    assert results.attempted == 3
-    assert results.failed == 0
+REWARD_MESSAGES = {message for _, message in lesson_04.SHAPE_REWARDS.mistakes}
+STEP_MESSAGES = {
+    message.format(role=role, active=active, other=other, factor="times -1")
+    for message in vars(lesson_04.SAY).values()
+    if message not in REWARD_MESSAGES | BYTES_MESSAGES and "{}" not in message
+    for role, active, other in product(lesson_04._TRAINED + lesson_04._FROZEN, repeat=3)
+}
 
 
 # --- train_step, wrong ---
@@ -1039,30 +1032,6 @@ RIGHT = [
     *(("shape_rewards", answer) for answer in REWARD_RIGHT),
     *(("predict_bytes", answer) for answer in BYTES_RIGHT),
 ]
-MESSAGES = {
-    "train_step": {
-        message.format(role="policy", active="reward", other="value", factor="times -1")
-        for message in STEP_MESSAGES
-    },
-    "shape_rewards": shared.messages_of(lesson_04.SHAPE_REWARDS),
-    "predict_bytes": BYTES_MESSAGES,
-}
-
-
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    printed = run(name, answer, capsys)
-    assert printed.startswith(f"{name}: correct")
-    assert "Tested: " in printed
-
-
-def test_rewards_that_make_a_mistake_look_like_no_other():
-    shared.assert_mistakes_differ(lesson_04.SHAPE_REWARDS)
 
 
 def test_bytes_that_make_a_mistake_look_like_no_other():
@@ -1081,52 +1050,7 @@ def test_bytes_that_make_a_mistake_look_like_no_other():
             assert another == message or not near(results, other, 0.04)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_message_has_a_test(name):
-    tested = shared.expected_messages(name, MISTAKES)
-    for role in ("value", "reference"):
-        tested |= {message.replace(role, "policy") for message in tested}
-    shared.assert_all_tested(MESSAGES[name], tested)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_messages_say_why_and_hold_no_code(name):
-    shared.assert_say_why(MESSAGES[name])
-
-
-# --- not attempted ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-# --- structural faults ---
-
-
-@pytest.mark.parametrize("name", ["shape_rewards", "predict_bytes"])
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_in_place_of_the_function_is_named(name, capsys):
-    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
-        ("shape_rewards", lambda *x: right_rewards(*x).sum(1), "shape [1], expected is [1, 3]"),
-        ("shape_rewards", lambda *x: right_rewards(*x).tolist(), "it returned list"),
-        ("predict_bytes", lambda *x: {"base": 1}, "it returned dict {'base': 1}"),
-        ("predict_bytes", lambda *x: torch.ones(2), "return one number"),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
+# --- the rules ---
 
 
 def logprobs_in_place(scores, logprobs, ref_logprobs, response_mask, beta):
@@ -1149,47 +1073,6 @@ def trains_in_place(shapes, layers, other, rank, trains):
     total = counted()(shapes, layers, other, rank, trains)
     trains.clear()
     return total
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "argument"),
-    [
-        ("shape_rewards", logprobs_in_place, "logprobs"),
-        ("shape_rewards", scores_in_place, "scores"),
-        ("predict_bytes", trains_in_place, "trains"),
-    ],
-)
-def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
-
-
-def test_shapes_changed_in_place_are_named(capsys):
-    assert "it changes its argument shapes in place" in run(
-        "predict_bytes", shapes_in_place, capsys
-    )
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-# --- the unknown, NaN, and exceptions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "shown"),
-    [
-        ("shape_rewards", lambda *x: right_rewards(*x) - 7, "yours tensor([[-7.06"),
-        ("shape_rewards", lambda *x: right_rewards(*x) * torch.nan, "expected tensor([[-0.06"),
-        ("predict_bytes", lambda *x: 1.2345 * counted()(*x), "expected 4873.0"),
-        ("predict_bytes", lambda *x: float("nan"), "yours nan"),
-        *(("shape_rewards", answer, "yours") for answer in REWARD_CUTS),
-        *(("predict_bytes", answer, "yours") for answer in ROLES_MISCOUNTED),
-    ],
-)
-def test_an_unknown_mistake_shows_the_case(name, answer, shown, capsys):
-    shared.assert_case_is_shown(name, answer, [shown], capsys)
 
 
 def test_a_wrong_order_is_shown_beside_the_right_one(capsys):
@@ -1215,26 +1098,51 @@ def without_the_model(roles, losses, optimizers):
         losses[role](roles).backward()
 
 
-@pytest.mark.parametrize(
-    ("answer", "error", "line"),
-    [
-        (misspelt, AttributeError, "optimizers[role].zero_gard()"),
-        (without_the_model, TypeError, "losses[role](roles).backward()"),
-    ],
-)
-def test_an_exception_names_call_and_line_and_is_raised_again(answer, error, line, capsys):
-    with pytest.raises(error):
-        check_train_step(answer)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(f"train_step: {error.__name__} in your line ")
-    assert f": {line} on this call: roles Roles(policy, value, reference, reward)" in printed
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
-    with pytest.raises(NotImplementedError):
-        shared.check_of(name)(shared.raised_by_a_helper)
-    assert "not attempted" not in capsys.readouterr().out
+class TestRules(Rules):
+    modules = (lesson_04,)
+    exercises = (lesson_04.TRAIN_STEP, lesson_04.SHAPE_REWARDS, lesson_04.PREDICT_BYTES)
+    further = (
+        *(("train_step", message) for message in STEP_MESSAGES),
+        *(("predict_bytes", message) for message in BYTES_MESSAGES),
+    )
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
+        ("shape_rewards", lambda *x: right_rewards(*x).sum(1), "shape [1], expected is [1, 3]"),
+        ("shape_rewards", lambda *x: right_rewards(*x).tolist(), "it returned list"),
+        ("predict_bytes", lambda *x: {"base": 1}, "it returned dict {'base': 1}"),
+        ("predict_bytes", lambda *x: torch.ones(2), "return one number"),
+    )
+    in_place = (
+        ("shape_rewards", logprobs_in_place, "logprobs"),
+        ("shape_rewards", scores_in_place, "scores"),
+        ("predict_bytes", shapes_in_place, "shapes"),
+        ("predict_bytes", trains_in_place, "trains"),
+    )
+    unknown = (
+        ("shape_rewards", lambda *x: right_rewards(*x) - 7, ("yours tensor([[-7.06",)),
+        ("shape_rewards", lambda *x: right_rewards(*x) * torch.nan, ("expected tensor([[-0.06",)),
+        ("predict_bytes", lambda *x: 1.2345 * counted()(*x), ("expected 4873.0",)),
+        ("predict_bytes", lambda *x: float("nan"), ("yours nan",)),
+        *(("shape_rewards", answer, ("yours",)) for answer in REWARD_CUTS),
+        *(("predict_bytes", answer, ("yours",)) for answer in ROLES_MISCOUNTED),
+    )
+    failing = (
+        (
+            "train_step",
+            misspelt,
+            AttributeError,
+            "optimizers[role].zero_gard()",
+            "roles Roles(policy, value, reference, reward)",
+        ),
+        (
+            "train_step",
+            without_the_model,
+            TypeError,
+            "losses[role](roles).backward()",
+            "roles Roles(policy, value, reference, reward)",
+        ),
+    )
 
 
 def test_the_imitation_moves_each_role_as_if_it_were_alone():

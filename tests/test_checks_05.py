@@ -3,31 +3,13 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
-
-import helpers_checks as shared
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_checks import run
+from helpers_checks import Rules, run
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_helpers.checks import lesson_05
-
-EXERCISES = (
-    lesson_05.SAMPLED_LOG_PROBS,
-    lesson_05.EXACT_KL,
-    lesson_05.ESTIMATE_KL,
-    lesson_05.FINAL_REWARD,
-)
-NAMES = [exercise.name for exercise in EXERCISES]
-
-
-def test_doctests():
-    results = doctest.testmod(lesson_05)
-    assert results.attempted == 4
-    assert results.failed == 0
-
 
 # --- sampled_log_probs ---
 
@@ -626,85 +608,7 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_all_tested(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_message_begins_like_another(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(shared.messages_of(exercise))
-
-
-# --- not attempted ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-# --- structural faults ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_in_place_of_the_function_is_named(name, capsys):
-    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
-        ("exact_kl", lambda *x: torch_kl(*x).sum(1), "shape [1], expected is [1, 2]. It is one"),
-        ("exact_kl", lambda *x: torch_kl(*x).mean(), "shape [], expected is [1, 2]"),
-        ("exact_kl", of_both(lambda p, q: p * (p / q).log()), "shape [1, 2, 3], expected"),
-        ("exact_kl", of_both(lambda p, q: (p * (p / q).log()).sum(1)), "[1, 3], expected"),
-        ("exact_kl", lambda *x: torch_kl(*x).tolist(), "it returned list"),
-        (
-            "estimate_kl",
-            lambda curr, ref, mask: (curr - ref) * mask,
-            "shape [1, 3], expected is []",
-        ),
-        ("estimate_kl", lambda *x: right_estimate(*x).item(), "it returned float 0.09"),
-        ("estimate_kl", lambda *x: right_estimate(*x)[None], "It is one number for the batch"),
-        (
-            "final_reward",
-            lambda rewards, curr, ref, mask, beta: rewards[:, None] - beta * (curr - ref) * mask,
-            "shape [1, 3], expected is [1]. It is one number for each response",
-        ),
-        ("final_reward", lambda *x: right_final(*x).mean(), "shape [], expected is [1]"),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
+# --- the rules ---
 
 
 def shift_of_whole_sequences(logits, tokens):
@@ -787,65 +691,6 @@ def rewards_in_place(rewards_model, log_probs_curr, log_probs_ref, response_mask
     return rewards_model
 
 
-@pytest.mark.parametrize(
-    ("name", "answer", "argument"),
-    [
-        ("sampled_log_probs", ref_logits_in_place, "ref_logits"),
-        ("exact_kl", curr_logits_in_place, "curr_logits"),
-        ("estimate_kl", curr_in_place, "log_probs_curr"),
-        ("final_reward", mask_in_place, "response_mask"),
-        ("final_reward", rewards_in_place, "rewards_model"),
-    ],
-)
-def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-# --- the unknown, NaN, and exceptions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "case", "yours", "expected"),
-    [
-        (
-            "sampled_log_probs",
-            lambda *x: [y - 7 for y in right_pair(*x)],
-            "tokens tensor([[1, 1]])",
-            "yours tensor([[[-7.69",
-            "expected tensor([[[-0.69",
-        ),
-        (
-            "exact_kl",
-            lambda *x: torch_kl(*x) - 7,
-            "curr_logits tensor([[[0.0000, 0.6931, 0.0000]",
-            "yours tensor([[-6.8267, -6.8517]])",
-            "expected tensor([[0.1733, 0.1483]])",
-        ),
-        (
-            "estimate_kl",
-            lambda *x: right_estimate(*x) - 7,
-            "response_mask tensor([[1, 1, 0]])",
-            "yours tensor(-6.9",
-            "expected tensor(0.0912)",
-        ),
-        (
-            "final_reward",
-            lambda *x: right_final(*x) * torch.nan,
-            "beta 0.1",
-            "yours tensor([nan])",
-            "expected tensor([1.9818])",
-        ),
-    ],
-)
-def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
-    shared.assert_case_is_shown(name, answer, (case, yours, expected), capsys)
-
-
 def misspelt(curr_logits, ref_logits, tokens):
     return curr_logits.log_sofmax(-1), ref_logits
 
@@ -859,28 +704,92 @@ def without_the_mask_as_bool(log_probs_curr, log_probs_ref, response_mask):
     return (log_probs_curr - log_probs_ref)[response_mask + 9].mean()
 
 
-@pytest.mark.parametrize(
-    ("name", "answer", "error", "line"),
-    [
-        ("sampled_log_probs", misspelt, AttributeError, "return curr_logits.log_sofmax(-1), "),
-        ("exact_kl", logits_as_probabilities, ValueError, "return kl_divergence(Categorical("),
-        ("estimate_kl", without_the_mask_as_bool, IndexError, "[response_mask + 9].mean()"),
-    ],
-)
-def test_an_exception_names_call_and_line_and_is_raised_again(name, answer, error, line, capsys):
-    with pytest.raises(error):
-        shared.check_of(name)(answer)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(f"{name}: {error.__name__} in your line ")
-    assert line in printed
-    assert " on this call: " in printed
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
-    with pytest.raises(NotImplementedError):
-        shared.check_of(name)(shared.raised_by_a_helper)
-    assert "not attempted" not in capsys.readouterr().out
+class TestRules(Rules):
+    modules = (lesson_05,)
+    exercises = (
+        lesson_05.SAMPLED_LOG_PROBS,
+        lesson_05.EXACT_KL,
+        lesson_05.ESTIMATE_KL,
+        lesson_05.FINAL_REWARD,
+    )
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
+        ("exact_kl", lambda *x: torch_kl(*x).sum(1), "shape [1], expected is [1, 2]. It is one"),
+        ("exact_kl", lambda *x: torch_kl(*x).mean(), "shape [], expected is [1, 2]"),
+        ("exact_kl", of_both(lambda p, q: p * (p / q).log()), "shape [1, 2, 3], expected"),
+        ("exact_kl", of_both(lambda p, q: (p * (p / q).log()).sum(1)), "[1, 3], expected"),
+        ("exact_kl", lambda *x: torch_kl(*x).tolist(), "it returned list"),
+        (
+            "estimate_kl",
+            lambda curr, ref, mask: (curr - ref) * mask,
+            "shape [1, 3], expected is []",
+        ),
+        ("estimate_kl", lambda *x: right_estimate(*x).item(), "it returned float 0.09"),
+        ("estimate_kl", lambda *x: right_estimate(*x)[None], "It is one number for the batch"),
+        (
+            "final_reward",
+            lambda rewards, curr, ref, mask, beta: rewards[:, None] - beta * (curr - ref) * mask,
+            "shape [1, 3], expected is [1]. It is one number for each response",
+        ),
+        ("final_reward", lambda *x: right_final(*x).mean(), "shape [], expected is [1]"),
+    )
+    in_place = (
+        ("sampled_log_probs", ref_logits_in_place, "ref_logits"),
+        ("exact_kl", curr_logits_in_place, "curr_logits"),
+        ("estimate_kl", curr_in_place, "log_probs_curr"),
+        ("final_reward", mask_in_place, "response_mask"),
+        ("final_reward", rewards_in_place, "rewards_model"),
+    )
+    unknown = (
+        (
+            "sampled_log_probs",
+            lambda *x: [y - 7 for y in right_pair(*x)],
+            ("tokens tensor([[1, 1]])", "yours tensor([[[-7.69", "expected tensor([[[-0.69"),
+        ),
+        (
+            "exact_kl",
+            lambda *x: torch_kl(*x) - 7,
+            (
+                "curr_logits tensor([[[0.0000, 0.6931, 0.0000]",
+                "yours tensor([[-6.8267, -6.8517]])",
+                "expected tensor([[0.1733, 0.1483]])",
+            ),
+        ),
+        (
+            "estimate_kl",
+            lambda *x: right_estimate(*x) - 7,
+            ("response_mask tensor([[1, 1, 0]])", "yours tensor(-6.9", "expected tensor(0.0912)"),
+        ),
+        (
+            "final_reward",
+            lambda *x: right_final(*x) * torch.nan,
+            ("beta 0.1", "yours tensor([nan])", "expected tensor([1.9818])"),
+        ),
+    )
+    failing = (
+        (
+            "sampled_log_probs",
+            misspelt,
+            AttributeError,
+            "return curr_logits.log_sofmax(-1), ",
+            "tokens tensor([[1, 1]])",
+        ),
+        (
+            "exact_kl",
+            logits_as_probabilities,
+            ValueError,
+            "return kl_divergence(Categorical(",
+            "curr_logits tensor([[[0.0000, 0.6931, 0.0000]",
+        ),
+        (
+            "estimate_kl",
+            without_the_mask_as_bool,
+            IndexError,
+            "[response_mask + 9].mean()",
+            "response_mask tensor([[1, 1, 0]])",
+        ),
+    )
 
 
 # --- the hand example that goes through all four ---

@@ -3,27 +3,15 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
 import math
 from itertools import cycle
 
-import helpers_checks as shared
 import numpy as np
 import pytest
 import torch
-from helpers_checks import run
+from helpers_checks import Rules, check_of, run
 
 from rlhf_helpers.checks import lesson_06
-
-EXERCISES = (lesson_06.SELF_AGREEMENT, lesson_06.MOST_UNSURE, lesson_06.MIXTURE)
-NAMES = [exercise.name for exercise in EXERCISES]
-
-
-def test_doctests():
-    results = doctest.testmod(lesson_06)
-    assert results.attempted == 3
-    assert results.failed == 0
-
 
 # --- self_agreement ---
 
@@ -481,44 +469,6 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    printed = run(name, answer, capsys)
-    assert printed.startswith(f"{name}: {message}")
-    if answer is not nan_where_nothing_is_left:
-        shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_each_part_names_at_least_five_mistakes(exercise):
-    assert len(shared.messages_of(exercise)) >= 5
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    """Each by itself, also those that share a text with a gap."""
-    tested = shared.expected_messages(exercise.name, MISTAKES)
-    messages = shared.messages_of(exercise)
-    assert [m for m in messages if not any(m.startswith(start) for start in tested)] == []
-    for start in tested - {"it is right but where one has clicked the same side"}:
-        assert len([m for m in messages if m.startswith(start)]) == 1
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(shared.messages_of(exercise))
-
-
 def in_another_order(new, old, *settings):
     shuffled = (x[torch.randperm(len(x), generator=torch.manual_seed(0))] for x in (new, old))
     return with_cycles(*shuffled, *settings)
@@ -597,7 +547,7 @@ def test_a_batch_that_came_out_short_hears_of_slices(capsys):
         )
 
     with pytest.raises(RuntimeError, match="equal size"):
-        shared.check_of("mixture")(sliced)
+        check_of("mixture")(sliced)
     assert "A slice ends where its list does" in capsys.readouterr().out
 
 
@@ -609,45 +559,11 @@ def test_a_division_by_nothing_hears_what_to_return(capsys):
         return kappa(same, p * q + (1 - p) * (1 - q))
 
     with pytest.raises(ZeroDivisionError):
-        shared.check_of("self_agreement")(unguarded)
+        check_of("self_agreement")(unguarded)
     assert "no number: return 0, no agreement" in " ".join(capsys.readouterr().out.split())
 
 
-# --- not attempted, structural faults ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_in_place_of_the_function_is_named(name, capsys):
-    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
-        (
-            "self_agreement",
-            lambda a, b: (a != b).float(),
-            "it returned Tensor tensor([1., 1., 1., 0.]); return one number.",
-        ),
-        ("most_unsure", lambda a, b, n: (a - b).abs() < 1, "has shape [4], expected is [2]. It is"),
-        ("most_unsure", lambda *x: topk(*x).tolist(), "it returned list [3, 0]"),
-        ("mixture", lambda *x: with_cycles(*x).flatten(), "[8], expected is [2, 4]. It is one row"),
-        ("mixture", lambda *x: with_cycles(*x).tolist(), "it returned list [[10, 11, 20, 21], "),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
+# --- the rules ---
 
 
 def second_exchanged_in_place(first, second):
@@ -664,56 +580,6 @@ def old_in_place(new, old, steps, batch_size, replay):
     result = with_cycles(new, old, steps, batch_size, replay)
     old.zero_()
     return result
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "argument"),
-    [
-        ("self_agreement", second_exchanged_in_place, "second"),
-        ("most_unsure", scores_in_place, "first_scores"),
-        ("mixture", old_in_place, "old"),
-    ],
-)
-def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-# --- the unknown, chance, and exceptions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "case", "yours", "expected"),
-    [
-        (
-            "self_agreement",
-            lambda a, b: lesson_06.self_agreement(a, b) ** 2 - 7,
-            "first tensor([0, 0, 1, 1])",
-            "yours -6.75",
-            "expected 0.5",
-        ),
-        (
-            "most_unsure",
-            lambda a, b, n: torch.full((n,), 2),
-            "count 2",
-            "yours tensor([2, 2])",
-            "expected tensor([3, 0])",
-        ),
-        (
-            "mixture",
-            lambda *x: with_cycles(*x).flip(0) + 1000,
-            "replay 0.5",
-            "yours tensor([[1012,",
-            "expected tensor([[10, 11, 20, 21],",
-        ),
-    ],
-)
-def test_an_unknown_mistake_shows_the_case(name, answer, case, yours, expected, capsys):
-    shared.assert_case_is_shown(name, answer, (case, yours, expected), capsys)
 
 
 def test_a_choice_left_to_chance_is_noticed(capsys):
@@ -737,27 +603,58 @@ def undivided(first, second):
     return (same - chance) / (1 - chance)
 
 
-@pytest.mark.parametrize(
-    ("name", "answer", "error", "line"),
-    [
-        ("mixture", misspelt, AttributeError, "return torch.arrange(steps)"),
-        ("self_agreement", undivided, ZeroDivisionError, "(same - chance) / (1 - chance)"),
-    ],
-)
-def test_an_exception_names_call_and_line_and_is_raised_again(name, answer, error, line, capsys):
-    with pytest.raises(error):
-        shared.check_of(name)(answer)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(f"{name}: {error.__name__} in your line ")
-    assert line in printed
-    assert " on this call: " in printed
+class TestRules(Rules):
+    modules = (lesson_06,)
+    exercises = (lesson_06.SELF_AGREEMENT, lesson_06.MOST_UNSURE, lesson_06.MIXTURE)
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
+        (
+            "self_agreement",
+            lambda a, b: (a != b).float(),
+            "it returned Tensor tensor([1., 1., 1., 0.]); return one number.",
+        ),
+        ("most_unsure", lambda a, b, n: (a - b).abs() < 1, "has shape [4], expected is [2]. It is"),
+        ("most_unsure", lambda *x: topk(*x).tolist(), "it returned list [3, 0]"),
+        ("mixture", lambda *x: with_cycles(*x).flatten(), "[8], expected is [2, 4]. It is one row"),
+        ("mixture", lambda *x: with_cycles(*x).tolist(), "it returned list [[10, 11, 20, 21], "),
+    )
+    in_place = (
+        ("self_agreement", second_exchanged_in_place, "second"),
+        ("most_unsure", scores_in_place, "first_scores"),
+        ("mixture", old_in_place, "old"),
+    )
+    unknown = (
+        (
+            "self_agreement",
+            lambda a, b: lesson_06.self_agreement(a, b) ** 2 - 7,
+            ("first tensor([0, 0, 1, 1])", "yours -6.75", "expected 0.5"),
+        ),
+        (
+            "most_unsure",
+            lambda a, b, n: torch.full((n,), 2),
+            ("count 2", "yours tensor([2, 2])", "expected tensor([3, 0])"),
+        ),
+        (
+            "mixture",
+            lambda *x: with_cycles(*x).flip(0) + 1000,
+            ("replay 0.5", "yours tensor([[1012,", "expected tensor([[10, 11, 20, 21],"),
+        ),
+    )
+    failing = (
+        ("mixture", misspelt, AttributeError, "return torch.arrange(steps)", "replay 0.5"),
+        (
+            "self_agreement",
+            undivided,
+            ZeroDivisionError,
+            "(same - chance) / (1 - chance)",
+            "first tensor([0, 0, 0])",
+        ),
+    )
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
-    with pytest.raises(NotImplementedError):
-        shared.check_of(name)(shared.raised_by_a_helper)
-    assert "not attempted" not in capsys.readouterr().out
+    def family(self, message):
+        """Each message is tested, also where several share a text."""
+        return message
 
 
 # --- the reference against what is known of it ---

@@ -3,27 +3,15 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
 import re
 
-import helpers_checks as shared
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_checks import run
+from helpers_checks import UNNAMED, GradientRules, run
 
 from rlhf_helpers import checks, dpo
 from rlhf_helpers.checks import lesson_08
-
-EXERCISES = (lesson_08.DPO_LOSS, lesson_08.IMPLICIT_REWARDS)
-NAMES = [exercise.name for exercise in EXERCISES]
-
-
-def test_doctests():
-    results = doctest.testmod(lesson_08)
-    assert results.attempted == 3
-    assert results.failed == 0
-
 
 # --- dpo_loss ---
 
@@ -342,73 +330,7 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_all_tested(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_message_begins_like_another(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(shared.messages_of(exercise))
-
-
-# --- not attempted, structural faults ---
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_result_in_place_of_the_function_is_named(name, capsys):
-    assert f"{name}: give the check the function itself" in run(name, 3, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
-        ("dpo_loss", of_gap(lambda h, beta: F.softplus(-beta * h)), "shape [1], expected is []"),
-        ("dpo_loss", lambda *x: right_loss(*x).item(), "it returned float 0.28"),
-        (
-            "implicit_rewards",
-            of_ratio(lambda x, m: x * m),
-            "shape [1, 4], expected is [1]. It is one number for each response",
-        ),
-        ("implicit_rewards", of_ratio(lambda x, m: (x * m).sum()), "shape [], expected is [1]"),
-        ("implicit_rewards", lambda *x: right_rewards(*x).tolist(), "it returned list"),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
+# --- the rules ---
 
 
 def chosen_in_place(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -420,40 +342,6 @@ def chosen_in_place(chosen, rejected, ref_chosen, ref_rejected, beta):
 def logprobs_in_place(logprobs, ref_logprobs, response_mask, beta):
     logprobs -= ref_logprobs
     return beta * (logprobs * response_mask).sum(1)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "argument"),
-    [
-        ("dpo_loss", chosen_in_place, "chosen_logprobs"),
-        ("implicit_rewards", logprobs_in_place, "logprobs"),
-    ],
-)
-def test_an_argument_changed_in_place_is_named(name, answer, argument, capsys):
-    shared.assert_change_in_place_is_named(name, answer, argument, RIGHT, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-# --- the unknown, and exceptions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "shown"),
-    [
-        ("dpo_loss", lambda *x: right_loss(*x) - 7, ("beta 1.0", "expected tensor(0.2877")),
-        (
-            "implicit_rewards",
-            lambda *x: right_rewards(*x) * torch.nan,
-            ("beta 1.0", "yours tensor([nan])", "expected tensor([1.0986])"),
-        ),
-    ],
-)
-def test_an_unknown_mistake_shows_the_case(name, answer, shown, capsys):
-    shared.assert_case_is_shown(name, answer, shown, capsys)
 
 
 def clamped(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -471,32 +359,16 @@ def clamped(chosen, rejected, ref_chosen, ref_rejected, beta):
 )
 def test_nothing_is_said_that_holds_of_every_answer(name, answer, empty, capsys):
     printed = run(name, answer, capsys)
-    assert empty not in printed and shared.UNNAMED in printed
+    assert empty not in printed and UNNAMED in printed
 
 
 def misspelt(chosen, rejected, ref_chosen, ref_rejected, beta):
     return F.logsigmod(chosen)
 
 
-def test_an_exception_names_call_and_line_and_is_raised_again(capsys):
-    with pytest.raises(AttributeError):
-        checks.check_dpo_loss(misspelt)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith("dpo_loss: AttributeError in your line ")
-    assert "return F.logsigmod(chosen)" in printed and " on this call: " in printed
-
-
 def by_numpy(chosen, rejected, ref_chosen, ref_rejected, beta):
     h = (chosen - rejected).numpy() - (ref_chosen - ref_rejected).numpy()
     return F.softplus(-beta * torch.tensor(h)).mean()
-
-
-def test_an_exception_of_tensors_with_a_gradient_is_reported_too(capsys):
-    with pytest.raises(RuntimeError, match="requires grad"):
-        checks.check_dpo_loss(by_numpy)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith("dpo_loss: RuntimeError in your line ")
-    assert "h = (chosen - rejected).numpy()" in printed
 
 
 @pytest.mark.parametrize(
@@ -517,11 +389,39 @@ def test_a_mask_that_stands_elsewhere_is_not_taken_for_a_shorter_one(mask_of, wh
     assert f"all is right up to one thing: response_mask is used {where}" in printed
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_not_implemented_error_from_elsewhere_is_an_exception(name, capsys):
-    with pytest.raises(NotImplementedError):
-        shared.check_of(name)(shared.raised_by_a_helper)
-    assert "not attempted" not in capsys.readouterr().out
+class TestRules(GradientRules):
+    modules = (lesson_08,)
+    exercises = (lesson_08.DPO_LOSS, lesson_08.IMPLICIT_REWARDS)
+    lost = (("dpo_loss", nothing_learns),)
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
+        ("dpo_loss", of_gap(lambda h, beta: F.softplus(-beta * h)), "shape [1], expected is []"),
+        ("dpo_loss", lambda *x: right_loss(*x).item(), "it returned float 0.28"),
+        (
+            "implicit_rewards",
+            of_ratio(lambda x, m: x * m),
+            "shape [1, 4], expected is [1]. It is one number for each response",
+        ),
+        ("implicit_rewards", of_ratio(lambda x, m: (x * m).sum()), "shape [], expected is [1]"),
+        ("implicit_rewards", lambda *x: right_rewards(*x).tolist(), "it returned list"),
+    )
+    in_place = (
+        ("dpo_loss", chosen_in_place, "chosen_logprobs"),
+        ("implicit_rewards", logprobs_in_place, "logprobs"),
+    )
+    unknown = (
+        ("dpo_loss", lambda *x: right_loss(*x) - 7, ("beta 1.0", "expected tensor(0.2877")),
+        (
+            "implicit_rewards",
+            lambda *x: right_rewards(*x) * torch.nan,
+            ("beta 1.0", "yours tensor([nan])", "expected tensor([1.0986])"),
+        ),
+    )
+    failing = (
+        ("dpo_loss", misspelt, AttributeError, "return F.logsigmod(chosen)", "beta 1.0"),
+        ("dpo_loss", by_numpy, RuntimeError, "h = (chosen - rejected).numpy()", "beta 1.0"),
+    )
 
 
 def test_the_reference_version_of_the_rewards_knows_prompt_and_padding():

@@ -3,32 +3,18 @@
 The answers, wrong and right, are written here as a learner would write them.
 """
 
-import doctest
 import re
 import statistics
 from math import nan
 
-import helpers_checks as shared
 import pytest
 import torch
-from helpers_checks import run
+from helpers_checks import GradientRules, assert_mistake_is_named, run
 
 from rlhf_helpers import checks
 from rlhf_helpers.checks import lesson_09
 
-EXERCISES = (
-    lesson_09.LEAVE_ONE_OUT,
-    lesson_09.GRPO_ADVANTAGES,
-    lesson_09.K3_PENALTY,
-    lesson_09.TEACHING_SHARE,
-)
-NAMES = [exercise.name for exercise in EXERCISES]
-
-
-def test_doctests():
-    results = doctest.testmod(lesson_09)
-    assert results.attempted == 4
-    assert results.failed == 0
+NAMES = ("leave_one_out", "grpo_advantages", "k3_penalty", "teaching_share")
 
 
 # --- advantages ---
@@ -573,16 +559,6 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
-
-
 @pytest.mark.parametrize(("answer", "message"), LOST)
 def test_a_gradient_that_is_lost_or_goes_too_far_is_named(answer, message, capsys):
     assert run("k3_penalty", answer, capsys).startswith(f"k3_penalty: {message}")
@@ -590,7 +566,7 @@ def test_a_gradient_that_is_lost_or_goes_too_far_is_named(answer, message, capsy
 
 @pytest.mark.parametrize(("name", "answer", "message"), PLACES)
 def test_where_it_is_right_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
+    assert_mistake_is_named(name, answer, message, capsys)
 
 
 @pytest.mark.parametrize(("answer", "message"), HAIRS)
@@ -609,47 +585,27 @@ def test_a_column_that_was_not_kept_gets_a_hint(capsys):
     assert "kept as a column, it meets its own row" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_at_least_five_mistakes_have_a_name(exercise):
-    assert len(shared.messages_of(exercise)) >= 5
+def scores_in_place(scores, group_size):
+    scores -= scores.mean()
+    return scores
 
 
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
+def misspelt(scores, group_size):
+    return scores.veiw(-1, group_size)
 
 
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_all_tested(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_message_begins_like_another(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(shared.messages_of(exercise))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
+class TestRules(GradientRules):
+    modules = (lesson_09,)
+    exercises = (
+        lesson_09.LEAVE_ONE_OUT,
+        lesson_09.GRPO_ADVANTAGES,
+        lesson_09.K3_PENALTY,
+        lesson_09.TEACHING_SHARE,
+    )
+    lost = (("k3_penalty", LOST[0][0]),)
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
         (
             "leave_one_out",
             lambda s, n: s.view(-1, n),
@@ -658,31 +614,31 @@ def test_none_is_named(name, capsys):
         ("grpo_advantages", lambda s, n: s.tolist(), "it returned list"),
         ("k3_penalty", lambda p, q, m: (p - q) * m, "shape [1, 2], expected is []. A loss is one"),
         ("teaching_share", lambda s, n: s.view(-1, n).std(1) > 0, "it returned Tensor"),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
-
-
-def scores_in_place(scores, group_size):
-    scores -= scores.mean()
-    return scores
-
-
-def test_an_argument_changed_in_place_is_named(capsys):
-    shared.assert_change_in_place_is_named(
-        "leave_one_out", scores_in_place, "scores", RIGHT, capsys
     )
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-def test_an_unknown_mistake_shows_the_case(capsys):
-    shared.assert_case_is_shown(
-        "leave_one_out", lambda s, n: lesson_09.leave_one_out(s, n) - 7, ("group_size 3",), capsys
+    in_place = (
+        ("leave_one_out", scores_in_place, "scores"),
+        ("grpo_advantages", scores_in_place, "scores"),
+        ("k3_penalty", lambda p, q, m: (p.sub_(q) * m).sum(), "logprobs"),
+        ("teaching_share", lambda s, n: s.zero_().sum().item(), "scores"),
+    )
+    unknown = (
+        ("leave_one_out", lambda *x: lesson_09.leave_one_out(*x) - 7, ("group_size 3",)),
+        ("grpo_advantages", lambda *x: lesson_09.grpo_advantages(*x) - 7, ("group_size 3",)),
+        (
+            "k3_penalty",
+            lambda *x: lesson_09.k3_penalty(*x) - 7,
+            ("response_mask tensor([[1, 1]])",),
+        ),
+        ("teaching_share", lambda *x: lesson_09.teaching_share(*x) - 7, ("expected 0.5",)),
+    )
+    failing = (
+        (
+            "leave_one_out",
+            misspelt,
+            AttributeError,
+            "return scores.veiw(-1, group_size)",
+            "group_size 3",
+        ),
     )
 
 

@@ -3,23 +3,16 @@
 The answers, wrong and right, are written here as a learner would write them: for one rank.
 """
 
-import doctest
 import math
 
-import helpers_checks as shared
 import pytest
 import torch
-from helpers_checks import run
+from helpers_checks import UNNAMED, Rules, run
 
 from rlhf_helpers import checks
 from rlhf_helpers.checks import lesson_10
 
-EXERCISES = (lesson_10.WHITEN, lesson_10.SPLIT, lesson_10.HELD, lesson_10.SENT)
-NAMES = [exercise.name for exercise in EXERCISES]
-
-
-def test_doctests():
-    assert doctest.testmod(lesson_10).failed == 0
+NAMES = ("whiten_over_ranks", "split_logprobs", "rank_bytes", "sent_bytes")
 
 
 # --- whitening ---
@@ -571,16 +564,6 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), MISTAKES)
-def test_a_known_mistake_is_named(name, answer, message, capsys):
-    shared.assert_mistake_is_named(name, answer, message, capsys)
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_right_answer_passes(name, answer, capsys):
-    assert run(name, answer, capsys).startswith(f"{name}: correct. Tested: ")
-
-
 @pytest.mark.parametrize(
     ("name", "answer", "message"),
     [
@@ -627,9 +610,9 @@ def test_where_it_counts_otherwise_is_named(name, answer, message, capsys):
             lambda x, w, s: 2 * x * (w - 1) / w + (x if s == 3 else 0),
             "it is right in stage 0 and stage 1 and stage 2, but not in stage 3.",
         ),
-        ("rank_bytes", lambda n, w, s: right_held(n, w, s) * w**2, shared.UNNAMED),
+        ("rank_bytes", lambda n, w, s: right_held(n, w, s) * w**2, UNNAMED),
         ("sent_bytes", lambda x, w, s: (2 + (s == 3)) * x, "a whole is counted for each pass"),
-        ("sent_bytes", lambda x, w, s: x * w + s, shared.UNNAMED),
+        ("sent_bytes", lambda x, w, s: x * w + s, UNNAMED),
     ],
 )
 def test_other_wrong_bytes_are_not_forced_into_stages(name, answer, message, capsys):
@@ -685,61 +668,6 @@ def test_a_sign_alone_has_its_name(capsys):
     assert "the sign is turned round" in printed
 
 
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_at_least_five_mistakes_have_a_name(exercise):
-    assert len(shared.messages_of(exercise)) >= 5
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_two_mistakes_with_different_messages_look_alike(exercise):
-    shared.assert_mistakes_differ(exercise)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_every_message_has_a_test(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_all_tested(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_no_message_begins_like_another(exercise):
-    expected = shared.expected_messages(exercise.name, MISTAKES)
-    shared.assert_beginnings_differ(shared.messages_of(exercise), expected)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_messages_say_why_and_hold_no_code(exercise):
-    shared.assert_say_why(shared.messages_of(exercise))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("answer", shared.UNATTEMPTED)
-def test_unattempted_says_so(name, answer, capsys):
-    assert run(name, answer, capsys) == f"{name}: not attempted yet."
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_none_is_named(name, capsys):
-    assert f"{name}: it returned None." in run(name, lambda *arguments: None, capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "message"),
-    [
-        (
-            "whiten_over_ranks",
-            lambda x, m, s: x[m == 1][:1],
-            "the result has shape [2, 1], expected is [2, 3]. Rows are ranks",
-        ),
-        ("whiten_over_ranks", lambda x, m, s: x.tolist(), "it returned list"),
-        ("split_logprobs", lambda z, t, f, m, s: z, "the result has shape [2, 1, 2]"),
-        ("rank_bytes", lambda n, w, s: str(n), "it returned str"),
-    ],
-)
-def test_a_result_of_another_shape_or_kind_is_named(name, answer, message, capsys):
-    assert message in run(name, answer, capsys)
-
-
 def test_an_error_on_one_rank_is_the_learner_s(capsys):
     """The others wait for a sum, and must not wait for long."""
 
@@ -773,18 +701,43 @@ def in_place(x, mask, all_sum):
     return x
 
 
-def test_an_argument_changed_in_place_is_named(capsys):
-    shared.assert_change_in_place_is_named("whiten_over_ranks", in_place, "x", RIGHT, capsys)
+def misspelt(logits, tokens, first, all_max, all_sum):
+    return logits.log_sofmax(-1)
 
 
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_a_check_leaves_its_cases_as_they_are(name, answer, capsys):
-    shared.assert_cases_stay(EXERCISES, name, answer, capsys)
-
-
-def test_an_unknown_mistake_shows_the_case(capsys):
-    shared.assert_case_is_shown(
-        "rank_bytes", lambda n, w, s: 7 * right_held(n, w, s) + 3 * s * w, ("world_size",), capsys
+class TestRules(Rules):
+    modules = (lesson_10,)
+    exercises = (lesson_10.WHITEN, lesson_10.SPLIT, lesson_10.HELD, lesson_10.SENT)
+    mistakes = MISTAKES
+    right = RIGHT
+    other_kinds = (
+        (
+            "whiten_over_ranks",
+            lambda x, m, s: x[m == 1][:1],
+            "the result has shape [2, 1], expected is [2, 3]. Rows are ranks",
+        ),
+        ("whiten_over_ranks", lambda x, m, s: x.tolist(), "it returned list"),
+        ("split_logprobs", lambda z, t, f, m, s: z, "the result has shape [2, 1, 2]"),
+        ("rank_bytes", lambda n, w, s: str(n), "it returned str"),
+    )
+    in_place = (
+        ("whiten_over_ranks", in_place, "x"),
+        ("split_logprobs", lambda z, t, f, m, s: z.exp_()[:, 0], "logits"),
+    )
+    unknown = (
+        ("whiten_over_ranks", lambda *x: 2 * merged(*x) - 7, ("x tensor([[1., 2., 6.],",)),
+        ("split_logprobs", lambda *x: 2 * SPLIT_RIGHT[0](*x) - 7, ("tokens tensor([3])",)),
+        ("sent_bytes", lambda x, w, s: x * w + s, ("yours 3200", "expected 1200.0")),
+        ("rank_bytes", lambda n, w, s: 7 * right_held(n, w, s) + 3 * s * w, ("world_size",)),
+    )
+    failing = (
+        (
+            "split_logprobs",
+            misspelt,
+            AttributeError,
+            "return logits.log_sofmax(-1)",
+            "tokens tensor([3])",
+        ),
     )
 
 

@@ -235,6 +235,10 @@ def check_lora_forward(fn: Callable[[Tensor, Tensor, Tensor, Tensor, float], Ten
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
 
+    Example:
+        >>> check_lora_forward(_lora_forward)  # doctest: +ELLIPSIS
+        lora_forward: correct. Tested: x of 1 to 3 dimensions, ranks 1 to 4, also above in, and ...
+
     Hu et al., LoRA (arXiv 2106.09685), equation 3.
     """
     check(LORA_FORWARD, fn)
@@ -368,6 +372,10 @@ def check_lora_parameters(fn: Callable[[Sequence[tuple[int, int]], int], int]) -
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_lora_parameters(lora_parameters)
+        lora_parameters: correct. Tested: one layer, several, equal ones, rank 1.
     """
     check(LORA_PARAMETERS, fn)
 
@@ -489,6 +497,10 @@ def check_nf4_bytes(fn: Callable[[int, bool], int]) -> None:
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_nf4_bytes(nf4_bytes)  # doctest: +ELLIPSIS
+        nf4_bytes: correct. Tested: plain and double quantization, blocks that are not full, ...
     """
     check(NF4_BYTES, fn)
 

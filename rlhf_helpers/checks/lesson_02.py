@@ -238,6 +238,10 @@ def check_last_token_index(fn: Callable[[Tensor], Tensor]) -> None:
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_last_token_index(last_token_index)  # doctest: +ELLIPSIS
+        last_token_index: correct. Tested: padding on the left, on the right, on both sides, ...
     """
     check(LAST_TOKEN, fn)
 
@@ -304,6 +308,10 @@ def check_pair_accuracy(fn: Callable[[Tensor, Tensor], float]) -> None:
 
     Raises:
         Exception: whatever `fn` raises, after a report of the call and the line.
+
+    Example:
+        >>> check_pair_accuracy(pair_accuracy)  # doctest: +ELLIPSIS
+        pair_accuracy: correct. Tested: wins, losses, ties, nothing but ties, rewards from ...
     """
     check(PAIR_ACCURACY, fn)
 
