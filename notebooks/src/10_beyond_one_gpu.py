@@ -86,7 +86,10 @@ def means(values, mask):
     mean = x[real == 1].mean()
     of_means = all_sum(mean) / dist.get_world_size()
     averages = {"mean of means": of_means, "over all": mean_over_ranks(mean, real.sum())}
-    whitened = {"each rank by itself": whiten(x, real), "over all ranks": whiten_over_ranks(x, real)}
+    whitened = {
+        "each rank by itself": whiten(x, real),
+        "over all ranks": whiten_over_ranks(x, real),
+    }
     return averages, whitened
 
 

@@ -114,7 +114,9 @@ from rlhf_helpers.checks.lesson_09 import grpo_advantages, leave_one_out
 easy, even, noise = [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.500, 0.501, 0.499, 0.500]
 scores = torch.tensor(easy + even + noise)
 for name, advantages in (("leave-one-out", leave_one_out), ("GRPO", grpo_advantages)):
-    for prompt, group in zip(("easy", "even", "noise"), advantages(scores, 4).split(4), strict=True):
+    for prompt, group in zip(
+        ("easy", "even", "noise"), advantages(scores, 4).split(4), strict=True
+    ):
         print(f"{name:14}{prompt:6}", [round(x, 3) for x in group.tolist()])
 
 # %% [markdown]
