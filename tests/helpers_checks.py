@@ -72,7 +72,7 @@ def families():
     lessons = [module for module in vars(checks).values() if hasattr(module, "SAY")]
     texts = [re.split(r"{\w*}", text) for lesson in lessons for text in vars(lesson.SAY).values()]
     ends = {(parts[0], parts[-1]) for parts in texts if len(parts) > 1}
-    return sorted(ends, key=lambda pair: len(pair[0] + pair[1]), reverse=True)
+    return sorted(ends, key=lambda pair: (len(pair[0] + pair[1]), pair), reverse=True)
 
 
 def family_of(message):

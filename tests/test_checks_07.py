@@ -1,4 +1,7 @@
-"""The checks of exercise 07: what speaks against a wrong diagnosis, and a trainer that is asked."""
+"""The checks of exercise 07: what speaks against a wrong diagnosis, and a trainer that is asked.
+
+They get answers by name and a trainer, no function with cases: the rules of the others do not fit.
+"""
 
 import csv
 import doctest
