@@ -42,7 +42,7 @@ RATES = dict.fromkeys(BETAS, (1.5e-4, 3e-4, 7.5e-5)) | {1.0: (1.5e-4, 3e-4, 7.5e
 RATE_SEEDS = 100, 101, 102  # none of the ten
 MAIN_BETA = 0.1
 WRONG_BETAS = (0.1, 1.0)
-JUDGES = ("reward", "annotator", "unbiased", "nobody")
+JUDGES = ("reward", "annotator", "nobody")
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def wrong(out: Path, betas=WRONG_BETAS, seeds: int = 3) -> None:
 
 
 def rounds(out: Path, judges, seeds: int = 3) -> None:
-    """From the policy of the study on, with SFT as the reference still, on pairs of each kind."""
+    """From the policy of the study on, with SFT as the reference still, on pairs of three kinds."""
     rate = best_rate(out, MAIN_BETA)
     for seed in tqdm(range(seeds), desc="second rounds"):
         for judge in judges:
@@ -257,17 +257,16 @@ def second_round(out: Path, run: dict, judge: str) -> None:
 
 
 def own_pairs(roles: Roles, judge: str, seed: int) -> list[dict]:
-    """Pairs of the policy's own responses, made as in lesson 02, labelled by a judge.
+    """Pairs of the policy's own responses, made as in lesson 02, labelled by either judge.
 
     None to a prompt of the pairs that are held out.
     """
     tokenizer, prompts = load_tokenizer(load_preset("pocket")), world.prompts("train")
     model = roles.use("policy")
-    annotator = Annotator().unbiased() if judge == "unbiased" else Annotator()
-    rows = collect_preferences(model, tokenizer, prompts, annotator, seed=RATE_SEEDS[0] + seed)
+    rows = collect_preferences(model, tokenizer, prompts, Annotator(), seed=RATE_SEEDS[0] + seed)
     held_out = {tuple(pair["chosen"]["prompt"]) for pair in first_pairs()[1]}
     pairs = [pair for pair in encoded(rows) if tuple(pair["chosen"]["prompt"]) not in held_out]
-    if judge != "reward":
+    if judge == "annotator":
         return pairs
     scores = reward.pair_scores(roles, "reward", tokenizer, pairs)
     agree = (scores[0] >= scores[1]).tolist()
