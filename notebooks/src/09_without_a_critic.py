@@ -149,8 +149,8 @@ print(f"with {right.mean():.0%} of the answers right")
 
 # %% [markdown]
 # A reward model hardly ever gives a whole group the same score, unless the answers are the same. A program often does.
-# Prompts of middling difficulty help, a reward with more steps, and larger groups. Nothing helps where the policy always
-# does what is paid for, or never.
+# Prompts of middling difficulty can help, a reward with more steps, or larger groups. None of them does where the policy
+# always does what is paid for, or never.
 #
 # ## Long answers and short ones
 #

@@ -624,9 +624,9 @@ def _started(index: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
     return _found(lambda *_: column < width, logits, column + first)
 
 
-def _looked_up(start: Callable, column: Callable, logits: Tensor, tokens: Tensor) -> Tensor:
+def _looked_up(how: tuple[Callable, Callable], logits: Tensor, tokens: Tensor) -> Tensor:
     """With another id of the first column, or another number of a token's column."""
-    width = logits.shape[-1]
+    (start, column), width = how, logits.shape[-1]
     first = start(width * torch.arange(len(logits))[:, None], width)
     here = (tokens >= first) & (tokens < first + width)
     index = column(tokens.expand(len(logits), -1), first).clamp(0, width - 1)
@@ -754,12 +754,10 @@ _SPLIT_MISTAKES = (
         (lambda tokens, first: tokens, SAY.first_unused),
         (lambda tokens, first: tokens + first, SAY.first_added),
     ),
-    *(
-        (partial(_looked_up, start, column), message)
-        for start, column, message in (
-            (lambda first, width: first, lambda t, first: t, SAY.wrong_column),
-            (lambda first, width: first * width, torch.sub, SAY.rank_number),
-        )
+    *table(
+        _looked_up,
+        ((lambda first, width: first, lambda t, first: t), SAY.wrong_column),
+        ((lambda first, width: first * width, torch.sub), SAY.rank_number),
     ),
     *table(
         _everywhere,

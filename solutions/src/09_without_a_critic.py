@@ -117,7 +117,7 @@ for name, advantages in (("leave-one-out", leave_one_out), ("GRPO", grpo_advanta
     for prompt, group in zip(
         ("easy", "even", "noise"), advantages(scores, 4).split(4), strict=True
     ):
-        print(f"{name:14}{prompt:6}", [round(x, 3) for x in group.tolist()])
+        print(f"{name:14}{prompt:6}", [round(x, 4) for x in group.tolist()])
 
 # %% [markdown]
 # **In words.** By what factor does the division change each of the three? When is the third a danger?
