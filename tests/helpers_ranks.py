@@ -44,7 +44,7 @@ CONFIGS = {
 }
 POCKET = replace(CONFIG, response_length=16)
 STEPS = {"steps": UPDATES, "batch_size": 4, "warmup_steps": 1, "eval_every": 2}
-LOOPS = ("ppo", "rloo", "grpo", "pocket", "unquantized", "sft", "reward", "dpo")
+LOOPS = ("ppo", "rloo", "grpo", "pocket", "one_step", "unquantized", "sft", "reward", "dpo")
 ENGINES = ("fsdp", "tensor", "pipeline")
 
 
@@ -136,6 +136,9 @@ def loop(name, folder):
         return ppo_run(new_roles(tiny), CONFIGS[name])
     if name == "pocket":
         return ppo_run(pocket_roles(), POCKET)
+    if name == "one_step":
+        one = replace(POCKET, updates=1, minibatch_size=POCKET.batch_size)
+        return ppo_run(pocket_roles(), one)
     if name == "unquantized":
         base = load_preset("pocket", model=str(folder / "tiny"), quantized=False)
         return ppo_run(new_roles(base), replace(CONFIG, updates=1))

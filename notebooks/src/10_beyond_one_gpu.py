@@ -202,10 +202,10 @@ plots.show(
 # %% [markdown]
 # One process that samples the same answers and learns from the whole batch gets the same numbers, up to rounding: sums
 # are taken in another order. (The bar at the left edge is no difference at all, or next to none.) The weights that
-# differ most had a first gradient of about $10^{-8}$ or less, of which rounding is up to a quarter. Adam divides each
-# entry by its own size, and so turns a rounding error of $10^{-9}$ into a visible part of a step of $10^{-3}$. In
-# float64 the difference is gone (a test holds it to $10^{-9}$). Equality is the claim, and the way to debug such a
-# trainer: **first make it equal, then make it fast.**
+# differ most had a first gradient of $10^{-8}$ or so, where others have $10^{-4}$, and rounding is a good part of it:
+# Adam divides each entry by its own size, and so turns a rounding error of $10^{-9}$ into a visible part of a step of
+# $10^{-3}$ (a test looks these weights up). In float64 the difference is gone (a test holds it to $10^{-9}$). Equality
+# is the claim, and the way to debug such a trainer: **first make it equal, then make it fast.**
 #
 # What was sent for each optimizer step: one sum of the *adapters'* gradients, and a few single numbers. The base is frozen
 # and needs no message at all, which is why QLoRA is cheap to run in parallel. On real machines `torchrun` starts the
