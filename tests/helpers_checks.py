@@ -19,6 +19,7 @@ UNNAMED = "not in a way that this check has a name for"
 OTHERWISE_RIGHT = ("the values are right", "it is right but where one has clicked the same side")
 GENERAL = (  # so begin those that no mistake of the exercise has
     f"not right, and {UNNAMED}",
+    "it gives NaN, which is no number. That comes of",
     "all is right up to",
     "it counts otherwise",
     "it is right at every real token",

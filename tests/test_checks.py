@@ -1191,7 +1191,7 @@ ACCURACY_MISTAKES = [
         lambda c, r: (c > r).float().mean().item() + 0.5 * torch.equal(c, r),
     ),
     (
-        "all is right up to one thing: chosen and rejected are used without its fraction",
+        "all is right up to one thing: chosen and rejected are used without their fraction",
         lambda c, r: ((c.int() > r.int()) + 0.5 * (c.int() == r.int())).mean().item(),
     ),
     ("ties count as wrong.", lambda c, r: (c > r).float().mean()),

@@ -965,11 +965,11 @@ LOSS_MISTAKES = [
     ),
     ("all is right up to one thing: advantages is used whitened", whitened_inside(True)),
     (
-        "all is right up to one thing: logprobs and old_logprobs are used with its row's sum over",
+        "all is right up to one thing: logprobs and old_logprobs are used with their row's sum",
         one_ratio_per_response(lambda mask: 1),
     ),
     (
-        "all is right up to one thing: logprobs and old_logprobs are used with its row's mean over",
+        "all is right up to one thing: logprobs and old_logprobs are used with their row's mean",
         one_ratio_per_response(lambda mask: mask.sum(1, keepdim=True)),
     ),
     (

@@ -639,11 +639,11 @@ REWARD_MISTAKES = [
         tokenwise(lambda new, ref: new.exp() / ref.exp()),
     ),
     (
-        "all is right up to one thing: logprobs and ref_logprobs are used with its row's mean over",
+        "all is right up to one thing: logprobs and ref_logprobs are used with their row's mean",
         charged(lambda x, mask: (x.sum(1) / mask.sum(1))[:, None]),
     ),
     (
-        "all is right up to one thing: logprobs and ref_logprobs are used with its mean over",
+        "all is right up to one thing: logprobs and ref_logprobs are used with their mean over",
         charged(lambda x, mask: x.sum() / mask.sum()),
     ),
     ("every token pays a mean over", charged(lambda x, mask: x.mean())),
@@ -665,7 +665,7 @@ REWARD_MISTAKES = [
         tokenwise(place=lambda n, length: [n - 1] if n < length else []),
     ),
     (
-        "all is right up to one thing: logprobs and ref_logprobs are used with its row's sum",
+        "all is right up to one thing: logprobs and ref_logprobs are used with their row's sum",
         charged(lambda x, mask: x.sum(1, keepdim=True)),
     ),
     (

@@ -527,7 +527,7 @@ def without_half_of_chance(first, second):
             lambda *x: topk(*x).float(),
             "but the result is torch.float32; row numbers",
         ),
-        ("most_unsure", lambda a, b, n: (a.abs() - b.abs()).abs().argsort()[:n], "its sign."),
+        ("most_unsure", lambda a, b, n: (a.abs() - b.abs()).abs().argsort()[:n], "their sign."),
         ("mixture", into_zeros, "but the result is torch.float32; numbers of pairs are used"),
         ("mixture", in_another_order, HOLDS + "the pairs of a list in another order than theirs"),
         ("mixture", lambda *x: with_cycles(*x).sort(1, True)[0], HOLDS + "the right pairs, but in"),

@@ -415,7 +415,7 @@ class TestRules(GradientRules):
         (
             "implicit_rewards",
             lambda *x: right_rewards(*x) * torch.nan,
-            ("beta 1.0", "yours tensor([nan])", "expected tensor([1.0986])"),
+            ("it gives NaN", "beta 1.0", "yours tensor([nan])", "expected tensor([1.0986])"),
         ),
     )
     failing = (

@@ -62,6 +62,17 @@ def other_values(scores, group_size):
     return torch.stack(found)
 
 
+def other_prompts_alone(scores, group_size):
+    """Of one group alone there are none."""
+    sums = scores.view(-1, group_size).sum(1).repeat_interleave(group_size)
+    return scores - (scores.sum() - sums) / (len(scores) - group_size)
+
+
+def whitened_after(scores, group_size):
+    advantages = right_leave_one_out(scores, group_size)
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
 def place_in_batch(scores, group_size):
     """The own place looked for in the group is that in the batch."""
     found = []
@@ -127,7 +138,22 @@ LOO_MISTAKES = [
         BASELINE + "made of the responses at the same place",
         lambda s, n: (s.view(-1, n) - (s.view(-1, n).sum(0) - s.view(-1, n)) / (n - 1)).flatten(),
     ),
+    (
+        BASELINE + "the sum of all other responses",
+        lambda s, n: s - (s.sum() - s) / (n - 1),
+    ),
+    (BASELINE + "the mean of the responses to the other", other_prompts_alone),
+    (BASELINE + "the mean of the group without", loop(lambda r, o, g, s: r - g[1:].mean())),
+    (BASELINE + "the mean of the group without", loop(lambda r, o, g, s: r - g[:-1].mean())),
     (BASELINE + "nothing at all", lambda scores, size: 1 * scores),
+    (
+        "the group size is taken for the number",
+        lambda s, n: torch.cat([g - (g.sum() - g) / (len(g) - 1) for g in s.chunk(n)]),
+    ),
+    (
+        "the group size is taken for the number",
+        lambda s, n: (s.view(n, -1) * n - s.view(n, -1).sum(1)[:, None]).flatten() / (n - 1),
+    ),
     (
         "responses to different prompts are compared",
         strided(lambda g: g - (g.sum() - g) / (len(g) - 1)),
@@ -152,6 +178,7 @@ LOO_MISTAKES = [
     ),
     ("it is divided by a spread", loop(lambda r, o, g, s: (r - o.mean()) / (g.std() + 1e-4))),
     ("it is divided by a spread", loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-4))),
+    ("it is divided by a spread", whitened_after),
 ]
 
 
@@ -196,6 +223,29 @@ def ties_share(scores, group_size):
     return torch.stack(found)
 
 
+def small_ones_equal(scores, group_size):
+    groups = scores.view(-1, group_size)
+    white = lesson_09.grpo_advantages(scores, group_size).view(-1, group_size)
+    return torch.where(groups.std(1, keepdim=True) < 0.01, 0.0, white).flatten()
+
+
+def of_squares(scores, group_size):
+    """The variance as the mean of the squares less the square of the mean."""
+    groups = scores.view(-1, group_size)
+    mean = groups.mean(1, keepdim=True)
+    variance = (groups.square().mean(1, keepdim=True) - mean.square()).clamp(min=0)
+    spread = (variance * group_size / (group_size - 1)).sqrt()
+    return ((groups - mean) / (spread + 1e-4)).flatten()
+
+
+def as_count(scores, group_size):
+    """With as many groups as a group has responses; NaN for one response, without a warning."""
+    groups = scores.view(group_size, -1)
+    centred = groups - groups.mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True) / (groups.shape[1] - 1)
+    return (centred / (variance.sqrt() + 1e-4)).flatten()
+
+
 NAN = "it gives NaN, which is no number: somewhere a mean or a spread is taken of no response"
 PLACES = [
     ("leave_one_out", loop(lambda r, o, g, s: r - g[g > r].mean()), NAN),
@@ -237,6 +287,7 @@ HAIRS = [
         loop(lambda r, o, g, s: (r - g.mean()) / (g.std() + 1e-5)),
         "thousandth: there it shows that it is another number",
     ),
+    (small_ones_equal, "thousandth: there a group whose scores differ a little is taken"),
 ]
 
 SPREAD = "the score less the mean of its group is "
@@ -307,6 +358,12 @@ GRPO_MISTAKES = [
     ("the mean alone is divided", loop(lambda r, o, g, s: r - g.mean() / (g.std() + 1e-4))),
     ("the mean alone is divided", loop(lambda r, o, g, s: r - g.mean() / g.std() + 1e-4)),
     ("mean and spread run down the columns", columns),
+    ("the group size is taken for the number", as_count),
+    ("1e-4 is added to the difference", loop(lambda r, o, g, s: (r - g.mean() + 1e-4) / g.std())),
+    (
+        "the mean on top is that",
+        loop(lambda r, o, g, s: (r - o.mean()) / (g.std(correction=0) + 1e-4)),
+    ),
     (
         "responses to different prompts are compared",
         strided(lambda g: (g - g.mean()) / (g.std() + 1e-4)),
@@ -393,6 +450,18 @@ def without_eos(logprobs, ref_logprobs, mask):
     return with_reference(logprobs, ref_logprobs.detach(), before)
 
 
+def of_other_r(make):
+    def penalty(logprobs, ref_logprobs, response_mask):
+        r = make(logprobs, ref_logprobs.detach())
+        return (r.exp() - 1 - r)[response_mask == 1].mean()
+
+    return penalty
+
+
+def detached_in_place(logprobs, ref_logprobs, mask):
+    return with_reference(logprobs, ref_logprobs.detach_(), mask)
+
+
 TOKEN = "each token contributes "
 MEAN = "the tokens are brought together by "
 K3_MISTAKES = [
@@ -406,6 +475,19 @@ K3_MISTAKES = [
     (TOKEN + "e to the r less r", tokens(lambda r: r.exp() - r)),
     (TOKEN + "e to the r less 1, which", tokens(lambda r: r.exp() - 1)),
     (TOKEN + "e to the r, less 1, plus r", tokens(lambda r: r.exp() - 1 + r)),
+    (TOKEN + "e to the r less 1 as a whole", tokens(lambda r: (r - 1).exp() - r)),
+    (TOKEN + "a k3 whose r is the quotient", of_other_r(lambda p, q: q / p)),
+    (TOKEN + "a k3 whose r is the difference", of_other_r(lambda p, q: q.exp() - p.exp())),
+    (TOKEN + "a k3 whose r is the ratio", of_other_r(lambda p, q: q.exp() / p.exp())),
+    ("all is right up to one thing: the result comes out as -1", tokens(lambda r: 0 * r - 1)),
+    (
+        "all is right up to one thing: the difference of logprobs and ref_logprobs is used clipped",
+        tokens(lambda r: r.clamp(-5, 5).exp() - 1 - r.clamp(-5, 5)),
+    ),
+    (
+        "all is right up to one thing: response_mask is used one column too far to the right",
+        lambda p, q, m: with_reference(p, q.detach(), m.roll(1, 1)),
+    ),
     (TOKEN + "k3 times the ratio", tokens(lambda r: (-r).exp() * (r.exp() - 1 - r))),
     ("r is summed over the tokens", of_whole),
     (TOKEN + "the size of r", tokens(lambda r: r.abs())),
@@ -425,6 +507,7 @@ K3_MISTAKES = [
         MEAN + "a mean over the padding",
         averaged(lambda k, m: (k * (1 - m)).sum() / (1 - m).sum().clamp(min=1)),
     ),
+    (MEAN + "a sum over all positions", averaged(lambda k, m: k.sum() / m.sum())),
     (MEAN + "a mean over all positions", averaged(lambda k, m: k.mean())),
     (MEAN + "a sum over the response tokens divided", averaged(lambda k, m: (k * m).mean())),
     (
@@ -438,6 +521,11 @@ LOST = [
     (times_ratio, "the value is right, but the gradient is that of k3 times the ratio"),
     (with_reference, "the value is right, but a gradient reaches the reference"),
     (without_policy, "the values are right, but not the gradient: that with respect to logprobs"),
+    (detached_in_place, "the values are right, but an argument is taken out of the graph"),
+    (
+        lambda p, q, m: with_reference(p.detach_(), q, m),
+        "the values are right, but an argument is taken out of the graph in place",
+    ),
     (half_detached, "the values are right, but not the gradient: that with respect to logprobs"),
 ]
 K3_RIGHT = [
@@ -533,6 +621,41 @@ SHARE_MISTAKES = [
         TEACH + "the share of the groups with a deviation",
         lambda s, n: sum((g != g.mean()).any() for g in s.split(n)) / (len(s) / n),
     ),
+    (
+        TEACH + "the number of the groups divided by the size",
+        lambda s, n: sum(len(set(g.tolist())) > 1 for g in s.split(n)) / n,
+    ),
+    (TEACH + "1 if the first group teaches", lambda s, n: float(len(set(s[:n].tolist())) > 1)),
+    (
+        TEACH + "the number of different groups",
+        lambda s, n: len({tuple(g.tolist()) for g in s.split(n)}) / (len(s) / n),
+    ),
+    (
+        TEACH + "the share of the groups whose sum is neither",
+        share(lambda g: sum(g) not in (0, len(g))),
+    ),
+    (TEACH + "the share of the groups with both", share(lambda g: 0 in g and 1 in g)),
+    (
+        TEACH + "the share of the groups in which some scores are",
+        share(lambda g: len(set(g)) < len(g)),
+    ),
+    (
+        TEACH + "the share of the groups in which not all scores are equal if",
+        share(lambda g: len(set(g[1:])) > 1),
+    ),
+    (TEACH + "a share that has been rounded", lambda s, n: round(right_share(s, n))),
+    (
+        "all is right up to one thing: the result comes out as 1",
+        share(lambda g: max(g) >= min(g)),
+    ),
+    (
+        "responses to different prompts are thrown",
+        lambda s, n: sum(len(g.unique()) > 1 for g in s.chunk(n)) / n,
+    ),
+    (
+        "responses to different prompts are thrown",
+        lambda s, n: sum(len(g.unique()) > 1 for g in s.view(-1, n).T) / n,
+    ),
     (TEACH + "a number of groups", lambda s, n: sum(len(set(g.tolist())) > 1 for g in s.split(n))),
     (
         "responses to different prompts are thrown",
@@ -542,7 +665,7 @@ SHARE_MISTAKES = [
 SHARE_RIGHT = [
     lesson_09.teaching_share,
     share(lambda g: len(set(g)) > 1),
-    lambda s, n: (s.view(-1, n).std(1) > 0).float().mean(),
+    lambda s, n: torch.tensor([len(g.unique()) > 1 for g in s.split(n)]).float().mean(),
 ]
 
 MISTAKES = [
@@ -572,7 +695,22 @@ def test_where_it_is_right_is_named(name, answer, message, capsys):
 @pytest.mark.parametrize(("answer", "message"), HAIRS)
 def test_what_is_added_to_a_small_spread_is_named(answer, message, capsys):
     """Another small number makes no difference to large spreads, where mistakes get their names."""
-    assert run("grpo_advantages", answer, capsys).startswith(f"grpo_advantages: {HAIR}{message}")
+    printed = run("grpo_advantages", answer, capsys)
+    assert printed.startswith(f"grpo_advantages: {HAIR}{message}")
+    assert "scores tensor([0.5000, 0.5010, 0.4990, 0.5000])" in printed
+
+
+def test_a_variance_that_rounding_spoils_is_named(capsys):
+    printed = run("grpo_advantages", of_squares, capsys)
+    assert printed.startswith("grpo_advantages: it is right but for scores that differ by a thou")
+    assert "scores tensor([5.0000, 5.0010, 4.9990, 5.0000])" in printed
+
+
+def test_a_deviation_that_is_not_0_is_named(capsys):
+    """For torch takes another way to that of one row than to those of several."""
+    printed = run("teaching_share", lambda s, n: (s.view(-1, n).std(1) > 0).float().mean(), capsys)
+    assert printed.startswith("teaching_share: it is the share of the groups with a deviation")
+    assert "scores tensor([0.9000, 0.9000, 0.9000])" in printed
 
 
 def test_a_column_that_was_not_kept_gets_a_hint(capsys):

@@ -18,7 +18,10 @@ import re
 import shutil
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutation"
@@ -51,7 +54,8 @@ pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = {options}
 also_copy = ["tools"]
 process_isolation = "forkserver"
-timeout_constant = 60.0
+timeout_constant = 30.0  # seconds; a mutant may take (time of its tests + this) * 3
+timeout_multiplier = 3.0
 """
 
 
@@ -88,10 +92,12 @@ def undecorated(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def python(folder: Path, *arguments: str, quiet: bool = True, **variables: str):
+def python(folder: Path, *arguments: str, quiet=True, limit: float | None = None, **variables: str):
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command, environment = [sys.executable, "-m", *arguments], os.environ | offline | variables
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=quiet, text=True)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=quiet, text=True, timeout=limit
+    )
 
 
 def mutmut(folder: Path, *arguments: str, quiet: bool = False) -> str:
@@ -112,16 +118,23 @@ def fates(module: str) -> dict[str, str]:
     listed = mutmut(folder, "results", "--all", "true", quiet=True)
     found = dict(re.findall(r"^\s*(rlhf_helpers\.\S+): (.+)$", listed, re.MULTILINE))
     if module in IN_PROCESSES:
+        if alone(folder, module, "") != "survived":
+            raise SystemExit(f"the tests of {module} fail in {folder} without a fault")
         alive = [name for name, fate in found.items() if fate not in NOTICED]
-        found |= {name: alone(folder, module, name) for name in alive}
+        with ThreadPool(os.cpu_count()) as pool:
+            asked = pool.imap(lambda name: alone(folder, module, name), alive)
+            found |= zip(alive, tqdm(asked, total=len(alive)), strict=True)
     return found
 
 
 def alone(folder: Path, module: str, name: str) -> str:
-    """The fate of a mutant if all tests of its module are run; processes inherit the variable."""
+    """The fate of a mutant if all tests of its module are run; their processes inherit its name."""
     tests = ["pytest", "-x", "-p", "no:cacheprovider", *OPTIONS, *files_of(module)]
-    done = python(folder / "mutants", *tests, MUTANT_UNDER_TEST=name)
-    return "killed" if done.returncode == 1 else "survived"
+    try:
+        done = python(folder / "mutants", *tests, limit=300, MUTANT_UNDER_TEST=name)
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    return "survived" if done.returncode == 0 else "killed"
 
 
 def main() -> None:

@@ -306,6 +306,8 @@ def _of_results(right: Sequence, results: Sequence) -> Iterator[Change]:
     if math.isfinite(offset):
         yield f"with {offset:.4g} added everywhere", lambda x: x + offset
     top, low = float(got.max()), float(got.min())
+    if top == low and want.max() > want.min():
+        yield f"as {top:.4g}, whatever the arguments", lambda x: 0 * x + top
     if math.isfinite(top) and (got == top).sum() > 1 and (want > top).any():
         yield f"cut off at {top:.4g}", lambda x: torch.as_tensor(x).clamp(max=top)
     if math.isfinite(low) and (got == low).sum() > 1 and (want < low).any():
@@ -334,10 +336,14 @@ def _of_arguments(names: Sequence, cases: Sequence[tuple]) -> Iterator[tuple[str
         who = " and ".join(names[i] for i in group) + (
             " are used" if len(group) > 1 else " is used"
         )
-        for how, change in _changes(cases, group[0]):
-            yield who, how, lambda case, g=group, f=change: _with(case, g, f)
-        for how, change in of_real if group[0] in floats else ():
-            yield who, how, partial(_with_mask, group, change, masked)
+        changes = [
+            (how, lambda case, g=group, f=change: _with(case, g, f))
+            for how, change in _changes(cases, group[0])
+        ]
+        if group[0] in floats:
+            changes += [(how, partial(_with_mask, group, f, masked)) for how, f in of_real]
+        for how, change in changes:
+            yield who, how.replace(" its ", " their ") if len(group) > 1 else how, change
     for i, j in permutations(floats, 2):
         if case[i].shape == case[j].shape:
             who = f"the difference of {names[i]} and {names[j]} is used"

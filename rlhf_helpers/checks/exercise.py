@@ -41,6 +41,14 @@ OVERWRITTEN = (
     "the values are right, but the backward pass fails: an operation in place has overwritten "
     "numbers that it needs. Use operations that make a new tensor."
 )
+CUT_IN_PLACE = (
+    "the values are right, but an argument is taken out of the graph in place, and whoever called "
+    "may still need it there. Make a new tensor that has no graph."
+)
+NO_NUMBER = (
+    "it gives NaN, which is no number. That comes of 0 divided by 0, of a logarithm or a root of a "
+    "number below 0, and of the mean or the spread of no number at all."
+)
 WRONG_GRADIENT = (
     "the values are right, but not the gradient: that with respect to {} differs, so that training "
     "would not move what it should, or not rightly{}. Look for anything that takes a tensor out of "
@@ -183,11 +191,12 @@ def verdict(exercise: Exercise, fn: Callable) -> str:
         if fault := structural_fault(exercise, case, arguments, result, fn):
             return fault
         results.append(result)
-    for case, result in zip(exercise.cases, results, strict=True):
-        if not exercise.equal(result, exercise.reference(*case)):
-            changes = _changes(exercise, fn, results)
-            message = AGAIN if changes else name_mistake(exercise, results, fn)
-            return f"{message}\n{show(exercise, case, result)}"
+    pairs = zip(exercise.cases, results, strict=True)
+    if wrong := [p for p in pairs if not exercise.equal(p[1], exercise.reference(*p[0]))]:
+        message = AGAIN if _changes(exercise, fn, results) else name_mistake(exercise, results, fn)
+        if "NaN" in message:  # a case that shows one comes first
+            wrong.sort(key=lambda pair: not torch.as_tensor(pair[1]).isnan().any())
+        return f"{message}\n{show(exercise, *wrong[0])}"
     if _changes(exercise, fn, results):
         return AGAIN
     return exercise.further(fn) or f"correct. Tested: {exercise.tested}."
@@ -223,7 +232,8 @@ def call(exercise: Exercise, fn: Callable, arguments: tuple) -> Any:
         if _is_stub(error, fn):
             return ...
         print(f"{exercise.name}: {type(error).__name__}{_learner_line(error, fn)}")
-        hint = exercise.size_hint if re.search("shape|size", str(error)) else ""
+        sizes_clash = re.search("shape|size", str(error)) and "invalid for input" not in str(error)
+        hint = exercise.size_hint if sizes_clash else ""
         if isinstance(error, IndexError) and "mask]" in _learner_line(error, fn):
             hint = "Integers in square brackets are row numbers; a mask there has to be bool.\n"
         print(f"on this call:\n{show(exercise, case)}\n{hint}The traceback follows.")
@@ -333,16 +343,17 @@ def int64_fault(exercise: Exercise, fn: Callable, message: str) -> str:
 
 def gradients(
     exercise: Exercise, fn: Callable, arguments: tuple, numbers: Sequence[int]
-) -> tuple[Tensor, ...] | None:
+) -> tuple[Tensor, ...] | str:
     """The gradients of a weighted sum of the result, so that no two entries can be mistaken.
 
-    They are those with respect to the arguments of these numbers; None if an operation in place
-    has overwritten what the backward pass needs.
+    They are those with respect to the arguments of these numbers; or what stands in their way.
     """
     case = copy.deepcopy(arguments)
     leaves = [case[i].requires_grad_() for i in numbers]
     with torch.enable_grad():
         result = call(exercise, fn, case)
+        if not all(leaf.requires_grad for leaf in leaves):
+            return CUT_IN_PLACE
         weights = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
         total = (weights * result).sum() + 0 * sum(leaf.sum() for leaf in leaves)  # a graph at all
     try:
@@ -350,7 +361,7 @@ def gradients(
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        return None
+        return OVERWRITTEN
 
 
 def gradient_fault(
@@ -359,8 +370,8 @@ def gradient_fault(
     """Whether gradients are the reference's; `also` says more about what they are for."""
     for case in cases:
         got, want = (gradients(exercise, f, case, numbers) for f in (fn, exercise.reference))
-        if got is None:
-            return OVERWRITTEN
+        if isinstance(got, str):
+            return got
         names = [_argument_names(exercise)[i] for i in numbers]
         lost = [n for n, g, w in zip(names, got, want, strict=True) if not same(g, w)]
         if lost:
@@ -388,7 +399,9 @@ def name_mistake(exercise: Exercise, results: Sequence, fn: Callable | None = No
         return message
     known = (_argument_names(exercise), exercise.reference, exercise.cases)
     message = changed(*known, results, same) or _changed_part(exercise, results)
-    return message or (fn and easier(*known, fn, same, exercise.rows_mix)) or UNKNOWN
+    if message := message or (fn and easier(*known, fn, same, exercise.rows_mix)):
+        return message
+    return NO_NUMBER if any(torch.as_tensor(r).isnan().any() for r in results) else UNKNOWN
 
 
 def _changed_part(exercise: Exercise, results: Sequence) -> str:

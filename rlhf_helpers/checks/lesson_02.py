@@ -124,7 +124,9 @@ def _pairwise_gradient_fault(fn: Callable) -> str:
     """Whether the gradients with respect to both rewards are those of the reference."""
     for case in reversed(_PAIRWISE_CASES):
         if fault := gradient_fault(PAIRWISE_LOSS, fn, (case,), (0, 1)):
-            got = gradients(PAIRWISE_LOSS, fn, case, (0, 1)) or ()
+            got = gradients(PAIRWISE_LOSS, fn, case, (0, 1))
+            if isinstance(got, str):
+                return got
             if any(gradient.isnan().any() for gradient in got):
                 return SAY.nan_gradient
             return SAY.slope_at_tie if case is _PAIRWISE_CASES[0] else fault

@@ -178,7 +178,7 @@ def further_fault(
             return fault
         if gradient and gradient_fault(exercise, fn, (case,), (0,)):
             slope = gradients(exercise, fn, case, (0,))
-            return f"{fault}\n  your gradient: {slope and slope[0]}"
+            return slope if isinstance(slope, str) else f"{fault}\n  your gradient: {slope[0]}"
     if dtype and result.dtype != expected.dtype:
         return (
             f"the values are right, but the dtype is {result.dtype}; return {expected.dtype}, that "

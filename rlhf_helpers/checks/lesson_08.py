@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from rlhf_helpers import dpo
 from rlhf_helpers.checks.diagnosis import judge, read_log
 from rlhf_helpers.checks.exercise import (
+    CUT_IN_PLACE,
     EPSILONS,
     NO_MEAN,
     NO_MEANS,
@@ -69,8 +70,6 @@ capped: it is right for moderate gaps, but cut off at βh = -200, where the loss
     an ε in the logarithm does that, and takes the gradient from the pairs that are most wrong.
 through_reference: the values are right, but a gradient reaches the reference. It is fixed, whoever
     made its log-probabilities: take them out of the graph.
-cut_in_place: the values are right, but an argument is taken out of the graph in place, and whoever
-    called may still need it there. Make a new tensor that has no graph.
 policy_cut: the values are right, but not the gradients of the policy, so that training would not
     move it, or move it wrongly. Look for a detach, no_grad or item in the wrong place.
 reward: a response gets {}. Its reward is β times the log-ratio of the whole response: the sum over
@@ -143,7 +142,7 @@ def _gradient_fault(fn: Callable) -> str:
     for case in _LOSS_CASES:
         got, (want, _) = (_gradients(f, case) for f in (fn, _dpo_loss))
         if got is None:
-            return SAY.cut_in_place
+            return CUT_IN_PLACE
         policy, fixed = got
         if not same(policy, want):
             return SAY.policy_cut

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_helpers import losses
 from rlhf_helpers.checks.changes import last_real
 from rlhf_helpers.checks.exercise import (
+    CUT_IN_PLACE,
     Exercise,
     call,
     check,
@@ -19,6 +20,7 @@ from rlhf_helpers.checks.exercise import (
     family,
     gradient_fault,
     same,
+    show,
     table,
     texts,
 )
@@ -43,11 +45,19 @@ own_kept (baseline): the sum of the whole group, its own score included, divided
     the others
 only_unequal (baseline): the mean of those with another score; a response with the same score is
     another response all the same
+batch_sum (baseline): the sum of all other responses of the batch, divided by the number of others
+    in a group; the sum is that of a group, too
+others_alone (baseline): the mean of the responses to the other prompts. Compared are responses to
+    the same one
+fixed_out (baseline): the mean of the group without its first, or without its last, response,
+    whichever is being scored. It is the own score that is left out
 other_prompts (baseline): made of the responses at the same place to other prompts, since a sum or a
     mean runs down the columns
 nothing (baseline): nothing at all
 interleaved: responses to different prompts are compared. Those of one prompt stand side by side, so
     a group is a row once there are as many columns as a group has responses.
+taken_for_count: the group size is taken for the number of groups, so that responses to different
+    prompts are compared. It says how many responses stand in each group.
 baseline_alone: it is the mean of the others by itself; the score of the response is still to come.
 turned_round: every sign is the wrong way round, so that the worse responses would become likely.
 factor_down: it is the score less the mean of the whole group, made smaller by a factor. The mean of
@@ -99,13 +109,18 @@ hair: it is right where the scores of a group are far apart, but not where they 
     thousandth: {}. Asked for is the standard deviation with 1e-4 added to it.
 under_root (hair): there 1e-4 under the root, added to the variance, makes the divisor 1e-2
 nothing_added (hair): there it shows that nothing as large as 1e-4 is added
+taken_equal (hair): there a group whose scores differ a little is taken for one in which all are
+    equal
 other_number (hair): there it shows that it is another number than 1e-4 that is added
+cancelled: it is right but for scores that differ by a thousandth and are far from 0. The mean of
+    the squares less the square of the mean is the difference of two large numbers, which rounding
+    spoils: take the mean off first.
 flat: it is right but where all scores of a group are equal. There no response is better than the
     others, and every advantage is 0.
 tied: it is right but in groups in which some scores are equal. Equal scores are those of different
     responses, and each counts.
-weights: it counts otherwise than the exercise. In this case the own score counts {:.4g}, and each
-    of the others {:.4g}, where 1 and {:.4g} are asked for.
+weights: it counts otherwise than the exercise. In this case the own score counts {:.6g}, and each
+    of the others {:.6g}, where 1 and {:.6g} are asked for.
 divisor: it is right but for what the score less the mean of its group is divided by. In this case,
     in group number {} of it, that is {:.5g}, where the standard deviation with 1e-4 is {:.5g}.
 first_group: the first group comes out right, but not those behind it. Look where a place in the
@@ -122,6 +137,10 @@ ratio (estimate): e to the r alone
 no_one (estimate): e to the r less r, so that two equal policies would have a distance of 1
 no_r (estimate): e to the r less 1, which is 0 on average whatever the policies
 plus_r (estimate): e to the r, less 1, plus r
+inside (estimate): e to the r less 1 as a whole, less r: the 1 is taken off inside of the exponent
+quotient (estimate): a k3 whose r is the quotient of the two log-probabilities, not their difference
+ratio_for_r (estimate): a k3 whose r is the ratio of the probabilities, which is e to the r already
+of_probabilities (estimate): a k3 whose r is the difference of the probabilities, without logarithms
 absolute (estimate): the size of r without its sign
 weighted (estimate): a k3 that is weighed with the policy's probability a second time
 kl_div (estimate): what torch's kl_div makes of the two, r weighed with the reference's probability,
@@ -134,6 +153,8 @@ of_whole: r is summed over the tokens of a response before the exponential. k3 b
 mean: the tokens are brought together by {}. Asked for is one mean over the response tokens of the
     whole batch.
 with_padding (mean): a mean over all positions, padding included
+padding_in_sum (mean): a sum over all positions, padding included, divided by the number of the
+    response tokens
 padding_zeros (mean): a sum over the response tokens divided by the number of all positions
 of_responses (mean): a mean over the responses, each a mean over its own tokens first, as in GRPO's
     paper
@@ -151,6 +172,16 @@ teaching: it is {}. Asked for is the share of the groups in which not all scores
 silent_share (teaching): the share of the groups in which all are equal
 number (teaching): a number of groups, not a share of them
 of_responses_share (teaching): a share of the responses, not of the groups
+by_size_of_group (teaching): the number of the groups divided by the size of a group
+only_first (teaching): 1 if the first group teaches and 0 if not, as where a return stands inside of
+    the loop
+different_groups (teaching): the number of different groups divided by that of all groups
+neither (teaching): the share of the groups whose sum is neither 0 nor the number of responses,
+    which tells something of scores that are 0 or 1 alone
+both (teaching): the share of the groups with both a 0 and a 1, while other scores may differ, too
+some_equal (teaching): the share of the groups in which some scores are equal
+one_dropped (teaching): the share of the groups in which not all scores are equal if one response is
+    left out of each, the first or the last
 by_responses (teaching): the number of the groups divided by that of the responses
 not_zero (teaching): the share of the groups whose mean is not 0; a group that is all right has no
     variance either
@@ -160,7 +191,7 @@ not_all_right (teaching): the share of the groups that are not all right; those 
     teach as little
 advantages (teaching): 0 whatever the scores, as is the sum of a group's advantages; look at each of
     them, or at the scores
-digits (teaching): a share that has been rounded to a few digits
+digits (teaching): a share that has been rounded
 some_right (teaching): the share of the groups in which something scored above 0
 some_not_zero (teaching): the share of the groups in which some score is not 0; equal ones teach
     nothing wherever they are
@@ -266,6 +297,11 @@ def _interleaved(of: Callable, scores: Tensor, size: int) -> Tensor:
     return of(scores.view(size, -1).T.flatten(), size).view(-1, size).T.flatten()
 
 
+def _as_count(value: Callable, scores: Tensor, size: int) -> Tensor:
+    """With the size of a group taken for the number of groups."""
+    return value(scores.view(size, -1), size).flatten()
+
+
 def _of(value: Callable, scores: Tensor, size: int) -> Tensor:
     """Whatever a function makes of the groups."""
     return value(_rows(scores, size)).flatten()
@@ -300,10 +336,14 @@ def _laid_out(groups: Tensor, of: Tensor) -> Tensor:
     return of.repeat(groups.shape[-1]).view_as(groups)
 
 
+def _by_hand(groups: Tensor) -> Tensor:
+    """`_spread`, but NaN without a warning in groups of one."""
+    return (_centred(groups).square().sum(-1, keepdim=True) / (groups.shape[-1] - 1)).sqrt()
+
+
 def _down(groups: Tensor) -> Tensor:
-    """Whitened by columns; NaN, and no warning, where a column is one number."""
-    centred = groups - groups.mean(0)
-    return centred / ((centred.square().sum(0) / (len(groups) - 1)).sqrt() + 1e-4)
+    """Whitened by columns."""
+    return (_centred(groups.T) / (_by_hand(groups.T) + 1e-4)).T
 
 
 def _where(cases: Sequence[tuple], reference: Callable, results: Sequence) -> str:
@@ -393,9 +433,18 @@ _LOO_MISTAKES = (
         (lambda g: (g.sum(0) - g) / (g.shape[-1] - 1), SAY.other_prompts),
         (lambda g: (g.sum(0) - g) / (len(g) - 1), SAY.other_prompts),
         (lambda g: g.mean(0), SAY.other_prompts),
+        (lambda g: (g.sum() - g) / (g.shape[-1] - 1), SAY.batch_sum),
+        (lambda g: (g.sum() - g.sum(-1, True)) / (g.numel() - g.shape[-1]), SAY.others_alone),
+        (lambda g: g[:, 1:].mean(-1, keepdim=True), SAY.fixed_out),
+        (lambda g: g[:, :-1].mean(-1, keepdim=True), SAY.fixed_out),
         (lambda g: 0 * g, SAY.nothing),
     ),
     (partial(_interleaved, leave_one_out), SAY.interleaved),
+    *table(
+        _as_count,
+        (lambda g, size: g - _others(g), SAY.taken_for_count),
+        (lambda g, size: g - (g.sum(-1, True) - g) / (size - 1), SAY.taken_for_count),
+    ),
     *table(
         _of,
         (_others, SAY.baseline_alone),
@@ -409,6 +458,8 @@ _LOO_MISTAKES = (
         (lambda g: (g - _others(g)) / (_spread(g) + 1e-4), SAY.spread_too),
         (lambda g: (g - _others(g)) / _spread(g), SAY.spread_too),
         (lambda g: _centred(g) / _spread(g), SAY.spread_too),
+        (lambda g: (g - _others(g)) / (g - _others(g)).std(), SAY.spread_too),
+        (lambda g: (g - _others(g)) / (g - _others(g)).std(correction=0), SAY.spread_too),
     ),
 )
 LEAVE_ONE_OUT = Exercise(
@@ -425,22 +476,25 @@ LEAVE_ONE_OUT = Exercise(
 
 def _hair_fault(fn: Callable) -> str:
     """What is added to the standard deviation, which shows where it is small itself."""
-    result = call(GRPO_ADVANTAGES, fn, copy.deepcopy(_HAIR))
-    if same(result, grpo_advantages(*_HAIR)):
-        return ""
-    groups = _rows(*_HAIR)
+    near, far = (call(GRPO_ADVANTAGES, fn, copy.deepcopy(case)) for case in (_HAIR, _FAR_HAIR))
+    if same(near, grpo_advantages(*_HAIR)):
+        fault = f"{SAY.cancelled}\n{show(GRPO_ADVANTAGES, _FAR_HAIR, far)}"
+        return "" if torch.allclose(far, grpo_advantages(*_FAR_HAIR), 0.05, 0.05) else fault
+    groups, shown = _rows(*_HAIR), show(GRPO_ADVANTAGES, _HAIR, near)
     for wrong, message in (
+        (0 * groups, SAY.taken_equal),
         (_centred(groups) / (_spread(groups).square() + 1e-4).sqrt(), SAY.under_root),
         (_centred(groups) / _spread(groups), SAY.nothing_added),
     ):
-        if same(result, wrong.flatten()):
-            return message
-    return SAY.other_number
+        if same(near, wrong.flatten()):
+            return f"{message}\n{shown}"
+    return f"{SAY.other_number}\n{shown}"
 
 
 # Spreads of at least 1: there any small number in place of 1e-4 gives the same, and a mistake has
 # one name whatever it is. Whoever makes none is asked for it by scores that differ by a hair.
 _HAIR = (_scores(0.5, 0.5 + 2**-10, 0.5 - 2**-10, 0.5), 4)
+_FAR_HAIR = (_HAIR[0] + 4.5, 4)  # without rounding, too
 _GRPO_CASES = (
     _HAND,
     (_scores(1.0, 1.0, 0.0, 6.0), 2),
@@ -466,6 +520,7 @@ _GRPO_MISTAKES = (
         (lambda g: (g - g.mean()) / (g.std() + 1e-4), SAY.whitened),
         (lambda g: (g - g.mean()) / g.std(), SAY.whitened),
         (lambda g: _off(_others(g), g), SAY.others_on_top),
+        (lambda g: (g - _others(g)) / (_spread(g, 0) + 1e-4), SAY.others_on_top),
         (lambda g: _centred(g) / _spread(g), SAY.no_epsilon),
         (lambda g: -_centred(g) / (_spread(g) + 1e-4), SAY.turned_round),
         (lambda g: (_centred(g) / (_spread(g) + 1e-4)).T, SAY.columns_first),
@@ -487,6 +542,7 @@ _GRPO_MISTAKES = (
             *(1.0, 0.1, 1e-2, 1e-3),
         ),
         (lambda g: (_centred(g) + 1e-4) / (_spread(g) + 1e-4), SAY.added_on_top),
+        (lambda g: (_centred(g) + 1e-4) / _spread(g), SAY.added_on_top),
         (lambda g: _off(g.mean(), g), SAY.batch_mean_on_top),
         (lambda g: g / (_spread(g) + 1e-4), SAY.not_centred),
         (lambda g: _centred(g) / _spread(g) + 1e-4, SAY.added_behind),
@@ -496,6 +552,7 @@ _GRPO_MISTAKES = (
         (_down, SAY.down),
     ),
     (partial(_interleaved, grpo_advantages), SAY.interleaved),
+    (partial(_as_count, lambda g, size: _centred(g) / (_by_hand(g) + 1e-4)), SAY.taken_for_count),
 )
 GRPO_ADVANTAGES = Exercise(
     "grpo_advantages",
@@ -525,8 +582,7 @@ def k3_penalty(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) ->
         A scalar, differentiable with respect to `logprobs`.
     """
     real = response_mask.bool()
-    pair = (x.masked_fill(~real, 0) for x in (logprobs, ref_logprobs.detach()))
-    return losses.average(kl_estimate(*pair, "k3"), response_mask)
+    return kl_estimate(logprobs[real], ref_logprobs.detach()[real], "k3").mean()
 
 
 def check_k3_penalty(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -559,6 +615,10 @@ def _averaged(by: Callable, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor
     return by(_k3(ref_logprobs - logprobs), mask)
 
 
+def _of_other_r(r: Callable, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    return (_k3(r(logprobs, ref_logprobs)) * mask).sum() / mask.sum()
+
+
 def _weighted(of: Callable, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     return (logprobs.exp() * of(ref_logprobs - logprobs) * mask).sum() / mask.sum()
 
@@ -580,7 +640,8 @@ def _k3_gradient_fault(fn: Callable) -> str:
     if fault := gradient_fault(K3_PENALTY, fn, cases, (0,)):
         corrected = replace(K3_PENALTY, reference=_times_ratio)
         return fault if gradient_fault(corrected, fn, cases, (0,)) else SAY.times_ratio
-    return SAY.through_reference if gradient_fault(K3_PENALTY, fn, cases, (1,)) else ""
+    fault = gradient_fault(K3_PENALTY, fn, cases, (1,))
+    return fault if fault in ("", CUT_IN_PLACE) else SAY.through_reference
 
 
 def _logs(policy: list, ref: list, mask: list) -> tuple[Tensor, Tensor, Tensor]:
@@ -597,6 +658,7 @@ _K3_CASES = (
         [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]],
     ),
     _logs([[0.3, 0.5], [0.2, 0.6]], [[0.3, 0.5], [0.2, 0.4]], [[1, 1], [1, 0]]),
+    _logs([[0.5, 0.001]], [[0.001, 0.5]], [[1, 1]]),  # r of ±6.2, which must not be clipped
 )
 _K3_MISTAKES = (
     *table(
@@ -611,6 +673,7 @@ _K3_MISTAKES = (
         (lambda r: r.exp() - r, SAY.no_one),
         (torch.expm1, SAY.no_r),
         (lambda r: r.exp() - 1 + r, SAY.plus_r),
+        (lambda r: (r - 1).exp() - r, SAY.inside),
         (torch.abs, SAY.absolute),
         (lambda r: (-r).exp() * _k3(r), SAY.by_reference),
     ),
@@ -620,6 +683,12 @@ _K3_MISTAKES = (
         (torch.neg, SAY.weighted_k1),
         (lambda r: r.exp() * r, SAY.kl_div),
     ),
+    *table(
+        _of_other_r,
+        (lambda logprobs, ref: ref / logprobs, SAY.quotient),
+        (lambda logprobs, ref: ref.exp() - logprobs.exp(), SAY.of_probabilities),
+        (lambda logprobs, ref: (ref - logprobs).exp(), SAY.ratio_for_r),
+    ),
     (
         lambda policy, ref, mask: _k3(((ref - policy) * mask).sum(-1)).mean(),
         SAY.of_whole,
@@ -627,6 +696,7 @@ _K3_MISTAKES = (
     *table(
         _averaged,
         (lambda k, m: k.mean(), SAY.with_padding),
+        (lambda k, m: k.sum() / m.sum(), SAY.padding_in_sum),
         (lambda k, m: (k * m).mean(), SAY.padding_zeros),
         (lambda k, m: ((k * m).sum(-1) / m.sum(-1)).mean(), SAY.of_responses),
         (lambda k, m: (k * m).sum(), SAY.summed),
@@ -687,6 +757,13 @@ def _apart(by: float, groups: Tensor) -> Tensor:
     return groups.amax(-1) - groups.amin(-1) > by
 
 
+def _one_group_fault(fn: Callable) -> str:
+    """Whether torch's deviation of one group alone is that of its rounded mean."""
+    case = (_scores(0.9, 0.9, 0.9), 3)
+    result = call(TEACHING_SHARE, fn, copy.deepcopy(case))
+    return f"{SAY.rounded}\n{show(TEACHING_SHARE, case, result)}" if result else ""
+
+
 _MANY = (
     *(1.0, 0.0, 1.0, 1.0),
     *(0.0, 0.0, 0.0, 0.0),
@@ -709,6 +786,8 @@ _SHARE_CASES = (
     (_scores(0.5, 0.501, 0.5, 0.9, 0.9, 0.9, -1.7, -1.7, -1.7), 3),
     (_scores(1.0, 0.0, 0.0, 1.0), 2),
     (_scores(0.25, 0.250001, 0.25, 0.0, 1.0, 0.0), 3),
+    (_scores(0.9, 0.9, 0.9, 0.9), 2),
+    (_scores(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0), 2),
     (_scores(*_MANY), 4),  # a number that many groups make is hardly met by chance
 )
 _SHARE_MISTAKES = (
@@ -723,6 +802,12 @@ _SHARE_MISTAKES = (
         (SAY.far_apart, partial(_apart, 1e-5)),
         (SAY.rounded, lambda g: torch.stack([group.std() for group in g]) > 0),
         (SAY.rounded, lambda g: (g != g.mean(-1, keepdim=True)).any(-1)),
+        (SAY.only_first, lambda g: _differ(g[:1])),
+        (SAY.neither, lambda g: (g.sum(-1) != 0) & (g.sum(-1) != g.shape[-1])),
+        (SAY.both, lambda g: (g == 0).any(-1) & (g == 1).any(-1)),
+        (SAY.some_equal, lambda g: (g.sort(-1).values.diff(dim=-1) == 0).any(-1)),
+        (SAY.one_dropped, lambda g: _differ(g[:, 1:])),
+        (SAY.one_dropped, lambda g: _differ(g[:, :-1])),
         (SAY.first_two, lambda g: g[:, 0] != g[:, 1]),
         (SAY.around_zero, lambda g: (g > 0).any(-1) & (g <= 0).any(-1)),
         (SAY.around_zero, lambda g: (g > 0).any(-1) & (g < 0).any(-1)),
@@ -749,7 +834,17 @@ _SHARE_MISTAKES = (
         (SAY.not_last, lambda g: _differ(g) & (torch.arange(len(g)) < len(g) - 1)),
     ),
     (lambda scores, size: _share(_differ, scores, size) / size, SAY.by_responses),
-    *each(SAY.digits, lambda digits, *case: round(_share(_differ, *case), digits), *(1, 2, 3)),
+    (lambda scores, size: _differ(_rows(scores, size)).sum().item() / size, SAY.by_size_of_group),
+    (
+        lambda scores, size: len(_rows(scores, size).unique(dim=0)) * size / len(scores),
+        SAY.different_groups,
+    ),
+    *table(
+        lambda rows, *case: _differ(rows(*case)).double().mean().item(),
+        (lambda scores, size: scores.view(size, -1), SAY.other_rows),
+        (lambda scores, size: _rows(scores, size).T, SAY.other_rows),
+    ),
+    *each(SAY.digits, lambda digits, *case: round(_share(_differ, *case), digits), *(0, 1, 2, 3)),
     (lambda scores, size: _differ(_rows(scores, size)).sum().item(), SAY.number),
     (lambda scores, size: (~_differ(_rows(scores, size))).sum().item(), SAY.number),
     (lambda scores, size: _share(_differ, scores.view(size, -1).T.flatten(), size), SAY.other_rows),
@@ -760,4 +855,5 @@ TEACHING_SHARE = Exercise(
     _SHARE_CASES,
     _SHARE_MISTAKES,
     tested="all right, all wrong, one that differs, negative scores",
+    further=_one_group_fault,
 )
