@@ -4,6 +4,7 @@ The answers, wrong and right, are written here as a learner would write them: fo
 """
 
 import math
+import time
 
 import pytest
 import torch
@@ -118,6 +119,36 @@ WHITEN_MISTAKES = [
         over(lambda r, s: s(r.mean()) / ranks_of(s), variance_of_all),
     ),
     (
+        BOTH + "made from a mean of the ranks' means",
+        over(lambda r, s: s(r.mean()) / 2, variance_of_all),
+    ),
+    (
+        BOTH + "not both over all: the variance is a mean",
+        over(mean_of_all, lambda r, m, s: s(r.var() * len(r)) / s(len(r))),
+    ),
+    (
+        BOTH + "not both over all: the standard deviation is a mean",
+        over(
+            mean_of_all,
+            lambda r, m, s: (s((((r - m) ** 2).sum() / (len(r) - 1)) ** 0.5) / ranks_of(s)) ** 2,
+        ),
+    ),
+    (
+        BOTH + "not both over all: a sum of this rank's entries",
+        over(lambda r, s: r.sum() / s(len(r)), variance_of_all),
+    ),
+    (
+        BOTH + "not both over all: a sum of this rank's entries",
+        over(
+            lambda r, s: r.sum() / s(len(r)),
+            lambda r, m, s: ((r - m) ** 2).sum() / (s(len(r)) - 1),
+        ),
+    ),
+    (
+        BOTH + "not both over all: a sum of this rank's entries",
+        over(mean_of_all, lambda r, m, s: ((r - m) ** 2).sum() / (s(len(r)) - 1)),
+    ),
+    (
         BOTH + "not both over all: the variance is a mean",
         over(mean_of_all, lambda r, m, s: s(r.var()) / ranks_of(s)),
     ),
@@ -163,6 +194,12 @@ WHITEN_MISTAKES = [
     (
         BOTH + "over the padding too in one place: it is in the number",
         lambda x, m, s: over(lambda r, _: s((x * m).sum()) / s(len(x)), variance_of_all)(x, m, s),
+    ),
+    (
+        BOTH + "over the padding too in one place: it is in the number",
+        lambda x, m, s: over(
+            mean_of_all, lambda r, mean, _: s(((r - mean) ** 2).sum()) / (s(len(x)) - 1)
+        )(x, m, s),
     ),
     (
         BOTH + "made of a sum over all that is divided by the number of ranks",
@@ -214,6 +251,10 @@ WHITEN_MISTAKES = [
         ),
     ),
     (
+        BOTH + "sums over all ranks, divided",
+        over(mean_of_all, lambda r, m, s: s(((r - m) ** 2).sum()) / (len(r) - 1)),
+    ),
+    (
         BOTH + "right but for the divisor of the variance, which",
         over(mean_of_all, lambda r, m, s: s(((r - m) ** 2).sum()) / s(len(r))),
     ),
@@ -243,6 +284,10 @@ WHITEN_MISTAKES = [
         over(mean_of_all, lambda r, m, s: s((r - m).sum()) ** 2 / (s(len(r)) - 1)),
     ),
     (
+        "distances from the mean are added up",
+        over(mean_of_all, lambda r, m, s: s((r - m).sum() ** 2) / (s(len(r)) - 1)),
+    ),
+    (
         "where the mask is 0 something",
         from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-8).sqrt()),
     ),
@@ -255,7 +300,7 @@ WHITEN_RIGHT = [
     lambda x, m, s: one_pass(x.double(), m, s),
     merged,
     over(mean_of_all, variance_of_all),
-    from_both(lambda x, m, mean, v: ((x - mean) / (v.sqrt() + 1e-8)).masked_fill(m == 0, 0)),
+    from_both(lambda x, m, mean, v: ((x - mean) / (v + 1e-8).sqrt()).masked_fill(m == 0, 0)),
 ]
 
 
@@ -351,6 +396,16 @@ def summed_maximum(z, own, here, all_max, all_sum):
     return all_sum(own) - top - all_sum((z - top[:, None]).exp().sum(1)).log()
 
 
+def below(top_of):
+    """With another maximum."""
+
+    def split(z, own, here, all_max, all_sum):
+        top = top_of(z, all_max)
+        return all_sum(own) - top - all_sum((z - top[:, None]).exp().sum(1)).log()
+
+    return logprobs(split)
+
+
 def shifted(make):
     """With the sum of exponentials below the right maximum."""
 
@@ -379,7 +434,27 @@ SPLIT_MISTAKES = [
     (TOP + "each rank's own in the sum", logprobs(own_in_sum)),
     (TOP + "missing", logprobs(lambda z, own, h, m, s: s(own) - s(z.exp().sum(1)).log())),
     (TOP + "the sum of the ranks' maxima", logprobs(summed_maximum)),
-    ("the shared maximum is taken off", shifted(lambda e, top, c, s: c - s(e).log())),
+    (TOP + "held at 0 or more", below(lambda z, m: m(z.amax(1).clamp(min=0)))),
+    (TOP + "the largest without its sign", below(lambda z, m: m(z.abs().amax(1)))),
+    (
+        "the shared maximum is taken off from the logit, but not",
+        logprobs(lambda z, own, h, m, s: s(own) - m(z.amax(1)) - s(z.exp().sum(1)).log()),
+    ),
+    (
+        "the largest of the ranks' sums",
+        logprobs(lambda z, own, h, m, s: s(own) - m(z.logsumexp(1))),
+    ),
+    (
+        "the rank that has the token has the right result",
+        logprobs(lambda z, own, here, m, s: torch.where(here, own - normal(z, m, s), 0.0)),
+    ),
+    (
+        "the token's logit has lost its fraction",
+        logprobs(lambda z, own, here, m, s: s(own.long()) - normal(z, m, s)),
+    ),
+    ("a rank's columns are taken to begin", looked_up(lambda f, n: f + 1, torch.sub)),
+    ("a rank's columns are taken to begin", looked_up(lambda f, n: f - 1, torch.sub)),
+    ("the shared maximum is taken off inside", shifted(lambda e, top, c, s: c - s(e).log())),
     (
         "the sum of exponentials is each rank's own",
         shifted(lambda e, top, c, s: c - top - e.log()),
@@ -445,7 +520,11 @@ SPLIT_MISTAKES = [
     ),
     ("the maximum is one for all tokens", logprobs(one_maximum)),
     (
-        "a probability is formed",
+        "a probability or its inverse is formed",
+        shifted(lambda e, top, c, s: ((c - top).exp() / s(e)).log()),
+    ),
+    (
+        "a probability or its inverse is formed",
         logprobs(lambda z, own, here, m, s: s((own - normal(z, m, s)).exp() * here).log()),
     ),
     ("the rank that has the token reads", looked_up(lambda f, n: f, lambda t, f: t)),
@@ -514,6 +593,7 @@ HELD_MISTAKES = [
     ("nothing is cut", lambda n, ranks, stage: 16 * n),
     ("any stage above 0", lambda n, ranks, stage: 16 * n / (ranks if stage else 1)),
     ("the optimizer has 8 bytes", held(cut(2, 3), cut(2, 2), cut(8, 1))),
+    ("it is what one parameter takes", lambda n, w, s: right_held(1, w, s)),
     ("the gradients are left out", held(cut(2, 3), whole(0), cut(12, 1))),
     ("the weights themselves are left", held(whole(0), cut(2, 2), cut(12, 1))),
     ("it is what all ranks together hold", lambda n, w, s: w * right_held(n, w, s)),
@@ -539,6 +619,8 @@ SENT_MISTAKES = [
         "a whole is counted for each round of a tree",
         lambda x, w, s: (2 + (s == 3)) * x * math.log2(w),
     ),
+    ("3/4 of the whole is counted", lambda x, w, s: (2 + (s == 3)) * x * 0.75),
+    ("passes alone are counted", lambda x, w, s: (2 + (s == 3)) * (w - 1) / w),
     ("W + 1 stands where", lambda x, w, s: (2 + (s == 3)) * x * (w + 1) / w),
     (
         "stage 3 is divided by the number",
@@ -625,10 +707,92 @@ def test_a_variance_that_is_lost_in_rounding_is_named(capsys):
     assert printed.startswith("whiten_over_ranks: it is right on small numbers, but not for")
 
 
-def test_another_epsilon_is_named(capsys):
-    other = from_both(lambda x, m, mean, v: (x - mean) / (v + 1e-5).sqrt() * m)
+@pytest.mark.parametrize(
+    ("divisor", "message", "x"),
+    [
+        (lambda v: (v + 1e-4).sqrt(), "it is 1e-8, and no more", "[[0.0100, 0.0200, 0.0300]"),
+        (lambda v: v.sqrt() + 1e-8, "before the root is taken", "[[1.0000e-04, 2.0000e-04, 3.0"),
+        (lambda v: v.clamp(min=1e-8).sqrt(), "before the root is taken", "[[1.0000e-04, 2.0000e-"),
+    ],
+)
+def test_another_epsilon_is_named(divisor, message, x, capsys):
+    other = from_both(lambda x, m, mean, v: (x - mean) / divisor(v) * m)
     printed = run("whiten_over_ranks", other, capsys)
     assert printed.startswith("whiten_over_ranks: it is right on large spreads, but not where")
+    assert message in printed and x in printed
+
+
+def test_a_rank_with_one_entry_is_a_case(capsys):
+    def squares(real, mean, all_sum):
+        within = real.var() if len(real) > 1 else torch.tensor(torch.nan)
+        between = len(real) * (real.mean() - mean) ** 2
+        return all_sum(within * (len(real) - 1) + between) / (all_sum(len(real)) - 1)
+
+    printed = run("whiten_over_ranks", over(mean_of_all, squares), capsys)
+    assert printed.startswith("whiten_over_ranks: it is right but where a rank has one entry")
+    assert "nan" in printed
+
+
+def test_the_first_wrong_token_is_shown(capsys):
+    """As where rank 0 asks rightly whether a token is its own, and all others as on two ranks."""
+
+    def two_ranks(logits, tokens, first, all_max, all_sum):
+        n = logits.shape[1]
+        own = tokens < n if first == 0 else tokens >= n
+        brought = torch.where(own, logits[range(len(tokens)), (tokens - first).clamp(0, n - 1)], 0)
+        return all_sum(brought) - normal(logits, all_max, all_sum)
+
+    printed = run("split_logprobs", two_ranks, capsys)
+    assert printed.startswith("split_logprobs: it is right for some tokens, but not for all.")
+    assert "has the id 5 and, on rank 2, a logit of 4; the largest of its row is 4." in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        (
+            "rank_bytes",
+            lambda n, w, s: right_held(n // w * w, w, s),
+            "parts are equal, but not for",
+        ),
+        (
+            "sent_bytes",
+            lambda x, w, s: (2 + (s == 3)) * (x // w) * (w - 1),
+            "parts are equal, but not for 1001",
+        ),
+        (
+            "sent_bytes",
+            lambda x, w, s: (2 + (s == 3)) * x * max(w - 1, 1) / w,
+            "a rank that is alone has nobody to send to",
+        ),
+    ],
+)
+def test_a_rest_and_one_rank_are_cases(name, answer, message, capsys):
+    assert message in run(name, answer, capsys)
+
+
+def test_another_order_of_messages_is_named():
+    def by_rank(logits, tokens, first, all_max, all_sum):
+        if first == 0:
+            return all_max(logits.amax(1)) + all_sum(logits.sum(1))
+        return all_sum(logits.sum(1)) + all_max(logits.amax(1))
+
+    with pytest.raises(ValueError, match="one rank calls all_sum where another calls all_max"):
+        checks.check_split_logprobs(by_rank)
+
+
+def test_rows_by_rows_get_a_hint(capsys):
+    """A column less a row."""
+
+    def kept(logits, tokens, first, all_max, all_sum):
+        return (
+            right[:, None] - right
+            if len(right := SPLIT_RIGHT[0](logits, tokens, first, all_max, all_sum))
+            else right
+        )
+
+    printed = run("split_logprobs", kept, capsys)
+    assert "broadcasting then pairs every row with every other" in printed
 
 
 def test_what_is_right_on_one_rank_alone_is_named(capsys):
@@ -686,14 +850,18 @@ def test_unequal_shapes_are_named():
         checks.check_whiten_over_ranks(lambda x, mask, all_sum: all_sum(x[mask == 1]))
 
 
-def test_messages_that_are_never_sent_are_named(monkeypatch):
-    monkeypatch.setattr(lesson_10, "PATIENCE", 0.5)
+@pytest.mark.parametrize("late", [1, 5])
+def test_messages_that_are_never_sent_are_named(late):
+    """Whichever rank ends first; nobody waits until all patience is at an end."""
 
     def uneven(x, mask, all_sum):
+        time.sleep(0.3 * (x[0] == late).item())
         return x if x[0] == 5 else all_sum(x)
 
+    begin = time.monotonic()
     with pytest.raises(RuntimeError, match="some ranks wait for a message that others never send"):
         checks.check_whiten_over_ranks(uneven)
+    assert time.monotonic() - begin < lesson_10.PATIENCE / 2
 
 
 def in_place(x, mask, all_sum):

@@ -45,6 +45,7 @@ OPTIONS = [  # of pytest
     "--deselect=tests/test_clinic.py::test_a_fault_can_be_read",  # the source is another here
 ]
 NOTICED = ("killed", "timeout")
+PATIENCE = 180  # seconds, for a mutant in whose processes one waits for ever
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["rlhf_helpers"]
@@ -131,7 +132,7 @@ def alone(folder: Path, module: str, name: str) -> str:
     """The fate of a mutant if all tests of its module are run; their processes inherit its name."""
     tests = ["pytest", "-x", "-p", "no:cacheprovider", *OPTIONS, *files_of(module)]
     try:
-        done = python(folder / "mutants", *tests, limit=300, MUTANT_UNDER_TEST=name)
+        done = python(folder / "mutants", *tests, limit=PATIENCE, MUTANT_UNDER_TEST=name)
     except subprocess.TimeoutExpired:
         return "timeout"
     return "survived" if done.returncode == 0 else "killed"

@@ -302,6 +302,7 @@ def _shape_hint(exercise: Exercise, fn: Callable) -> str:
     for message, of in (
         (SQUEEZED, lambda want: tuple(size for size in want if size > 1)),
         (GRID, lambda want: (*want[:1], *want)),
+        (GRID, lambda want: (*want, *want[-1:])),
         (TRANSPOSED, lambda want: (*want[:-2], *want[:-3:-1])),
     ):
         if shapes and all(got == of(want) for got, want in shapes):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import losses
-from rlhf_helpers.checks.exercise import Exercise, call, check, each, same, table, texts
+from rlhf_helpers.checks.exercise import Exercise, call, check, each, same, show, table, texts
 from rlhf_helpers.logprobs import token_logprobs
 
 SAY = texts("""
@@ -50,6 +50,8 @@ indexed (whitening): those of the entries number 0 and 1, since a mask of intege
     brackets is a list of numbers; make it bool first
 places (whitening): those of the entries at one and the same place of each rank, since whole tensors
     were summed over the ranks; each rank's own entries are to be added up before
+not_summed (whitening): not both over all: a sum of this rank's entries, or of their squares, is
+    divided by the number of all ranks' entries
 equal_counts (whitening): made with the number of entries of one rank times the number of ranks, as
     if each had as many
 own_count (whitening): sums over all ranks, divided by the number of entries of one
@@ -64,8 +66,8 @@ deviation: it is divided by the mean of the distances from the mean. Asked for i
     variance, which is made of their squares.
 second_moment: it is divided by the root of the mean square of the entries themselves. A variance is
     made of squares around the mean.
-square_of_sum: distances from the mean are added up and then squared, which leaves 0: square them
-    before.
+square_of_sum: distances from the mean are added up and then squared, so that they cancel: square
+    them before.
 padding_kept: where the mask is 0 something else than 0 stands.
 rounding: it is right on small numbers, but not for numbers near 1,000 that differ by less than 1: a
     difference of two large sums is lost in rounding there. Sum the squares around the mean of all.
@@ -78,22 +80,36 @@ no_epsilon: where all entries are equal, 0 is divided by 0, which is no number: 
     variance before the root. Elsewhere it is right.
 epsilon: it is right on large spreads, but not where the variance is 1e-4: what is added to it is
     1e-8, and no more.
+before_the_root: it is right on large spreads, but not where the variance is as small as 1e-8: that
+    much is added to the variance, before the root is taken.
+single: it is right but where a rank has one entry that counts. One alone has no variance of its
+    own: add up the squares around the mean of all.
 maximum: the maximum that is taken off is {}. It must be one number for all ranks, or their sums
     are of different things.
 own_maximum (maximum): each rank's own, in the sum and in the result
 own_in_sum (maximum): each rank's own in the sum of exponentials, and that of all in the result
 no_maximum (maximum): missing: e to the 200 is more than float32 can hold
+not_below_0 (maximum): held at 0 or more, and where all logits lie far below it, all exponentials
+    round to 0
+absolute (maximum): the largest without its sign, which may lie far above all logits, so that the
+    exponentials round to 0
 summed_maximum (maximum): the sum of the ranks' maxima, which is so far above all logits that the
     exponentials round to 0
 one_maximum: the maximum is one for all tokens of the text. Where a row of logits lies far below it,
     its exponentials all round to 0. Each token has a maximum of its own.
-probability: a probability is formed, and its logarithm taken at the end; float32 rounds a small one
-    to 0. Stay with logarithms.
+probability: a probability or its inverse is formed, and the logarithm taken at the end; float32
+    rounds a small one to 0, and its inverse to infinity. Stay with logarithms.
 maximum_added: the shared maximum is added at the end, where it is to be taken off.
 maximum_alone: the largest logit stands where the logarithm of the sum of all exponentials belongs.
 over_tokens: the sum of exponentials runs over the tokens of the text as well; each has one of its
     own.
 not_put_back: the shared maximum is taken off inside of the exponentials, but not from the logit.
+not_inside: the shared maximum is taken off from the logit, but not inside of the exponentials.
+largest_sum: the largest of the ranks' sums of exponentials stands where they are to be added up.
+owner_alone: the rank that has the token has the right result, and the others have 0. All need it:
+    one more sum brings what they lack.
+whole_logit: the token's logit has lost its fraction, as where it is written into a tensor of whole
+    numbers, which one made like the token ids is.
 own_sum: the sum of exponentials is each rank's own, that of its part of the vocabulary.
 own_softmax: each rank takes a log-softmax of its own columns, as if there were no others.
 mean_sum: the sum of exponentials is averaged over the ranks where it is to be added up.
@@ -112,6 +128,10 @@ no_upper (bounds): every id behind the last of them counts as well, with some lo
 no_lower (bounds): every id before the first of them counts as well, with some logit of this rank
 minus_infinity: ranks that lack the token's logit bring minus infinity, and any sum with it is minus
     infinity. They must bring 0.
+off_by_one: a rank's columns are taken to begin one id too early, or too late. The id that is given
+    is that of its first column.
+some_tokens: it is right for some tokens, but not for all. In this case the first it is wrong for
+    has the id {} and, on rank {}, a logit of {:.4g}; the largest of its row is {:.4g}.
 first_unused: a rank looks for the token's id among its columns as if they began at 0, whatever the
     id of its first one.
 wrong_column: the rank that has the token reads another of its columns: their numbers begin at 0, so
@@ -154,8 +174,12 @@ weights_early (held): the weights are cut in stage 2 already
 all_cut (held): everything is cut, in stage 0 too
 nothing_cut (held): nothing is cut
 of_stage_3 (held): any stage above 0 is counted as stage 3
-no_copy: the optimizer has 8 bytes, its two moments. With 16-bit weights it keeps a float32 copy of
-    them too: 12.
+no_copy: the optimizer has 8 bytes. It keeps three numbers of 4 bytes: two moments and, as the
+    weights have 16 bits, a float32 copy of them.
+one_parameter: it is what one parameter takes; there are many.
+drops_a_rest: it is right where the ranks' parts are equal, but not for 1001 on two ranks: a
+    division without a remainder drops a part of what is cut.
+alone: a rank that is alone has nobody to send to. It sends 0 bytes.
 no_gradients: the gradients are left out; they are 2 bytes for each parameter.
 no_weights: the weights themselves are left out; they are 2 bytes for each parameter.
 other_parts: a rank holds all parts but its own, (W − 1)/W of what is cut. Asked for is its own.
@@ -183,6 +207,8 @@ twice (sends): everything is counted twice, be it that weights were taken for pa
 upside_down (sends): the fraction is upside down, W/(W − 1), so that a rank would send more than
     the whole
 tree (sends): a whole is counted for each round of a tree, log W of them; no rank need send as much
+hard_coded (sends): 3/4 of the whole is counted for each pass, whatever the number of ranks
+without_weights (sends): passes alone are counted, without the bytes of the weights
 one_more (sends): W + 1 stands where W − 1 belongs: a rank sends nothing to itself
 cut_again (sends): stage 3 is divided by the number of ranks once more
 """)
@@ -198,17 +224,26 @@ class Ranks:
     """As many threads as ranks, and what they say to each other."""
 
     def __init__(self, count: int) -> None:
-        self.brought: list[Tensor | None] = [None] * count
+        self.brought: list[tuple[str, Tensor] | None] = [None] * count
+        self.returned = False  # whether some rank has, so that no more messages can be sent
         self.barrier = threading.Barrier(count, timeout=PATIENCE)
 
     def reduce(self, how: str, rank: int, x: Tensor | float) -> Tensor:
         """`all_sum` or `all_max` of what the ranks bring; it waits for all of them."""
-        self.brought[rank] = torch.as_tensor(x).detach().clone()
+        if self.returned:
+            self.barrier.abort()
+        self.brought[rank] = how, torch.as_tensor(x).detach().clone()
         self.barrier.wait()
-        shapes = [list(tensor.shape) for tensor in self.brought]
+        asked, tensors = zip(*self.brought, strict=True)
+        if len(set(asked)) > 1:
+            raise ValueError(
+                "one rank calls all_sum where another calls all_max: the order of the calls must "
+                "be the same on all ranks"
+            )
+        shapes = [list(tensor.shape) for tensor in tensors]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"the ranks bring tensors of shapes {shapes}: they must be equal")
-        stacked = torch.stack(self.brought)
+        stacked = torch.stack(tensors)
         result = stacked.sum(0) if how == "sum" else stacked.amax(0)
         self.barrier.wait()  # nobody brings the next before all have taken this one
         return result
@@ -218,7 +253,11 @@ class Ranks:
 
         def one(rank: int) -> Any:
             try:
-                return function(rank)
+                result = function(rank)
+                self.returned = True
+                if self.barrier.n_waiting:  # for this one, in vain
+                    self.barrier.abort()
+                return result
             except BaseException:
                 self.barrier.abort()  # the others must not wait for this one
                 raise
@@ -332,6 +371,15 @@ _OWN_VARIANCES = (
 )
 
 
+def _part_of_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """What each rank brings to the mean."""
+    return (x * mask).sum(-1, keepdim=True) / mask.sum()
+
+
+def _part_of_variance(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
+    return _squares(x, mask, mean) / (mask.sum() - 1)
+
+
 def _with_sums(masked: Sequence[bool], x: Tensor, mask: Tensor) -> Tensor:
     """With the mask, or all ones, in the sum of the mean, in that of the squares, in the number."""
     first, second, count = (mask if own else torch.ones_like(mask) for own in masked)
@@ -411,8 +459,22 @@ _WHITEN_MISTAKES = (
         lambda x, m, mean: _own_variance(x, m, mean).mean(),
     ),
     (
-        lambda x, mask: _with(_mean, lambda *a: _own_variance(*a).mean(), x, mask),
+        lambda x, mask: _with(lambda x, m: _own_mean(x, m).sum() / 2, _variance, x, mask),
+        SAY.mean_of_means,
+    ),
+    *each(
         SAY.mean_of_variances,
+        lambda variance, x, mask: _with(_mean, variance, x, mask),
+        lambda *a: _own_variance(*a).mean(),
+        lambda x, m, mean: (_own_variance(x, m, mean) * m.sum(-1, keepdim=True)).sum() / m.sum(),
+    ),
+    *each(
+        SAY.not_summed,
+        lambda how, x, mask: _with(*how, x, mask),
+        (_part_of_mean, _variance),
+        (_part_of_mean, _VARIANCES[1]),
+        (_part_of_mean, _part_of_variance),
+        (_mean, _part_of_variance),
     ),
     (
         lambda x, mask: _with(_mean, lambda *a: _own_variance(*a).sqrt().mean().square(), x, mask),
@@ -420,6 +482,12 @@ _WHITEN_MISTAKES = (
     ),
     (
         lambda x, mask: (x - _mean(x, mask)) * mask / _own_variance(x, mask, x).sqrt().mean(),
+        SAY.mean_of_deviations,
+    ),
+    (
+        lambda x, mask: _with(
+            _mean, lambda *a: _OWN_VARIANCES[1](*a).sqrt().mean().square(), x, mask
+        ),
         SAY.mean_of_deviations,
     ),
     (
@@ -447,6 +515,12 @@ _WHITEN_MISTAKES = (
     ),
     (
         lambda x, mask: _with(
+            _mean, lambda x, m, n: _squares(x, m, n).sum() / (m.numel() - 1), x, mask
+        ),
+        SAY.padding_in_count,
+    ),
+    (
+        lambda x, mask: _with(
             lambda x, m: (x * m).sum(0) / m.sum(0),
             lambda x, m, mean: ((x - mean).square() * m).sum(0) / (m.sum(0) - 1),
             x,
@@ -469,6 +543,15 @@ _WHITEN_MISTAKES = (
     (
         lambda x, mask: _with(
             lambda x, m: (x * m).sum() / m.sum(-1, keepdim=True),
+            lambda x, m, mean: _squares(x, m, mean).sum() / (m.sum(-1, keepdim=True) - 1),
+            x,
+            mask,
+        ),
+        SAY.own_count,
+    ),
+    (
+        lambda x, mask: _with(
+            _mean,
             lambda x, m, mean: _squares(x, m, mean).sum() / (m.sum(-1, keepdim=True) - 1),
             x,
             mask,
@@ -505,6 +588,14 @@ _WHITEN_MISTAKES = (
             ),
             SAY.square_of_sum,
         ),
+        (
+            lambda x, m, mean, v: (
+                (x - mean)
+                * m
+                * (((x - mean) * m).sum(-1).square().sum() / (m.sum() - 1) + 1e-8).rsqrt()
+            ),
+            SAY.square_of_sum,
+        ),
         (lambda x, m, mean, v: (x - mean) * (v + 1e-8).rsqrt(), SAY.padding_kept),
         (lambda x, m, mean, v: (x * m - mean) * (v + 1e-8).rsqrt(), SAY.padding_kept),
         (lambda x, m, mean, v: (x - mean) * m / v.sqrt(), SAY.no_epsilon),
@@ -517,14 +608,22 @@ _FAR_OUT = _case(
 )
 
 
-_SMALL = _case([[0.01, 0.02], [0.03, 0.0]], [[1, 1], [1, 0]])  # a variance of 1e-4
+_SMALL = _case([[0.01, 0.02, 0.03], [0.01, 0.03, 0.0]], [[1, 1, 1], [1, 1, 0]])  # variance of 1e-4
+_TINY = _case([[1e-4, 2e-4, 3e-4], [1e-4, 3e-4, 0.0]], [[1, 1, 1], [1, 1, 0]])  # of 1e-8
+_SINGLE = _case([[1.0, 3.0], [5.0, 0.0]], [[1, 1], [1, 0]])
 
 
-def _rounding_fault(fn: Callable) -> str:
-    """Whether rounding eats the variance of large numbers, or an epsilon that of small ones."""
-    for case, message in ((_FAR_OUT, SAY.rounding), (_SMALL, SAY.epsilon)):
-        if not same(call(WHITEN, fn, copy.deepcopy(case)), whiten_over_ranks(*case)):
-            return message
+def _further_fault(fn: Callable) -> str:
+    """A rank with one entry, and what rounding or an epsilon does to large or small numbers."""
+    for case, message in (
+        (_SINGLE, SAY.single),
+        (_SMALL, SAY.epsilon),
+        (_TINY, SAY.before_the_root),
+        (_FAR_OUT, SAY.rounding),
+    ):
+        result = call(WHITEN, fn, copy.deepcopy(case))
+        if not same(result, whiten_over_ranks(*case)):
+            return f"{message}\n{show(WHITEN, case, result)}"
     return ""
 
 
@@ -554,7 +653,7 @@ WHITEN = Exercise(
     _WHITEN_MISTAKES,
     tested="unequal counts, padding, three ranks, equal or large x",
     shape_hint="Rows are ranks: each returns as many entries as it was given.",
-    further=_rounding_fault,
+    further=_further_fault,
     general=_two_numbers,
     rows_mix=SAY.one_rank,
 )
@@ -667,6 +766,7 @@ _SPLIT_CASES = (
     ),
     _columns([[[-1.0, -3.0], [0.5, -2.0]], [[-2.0, -0.5], [1.0, -1.5]]], [1, 2]),
     _columns([[[200.0, 198.0]], [[199.0, 201.0]]], [2]),
+    _columns([[[-200.0, -201.0]], [[-199.0, -202.0]]], [1]),
     _columns(
         [[[200.0, 198.0], [1.0, 2.0], [1.0, -199.0]], [[199.0, 201.0], [0.5, -1.0], [2.0, 0.5]]],
         [2, 1, 1],
@@ -679,15 +779,25 @@ _SPLIT_MISTAKES = (
         (lambda c, m, z: c.sum(0) - m.amax(0) - _sums(z, m).sum(0).log(), SAY.own_in_sum),
         (lambda c, m, z: c.sum(0) - z.exp().sum((0, -1)).log(), SAY.no_maximum),
         (lambda c, m, z: c.sum(0) - m.sum(0) - _sums(z, m.sum(0)).sum(0).log(), SAY.summed_maximum),
+        *table(
+            lambda top, c, m, z: c.sum(0) - top(z) - _sums(z, top(z) + 0 * m).sum(0).log(),
+            (lambda z: z.amax((0, -1)).clamp(min=0), SAY.not_below_0),
+            (lambda z: z.abs().amax((0, -1)), SAY.absolute),
+        ),
+        (lambda c, m, z: c.sum(0) - m.amax(0) - z.exp().sum((0, -1)).log(), SAY.not_inside),
+        (lambda c, m, z: c.sum(0) - m.amax(0) - _sums(z, m.amax(0)).amax(0).log(), SAY.largest_sum),
+        (lambda c, m, z: (c.sum(0) - z.logsumexp(-1).logsumexp(0)) * (c != 0), SAY.owner_alone),
+        (lambda c, m, z: c.sum(0).trunc() - z.logsumexp(-1).logsumexp(0), SAY.whole_logit),
         (
             lambda c, m, z: c.sum(0) - m.amax() - _sums(z, 0 * m + m.amax()).sum(0).log(),
             SAY.one_maximum,
         ),
-        (
-            lambda c, m, z: (
-                ((c - m.amax(0)).exp() * (c != 0)).sum(0) / _sums(z, m.amax(0)).sum(0)
-            ).log(),
+        *each(
             SAY.probability,
+            lambda of, c, m, z: of(c, z.logsumexp(-1).logsumexp(0), m.amax(0)).log(),
+            lambda c, whole, top: (c.sum(0) - whole).exp(),
+            lambda c, whole, top: ((c - whole).exp() * (c != 0)).sum(0),
+            lambda c, whole, top: ((c - top).exp() * (c != 0)).sum(0) / (whole - top).exp(),
         ),
         (lambda c, m, z: c.sum(0) - _sums(z, m.amax(0)).sum(0).log(), SAY.not_put_back),
         (lambda c, m, z: c.sum(0) - m.amax(0) - _sums(z, m.amax(0)).log(), SAY.own_sum),
@@ -758,6 +868,8 @@ _SPLIT_MISTAKES = (
         _looked_up,
         ((lambda first, width: first, lambda t, first: t), SAY.wrong_column),
         ((lambda first, width: first * width, torch.sub), SAY.rank_number),
+        ((lambda first, width: first + 1, torch.sub), SAY.off_by_one),
+        ((lambda first, width: first - 1, torch.sub), SAY.off_by_one),
     ),
     *table(
         _everywhere,
@@ -765,6 +877,21 @@ _SPLIT_MISTAKES = (
         (lambda t, first, width: t % width, SAY.modulo),
     ),
 )
+
+
+def _some_tokens(results: Sequence) -> str:
+    """The first token that the result is wrong for, if it is right for others in some case."""
+    pairs = zip(_SPLIT_CASES, results, strict=True)
+    off = [(c, ~torch.isclose(r, split_logprobs(*c), 1e-4, 1e-5).all(0)) for c, r in pairs]
+    for (logits, tokens), wrong in off:
+        if wrong.any() and not all(w.all() for _, w in off):
+            place = int(wrong.int().argmax())
+            rank, column = divmod(int(tokens[place]), logits.shape[-1])
+            logit, top = logits[rank, place, column], logits[:, place].max()
+            return SAY.some_tokens.format(int(tokens[place]), rank, logit.item(), top.item())
+    return ""
+
+
 SPLIT = Exercise(
     "split_logprobs",
     split_logprobs,
@@ -772,6 +899,7 @@ SPLIT = Exercise(
     _SPLIT_MISTAKES,
     tested="two and three ranks, tokens on each, logits of 200 and -3",
     shape_hint="Rows are ranks: each returns one number for each token.",
+    general=_some_tokens,
     rows_mix=SAY.one_rank,
 )
 
@@ -876,6 +1004,7 @@ _HELD_MISTAKES = (
         ((4, 4, 12), SAY.float_weights),
         ((4, 4, 8), SAY.float_weights),
     ),
+    (lambda n, ranks, stage: _held(1, ranks, stage), SAY.one_parameter),
     (lambda n, ranks, stage: ranks * _held(n, ranks, stage), SAY.all_together),
     (lambda n, ranks, stage: _held(n, ranks / (ranks - 1), stage), SAY.other_parts),
     (lambda n, ranks, stage: _held(n, ranks + 1, stage), SAY.cut_by_more),
@@ -892,6 +1021,8 @@ _SENT_MISTAKES = (
         (lambda passes, n, ranks: passes * n * (ranks + 1) / ranks, SAY.one_more),
         (lambda passes, n, ranks: passes * n * math.log2(ranks), SAY.tree),
         (lambda passes, n, ranks: 2 * passes * n * (ranks - 1) / ranks, SAY.twice),
+        (lambda passes, n, ranks: passes * n * 3 / 4, SAY.hard_coded),
+        (lambda passes, n, ranks: passes * (ranks - 1) / ranks, SAY.without_weights),
     ),
     *table(
         _counted,
@@ -953,12 +1084,29 @@ def _sent_otherwise(results: Sequence) -> str:
     return SAY.passes_counted.format("; ".join(found)) if found else ""
 
 
+def _rest_fault(fn: Callable) -> str:
+    return _fault_at(HELD, fn, (1001, 2, 3), SAY.drops_a_rest)
+
+
+def _rest_or_alone_fault(fn: Callable) -> str:
+    dropped = _fault_at(SENT, fn, (1001, 2, 0), SAY.drops_a_rest)
+    return dropped or _fault_at(SENT, fn, (800, 1, 0), SAY.alone)
+
+
+def _fault_at(exercise: Exercise, fn: Callable, case: tuple, message: str) -> str:
+    """The message if it is wrong there, and the case."""
+    result = call(exercise, fn, case)
+    right = same(float(result), float(exercise.reference(*case)))
+    return "" if right else f"{message}\n{show(exercise, case, result)}"
+
+
 HELD = Exercise(
     "rank_bytes",
     rank_bytes,
     _HELD_CASES,
     _HELD_MISTAKES,
     tested="stages 0 to 3, two, four and eight ranks",
+    further=_rest_fault,
     general=_held_otherwise,
 )
 SENT = Exercise(
@@ -967,5 +1115,6 @@ SENT = Exercise(
     _SENT_CASES,
     _SENT_MISTAKES,
     tested="stages 0 to 3, two, four and eight ranks",
+    further=_rest_or_alone_fault,
     general=_sent_otherwise,
 )
