@@ -6,6 +6,7 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers_models import trained
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -26,6 +27,7 @@ from rlhf_helpers.text import (
     like_length_batches,
     load_tokenizer,
     opening,
+    pad_examples,
     readable,
     render,
     reserved,
@@ -138,6 +140,60 @@ def test_a_tokenizer_that_begins_every_text_with_a_blank_does_not_double_it():
     asked, answer = encode(tokenizer, "hi", "tea")
     assert tokenizer.convert_ids_to_tokens(answer) == ["▁tea", "</s>"]
     assert asked + answer == whole
+
+
+def word_tokenizer(split, template, words, special=()):
+    """Whole words are tokens."""
+    vocabulary = {word: i for i, word in enumerate([*NAMED.values(), *special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=template,
+        extra_special_tokens=list(special),
+        **NAMED,
+    )
+
+
+def answer_tokens(tokenizer, template, prompt, answer):
+    """Of the answer, and of the whole dialogue tokenized at once."""
+    whole = f"{render(tokenizer, prompt)}{answer}{tokenizer.eos_token}"
+    found = encode(tokenizer, prompt, answer)[1]
+    return [tokenizer.convert_ids_to_tokens(ids) for ids in (found, tokenizer(whole)["input_ids"])]
+
+
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt():
+    """Alone it would begin with a blank, as a text does, and the dialogue has none there."""
+    first = pre_tokenizers.Metaspace(prepend_scheme="first")
+    template = INST.replace("%} {{", "%}{{").replace("{{ bos_token }}", "")
+    tokenizer = word_tokenizer(first, template, ["▁hi", "▁", "tea", "▁tea"], ["[INST]", "[/INST]"])
+    found, whole = answer_tokens(tokenizer, template, "hi", "tea")
+    assert found == ["tea", "</s>"] == whole[-2:]
+
+
+def test_an_answer_that_shares_a_token_with_its_prompt_has_its_own():
+    """A prompt must not depend on the answer to it."""
+    template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %} A:{% endif %}{% endfor %}"
+    )
+    split = pre_tokenizers.WhitespaceSplit()
+    tokenizer = word_tokenizer(split, template, ["hi", "A:", "tea", "A:tea"])
+    found, whole = answer_tokens(tokenizer, template, "hi", "tea")
+    assert whole == ["hi", "A:tea", "</s>"]
+    assert found == ["tea", "</s>"]
+
+
+def test_prompts_end_and_responses_begin_in_one_column_whatever_the_tokenizer_prefers():
+    tokenizer = tokenizer_with(CHAT)
+    examples = [encode(tokenizer, *talk) for talk in (("hi", "it is good."), ("hi there", "no"))]
+    examples = [dict(zip(("prompt", "response"), example, strict=True)) for example in examples]
+    found = []
+    for tokenizer.padding_side in ("left", "right"):
+        prompts = encode_prompts(tokenizer, ["hi", "what is tea like?"], 200)
+        found.append([*prompts.values(), *pad_examples(tokenizer, examples)[:2]])
+        assert prompts["attention_mask"][:, -1].all() and not prompts["attention_mask"][0, 0]
+    assert all(map(torch.equal, *found))
 
 
 def test_an_answer_stands_behind_a_blank_in_the_plain_template():
@@ -324,6 +380,14 @@ def test_marks_that_are_not_declared_special_count_where_they_act():
     assert [bool(pattern.search(f"a {token} b")) for token in plain] == [1, 1, 0, 0, 0]
 
 
+def test_a_mark_of_the_vocabulary_alone_counts():
+    """Special, but not among the tokens that the tokenizer has names for."""
+    tokenizer = tokenizer_with(CHAT)
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("[image]", special=True)])
+    assert "[image]" not in tokenizer.all_special_tokens
+    assert reserved(tokenizer).search("an [image] here")[0] == "[image]"
+
+
 def test_marks_of_any_first_character_are_found():
     marks = ["[PAD]", "^up", "-dash", "]end", "\\back", "ätna", "<unused>", "<unused>1"]
     pattern = reserved(tokenizer_with(CHAT, special=marks))
@@ -394,7 +458,7 @@ def test_the_plain_template_is_reported_once_unless_it_is_not_asked_for(tmp_path
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     preset = load_preset("single_gpu", model=str(tmp_path), device="cpu")
     found = load_tokenizer(preset) if report is None else load_tokenizer(preset, report)
-    assert found.chat_template == PLAIN_TEMPLATE
+    assert found.chat_template == PLAIN_TEMPLATE and found.padding_side == "left"
     assert capsys.readouterr().out.count("has no chat template") == (report is not False)
 
 
