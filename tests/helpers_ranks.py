@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_helpers import parallel, ranks
+from rlhf_helpers import parallel, ppo, ranks
 from rlhf_helpers.base import load_base
 from rlhf_helpers.dpo import DPOConfig, train_dpo
 from rlhf_helpers.losses import whiten
@@ -30,7 +30,7 @@ from rlhf_helpers.ppo import train_ppo
 from rlhf_helpers.presets import ASSETS, load_preset
 from rlhf_helpers.reward import RewardConfig, train_reward_model
 from rlhf_helpers.roles import Roles
-from rlhf_helpers.sft import SFTConfig, train_sft
+from rlhf_helpers.sft import SFTConfig, mask_prompt, train_sft
 from rlhf_helpers.text import load_tokenizer
 
 WORLD = 2
@@ -117,11 +117,18 @@ def pairs(count):
     return [{"chosen": c, "rejected": r | {"prompt": c["prompt"]}} for c, r in sides]
 
 
+def all_but_last(input_ids, attention_mask, prompt_length):
+    """Labels that are not `train_sft`'s own: a response without its EOS."""
+    labels = mask_prompt(input_ids, attention_mask, prompt_length)
+    return labels.masked_fill(attention_mask.cumsum(1) == attention_mask.sum(1, keepdim=True), -100)
+
+
 def steps_of(method, roles):
     tokenizer = load_tokenizer(load_preset("pocket"))
     if method == "sft":
         rows = examples(10)
-        return train_sft(roles, "policy", tokenizer, rows, rows[:3], SFTConfig(**STEPS))
+        config = SFTConfig(**STEPS)
+        return train_sft(roles, "policy", tokenizer, rows, rows[:3], config, labels=all_but_last)
     data = pairs(10)
     if method == "reward":
         return train_reward_model(roles, "value", tokenizer, data, data[:3], RewardConfig(**STEPS))
@@ -318,7 +325,12 @@ def shares():
     mine = logits.split([3, 5], -1)[rank].clone().requires_grad_()
     logprobs = ranks.split_logprobs(mine, tokens, first=3 * rank, temperature=0.7)
     (logprobs * torch.arange(6.0).view(2, 3)).sum().backward()
+    with parallel.data_parallel():
+        returns = torch.full_like(x, 2)[None]
+        _, of_equal = ppo.value_loss(x[None], x[None], returns, real[None], 0.2)
     return {
+        "level": parallel.whiten_over_ranks(torch.full_like(x, 2), real),
+        "explained": of_equal["explained_variance"],
         "whitened": parallel.whiten_over_ranks(x, real),
         "alone": whiten(x, real),
         "mean": parallel.mean_over_ranks(loss, real.sum()).item(),

@@ -4,6 +4,7 @@ What needs two ranks and the package's imports is done in one go, by torchrun, i
 """
 
 import doctest
+import math
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from rlhf_helpers.logprobs import token_logprobs
 from rlhf_helpers.losses import whiten
 from rlhf_helpers.memory import ModelSizes, parallel_table
 from rlhf_helpers.ranks import join, spawn
+from rlhf_helpers.rollout import Rollout
 
 HERE = Path(__file__).parent
 EXACT, CLOSE = 1e-6, 1e-5  # of weights for each update (as root mean square); of all else, relative
@@ -142,6 +144,22 @@ def test_ranks_sample_for_themselves(found, alone):
     assert texts[0] != texts[1]
 
 
+def test_rollouts_in_one_are_padded_as_a_batch_is():
+    """One prompt of two tokens with an answer of one, then one of one with an answer of two."""
+    parts = [
+        Rollout(torch.tensor([ids]), torch.ones(1, 3).long(), torch.ones(1, n).long(), [text], done)
+        for ids, n, text, done in (
+            ([5, 6, 7], 1, "a", torch.tensor([True])),
+            ([5, 6, 7], 2, "b", torch.tensor([False])),
+        )
+    ]
+    found = parallel._joined(parts, torch.tensor([1, 0]), padding=9)
+    assert found.input_ids.tolist() == [[9, 5, 6, 7], [5, 6, 7, 9]]
+    assert found.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
+    assert found.response_mask.tolist() == [[1, 1], [1, 0]]
+    assert found.texts == ["b", "a"] and found.finished.tolist() == [False, True]
+
+
 def test_a_stopped_run_goes_on_from_the_save_of_rank_0(found):
     for rank in found:
         assert rank["resumed"]["files"] == ["update-00000", "update-00001"]
@@ -192,6 +210,12 @@ def test_whitening_is_over_the_entries_of_all_ranks(found):
         shares = found[rank]["shares"]
         torch.testing.assert_close(shares["whitened"], expected[rank])
     assert not torch.allclose(found[0]["shares"]["alone"], expected[0], atol=0.1)
+
+
+def test_equal_numbers_on_all_ranks_are_0_and_explain_nothing(found):
+    for rank in found:
+        assert (rank["shares"]["level"] == 0).all()
+        assert math.isnan(rank["shares"]["explained"])
 
 
 def test_a_mean_over_ranks_counts_each_token_once(found):
