@@ -545,7 +545,7 @@ KL_ROWS = (
     number_row("a controller with a negative target", adaptive, "target", -1, "above 0"),
     number_row("a controller without a target", adaptive, "target", None, "a finite number"),
     number_row("a controller with a gain of NaN", adaptive, "gain", nan, "a finite number"),
-    number_row("a gain that turns the price negative", adaptive, "gain", 10, "give less than 5"),
+    number_row("a gain that turns the price negative", adaptive, "gain", 5, "give less than 5"),
     Row("a KL of NaN for the controller",
         lambda w: adaptive().update(nan), "kl is nan", "look for an update that diverged"),
     Row("a KL in words for the controller",

@@ -328,7 +328,7 @@ def test_the_controller_refuses_numbers_that_are_not_above_0(name, value):
         AdaptiveKL(**{"beta": 0.1, "target": 4.0} | {name: value})
 
 
-@pytest.mark.parametrize("kl", [nan, inf])
+@pytest.mark.parametrize("kl", [nan, inf, -inf])
 def test_the_controller_refuses_a_kl_that_is_not_finite(kl):
     with pytest.raises(ValueError, match=f"kl is {kl}"):
         AdaptiveKL(0.1, 4.0).update(kl)
