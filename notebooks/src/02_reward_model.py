@@ -229,11 +229,12 @@ def draw(history, handle):
 history, figure = [], None
 
 # %% [markdown]
-# Now the training itself. If you interrupt it, run this cell again, and it goes on from there.
+# Now the training itself. If you interrupt it, run this cell again, and it goes on from there. Its scale is not
+# fixed yet, so it is kept as `reward_raw`: the later lessons look for `reward`.
 
 # %%
 run = reward.train_reward_model(
-    roles, "reward", tokenizer, encoded, held_out_encoded, config, folder=folder / "reward"
+    roles, "reward", tokenizer, encoded, held_out_encoded, config, folder=folder / "reward_raw"
 )
 for stats in tqdm(run, total=config.steps + 1):
     history.append(stats)
@@ -573,7 +574,7 @@ else:
     roles.add("judge", copy_of="sft")
     roles.add_head("judge", seed=preset.seed + 1)
     run = reward.train_reward_model(
-        roles, "judge", tokenizer, *encoded, config, folder=folder / "judge"
+        roles, "judge", tokenizer, *encoded, config, folder=folder / "judge_raw"
     )
     last = list(tqdm(run, total=config.steps + 1))[-1]
     reward.normalise(
