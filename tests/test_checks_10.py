@@ -785,11 +785,8 @@ def test_rows_by_rows_get_a_hint(capsys):
     """A column less a row."""
 
     def kept(logits, tokens, first, all_max, all_sum):
-        return (
-            right[:, None] - right
-            if len(right := SPLIT_RIGHT[0](logits, tokens, first, all_max, all_sum))
-            else right
-        )
+        right = SPLIT_RIGHT[0](logits, tokens, first, all_max, all_sum)
+        return right[:, None] - right
 
     printed = run("split_logprobs", kept, capsys)
     assert "broadcasting then pairs every row with every other" in printed

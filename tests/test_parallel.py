@@ -129,7 +129,8 @@ def test_weights_differ_where_rounding_is_a_part_of_the_gradient(found, alone):
     )
     worst = (one - two).abs().topk(6)
     assert worst.values[0] > EXACT  # more than rounding of a weight
-    assert gradient[worst.indices].abs().max() < 1e-7 < gradient.abs().median() / 10
+    assert gradient[worst.indices].abs().max() < 1e-7
+    assert gradient.abs().median() > 1e-5
 
 
 @pytest.mark.parametrize("name", LOOPS)

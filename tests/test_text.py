@@ -155,7 +155,7 @@ def word_tokenizer(split, template, words, special=()):
     )
 
 
-def answer_tokens(tokenizer, template, prompt, answer):
+def answer_tokens(tokenizer, prompt, answer):
     """Of the answer, and of the whole dialogue tokenized at once."""
     whole = f"{render(tokenizer, prompt)}{answer}{tokenizer.eos_token}"
     found = encode(tokenizer, prompt, answer)[1]
@@ -167,7 +167,7 @@ def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt():
     first = pre_tokenizers.Metaspace(prepend_scheme="first")
     template = INST.replace("%} {{", "%}{{").replace("{{ bos_token }}", "")
     tokenizer = word_tokenizer(first, template, ["▁hi", "▁", "tea", "▁tea"], ["[INST]", "[/INST]"])
-    found, whole = answer_tokens(tokenizer, template, "hi", "tea")
+    found, whole = answer_tokens(tokenizer, "hi", "tea")
     assert found == ["tea", "</s>"] == whole[-2:]
 
 
@@ -179,7 +179,7 @@ def test_an_answer_that_shares_a_token_with_its_prompt_has_its_own():
     )
     split = pre_tokenizers.WhitespaceSplit()
     tokenizer = word_tokenizer(split, template, ["hi", "A:", "tea", "A:tea"])
-    found, whole = answer_tokens(tokenizer, template, "hi", "tea")
+    found, whole = answer_tokens(tokenizer, "hi", "tea")
     assert whole == ["hi", "A:tea", "</s>"]
     assert found == ["tea", "</s>"]
 

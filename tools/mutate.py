@@ -99,7 +99,9 @@ def undecorated(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def python(folder: Path, *arguments: str, quiet=True, limit: float | None = None, **variables: str):
+def python(
+    folder: Path, *arguments: str, quiet: bool = True, limit: float | None = None, **variables: str
+):
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command, environment = [sys.executable, "-m", *arguments], os.environ | offline | variables
     return subprocess.run(
@@ -128,8 +130,8 @@ def fates(module: str, at_most: int) -> dict[str, str]:
     listed = mutmut(folder, "results", "--all", "true", quiet=True)
     found = dict(re.findall(r"^\s*(rlhf_helpers\.\S+): (.+)$", listed, re.MULTILINE))
     if module in IN_PROCESSES:
-        if alone(folder, module, "") != "survived":
-            raise SystemExit(f"the tests of {module} fail in {folder} without a fault")
+        if not found or alone(folder, module, "") != "survived":
+            raise SystemExit(f"no mutants of {module} in {folder}, or its tests fail without one")
         drawn = random.Random(0).sample(sorted(found), min(at_most, len(found)))
         with ThreadPool(os.cpu_count()) as pool:
             asked = pool.imap(lambda name: alone(folder, module, name), drawn)

@@ -229,8 +229,8 @@ def draw(history, handle):
 history, figure = [], None
 
 # %% [markdown]
-# Now the training itself. If you interrupt it, run this cell again, and it goes on from there. Its scale is not
-# fixed yet, so it is kept as `reward_raw`: the later lessons look for `reward`.
+# Now the training itself. If you interrupt it, run this cell again, and it goes on from there. The scale of
+# the rewards comes later, so this run is kept as `reward_raw`; the next lessons look for `reward`, which has it.
 
 # %%
 run = reward.train_reward_model(

@@ -342,6 +342,13 @@ def int64_fault(exercise: Exercise, fn: Callable, message: str) -> str:
     return "" if dtype == torch.int64 else message.format(dtype)
 
 
+def fault_at(exercise: Exercise, fn: Callable, case: tuple, message: str) -> str:
+    """The message and the case, if the function is wrong there: a case beyond the exercise's."""
+    result = call(exercise, fn, copy.deepcopy(case))
+    right = same(result, exercise.reference(*case))
+    return "" if right else f"{message}\n{show(exercise, case, result)}"
+
+
 def gradients(
     exercise: Exercise, fn: Callable, arguments: tuple, numbers: Sequence[int]
 ) -> tuple[Tensor, ...] | str:

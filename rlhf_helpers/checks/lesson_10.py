@@ -3,7 +3,6 @@
 Ranks are threads here, each with the learner's function; what they send goes through a barrier.
 """
 
-import copy
 import functools
 import math
 import threading
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers import losses
-from rlhf_helpers.checks.exercise import Exercise, call, check, each, same, show, table, texts
+from rlhf_helpers.checks.exercise import Exercise, check, each, fault_at, same, table, texts
 from rlhf_helpers.logprobs import token_logprobs
 
 SAY = texts("""
@@ -621,9 +620,8 @@ def _further_fault(fn: Callable) -> str:
         (_TINY, SAY.before_the_root),
         (_FAR_OUT, SAY.rounding),
     ):
-        result = call(WHITEN, fn, copy.deepcopy(case))
-        if not same(result, whiten_over_ranks(*case)):
-            return f"{message}\n{show(WHITEN, case, result)}"
+        if fault := fault_at(WHITEN, fn, case, message):
+            return fault
     return ""
 
 
@@ -1085,19 +1083,12 @@ def _sent_otherwise(results: Sequence) -> str:
 
 
 def _rest_fault(fn: Callable) -> str:
-    return _fault_at(HELD, fn, (1001, 2, 3), SAY.drops_a_rest)
+    return fault_at(HELD, fn, (1001, 2, 3), SAY.drops_a_rest)
 
 
 def _rest_or_alone_fault(fn: Callable) -> str:
-    dropped = _fault_at(SENT, fn, (1001, 2, 0), SAY.drops_a_rest)
-    return dropped or _fault_at(SENT, fn, (800, 1, 0), SAY.alone)
-
-
-def _fault_at(exercise: Exercise, fn: Callable, case: tuple, message: str) -> str:
-    """The message if it is wrong there, and the case."""
-    result = call(exercise, fn, case)
-    right = same(float(result), float(exercise.reference(*case)))
-    return "" if right else f"{message}\n{show(exercise, case, result)}"
+    dropped = fault_at(SENT, fn, (1001, 2, 0), SAY.drops_a_rest)
+    return dropped or fault_at(SENT, fn, (800, 1, 0), SAY.alone)
 
 
 HELD = Exercise(
